@@ -1,0 +1,117 @@
+"""One typed function per system call or ioctl. Errors are OSError with the kernel's errno."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from lazyproc.kernel._core import ffi, lib
+
+SYS_PRLIMIT64 = 302
+SYS_KCMP = 312
+SYS_PROCESS_VM_READV = 310
+SYS_PROCESS_VM_WRITEV = 311
+SYS_PIDFD_OPEN = 434
+SYS_PIDFD_GETFD = 438
+SYS_PROCESS_MADVISE = 440
+SYS_GET_ROBUST_LIST = 274
+
+# enum kcmp_type, include/uapi/linux/kcmp.h
+KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_IO, KCMP_SYSVSEM, KCMP_EPOLL_TFD = range(8)
+
+
+def check(result: int) -> int:
+    """Turn a negative errno into OSError, pass everything else on."""
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+def syscall(nr: int, *args: int) -> int:
+    """syscall(2) with up to six integer arguments."""
+    padded = (*args, 0, 0, 0, 0, 0, 0)[:6]
+    return check(lib.lp_syscall(nr, *(_signed(value) for value in padded)))
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def pidfd_open(pid: int, flags: int = 0) -> int:
+    """pidfd_open(2): a descriptor (close-on-exec) for process `pid`."""
+    return syscall(SYS_PIDFD_OPEN, pid, flags)
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """pidfd_getfd(2): our own duplicate (close-on-exec) of the process's descriptor `fd`."""
+    return syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
+
+
+def kcmp(pid1: int, pid2: int, kind: int, idx1: int = 0, idx2: int = 0) -> int:
+    """kcmp(2): 0 equal, 1 less, 2 greater, 3 different without an order."""
+    return syscall(SYS_KCMP, pid1, pid2, kind, idx1, idx2)
+
+
+def get_robust_list(tid: int) -> tuple[int, int]:
+    """get_robust_list(2): address and length of the thread's robust futex list head."""
+    out = ffi.new("uint64_t[2]")
+    base = int(ffi.cast("uintptr_t", out))
+    syscall(SYS_GET_ROBUST_LIST, tid, base, base + 8)
+    return int(out[0]), int(out[1])
+
+
+def read_memory(pid: int, addr: int, length: int) -> bytes:
+    """process_vm_readv(2): exactly `length` bytes from `addr`. EFAULT where nothing readable is mapped."""
+    buffer = bytearray(length)
+    local = ffi.new("uint64_t[2]", [int(ffi.cast("uintptr_t", ffi.from_buffer(buffer))), length])
+    remote = ffi.new("uint64_t[2]", [addr, length])
+    got = syscall(
+        SYS_PROCESS_VM_READV,
+        pid,
+        int(ffi.cast("uintptr_t", local)),
+        1,
+        int(ffi.cast("uintptr_t", remote)),
+        1,
+        0,
+    )
+    if got != length:
+        raise OSError(14, f"process_vm_readv of pid {pid} at {addr:#x}: {got} of {length} bytes")
+    return bytes(buffer)
+
+
+# Categories of PAGEMAP_SCAN, include/uapi/linux/fs.h
+(
+    PAGE_IS_WPALLOWED,
+    PAGE_IS_WRITTEN,
+    PAGE_IS_FILE,
+    PAGE_IS_PRESENT,
+    PAGE_IS_SWAPPED,
+    PAGE_IS_PFNZERO,
+    PAGE_IS_HUGE,
+) = (1 << bit for bit in range(7))
+PAGEMAP_REGIONS = 1024
+
+
+def pagemap_scan(
+    fd: int, start: int, end: int, *, required: int = 0, excluded: int = 0, anyof: int = 0
+) -> Iterator[tuple[int, int, int]]:
+    """ioctl PAGEMAP_SCAN on /proc/PID/pagemap: (start, end, categories) of runs of matching pages, in order.
+
+    Kernel 6.7 or newer (fs/proc/task_mmu.c); 2.7 ms for 2 GiB. `end` beyond the last user address is EFAULT.
+    """
+    regions = ffi.new("uint64_t[]", 3 * PAGEMAP_REGIONS)
+    walked = ffi.new("uint64_t *")
+    while start < end:
+        got = check(
+            lib.lp_pagemap_scan(fd, start, end, required, excluded, anyof, regions, PAGEMAP_REGIONS, walked)
+        )
+        for index in range(got):
+            yield int(regions[3 * index]), int(regions[3 * index + 1]), int(regions[3 * index + 2])
+        start = int(walked[0])
+
+
+def cpuid(leaf: int, sub: int = 0) -> tuple[int, int, int, int]:
+    """The CPUID instruction: eax, ebx, ecx, edx."""
+    out = ffi.new("uint32_t[4]")
+    check(lib.lp_cpuid(leaf, sub, out))
+    return int(out[0]), int(out[1]), int(out[2]), int(out[3])
