@@ -39,6 +39,10 @@ class PermissionDenied(LazyprocError):
     """The kernel refused: a capability, a uid or a sysctl is missing."""
 
 
+class UnexpectedProcText(LazyprocError):
+    """A file of /proc does not read as proc(5) says; the kernel is newer, or the text was cut short."""
+
+
 class HostLacks(LazyprocError):
     """This kernel or host lacks something the job needs."""
 
@@ -59,6 +63,10 @@ class ProtocolError(LazyprocError):
 
 class ConnectionLost(LazyprocError):
     """The peer is gone or refuses to talk."""
+
+
+class CannotListen(LazyprocError):
+    """The address to listen at cannot be had."""
 
 
 class RestoreError(LazyprocError):

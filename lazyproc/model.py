@@ -348,6 +348,8 @@ class UnixSocket:
     uid: int = 0
     gid: int = 0
     pending: tuple[int, ...] = ()  # inodes of connections not yet accepted (listening sockets)
+    path: str = ""  # where the socket file lies, absolute; "" when it was unlinked or the name is abstract
+    peer_credentials: tuple[int, int, int] | None = None  # SO_PEERCRED: pid (vpid, 0 unknown), uid, gid
 
 
 @dataclass(frozen=True, slots=True)

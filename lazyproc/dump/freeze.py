@@ -45,9 +45,9 @@ class FrozenTree:
         for task in self.tasks.values():
             if not task.zombie:
                 os.kill(task.pid, 9)
-        for tracee in self.tracees():
-            _wait_gone(tracee.tid)
         for task in self.tasks.values():
+            for tracee in (*task.threads[1:], *task.threads[:1]):
+                _wait_gone(tracee.tid)
             task.threads.clear()
 
 

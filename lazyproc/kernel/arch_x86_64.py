@@ -75,6 +75,7 @@ SYS = {
     "rseq": 334,
     "close_range": 436,
     "clone3": 435,
+    "exit_group": 231,
     "waitid": 247,
     "restart_syscall": 219,
     "nanosleep": 35,
@@ -110,6 +111,24 @@ def restart_code(registers: Registers) -> int:
 def interrupted_epoll(registers: Registers) -> bool:
     """epoll_wait gives EINTR even for a mere freeze, since it has no restart (fs/eventpoll.c)."""
     return registers.orig_ax in SLEEPS_OF_EPOLL and registers.ax == MASK64 - EINTR + 1
+
+
+def call_arguments(registers: Registers) -> tuple[int, ...]:
+    """The six arguments of the system call the registers stand in."""
+    return registers.di, registers.si, registers.dx, registers.r10, registers.r8, registers.r9
+
+
+CALL_LENGTH = 7  # bytes of `mov $nr, %eax; syscall`
+
+
+def number_in_code(code: bytes) -> int | None:
+    """The number that the `mov $nr, %eax; syscall` in `code` loads, None when it is something else.
+
+    glibc and Go compile most system calls to just that; syscall(3) takes the number from a register.
+    """
+    if len(code) != CALL_LENGTH or code[0] != 0xB8 or code[5:] != SYSCALL_INSTRUCTION:
+        return None
+    return int.from_bytes(code[1:5], "little")
 
 
 def rewind(registers: Registers) -> Registers:

@@ -33,6 +33,7 @@ MAY_FAIL = 1 << 32
 ROW = struct.Struct("<q6Qq")
 FRAME_SIZE = 16384  # a signal frame with AMX state is 12.4 KiB
 STACK_GAP = 1 << 20  # kernel's stack_guard_gap: 256 pages
+ENTER_MS = 1000
 ENDINGS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default
 
 
@@ -336,3 +337,17 @@ def borrowed(
             for tracee, state in zip(tracees[1:], saved[1:], strict=True):
                 put_back(tracee, state)
             stub.call("munmap", hole, PAGE + frames_size + size)
+
+
+def enter_and_interrupt(tracee: Tracee, registers: Registers) -> int:
+    """Make the system call at registers.ip and interrupt it at once; what it left in ax, as an unsigned number.
+
+    The interrupt is already pending when the call begins to sleep, so a sleep returns -ERESTART_RESTARTBLOCK with
+    its restart block armed, and anything that needs no sleep returns its result.
+    """
+    tracee.set_registers(registers)
+    tracee.to_syscall_entry()
+    tracee.interrupt()
+    tracee.cont()
+    tracee.wait_stop(ENTER_MS)
+    return tracee.registers().ax

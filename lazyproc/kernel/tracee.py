@@ -39,6 +39,8 @@ from lazyproc.model import Registers, Rseq, SeccompFilter
 PTRACE_O_TRACESYSGOOD = 1
 PTRACE_O_EXITKILL = 1 << 20
 PTRACE_O_SUSPEND_SECCOMP = 1 << 21
+PTRACE_SYSCALL = 24
+SYSCALL_STOP = signal.SIGTRAP | 0x80
 PTRACE_EVENT_STOP = 128
 PTRACE_PEEKSIGINFO_SHARED = 1
 NT_X86_XSTATE = 0x202
@@ -111,6 +113,19 @@ class Tracee:
 
     def cont(self, sig: int = 0) -> None:
         self._ptrace(PTRACE_CONT, 0, sig)
+
+    def to_syscall_entry(self) -> None:
+        """Continue up to the entry of the next system call (PTRACE_O_TRACESYSGOOD)."""
+        status = ffi.new("int *")
+        while True:
+            self._ptrace(PTRACE_SYSCALL)
+            check(lib.lp_wait(self.tid, status, -1))
+            if not os.WIFSTOPPED(status[0]):
+                raise NoSuchProcess(
+                    "ended at a remote call", where=f"thread {self.tid}", remedy="look why"
+                )
+            if status[0] >> 8 == SYSCALL_STOP:
+                return
 
     def set_options(self, options: int) -> None:
         self._ptrace(PTRACE_SETOPTIONS, 0, options)

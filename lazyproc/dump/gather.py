@@ -1,0 +1,251 @@
+"""The order of a dump: settle, ask, take descriptors, map memory; one frozen tree becomes one Checkpoint."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import cast
+
+from lazyproc.dump.descriptors import Gathered, gather_descriptors
+from lazyproc.dump.files import gather_link
+from lazyproc.dump.freeze import FrozenTask, FrozenTree
+from lazyproc.dump.mappings import Objects, gather_mm, open_memfds
+from lazyproc.dump.memory import eager_pages, may_be_lazy, private_extents, shared_extents
+from lazyproc.dump.question import ask
+from lazyproc.dump.registry import Registry, TaskRef
+from lazyproc.dump.tasks import gather_task, gather_zombie, process_questions
+from lazyproc.dump.threads import gather_thread, settle, thread_questions, tids_of
+from lazyproc.errors import CannotBeDone
+from lazyproc.kernel import proc, remote
+from lazyproc.kernel import tracee as ptrace
+from lazyproc.model import (
+    PAGE,
+    Checkpoint,
+    Clocks,
+    Extent,
+    Fs,
+    MemFd,
+    MemoryObject,
+    Mm,
+    ObjectKind,
+    Restart,
+    Task,
+    Thread,
+)
+
+THREAD_ANSWERS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where pages of an object lie on this host: in process `pid` (at `addr`), or in file `fd` (at offset `addr`)."""
+
+    object: MemoryObject
+    start: int
+    end: int
+    pid: int
+    fd: int
+    addr: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dump:
+    """A frozen tree as a Checkpoint whose `memory` has the eager pages; the lazy ones are found by `lazy_extents`."""
+
+    checkpoint: Checkpoint
+    segments: tuple[Segment, ...]
+    pids: Mapping[int, int]  # vpid -> pid
+    object_fds: Mapping[int, int]
+
+    def lazy_extents(self) -> dict[MemoryObject, tuple[Extent, ...]]:
+        """Every page with content that may come after the process runs. Grows with memory: not for the blackout."""
+        found = {}
+        eager = self.checkpoint.memory
+        for task in self.checkpoint.tasks:
+            if task.mm is None:
+                continue
+            obj = MemoryObject(ObjectKind.TASK, task.vpid)
+            known = frozenset(page for e in eager.get(obj, ()) for page in range(e.addr, e.end, PAGE))
+            lazy_vmas = [vma for vma in task.mm.vmas if may_be_lazy(vma)]
+            extents = private_extents(self.pids[task.vpid], lazy_vmas, known)
+            found[obj] = tuple(extent for extent in extents if extent.lazy)
+        for number, shared in self.checkpoint.shared.items():
+            if shared.lazy:
+                obj = MemoryObject(ObjectKind.SHARED, number)
+                found[obj] = shared_extents(self.object_fds[number], shared.size, lazy=True)
+        return found
+
+    def whole(self) -> Checkpoint:
+        """The checkpoint with all its pages listed, for images."""
+        memory = dict(self.checkpoint.memory)
+        for obj, extents in self.lazy_extents().items():
+            memory[obj] = tuple(sorted((*memory.get(obj, ()), *extents), key=lambda extent: extent.addr))
+        return replace(self.checkpoint, memory=memory)
+
+
+@contextmanager
+def dumped(
+    tree: FrozenTree,
+    *,
+    smaps: Mapping[int, tuple[proc.SmapsEntry, ...]] | None = None,
+    restarts: Mapping[int, Restart] | None = None,
+) -> Iterator[Dump]:
+    """Describe a frozen tree. The tree is as before on leaving; descriptors of ours into it are closed.
+
+    `smaps` (by pid) may have been read before the freeze: its flags are used where the mappings are still the same.
+    `restarts` (by our tid) are sleeps with the time they have left. CannotBeDone lists all obstacles.
+    """
+    clocks = _clocks(next(iter(tree.tasks.values())).pid)
+    alive = [task for task in tree.tasks.values() if not task.zombie]
+    tids = tids_of({task.pid: task.threads for task in alive})
+    refs = [TaskRef(task.pid, tids[task.pid], task.pidfd) for task in alive]
+    with ExitStack() as stack:
+        gathered = gather_descriptors(refs)
+        objects = Objects(stack)
+        tasks, eager = [], {}
+        for frozen in tree.tasks.values():
+            if frozen.zombie:
+                tasks.append(gather_zombie(frozen, _ids(frozen, tree)))
+                continue
+            task, pages = _one_task(frozen, tree, gathered, objects, tids, smaps or {}, restarts or {})
+            tasks.append(task)
+            eager[MemoryObject(ObjectKind.TASK, task.vpid)] = pages
+        _take_unmapped_memfds(gathered.registry, objects, stack)
+        if gathered.obstacles:
+            raise CannotBeDone(tuple(gathered.obstacles))
+        for number, shared in gathered.shared.items():
+            if not shared.lazy:
+                obj = MemoryObject(ObjectKind.SHARED, number)
+                eager[obj] = shared_extents(objects.fds[number], shared.size, lazy=False)
+        checkpoint = Checkpoint(
+            tasks=tuple(tasks),
+            files=gathered.files,
+            pipes=gathered.pipes,
+            shared=gathered.shared,
+            contents=gathered.contents,
+            memory=eager,
+            clocks=clocks,
+            hostname=socket.gethostname(),
+        )
+        pids = {ref.vpid: ref.pid for ref in refs}
+        yield Dump(checkpoint, tuple(_segments(checkpoint, pids, objects.fds)), pids, objects.fds)
+
+
+def _one_task(
+    frozen: FrozenTask,
+    tree: FrozenTree,
+    gathered: Gathered,
+    objects: Objects,
+    tids: Mapping[int, int],
+    smaps: Mapping[int, tuple[proc.SmapsEntry, ...]],
+    restarts: Mapping[int, Restart],
+) -> tuple[Task, tuple[Extent, ...]]:
+    """One process, and its pages that have to be there before it runs."""
+    pid, registry = frozen.pid, gathered.registry
+    status = proc.status(proc.read(pid, "status"))
+    maps = proc.maps(proc.read(pid, "maps"))
+    with ptrace.memory(pid) as memory:
+        rseqs = [settle(tracee, memory) for tracee in frozen.threads]
+        threads, answers = _ask(frozen, memory, maps, status, rseqs, restarts)
+        ids = (tids[pid], *_ids(frozen, tree)[1:])
+        task = gather_task(frozen, ids, threads, answers, tids)
+        entries = _with_flags(pid, maps, smaps.get(pid, ()))
+        mm = gather_mm(registry, frozen, entries, cast(tuple[int, bool, int], tuple(answers[4:])), memory, objects)
+        pages = eager_pages(mm, threads, memory)
+    cwd, root = gather_link(registry, pid, "cwd"), gather_link(registry, pid, "root")
+    task = replace(task, mm=mm, fs=Fs(cwd, root, status.umask or 0), descriptors=gathered.descriptors[task.vpid])
+    return task, _eager_extents(pid, mm, pages)
+
+
+def _ask(
+    frozen: FrozenTask,
+    memory: ptrace.Memory,
+    maps: Sequence[proc.MapsEntry],
+    status: proc.Status,
+    rseqs: Sequence[object],
+    restarts: Mapping[int, Restart],
+) -> tuple[tuple[Thread, ...], list[object]]:
+    """Threads, and the process's answers: one remote program in every thread, all at the same time."""
+    pid = frozen.pid
+    pending = status.sig_pending | status.shared_pending
+    timers = proc.timers(proc.read(pid, "timers"))
+    if status.seccomp:
+        for tracee in frozen.threads:
+            tracee.set_options(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_SUSPEND_SECCOMP)
+    ending = remote.ending_signal(status.sig_caught, pending)
+    with remote.borrowed(frozen.threads, memory, maps, ending=ending) as (bench, saved, frames):
+        questions = [thread_questions(bench) for _ in frozen.threads]
+        questions[0] += process_questions(bench, timers)
+        asked = list(zip(frozen.threads, frames, questions, strict=True))
+        answers = ask(bench, asked)
+    threads = tuple(
+        gather_thread(pid, tracee, state, cast("ptrace.Rseq | None", rseq), row[:THREAD_ANSWERS], restarts.get(tracee.tid))
+        for tracee, state, rseq, row in zip(frozen.threads, saved, rseqs, answers, strict=True)
+    )
+    return threads, answers[0][THREAD_ANSWERS:]
+
+
+def _with_flags(
+    pid: int, maps: Sequence[proc.MapsEntry], before: Sequence[proc.SmapsEntry]
+) -> tuple[proc.SmapsEntry, ...]:
+    """smaps of now, from before the freeze where the mappings are the same: reading it walks all memory."""
+    if before and tuple(entry.entry for entry in before) == tuple(maps):
+        return tuple(before)
+    return proc.smaps(proc.read(pid, "smaps"))
+
+
+def _eager_extents(pid: int, mm: Mm, pages: frozenset[int]) -> tuple[Extent, ...]:
+    """The eager pages that have content: all own pages of mappings that cannot be lazy, single pages of the others."""
+    eager_vmas = [vma for vma in mm.vmas if not may_be_lazy(vma)]
+    found = list(private_extents(pid, eager_vmas))
+    for vma in mm.vmas:
+        if may_be_lazy(vma):
+            inside = sorted(page for page in pages if vma.start <= page < vma.end)
+            singles = [replace(vma, start=page, end=page + PAGE) for page in inside]
+            found += private_extents(pid, singles, pages)
+    return tuple(sorted(found, key=lambda extent: extent.addr))
+
+
+def _ids(frozen: FrozenTask, tree: FrozenTree) -> tuple[int, int, int, int]:
+    """vpid, ppid (0 for the root), pgid, sid as the process itself sees them."""
+    status = proc.status(proc.read(frozen.pid, "status"))
+    parent = tree.tasks.get(status.ppid)
+    root = frozen is next(iter(tree.tasks.values()))
+    ppid = 0 if root or parent is None else proc.status(proc.read(parent.pid, "status")).ns_pid[-1]
+    return status.ns_pid[-1], ppid, status.ns_pgid[-1], status.ns_sid[-1]
+
+
+def _take_unmapped_memfds(registry: Registry, objects: Objects, stack: ExitStack) -> None:
+    for task in registry.tasks:
+        for fd in proc.descriptor_numbers(task.pid):
+            file_id, _ = registry.intern(task.pid, fd)
+            file = registry.files.get(file_id)
+            if file is not None and isinstance(file.resource, MemFd):
+                with registry.taken(task.pid, fd) as own:
+                    open_memfds(registry, {file.resource.object_id: own}, objects)
+
+
+def _segments(checkpoint: Checkpoint, pids: Mapping[int, int], object_fds: Mapping[int, int]) -> Iterator[Segment]:
+    for task in checkpoint.tasks:
+        if task.mm is not None:
+            obj = MemoryObject(ObjectKind.TASK, task.vpid)
+            for vma in task.mm.vmas:
+                yield Segment(obj, vma.start, vma.end, pids[task.vpid], -1, vma.start)
+    for number, shared in checkpoint.shared.items():
+        size = -(-shared.size // PAGE) * PAGE
+        yield Segment(MemoryObject(ObjectKind.SHARED, number), 0, size, 0, object_fds[number], 0)
+
+
+def _clocks(pid: int) -> Clocks:
+    """The clocks as the tree sees them: ours, moved by the difference of the two time namespaces."""
+    ours = proc.timens_offsets(proc.read(os.getpid(), "timens_offsets"))
+    theirs = proc.timens_offsets(proc.read(pid, "timens_offsets"))
+    return Clocks(
+        monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + theirs.monotonic_ns - ours.monotonic_ns,
+        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + theirs.boottime_ns - ours.boottime_ns,
+        realtime_ns=time.time_ns(),
+    )

@@ -1,0 +1,182 @@
+"""A TCP or UDP socket as data."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lazyproc.dump.registry import Refused
+from lazyproc.dump.tcp import FIN_SENT, read_connection
+from lazyproc.kernel import tcp
+from lazyproc.kernel.netfilter import End, Flow, plain
+from lazyproc.kernel.sockdiag import InetInfo
+from lazyproc.kernel.sockopt import (
+    IP_PKTINFO,
+    IP_RECVORIGDSTADDR,
+    IPV6_RECVORIGDSTADDR,
+    IPV6_RECVPKTINFO,
+    RCV_SHUTDOWN,
+    SEND_SHUTDOWN,
+    SIOCOUTQ,
+    SOL_IP,
+    SOL_IPV6,
+    TCP_CLOSE,
+    TCP_CLOSE_WAIT,
+    TCP_CLOSING,
+    TCP_ESTABLISHED,
+    TCP_LAST_ACK,
+    TCP_LISTEN,
+)
+from lazyproc.model import InetSocket, Packet, SocketOptions
+
+CONNECTED = {TCP_ESTABLISHED, TCP_CLOSE_WAIT, *FIN_SENT}
+_FIN_RECEIVED = {TCP_CLOSE_WAIT, TCP_CLOSING, TCP_LAST_ACK}
+_SHOW_DESTINATION = (
+    (SOL_IP, IP_PKTINFO),
+    (SOL_IP, IP_RECVORIGDSTADDR),
+    (SOL_IPV6, IPV6_RECVPKTINFO),
+    (SOL_IPV6, IPV6_RECVORIGDSTADDR),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The two ends of a socket, and its TCP_* state; UDP is ESTABLISHED when connected, else CLOSE."""
+
+    protocol: int
+    state: int
+    local: End
+    remote: End | None
+
+    @property
+    def is_connection(self) -> bool:
+        return self.protocol == socket.IPPROTO_TCP and self.remote is not None
+
+    @property
+    def flow(self) -> Flow:
+        return Flow(self.protocol, self.local, self.remote)
+
+
+def ends_of(sock: socket.socket) -> Ends:
+    local = _end(sock, sock.getsockname())
+    try:
+        remote = _end(sock, sock.getpeername())
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        remote = None
+    if sock.proto == socket.IPPROTO_TCP:
+        return Ends(sock.proto, tcp.info(sock).state, local, remote)
+    return Ends(sock.proto, TCP_CLOSE if remote is None else TCP_ESTABLISHED, local, remote)
+
+
+def _end(sock: socket.socket, address: tuple[str, int]) -> End:
+    return socket.inet_pton(sock.family, address[0].partition("%")[0]), address[1]
+
+
+def gather_inet(
+    sock: socket.socket,
+    ends: Ends,
+    *,
+    close: bool,
+    options: SocketOptions,
+    queue: tuple[Packet, ...],
+    udp: Mapping[int, InetInfo],
+    touch: bool,
+) -> InetSocket:
+    """`close`: the connection becomes an unconnected socket. Without `touch` a connection's state is left
+    out.
+
+    `udp` is sock_diag's view by inode, the only place that shows a UDP socket's shutdown(2).
+    """
+    inode = os.fstat(sock.fileno()).st_ino
+    state, local, remote = ends.state, ends.local, ends.remote
+    if close:
+        state, local, remote = TCP_CLOSE, (bytes(len(local[0])), 0), None
+    connection = ends.is_connection and state in CONNECTED
+    listening = state == TCP_LISTEN
+    if queue and not any(local[0]):
+        _refuse_hidden_destination(options)
+    return InetSocket(
+        inode=inode,
+        family=sock.family,
+        type=sock.type,
+        protocol=sock.proto,
+        state=state,
+        local=local,
+        remote=remote,
+        backlog=tcp.info(sock).backlog if listening else 0,
+        shutdown=_tcp_shutdown(sock, state) if connection else _udp_shutdown(udp, inode),
+        options=options,
+        v6only=sock.family == socket.AF_INET6
+        and bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)),
+        interface=sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0").decode(),
+        tcp=read_connection(sock) if connection and touch else None,
+        queue=queue,
+    )
+
+
+def _refuse_hidden_destination(options: SocketOptions) -> None:
+    if any(any(options.values.get(option, b"")) for option in _SHOW_DESTINATION):
+        raise Refused(
+            "holds unread datagrams whose destination address the program wants to know (IP_PKTINFO)",
+            "try again in a moment, or bind it to one address",
+        )
+
+
+def _tcp_shutdown(sock: socket.socket, state: int) -> int:
+    """The FINs of the state; a shutdown(SHUT_RD) sends none and shows only in poll(2)."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    closed = any(events & select.POLLRDHUP for _fd, events in poll.poll(0))
+    reading = RCV_SHUTDOWN if closed or state in _FIN_RECEIVED else 0
+    return reading | (SEND_SHUTDOWN if state in FIN_SENT else 0)
+
+
+def _udp_shutdown(udp: Mapping[int, InetInfo], inode: int) -> int:
+    return udp[inode].shutdown if inode in udp else 0
+
+
+def refuse_state(ends: Ends) -> None:
+    if ends.protocol == socket.IPPROTO_TCP and ends.state not in {TCP_CLOSE, TCP_LISTEN, *CONNECTED}:
+        raise Refused("is a TCP connection that is being made", "try again in a moment")
+
+
+def refuse_waiting(ends: Ends, tree: Iterable[Ends], known: Iterable[InetInfo]) -> None:
+    """What waits at a listening socket has no descriptor yet: it can be made again only when its other end
+    is in the tree and nothing was sent on it.
+    """
+    outward = {(other.remote, other.local) for other in tree if other.is_connection}
+    for info in known:
+        if info.inode or info.state not in CONNECTED or not _arrived_at(ends, info.local):
+            continue
+        if (info.local, info.remote) not in outward or info.state != TCP_ESTABLISHED or info.rqueue:
+            raise Refused(
+                f"holds a connection from {_text(info.remote)} that was not accepted yet",
+                "try again in a moment, or stop the clients from connecting",
+            )
+
+
+def _arrived_at(listener: Ends, local: End) -> bool:
+    return listener.local[1] == local[1] and (
+        not any(listener.local[0]) or plain(listener.local) == plain(local)
+    )
+
+
+def _text(end: End | None) -> str:
+    if end is None:
+        return "an unknown address"
+    family = socket.AF_INET if len(end[0]) == 4 else socket.AF_INET6
+    return f"{socket.inet_ntop(family, end[0])} port {end[1]}"
+
+
+def refuse_unsent(sock: socket.socket) -> None:
+    """UDP_CORK and MSG_MORE collect a datagram that nothing can read back; it shows in SIOCOUTQ."""
+    if struct.unpack("=i", fcntl.ioctl(sock, SIOCOUTQ, bytes(4))) != (0,):
+        raise Refused("holds a datagram that was not sent yet (UDP_CORK, MSG_MORE)", "try again in a moment")

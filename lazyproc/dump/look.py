@@ -1,0 +1,41 @@
+"""What can be seen of one descriptor from outside, and turning a refusal into an obstacle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from lazyproc.dump.registry import Refused, Registry
+from lazyproc.kernel import proc
+from lazyproc.kernel.proc_fdinfo import FdInfo, fdinfo
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A descriptor as /proc shows it."""
+
+    pid: int
+    fd: int
+    link: str  # what /proc/PID/fd/FD points to: a path of ours, "pipe:[7]", "anon_inode:[eventfd]"
+    info: FdInfo
+
+    @property
+    def access(self) -> int:
+        """O_RDONLY, O_WRONLY or O_RDWR."""
+        return self.info.flags & os.O_ACCMODE
+
+
+def look_at(pid: int, fd: int) -> Look:
+    """OSError or NoSuchProcess when it was closed meanwhile."""
+    return Look(pid, fd, os.readlink(f"/proc/{pid}/fd/{fd}"), fdinfo(proc.read(pid, f"fdinfo/{fd}")))
+
+
+@contextmanager
+def attempt(registry: Registry, pid: int, where: str) -> Iterator[None]:
+    """Inside, Refused becomes an obstacle of `pid` at `where` ("fd 7", "mapping 0x..-0x..")."""
+    try:
+        yield
+    except Refused as refused:
+        registry.refuse(pid, where, refused)

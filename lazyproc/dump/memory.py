@@ -1,0 +1,195 @@
+"""Address spaces: what is mapped, and which pages have content that only this process has."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+
+from lazyproc.dump.registry import Refused, Registry
+from lazyproc.kernel import arch_x86_64 as arch
+from lazyproc.kernel import proc
+from lazyproc.kernel import sys as kernel
+from lazyproc.kernel.tracee import Memory
+from lazyproc.model import PAGE, Extent, Mm, Task, Thread, Vma, VmaKind
+
+# VmFlags of mappings that cannot be moved, Documentation/filesystems/proc.rst
+REFUSED_FLAGS = {
+    "ht": ("is a huge page mapping (hugetlbfs)", "let the program use transparent huge pages"),
+    "io": ("maps device memory", "let the program close the device"),
+    "pf": ("maps memory that is not made of pages (a device or ring)", "let the program close it"),
+    "um": ("is registered with a userfaultfd of the program's own", "let the program close it"),
+    "uw": ("is write-protected by a userfaultfd of the program's own", "let the program close it"),
+    "ss": ("is a shadow stack", "start the program without shadow stacks"),
+    "sl": ("is sealed by mseal(2)", "start the program without sealing"),
+}
+SPECIAL = {"[vdso]": VmaKind.VDSO, "[vvar]": VmaKind.VVAR, "[vvar_vclock]": VmaKind.VVAR_VCLOCK}
+MAP_GROWSDOWN, MAP_NORESERVE = 0x100, 0x4000  # Python 3.11 knows neither
+ANON_NAME = "[anon:"
+ROBUST_HEAD = struct.Struct("<QqQ")  # struct robust_list_head: next, futex_offset, pending
+ROBUST_LIMIT = 2048  # ROBUST_LIST_LIMIT, include/uapi/linux/futex.h
+
+
+def kind_of(entry: proc.MapsEntry) -> VmaKind:
+    """What lies behind a line of /proc/PID/maps. Refused when nothing that can be moved does."""
+    if entry.path in SPECIAL:
+        return SPECIAL[entry.path]
+    if entry.inode == 0:
+        return VmaKind.ANON
+    if entry.path.startswith("anon_inode:"):
+        raise Refused(f"is a mapping of {entry.path}", "let the program close it")
+    if entry.path == "/[aio]":
+        return VmaKind.AIO
+    if entry.path == "/dev/zero" and entry.deleted or entry.path.startswith(("/memfd:", "/SYSV")) and entry.deleted:
+        return VmaKind.SHARED
+    return VmaKind.FILE
+
+
+def refusal(smaps: proc.SmapsEntry, kind: VmaKind) -> None:
+    """Raise Refused when the mapping has a flag that cannot be reproduced."""
+    if kind in SPECIAL.values():
+        return
+    for flag, (why, remedy) in REFUSED_FLAGS.items():
+        if flag in smaps.vm_flags:
+            raise Refused(why, remedy)
+
+
+def vma_of(smaps: proc.SmapsEntry, file_id: int = 0, object_id: int = 0) -> Vma:
+    """One mapping as it would be passed to mmap(2)."""
+    entry, kind = smaps.entry, kind_of(smaps.entry)
+    flags = mmap.MAP_PRIVATE if entry.perms[3] == "p" else mmap.MAP_SHARED
+    flags |= mmap.MAP_ANONYMOUS if kind is VmaKind.ANON else 0
+    flags |= MAP_GROWSDOWN if "gd" in smaps.vm_flags else 0
+    flags |= MAP_NORESERVE if "nr" in smaps.vm_flags else 0
+    return Vma(
+        start=entry.start,
+        end=entry.end,
+        prot=sum(bit for letter, bit in zip("rwx", (1, 2, 4), strict=True) if letter in entry.perms),
+        flags=flags,
+        kind=kind,
+        offset=entry.offset if kind in (VmaKind.FILE, VmaKind.SHARED) else 0,
+        file_id=file_id,
+        object_id=object_id,
+        vm_flags=smaps.vm_flags,
+        name=_name(entry.path, kind),
+        huge_pages=smaps.anon_huge // PAGE,
+    )
+
+
+def _name(path: str, kind: VmaKind) -> str:
+    if kind is not VmaKind.ANON:
+        return path if kind in SPECIAL.values() else ""
+    return path[len(ANON_NAME) : -1] if path.startswith(ANON_NAME) else path
+
+
+def may_be_lazy(vma: Vma) -> bool:
+    """Whether pages of a private mapping may come after the process runs. Locked memory must be there: eager."""
+    return vma.kind is VmaKind.ANON and "lo" not in vma.vm_flags
+
+
+def private_extents(pid: int, vmas: Sequence[Vma], eager: frozenset[int] = frozenset()) -> tuple[Extent, ...]:
+    """The pages of private mappings that have content of their own; `eager` are page addresses not to be lazy."""
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return tuple(
+            extent
+            for vma in vmas
+            for start, end in _own_pages(fd, vma)
+            for extent in _split(start, end, may_be_lazy(vma), eager)
+        )
+    finally:
+        os.close(fd)
+
+
+def _own_pages(pagemap: int, vma: Vma) -> Iterator[tuple[int, int]]:
+    """Runs of present or swapped pages; in a file mapping those that were copied (fs/proc/task_mmu.c)."""
+    if vma.kind not in (VmaKind.ANON, VmaKind.FILE, VmaKind.SHARED) or vma.flags & mmap.MAP_SHARED:
+        return
+    excluded = kernel.PAGE_IS_PFNZERO | (0 if vma.kind is VmaKind.ANON else kernel.PAGE_IS_FILE)
+    for start, end, _ in kernel.pagemap_scan(
+        pagemap,
+        vma.start,
+        vma.end,
+        excluded=excluded,
+        anyof=kernel.PAGE_IS_PRESENT | kernel.PAGE_IS_SWAPPED,
+    ):
+        yield start, end
+
+
+def _split(start: int, end: int, lazy: bool, eager: frozenset[int]) -> Iterator[Extent]:
+    """One run as extents, cut at the pages that must be there before the process runs."""
+    if not lazy:
+        yield Extent(start, (end - start) // PAGE, lazy=False)
+        return
+    for page in sorted(page for page in eager if start <= page < end):
+        if page > start:
+            yield Extent(start, (page - start) // PAGE, lazy=True)
+        yield Extent(page, 1, lazy=False)
+        start = page + PAGE
+    if start < end:
+        yield Extent(start, (end - start) // PAGE, lazy=True)
+
+
+def shared_extents(fd: int, size: int, *, lazy: bool) -> tuple[Extent, ...]:
+    """The allocated pages of a shared memory object (swapped ones too), by SEEK_DATA (mm/shmem.c)."""
+    found = []
+    offset = 0
+    while offset < size:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole up to the end
+            break
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        found.append(Extent(start, -(-(end - start) // PAGE), lazy=lazy))
+        offset = end
+    return tuple(found)
+
+
+def eager_pages(mm: Mm, threads: Iterable[Thread], memory: Memory) -> frozenset[int]:
+    """Pages that the kernel touches on a thread's behalf where it cannot wait, or that others read at once.
+
+    A thread that ends while its tid, robust list or held futex page is missing gets no userfaultfd event, and its
+    joiner hangs; rseq writes on every return to user space; /proc/PID/cmdline reads the argument pages.
+    """
+    wanted: set[int] = set()
+    for thread in threads:
+        registers = thread.registers
+        wanted |= {registers.fs_base, registers.sp, registers.sp - arch.RED_ZONE, thread.clear_child_tid}
+        if thread.rseq:
+            wanted |= {thread.rseq.addr, thread.rseq.addr + thread.rseq.size - 1}
+        if thread.robust_list:
+            wanted |= {thread.robust_list, *_held_futexes(thread.robust_list, memory)}
+        if thread.restart:  # the call is made once more before the pager works: what it reads must be there
+            wanted |= {registers.di, registers.si, registers.r10}
+    for start, end in ((mm.arg_start, mm.arg_end), (mm.env_start, mm.env_end)):
+        wanted |= set(range(start & -PAGE, end, PAGE))
+    return frozenset(addr & -PAGE for addr in wanted)
+
+
+def _held_futexes(head: int, memory: Memory) -> set[int]:
+    """Addresses of the robust futexes a thread holds (kernel/futex/core.c, exit_robust_list)."""
+    first, offset, pending = ROBUST_HEAD.unpack(memory.read(head, ROBUST_HEAD.size))
+    found = {pending, pending + offset} if pending else set()
+    entry = first & ~1
+    for _ in range(ROBUST_LIMIT):
+        if entry == head or not entry:
+            break
+        found |= {entry, entry + offset}
+        entry = struct.unpack("<Q", memory.read(entry, 8))[0] & ~1
+    return found
+
+
+def refused_mappings(registry: Registry, pid: int, smaps: Sequence[proc.SmapsEntry]) -> None:
+    """Put the mappings of a process that cannot be moved on the registry's list of obstacles."""
+    for entry in smaps:
+        where = f"mapping {entry.entry.start:#x}-{entry.entry.end:#x} {entry.entry.path}".rstrip()
+        try:
+            refusal(entry, kind_of(entry.entry))
+        except Refused as refused:
+            registry.refuse(pid, where, refused)
+
+
+def with_mm(task: Task, mm: Mm) -> Task:
+    """The task with its address space."""
+    return Task(**{**{name: getattr(task, name) for name in Task.__slots__}, "mm": mm})

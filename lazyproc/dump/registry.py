@@ -1,0 +1,187 @@
+"""What a dump has found so far, each thing once: open file descriptions, pipes, shared memory, contents.
+
+All gatherers of one dump share one Registry: it gives out the numbers, tells whether two descriptors are the
+same open file description, and takes descriptors out of the tree.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from lazyproc.errors import NoSuchProcess, Obstacle
+from lazyproc.kernel import proc
+from lazyproc.kernel.fds import kcmp_epoll_target
+from lazyproc.kernel.sys import KCMP_FILE, kcmp, pidfd_getfd
+from lazyproc.model import FileContent, OpenFile, Pipe, SharedMemory
+
+Inode = tuple[int, int]  # st_dev, st_ino
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRef:
+    """A process of the tree: `pid` in our pid namespace, `vpid` in its own."""
+
+    pid: int
+    vpid: int
+    pidfd: int
+
+
+class Refused(Exception):
+    """What a gatherer says of a thing that cannot be dumped; becomes an Obstacle of the process that has it."""
+
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(why, remedy)
+        self.why = why
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an open file description was first seen: descriptor `fd` of process `pid`."""
+
+    pid: int
+    fd: int
+    file_id: int
+
+
+class Numbers:
+    """Counts from 1, the same number for the same key."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, int] = {}
+        self._last = 0
+
+    def new(self) -> int:
+        self._last += 1
+        return self._last
+
+    def of(self, key: Hashable) -> tuple[int, bool]:
+        """The number of `key`, and whether it is new."""
+        if key in self._known:
+            return self._known[key], False
+        self._known[key] = self.new()
+        return self._known[key], True
+
+
+@dataclass(slots=True)
+class Registry:
+    """The tree's resources by number. `tasks[0]` is the root of the tree, whose root directory paths start at.
+
+    With `contents` False nothing is read out of pipes and files: that is how `explain` looks at running
+    processes. `queue` holds the places of files that were interned and not yet looked at.
+    """
+
+    tasks: tuple[TaskRef, ...]
+    contents_wanted: bool = True
+    files: dict[int, OpenFile] = field(default_factory=dict)
+    pipes: dict[int, Pipe] = field(default_factory=dict)
+    shared: dict[int, SharedMemory] = field(default_factory=dict)
+    contents: dict[int, FileContent] = field(default_factory=dict)
+    obstacles: list[Obstacle] = field(default_factory=list)
+    queue: deque[Place] = field(default_factory=deque)
+    objects: Numbers = field(default_factory=Numbers)  # SharedMemory, by Inode
+    pipe_numbers: Numbers = field(default_factory=Numbers)  # by Inode
+    content_numbers: Numbers = field(default_factory=Numbers)  # by Inode
+    _file_numbers: Numbers = field(default_factory=Numbers)
+    _places: dict[Inode, list[Place]] = field(default_factory=dict)  # each list in the order of kcmp
+    _first: dict[int, Place] = field(default_factory=dict)  # by file id
+
+    def new_file_id(self) -> int:
+        return self._file_numbers.new()
+
+    def intern(self, pid: int, fd: int) -> tuple[int, bool]:
+        """The number of the open file description behind `fd` of `pid`, and whether it is new.
+
+        A new one is put on the queue. `pid` may be our own (descriptors received from a peeked message): that
+        descriptor then has to stay open as long as the registry is in use. OSError when it was closed.
+        """
+        status = os.stat(f"/proc/{pid}/fd/{fd}")
+        places = self._places.setdefault((status.st_dev, status.st_ino), [])
+        at, found = _search(places, lambda place: kcmp(place.pid, pid, KCMP_FILE, place.fd, fd))
+        if found:
+            return places[at].file_id, False
+        place = Place(pid, fd, self.new_file_id())
+        places.insert(at, place)
+        self._first[place.file_id] = place
+        self.queue.append(place)
+        return place.file_id, True
+
+    def intern_path(self, key: Hashable) -> tuple[int, bool]:
+        """The number of a file that is no descriptor (a mapping's, cwd, exe), by whatever identifies it."""
+        return self._file_numbers.of(key)
+
+    def place(self, file_id: int) -> Place:
+        """Where a descriptor's file was first seen."""
+        return self._first[file_id]
+
+    def places(self, inode: Inode) -> tuple[Place, ...]:
+        """Where each open file description of this inode was first seen."""
+        return tuple(self._places.get(inode, ()))
+
+    @staticmethod
+    def link(place: Place) -> str:
+        """What /proc/PID/fd/FD points to."""
+        return os.readlink(f"/proc/{place.pid}/fd/{place.fd}")
+
+    def epoll_target(self, pid: int, epfd: int, fd: int, nth: int, inode: Inode) -> Place | None:
+        """Where the file that epoll set `epfd` of `pid` watches under number `fd` was seen; None: nowhere.
+
+        `nth` counts the entries of that number in the set, in fdinfo's order.
+        """
+        places = self._places.get(inode, [])
+        at, found = _search(places, lambda place: kcmp_epoll_target(place.pid, place.fd, pid, epfd, fd, nth))
+        return places[at] if found else None
+
+    def pidfd(self, pid: int) -> int:
+        return next(task.pidfd for task in self.tasks if task.pid == pid)
+
+    @contextmanager
+    def taken(self, pid: int, fd: int) -> Iterator[int]:
+        """Our own duplicate of a descriptor: the same open file description, so never seek or read it."""
+        own = os.dup(fd) if pid == os.getpid() else pidfd_getfd(self.pidfd(pid), fd)
+        try:
+            yield own
+        finally:
+            os.close(own)
+
+    def vpid(self, pid: int) -> int | None:
+        """What a process or thread of the tree is called in its own pid namespace; None for everybody else."""
+        try:
+            status = proc.status(proc.read(pid, "status"))
+        except NoSuchProcess:
+            return None
+        return status.ns_pid[-1] if status.tgid in {task.pid for task in self.tasks} else None
+
+    def inside(self, path: str) -> str:
+        """A path of ours (what readlink of /proc/PID/fd gives) as seen from the tree's root directory."""
+        root = os.readlink(f"/proc/{self.tasks[0].pid}/root")
+        if root == "/" or not (path + "/").startswith(root + "/"):
+            return path
+        return path[len(root) :] or "/"
+
+    def outside(self, path: str) -> str:
+        """A path of the tree's as one that we can open, whatever mount namespace or root it lives in."""
+        return f"/proc/{self.tasks[0].pid}/root{path}"
+
+    def refuse(self, pid: int, where: str, refused: Refused) -> None:
+        if pid not in {
+            task.pid for task in self.tasks
+        }:  # our own duplicate of a descriptor found in a message
+            pid, where = self.tasks[0].pid, "a descriptor in a message that waits in a socket"
+        self.obstacles.append(Obstacle(pid, where, refused.why, refused.remedy))
+
+
+def _search(places: Sequence[Place], compare: Callable[[Place], int]) -> tuple[int, bool]:
+    """Binary search with kcmp(2), which orders open file descriptions: (index, whether it is the same)."""
+    low, high = 0, len(places)
+    while low < high:
+        middle = (low + high) // 2
+        order = compare(places[middle])
+        if order == 0:
+            return middle, True
+        low, high = (middle + 1, high) if order == 1 else (low, middle)
+    return low, False

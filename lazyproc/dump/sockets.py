@@ -1,0 +1,274 @@
+"""The sockets of a tree: what they are, which cannot travel and why, and how they belong together.
+
+Descriptors hand every socket to a `SocketTable` while they go through the tree. `explain` uses the same
+table on running processes and asks only for the obstacles, which touches no socket's state; after the freeze
+the queues are read too (without consuming them), which may bring up more files: those sent along in
+messages.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import TracebackType
+
+from lazyproc.dump.inet import Ends, ends_of, gather_inet, refuse_state, refuse_unsent, refuse_waiting
+from lazyproc.dump.peek import read_queue
+from lazyproc.dump.registry import Place, Refused, Registry
+from lazyproc.dump.unix import gather_unix
+from lazyproc.kernel import netns, sockdiag, tcp
+from lazyproc.kernel.netfilter import Flow, plain
+from lazyproc.kernel.sockopt import (
+    INTERFACE_NUMBERS,
+    IPPROTO_MPTCP,
+    SO_ATTACH_FILTER,
+    SOL_SOCKET,
+    SOL_TCP,
+    TCP_LISTEN,
+    TCP_ULP,
+    classic_filter,
+    read_options,
+)
+from lazyproc.model import InetSocket, Packet, SocketOptions, UnixSocket
+
+_CLOSE = "close it before the move and open it again after it"
+# socket(2) and linux/socket.h; numbers because Python does not know them all.
+_FAMILIES = {
+    16: ("a netlink socket: it talks to this host's kernel", _CLOSE),
+    17: ("a packet socket on this host's network interfaces", _CLOSE),
+    21: ("an RDS socket", _CLOSE),
+    29: ("a CAN bus socket", _CLOSE),
+    30: ("a TIPC socket", _CLOSE),
+    31: ("a Bluetooth socket", _CLOSE),
+    38: ("a socket of the kernel's crypto API (AF_ALG)", _CLOSE),
+    40: ("a vsock socket between a virtual machine and its host", _CLOSE),
+    43: ("an SMC socket", "start the program without smc_run, so that it uses TCP"),
+    44: ("an XDP socket on this host's network interfaces", _CLOSE),
+}
+_PROTOCOLS = {
+    socket.IPPROTO_ICMP: ("an ICMP (ping) socket", _CLOSE),
+    socket.IPPROTO_ICMPV6: ("an ICMPv6 (ping) socket", _CLOSE),
+    socket.IPPROTO_SCTP: ("an SCTP socket, whose state cannot be read", _CLOSE),
+    socket.IPPROTO_UDPLITE: ("a UDP-Lite socket", "use UDP"),
+    IPPROTO_MPTCP: ("a Multipath TCP socket, whose state cannot be read", "let the program use plain TCP"),
+}
+_UNIX_TYPES = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
+
+
+@dataclass(slots=True)
+class _Taken:
+    place: Place
+    sock: socket.socket
+    ends: Ends | None  # of TCP and UDP
+    filter: bytes = b""
+    queue: tuple[Packet, ...] | None = None
+
+
+class _Known:
+    """sock_diag's view of the sockets' network namespace, each part asked for when it is first needed."""
+
+    def __init__(self, example: socket.socket) -> None:
+        self._example = example
+
+    @cached_property
+    def unix(self) -> dict[int, sockdiag.UnixInfo]:
+        with netns.namespace_of(self._example):
+            return sockdiag.unix_sockets()
+
+    @cached_property
+    def udp(self) -> dict[int, sockdiag.InetInfo]:
+        return {info.inode: info for info in self._inet(socket.IPPROTO_UDP)}
+
+    @cached_property
+    def tcp(self) -> tuple[sockdiag.InetInfo, ...]:
+        return self._inet(socket.IPPROTO_TCP)
+
+    def _inet(self, protocol: int) -> tuple[sockdiag.InetInfo, ...]:
+        with netns.namespace_of(self._example):
+            families = (socket.AF_INET, socket.AF_INET6)
+            return tuple(info for family in families for info in sockdiag.inet_sockets(family, protocol))
+
+
+@dataclass(slots=True)
+class SocketTable:
+    """Duplicates of all sockets of a tree. A context manager: leaving it closes the duplicates.
+
+    With `tcp_close` established connections to outside of the tree become unconnected sockets.
+    """
+
+    registry: Registry
+    tcp_close: bool = False
+    _taken: dict[int, _Taken] = field(default_factory=dict)  # by inode
+    _messages: list[int] = field(default_factory=list)  # descriptors of ours that were found in queues
+    _refused: set[int] = field(default_factory=set)  # inodes
+
+    def __enter__(self) -> SocketTable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for taken in self._taken.values():
+            taken.sock.close()
+        for fd in self._messages:
+            os.close(fd)
+
+    def add(self, place: Place, fd: int) -> None:
+        """Note the socket behind `fd`, a descriptor of ours that is duplicated. A socket that cannot travel
+        becomes an obstacle at once.
+        """
+        sock = socket.socket(fileno=os.dup(fd))
+        inode = os.fstat(fd).st_ino
+        try:
+            refuse_kind(sock)
+            self._same_namespace(sock)
+            refuse_urgent(sock)
+            ends = None if sock.family == socket.AF_UNIX else ends_of(sock)
+            if ends is not None:
+                refuse_state(ends)
+            if sock.proto == socket.IPPROTO_UDP and self.registry.contents_wanted:
+                refuse_unsent(sock)
+            self._taken[inode] = _Taken(place, sock, ends, _filter(sock))
+        except Refused as refused:
+            sock.close()
+            self._refused.add(inode)
+            self._refuse(place, refused)
+
+    def flows(self) -> list[Flow]:
+        """What has to be held back (kernel/netfilter) before the queues are read: every bound TCP and UDP
+        socket.
+        """
+        return [taken.ends.flow for taken in self._taken.values() if taken.ends and taken.ends.local[1]]
+
+    def connections(self) -> list[socket.socket]:
+        """The TCP connections, for `close_silently` after the hand-over."""
+        return [taken.sock for taken in self._taken.values() if taken.ends and taken.ends.is_connection]
+
+    def read_queues(self) -> None:
+        """Read the queues not read yet. New files found in messages are put on the registry's queue, and
+        those of them that are sockets have to be added, so call it again until nothing new turns up.
+        """
+        for taken in list(self._taken.values()):
+            if taken.queue is None:
+                taken.queue = (
+                    read_queue(taken.sock, self._intern, self.registry.vpid) if _has_queue(taken) else ()
+                )
+
+    def resolve(self) -> dict[int, UnixSocket | InetSocket]:
+        """Every socket by file id, but for those that cannot travel, which become obstacles of the registry.
+
+        Nothing of a socket's state is touched when the registry wants no contents (`explain`).
+        """
+        if not self._taken:
+            return {}
+        known = _Known(next(iter(self._taken.values())).sock)
+        resources = {}
+        for taken in self._taken.values():
+            try:
+                resources[taken.place.file_id] = self._resource(taken, known)
+            except Refused as refused:
+                self._refuse(taken.place, refused)
+        return resources
+
+    def _resource(self, taken: _Taken, known: _Known) -> UnixSocket | InetSocket:
+        queue, ends = taken.queue or (), taken.ends
+        values = read_options(taken.sock, connected=ends is not None and ends.is_connection)
+        options = SocketOptions(
+            values | ({(SOL_SOCKET, SO_ATTACH_FILTER): taken.filter} if taken.filter else {})
+        )
+        refuse_interface_numbers(options)
+        if ends is None:
+            tree = frozenset(self._taken) | self._refused
+            return gather_unix(self.registry, taken.sock, known.unix, tree, options, queue)
+        if ends.state == TCP_LISTEN and tcp.info(taken.sock).pending:
+            refuse_waiting(ends, self._ends(), known.tcp)
+        return gather_inet(
+            taken.sock,
+            ends,
+            close=self.tcp_close and ends.is_connection and not self._is_inside(ends),
+            options=options,
+            queue=queue,
+            udp=known.udp if ends.protocol == socket.IPPROTO_UDP else {},
+            touch=self.registry.contents_wanted,
+        )
+
+    def _ends(self) -> list[Ends]:
+        return [taken.ends for taken in self._taken.values() if taken.ends]
+
+    def _is_inside(self, ends: Ends) -> bool:
+        """Whether the other end of a connection is in the tree."""
+        wanted = (ends.remote and plain(ends.remote), plain(ends.local))
+        return any(
+            other.is_connection and (plain(other.local), other.remote and plain(other.remote)) == wanted
+            for other in self._ends()
+        )
+
+    def _intern(self, fd: int) -> int:
+        self._messages.append(fd)
+        return self.registry.intern(os.getpid(), fd)[0]
+
+    def _same_namespace(self, sock: socket.socket) -> None:
+        for other in self._taken.values():
+            if netns.cookie(other.sock) != netns.cookie(sock):
+                raise Refused(
+                    "is in another network namespace than the tree's other sockets",
+                    "start the whole tree in one network namespace",
+                )
+            return
+
+    def _refuse(self, place: Place, refused: Refused) -> None:
+        self.registry.refuse(place.pid, f"fd {place.fd}", refused)
+
+
+def _has_queue(taken: _Taken) -> bool:
+    """TCP's queues are part of the connection; a listening socket has connections instead."""
+    listening = taken.sock.getsockopt(SOL_SOCKET, socket.SO_ACCEPTCONN)
+    return not listening and (taken.ends is None or taken.ends.protocol == socket.IPPROTO_UDP)
+
+
+def refuse_kind(sock: socket.socket) -> None:
+    """Raise Refused for every kind of socket that is not unix, TCP or UDP."""
+    if sock.family == socket.AF_UNIX and sock.type in _UNIX_TYPES:
+        return None
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        if sock.type == socket.SOCK_RAW:
+            raise Refused("is a raw IP socket", _CLOSE)
+        if (sock.type, sock.proto) == (socket.SOCK_DGRAM, socket.IPPROTO_UDP):
+            return None
+        if (sock.type, sock.proto) == (socket.SOCK_STREAM, socket.IPPROTO_TCP):
+            return _refuse_ulp(sock)
+        why, remedy = _PROTOCOLS.get(sock.proto, (f"an IP socket of protocol {sock.proto}", _CLOSE))
+    else:
+        why, remedy = _FAMILIES.get(sock.family, (f"a socket of address family {int(sock.family)}", _CLOSE))
+    raise Refused(f"is {why}", remedy)
+
+
+def _refuse_ulp(sock: socket.socket) -> None:
+    layer = sock.getsockopt(SOL_TCP, TCP_ULP, 16).rstrip(b"\0").decode(errors="replace")
+    if layer:
+        raise Refused(f"has the kernel's {layer} layer on top of TCP, whose keys cannot be read", _CLOSE)
+
+
+def refuse_urgent(sock: socket.socket) -> None:
+    """MSG_OOB data cannot be peeked in its place; it shows in poll(2)."""
+    poll = select.poll()
+    poll.register(sock, select.POLLPRI)
+    if any(events & select.POLLPRI for _fd, events in poll.poll(0)):
+        raise Refused("holds urgent (MSG_OOB) data", "let the program read it first")
+
+
+def refuse_interface_numbers(options: SocketOptions) -> None:
+    if any(any(options.values.get(option, b"")) for option in INTERFACE_NUMBERS):
+        raise Refused("is tied to a network interface by number", "tie it by name (SO_BINDTODEVICE)")
+
+
+def _filter(sock: socket.socket) -> bytes:
+    try:
+        return classic_filter(sock)
+    except PermissionError:
+        raise Refused(
+            "has an eBPF filter attached, which cannot be read back", "detach it, or use a classic BPF filter"
+        ) from None

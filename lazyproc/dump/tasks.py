@@ -1,0 +1,171 @@
+"""One process: what its threads share, without memory and descriptors."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from lazyproc.dump.freeze import FrozenTask
+from lazyproc.dump.question import Question
+from lazyproc.errors import NoSuchProcess
+from lazyproc.kernel import proc
+from lazyproc.kernel.remote import Bench, Call
+from lazyproc.kernel.tracee import Memory
+from lazyproc.model import IntervalTimer, Limit, PosixTimer, SigAction, Task, TaskState, Thread
+
+PR_GET_DUMPABLE, PR_GET_CHILD_SUBREAPER, PR_GET_THP_DISABLE = 3, 37, 42
+KERNEL_SIGACTION = struct.Struct("<QQQQ")  # handler, flags, restorer, mask
+ITIMERVAL = struct.Struct("<qqqq")  # interval s, us; value s, us
+ITIMERSPEC = struct.Struct("<qqqq")  # interval s, ns; value s, ns
+SIGEV_THREAD_ID = 4
+SIGKILL, SIGSTOP = 9, 19
+
+
+def process_questions(bench: Bench, timers: Sequence[proc.PosixTimerInfo]) -> list[Question[object]]:
+    """Asked of the leader, in the order `gather_task` takes the answers."""
+    return [
+        cast(Question[object], question)
+        for question in (
+            _sigactions(bench),
+            _interval_timers(bench),
+            _posix_timers(bench, timers),
+            _flag(bench, PR_GET_CHILD_SUBREAPER),
+            Question((Call("prctl", (PR_GET_DUMPABLE,)),), lambda results, _: results[0]),
+            Question((Call("prctl", (PR_GET_THP_DISABLE,)),), lambda results, _: bool(results[0])),
+            Question((Call("brk", (0,)),), lambda results, _: results[0]),
+        )
+    ]
+
+
+def _flag(bench: Bench, option: int) -> Question[bool]:
+    addr = bench.room(4)
+    return Question((Call("prctl", (option, addr)),), lambda _, memory: memory.read(addr, 4) != bytes(4))
+
+
+def _sigactions(bench: Bench) -> Question[tuple[SigAction, ...]]:
+    signals = [sig for sig in range(1, 65) if sig not in (SIGKILL, SIGSTOP)]
+    addr = bench.room(KERNEL_SIGACTION.size * len(signals))
+    calls = tuple(
+        Call("rt_sigaction", (sig, 0, addr + KERNEL_SIGACTION.size * index, 8))
+        for index, sig in enumerate(signals)
+    )
+
+    def answer(_: Sequence[int], memory: Memory) -> tuple[SigAction, ...]:
+        rows = KERNEL_SIGACTION.iter_unpack(memory.read(addr, KERNEL_SIGACTION.size * len(signals)))
+        return tuple(SigAction(sig, *row) for sig, row in zip(signals, rows, strict=True))
+
+    return Question(calls, answer)
+
+
+def _interval_timers(bench: Bench) -> Question[tuple[IntervalTimer, ...]]:
+    addr = bench.room(ITIMERVAL.size * 3)
+    calls = tuple(Call("getitimer", (which, addr + ITIMERVAL.size * which)) for which in range(3))
+
+    def answer(_: Sequence[int], memory: Memory) -> tuple[IntervalTimer, ...]:
+        rows = ITIMERVAL.iter_unpack(memory.read(addr, ITIMERVAL.size * 3))
+        return tuple(
+            IntervalTimer(which, value_s * 1_000_000 + value_us, every_s * 1_000_000 + every_us)
+            for which, (every_s, every_us, value_s, value_us) in enumerate(rows)
+            if value_s or value_us
+        )
+
+    return Question(calls, answer)
+
+
+def _posix_timers(bench: Bench, timers: Sequence[proc.PosixTimerInfo]) -> Question[tuple[PosixTimer, ...]]:
+    addr = bench.room(ITIMERSPEC.size * max(1, len(timers)))
+    calls = tuple(
+        call
+        for index, timer in enumerate(timers)
+        for call in (
+            Call("timer_gettime", (timer.id, addr + ITIMERSPEC.size * index)),
+            Call("timer_getoverrun", (timer.id,)),
+        )
+    )
+
+    def answer(results: Sequence[int], memory: Memory) -> tuple[PosixTimer, ...]:
+        rows = ITIMERSPEC.iter_unpack(memory.read(addr, ITIMERSPEC.size * len(timers)))
+        return tuple(
+            PosixTimer(
+                timer.id,
+                timer.clock,
+                timer.signal,
+                timer.notify,
+                timer.value,
+                timer.target if timer.notify & SIGEV_THREAD_ID else 0,
+                overrun,
+                value_s * 1_000_000_000 + value_ns,
+                every_s * 1_000_000_000 + every_ns,
+            )
+            for timer, overrun, (every_s, every_ns, value_s, value_ns) in zip(
+                timers, results[1::2], rows, strict=True
+            )
+        )
+
+    return Question(calls, answer)
+
+
+def gather_task(
+    frozen: FrozenTask,
+    ids: tuple[int, int, int, int],
+    threads: tuple[Thread, ...],
+    answers: Sequence[object],
+    tids: Mapping[int, int],
+) -> Task:
+    """The process-wide part of a Task; `ids` are vpid, ppid, pgid, sid, `tids` maps our tids to its own."""
+    vpid, ppid, pgid, sid = ids
+    sigactions, itimers, timers, subreaper = answers[:4]
+    pid, leader = frozen.pid, frozen.threads[0]
+    return Task(
+        vpid=vpid,
+        ppid=ppid,
+        pgid=pgid,
+        sid=sid,
+        state=TaskState.STOPPED if leader.stop_signal else TaskState.ALIVE,
+        comm=frozen.stat.comm,
+        exit_signal=frozen.stat.exit_signal,
+        stop_signal=leader.stop_signal,
+        threads=threads,
+        sigactions=cast(tuple[SigAction, ...], sigactions),
+        pending=leader.pending(shared=True),
+        itimers=cast(tuple[IntervalTimer, ...], itimers),
+        posix_timers=tuple(_own_tid(timer, tids) for timer in cast(tuple[PosixTimer, ...], timers)),
+        limits=tuple(
+            Limit(resource, soft, hard)
+            for resource, (soft, hard) in enumerate(proc.limits(proc.read(pid, "limits")))
+        ),
+        personality=int(proc.read(pid, "personality"), 16),
+        oom_score_adj=int(proc.read(pid, "oom_score_adj")),
+        loginuid=_loginuid(pid),
+        child_subreaper=cast(bool, subreaper),
+        cgroups=proc.cgroup(proc.read(pid, "cgroup")),
+    )
+
+
+def _own_tid(timer: PosixTimer, tids: Mapping[int, int]) -> PosixTimer:
+    if not timer.tid:
+        return timer
+    fields = {name: getattr(timer, name) for name in PosixTimer.__slots__}
+    return PosixTimer(**{**fields, "tid": tids[timer.tid]})
+
+
+def _loginuid(pid: int) -> int:
+    try:
+        return int(proc.read(pid, "loginuid"))
+    except NoSuchProcess:  # a kernel without CONFIG_AUDITSYSCALL has no such file
+        return 0xFFFFFFFF
+
+
+def gather_zombie(frozen: FrozenTask, ids: tuple[int, int, int, int]) -> Task:
+    vpid, ppid, pgid, sid = ids
+    return Task(
+        vpid=vpid,
+        ppid=ppid,
+        pgid=pgid,
+        sid=sid,
+        state=TaskState.ZOMBIE,
+        comm=frozen.stat.comm,
+        exit_code=frozen.stat.exit_code,
+        exit_signal=frozen.stat.exit_signal,
+    )

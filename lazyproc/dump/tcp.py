@@ -1,0 +1,40 @@
+"""A TCP connection as data, read in repair mode and left exactly as it was."""
+
+from __future__ import annotations
+
+import socket
+
+from lazyproc.kernel import tcp
+from lazyproc.kernel.sockopt import TCP_CLOSING, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_LAST_ACK
+from lazyproc.model import TcpState
+
+FIN_SENT = {TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSING, TCP_LAST_ACK}
+
+
+def read_connection(sock: socket.socket) -> TcpState:
+    """Both queues and what TCP_REPAIR shows. The peer's packets have to be held back meanwhile
+    (kernel/netfilter).
+
+    `send_seq` and `recv_seq` are write_seq and rcv_nxt, the numbers after the last byte (a FIN counts as
+    one).
+    """
+    with tcp.repaired(sock):
+        info = tcp.info(sock)
+        unread, unacknowledged, unsent = tcp.queued(sock)
+        if info.state in FIN_SENT:  # the FIN is counted, but is no byte that could be read
+            unacknowledged, unsent = max(unacknowledged - 1, 0), max(unsent - 1, 0)
+        recv_seq, recv_queue = tcp.peek_queue(sock, tcp.RECV_QUEUE, unread)
+        send_seq, send_queue = tcp.peek_queue(sock, tcp.SEND_QUEUE, unacknowledged)
+        return TcpState(
+            send_seq=send_seq,
+            recv_seq=recv_seq,
+            send_queue=send_queue,
+            recv_queue=recv_queue,
+            unsent=unsent,
+            mss=tcp.max_segment(sock),
+            options=info.options,
+            send_wscale=info.send_wscale,
+            recv_wscale=info.recv_wscale,
+            timestamp=tcp.timestamp(sock) if info.options & tcp.OPT_TIMESTAMPS else 0,
+            window=tcp.window(sock),
+        )

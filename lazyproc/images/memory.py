@@ -1,0 +1,393 @@
+"""Address spaces and shared memory: mm-<vpid>.img and memfd.img (CRIU 4.2: images/mm.proto, memfd.proto).
+
+CRIU 4 writes every shared mapping, anonymous ones too, as a mapping of a memfd: the mapping names an open file
+of type MEMFD, the file names the memfd's inode, and the inode's shmid names the pagemap-shmem image. The writer
+makes such a file for every object, and the reader drops those that only mappings hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from lazyproc.errors import ImageError
+from lazyproc.images.extras import Extras
+from lazyproc.images.files import ImageWriter, garbled, record, records, to_bytes, to_text
+from lazyproc.images.pb import lazyproc_pb2 as own
+from lazyproc.images.pb import process_pb2 as pb
+from lazyproc.model import (
+    PAGE,
+    Checkpoint,
+    Mm,
+    OpenFile,
+    SharedKind,
+    SharedMemory,
+    Task,
+    Vma,
+    VmaKind,
+)
+
+MEMFD = "memfd.img"
+
+# vma_entry.status, criu/include/image.h
+_REGULAR = 1 << 0
+_STACK = 1 << 1
+_VSYSCALL = 1 << 2
+_VDSO = 1 << 3
+_HEAP = 1 << 5
+_FILE_PRIVATE = 1 << 6
+_FILE_SHARED = 1 << 7
+_ANON_SHARED = 1 << 8
+_ANON_PRIVATE = 1 << 9
+_SYSVIPC = 1 << 10
+_VVAR = 1 << 12
+_AIORING = 1 << 13
+_MEMFD = 1 << 14
+_SPECIAL = {
+    VmaKind.ANON: _REGULAR | _ANON_PRIVATE,
+    VmaKind.VDSO: _REGULAR | _VDSO | _ANON_PRIVATE,
+    VmaKind.VVAR: _REGULAR | _VVAR | _ANON_PRIVATE,
+    VmaKind.VVAR_VCLOCK: _REGULAR | _VVAR | _ANON_PRIVATE,
+    VmaKind.AIO: _AIORING,
+}
+_KNOWN = (
+    _REGULAR | _STACK | _VSYSCALL | _VDSO | _HEAP | _FILE_PRIVATE | _FILE_SHARED | _ANON_SHARED
+    | _ANON_PRIVATE | _SYSVIPC | _VVAR | _AIORING | _MEMFD
+)  # fmt: skip
+
+_MAP_PRIVATE, _MAP_GROWSDOWN, _MAP_LOCKED, _MAP_NORESERVE, _MAP_HUGETLB = 0x2, 0x100, 0x2000, 0x4000, 0x40000
+_PROT_WRITE = 2
+_O_ACCMODE, _O_RDWR = 3, 2
+_S_IFREG = 0o100000
+# VmFlags of proc_pid_smaps(5) that CRIU keeps: as the number of an advice to madvise(2), or as a MAP_ flag.
+_ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
+_MAP_FLAGS = {"gd": _MAP_GROWSDOWN, "lo": _MAP_LOCKED, "nr": _MAP_NORESERVE, "ht": _MAP_HUGETLB}
+
+_ANON_NAME = b"/dev/zero"  # CRIU's name of a memfd that stands for shared anonymous memory
+_MM_FIELDS = (
+    "start_code", "end_code", "start_data", "end_data", "start_stack", "start_brk", "brk",
+    "arg_start", "arg_end", "env_start", "env_end",
+)  # fmt: skip
+
+
+# --- shared memory ------------------------------------------------------------------------------------------
+
+
+def write_shared(shared: Mapping[int, SharedMemory], writer: ImageWriter, extras: own.Extras) -> None:
+    """memfd.img, and what it cannot hold into `extras`."""
+    for memory in shared.values():
+        extra = extras.shared.add(id=memory.id, lazy=memory.lazy)
+        if memory.kind is SharedKind.SYSV:
+            extra.sysv.key, extra.sysv.shmid, extra.sysv.size = (
+                memory.sysv_key,
+                memory.sysv_shmid,
+                memory.size,
+            )
+            extra.sysv.mode, extra.sysv.uid, extra.sysv.gid = memory.mode, memory.uid, memory.gid
+            continue
+        name = to_bytes(memory.name)
+        if memory.kind is SharedKind.ANON:
+            name = _ANON_NAME
+        elif name == _ANON_NAME:
+            extra.memfd = True
+        entry = pb.memfd_inode_entry(
+            name=name, uid=memory.uid, gid=memory.gid, size=memory.size, shmid=memory.id, seals=memory.seals
+        )
+        entry.inode_id = memory.id
+        entry.mode = _S_IFREG | memory.mode
+        writer.add(MEMFD, entry)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTable:
+    """The shared memory of a set of images, and the numbers by which mappings and files name it."""
+
+    objects: dict[int, SharedMemory]
+    by_inode: Mapping[int, int]  # inode_id of memfd.img -> object id
+    by_shmid: Mapping[int, int]  # SysV shmid -> object id
+
+    def of_inode(self, inode: int) -> int:
+        if inode not in self.by_inode:
+            raise garbled(MEMFD, f"there is no memfd {inode}")
+        return self.by_inode[inode]
+
+
+def read_shared(images: Mapping[str, bytes], extras: Extras) -> SharedTable:
+    objects: dict[int, SharedMemory] = {}
+    by_inode: dict[int, int] = {}
+    for entry, _ in records(images, MEMFD, pb.memfd_inode_entry):
+        if entry.hugetlb_flag:
+            raise ImageError("a memfd with huge pages", where=MEMFD, remedy="restore it with criu")
+        by_inode[entry.inode_id] = entry.shmid
+        objects[entry.shmid] = _memfd(entry, extras.shared.get(entry.shmid))
+    by_shmid = {}
+    for extra in extras.shared.values():
+        if extra.HasField("sysv"):
+            sysv = extra.sysv
+            by_shmid[sysv.shmid] = extra.id
+            objects[extra.id] = SharedMemory(
+                extra.id, SharedKind.SYSV, sysv.size, mode=sysv.mode, uid=sysv.uid, gid=sysv.gid,
+                sysv_key=sysv.key, sysv_shmid=sysv.shmid, lazy=extra.lazy,
+            )  # fmt: skip
+    return SharedTable(objects, by_inode, by_shmid)
+
+
+def _memfd(entry: pb.memfd_inode_entry, extra: own.SharedExtra | None) -> SharedMemory:
+    anon = entry.name == _ANON_NAME and not (extra and extra.memfd)
+    return SharedMemory(
+        id=entry.shmid,
+        kind=SharedKind.ANON if anon else SharedKind.MEMFD,
+        size=entry.size,
+        name="" if anon else to_text(entry.name, MEMFD),
+        seals=entry.seals,
+        mode=entry.mode & 0o7777 if entry.HasField("mode") else 0o777,
+        uid=entry.uid,
+        gid=entry.gid,
+        # Without our word for it anybody may still hold a descriptor of a memfd.
+        lazy=extra.lazy if extra else anon,
+    )
+
+
+# --- writing an address space -------------------------------------------------------------------------------
+
+
+class FlagSets:
+    """The distinct sets of VmFlags of a checkpoint; mappings name theirs by number."""
+
+    def __init__(self, extras: own.Extras) -> None:
+        self._message = extras.vm_flag_sets
+        self._numbers: dict[frozenset[str], int] = {}
+
+    def number(self, flags: frozenset[str]) -> int:
+        if flags not in self._numbers:
+            self._numbers[flags] = len(self._message)
+            self._message.append(" ".join(sorted(flags)).encode("latin-1"))
+        return self._numbers[flags]
+
+
+def write_mm(
+    task: Task,
+    mm: Mm,
+    checkpoint: Checkpoint,
+    memfd_files: Mapping[int, int],
+    writer: ImageWriter,
+    extra: own.TaskExtra,
+    sets: FlagSets,
+) -> None:
+    """mm-<vpid>.img. `memfd_files` names, for each shared object, the MEMFD file that mappings refer to."""
+    entry = pb.mm_entry(exe_file_id=mm.exe_id, dumpable=mm.dumpable, thp_disabled=mm.thp_disabled)
+    for name in _MM_FIELDS:
+        setattr(entry, f"mm_{name}", getattr(mm, name))
+    entry.mm_saved_auxv.extend(mm.auxv)
+    previous: Vma | None = None
+    for index, vma in enumerate(mm.vmas):
+        if vma.kind is VmaKind.VVAR_VCLOCK:
+            extra.vvar_vclock.append(vma.start)
+        if _continues(previous, vma):
+            entry.vmas[-1].end = vma.end
+        else:
+            _write_vma(vma, checkpoint, memfd_files, entry.vmas.add())
+        if vma.kind is VmaKind.AIO:
+            # The ring has the events asked for, doubled, plus two (fs/aio.c, aio_setup_ring).
+            entry.aios.add(
+                id=vma.start, nr_req=max(vma.length // 32 - 3, 0) // 2, ring_len=vma.length & 0xFFFFFFFF
+            )
+        extra.vm_flags.append(sets.number(vma.vm_flags))
+        name_given = vma.name != _implied_name(entry.vmas[-1], entry)
+        if name_given or vma.huge_pages:
+            note = extra.vmas.add(index=index, huge_pages=vma.huge_pages)
+            if name_given:
+                note.name = to_bytes(vma.name)
+        previous = vma
+    extra.vdso_build_id = mm.vdso_build_id
+    writer.add(f"mm-{task.vpid}.img", entry)
+
+
+def _continues(previous: Vma | None, vma: Vma) -> bool:
+    """CRIU knows one VVAR mapping: the kernel's [vvar] and the [vvar_vclock] behind it."""
+    return (
+        previous is not None
+        and previous.kind is VmaKind.VVAR
+        and vma.kind is VmaKind.VVAR_VCLOCK
+        and previous.end == vma.start
+        and (previous.prot, previous.flags, previous.offset) == (vma.prot, vma.flags, vma.offset)
+    )
+
+
+def _write_vma(vma: Vma, checkpoint: Checkpoint, memfd_files: Mapping[int, int], entry: pb.vma_entry) -> None:
+    entry.start, entry.end, entry.pgoff = vma.start, vma.end, vma.offset
+    entry.prot, entry.flags, entry.fd, entry.shmid = vma.prot, vma.flags, -1, 0
+    advice = sum(1 << number for flag, number in _ADVICE.items() if flag in vma.vm_flags)
+    if advice:
+        entry.madv = advice
+    mapped = _FILE_PRIVATE if vma.flags & _MAP_PRIVATE else _FILE_SHARED
+    if vma.kind is VmaKind.FILE:
+        entry.status = _REGULAR | mapped
+        entry.shmid = vma.file_id
+        entry.fdflags = checkpoint.files[vma.file_id].flags & _O_ACCMODE
+    elif vma.kind is VmaKind.SHARED:
+        memory = checkpoint.shared[vma.object_id]
+        if memory.kind is SharedKind.SYSV:
+            entry.status, entry.shmid = _REGULAR | _ANON_SHARED | _SYSVIPC, memory.sysv_shmid
+        else:
+            entry.status, entry.shmid = _REGULAR | _MEMFD | mapped, memfd_files[vma.object_id]
+            writable = "mw" in vma.vm_flags or vma.prot & _PROT_WRITE
+            entry.fdflags = _O_RDWR if writable and mapped == _FILE_SHARED else 0
+    else:
+        entry.status = _SPECIAL[vma.kind] | (
+            _HEAP if vma.name == "[heap]" and vma.kind is VmaKind.ANON else 0
+        )
+
+
+# --- reading an address space -------------------------------------------------------------------------------
+
+
+def read_mm(
+    vpid: int,
+    images: Mapping[str, bytes],
+    extras: Extras,
+    shared: SharedTable,
+    memfd_files: Mapping[int, int],
+) -> tuple[Mm, dict[int, int]]:
+    """The address space, and for each file that it maps shared the access mode that the mapping needs.
+
+    `memfd_files` tells the object of each MEMFD file. Shared anonymous memory of CRIU < 4, which has no record
+    of its own, is added to `shared`.
+    """
+    name = f"mm-{vpid}.img"
+    entry = record(images, name, pb.mm_entry)
+    extra = extras.tasks.get(vpid, own.TaskExtra(vpid=vpid))
+    vmas: list[Vma] = []
+    access: dict[int, int] = {}
+    for message in _split_vvar(entry.vmas, extra.vvar_vclock):
+        if message.status & _VSYSCALL:
+            continue  # every x86-64 process has it, made by the kernel
+        vma = _read_vma(message, shared, memfd_files, extra.vvar_vclock, name)
+        if vma.kind is VmaKind.FILE and message.HasField("fdflags"):
+            access[vma.file_id] = max(access.get(vma.file_id, 0), message.fdflags & _O_ACCMODE)
+        vmas.append(replace(vma, name=_implied_name(message, entry)))
+    mm = Mm(
+        **{field: getattr(entry, f"mm_{field}") for field in _MM_FIELDS},
+        auxv=tuple(entry.mm_saved_auxv),
+        exe_id=entry.exe_file_id,
+        dumpable=entry.dumpable if entry.HasField("dumpable") else 1,
+        thp_disabled=entry.thp_disabled,
+        vmas=_annotate(vmas, extra, extras, name),
+        vdso_build_id=extra.vdso_build_id,
+    )
+    return mm, access
+
+
+def _split_vvar(entries: Iterable[pb.vma_entry], vclocks: Iterable[int]) -> Iterator[pb.vma_entry]:
+    starts = set(vclocks)
+    for entry in entries:
+        inside = (
+            [start for start in starts if entry.start < start < entry.end] if entry.status & _VVAR else []
+        )
+        for start in sorted(inside):
+            first = pb.vma_entry()
+            first.CopyFrom(entry)
+            first.end = entry.start = start
+            yield first
+        yield entry
+
+
+def _read_vma(
+    entry: pb.vma_entry,
+    shared: SharedTable,
+    memfd_files: Mapping[int, int],
+    vclocks: Iterable[int],
+    name: str,
+) -> Vma:
+    if entry.start >= entry.end or (entry.start | entry.end) % PAGE:
+        raise garbled(name, f"a mapping from {entry.start:#x} to {entry.end:#x}")
+    kind, file_id, object_id = _kind(entry, name), 0, 0
+    if kind is VmaKind.VVAR and entry.start in vclocks:
+        kind = VmaKind.VVAR_VCLOCK
+    if kind is VmaKind.FILE:
+        file_id = entry.shmid
+    elif kind is VmaKind.SHARED:
+        object_id = _object_of(entry, shared, memfd_files, name)
+    flags = {flag for flag, number in _ADVICE.items() if entry.madv >> number & 1}
+    flags |= {flag for flag, bit in _MAP_FLAGS.items() if entry.flags & bit}
+    return Vma(
+        entry.start,
+        entry.end,
+        entry.prot,
+        entry.flags,
+        kind,
+        entry.pgoff,
+        file_id,
+        object_id,
+        frozenset(flags),
+    )
+
+
+def _kind(entry: pb.vma_entry, name: str) -> VmaKind:
+    status = entry.status
+    if status & ~_KNOWN:
+        raise ImageError(
+            f"the mapping {entry.start:#x}-{entry.end:#x} is of a kind that lazyproc lacks ({status:#x})",
+            where=name,
+            remedy="restore it with criu",
+        )
+    for bits, kind in (
+        (_VDSO, VmaKind.VDSO),
+        (_VVAR, VmaKind.VVAR),
+        (_AIORING, VmaKind.AIO),
+        (_MEMFD | _SYSVIPC | _ANON_SHARED, VmaKind.SHARED),
+        (_FILE_PRIVATE | _FILE_SHARED, VmaKind.FILE),
+        (_ANON_PRIVATE, VmaKind.ANON),
+    ):
+        if status & bits:
+            return kind
+    raise garbled(name, f"the mapping {entry.start:#x}-{entry.end:#x} has status {status:#x}")
+
+
+def _object_of(entry: pb.vma_entry, shared: SharedTable, memfd_files: Mapping[int, int], name: str) -> int:
+    if entry.status & _MEMFD:
+        if entry.shmid not in memfd_files:
+            raise garbled(
+                name, f"the mapping {entry.start:#x}-{entry.end:#x} is of the missing file {entry.shmid}"
+            )
+        return memfd_files[entry.shmid]
+    if entry.status & _SYSVIPC:
+        if entry.shmid not in shared.by_shmid:
+            raise ImageError(
+                f"SysV shared memory {entry.shmid} of an ipc namespace",
+                where=name,
+                remedy="restore it with criu",
+            )
+        return shared.by_shmid[entry.shmid]
+    size = entry.pgoff + entry.end - entry.start
+    before = shared.objects.get(entry.shmid, SharedMemory(entry.shmid, SharedKind.ANON, size))
+    shared.objects[entry.shmid] = replace(before, size=max(before.size, size))
+    return entry.shmid
+
+
+def _implied_name(entry: pb.vma_entry, mm: pb.mm_entry) -> str:
+    """The name as far as CRIU's fields tell it."""
+    if entry.status & _HEAP:
+        return "[heap]"
+    if entry.flags & _MAP_GROWSDOWN and entry.start <= mm.mm_start_stack < entry.end:
+        return "[stack]"
+    return ""
+
+
+def _annotate(vmas: list[Vma], extra: own.TaskExtra, extras: Extras, name: str) -> tuple[Vma, ...]:
+    """The mappings with what lazyproc.img knows about them."""
+    if not extra.vm_flags:
+        return tuple(vmas)
+    if len(extra.vm_flags) != len(vmas) or any(note.index >= len(vmas) for note in extra.vmas):
+        raise garbled(name, f"{len(vmas)} mappings, and lazyproc.img speaks of {len(extra.vm_flags)}")
+    for index, number in enumerate(extra.vm_flags):
+        vmas[index] = replace(vmas[index], vm_flags=extras.vm_flags(number))
+    for note in extra.vmas:
+        given = to_text(note.name, name) if note.HasField("name") else vmas[note.index].name
+        vmas[note.index] = replace(vmas[note.index], name=given, huge_pages=note.huge_pages)
+    return tuple(vmas)
+
+
+def mapping_access(file: OpenFile, mode: int) -> OpenFile:
+    """A file that only mappings hold, opened as they need it: CRIU writes that next to the mapping."""
+    return replace(file, flags=file.flags & ~_O_ACCMODE | mode)

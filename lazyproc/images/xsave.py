@@ -1,0 +1,140 @@
+"""The xsave area of a thread and the fields that CRIU has for it. Pure.
+
+`area` below is what PTRACE_GETREGSET(NT_X86_XSTATE) gives: the 512-byte FXSAVE region with the XCR0 mask at
+byte 464, a 64-byte header, then components in the standard format (Intel SDM vol. 1 ch. 13;
+arch/x86/include/asm/fpu/types.h). CRIU keeps the components it knows by name and drops the rest
+(images/core-x86.proto, criu/arch/x86/crtools.c:100), so the difference travels as patches in lazyproc.img.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from lazyproc.errors import ImageError
+from lazyproc.images.pb import lazyproc_pb2 as own
+from lazyproc.images.pb import process_pb2 as pb
+
+MAX_SIZE = 1 << 16
+_FXSAVE = struct.Struct("<4H2Q2I32I64I")  # cwd .. xmm_space: 416 bytes; padding and the XCR0 word follow
+_HEADER = 512
+_XCR0 = 464
+_CHUNK = 16  # granularity of patches
+
+
+@dataclass(frozen=True, slots=True)
+class _Component:
+    bit: int
+    field: str
+    count: int
+    code: str  # of struct: I or Q
+    offset: int  # Intel's place, with room for MPX and AVX-512
+
+    @property
+    def size(self) -> int:
+        return self.count * struct.calcsize(self.code)
+
+
+_INTEL = (
+    _Component(2, "ymmh_space", 64, "I", 576),
+    _Component(3, "bndreg_state", 8, "Q", 960),
+    _Component(4, "bndcsr_state", 8, "Q", 1024),
+    _Component(5, "opmask_reg", 8, "Q", 1088),
+    _Component(6, "zmm_upper", 64, "Q", 1152),
+    _Component(7, "hi16_zmm", 128, "Q", 1664),
+    _Component(9, "pkru", 2, "I", 2688),
+)
+
+
+def _layout(area: bytes) -> tuple[_Component, ...]:
+    """Where the components of this area lie.
+
+    CPUID leaf 0xD tells; Intel's answers are fixed and leave gaps, AMD's leave none. An area too short for
+    Intel's places of what XCR0 enables is AMD's.
+    """
+    enabled = int.from_bytes(area[_XCR0 : _XCR0 + 8], "little")
+    held = [part for part in _INTEL if enabled >> part.bit & 1] if enabled else list(_INTEL)
+    if not held or not enabled or held[-1].offset + held[-1].size <= len(area):
+        return tuple(part for part in held if part.offset + part.size <= len(area))
+    packed, at = [], _INTEL[0].offset
+    for part in held:
+        if at + part.size <= len(area):
+            packed.append(replace(part, offset=at))
+        at += part.size
+    return tuple(packed)
+
+
+def to_entry(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra) -> None:
+    """Fills CRIU's entry from the area, and the patches that give back exactly the area."""
+    padded = area.ljust(_HEADER + 64, b"\0")
+    fields = _FXSAVE.unpack_from(padded)
+    entry.cwd, entry.swd, entry.twd, entry.fop, entry.rip, entry.rdp, entry.mxcsr, entry.mxcsr_mask = fields[
+        :8
+    ]
+    entry.st_space.extend(fields[8:40])
+    entry.xmm_space.extend(fields[40:])
+    entry.xsave.xstate_bv = int.from_bytes(padded[_HEADER : _HEADER + 8], "little")
+    for part in _layout(area):
+        getattr(entry.xsave, part.field).extend(
+            struct.unpack_from(f"<{part.count}{part.code}", area, part.offset)
+        )
+    extra.xsave_size = len(area)
+    extra.xsave_patches.extend(_patches(_rebuild(entry, _layout(area), len(area)), area))
+
+
+def from_entry(entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra | None, name: str) -> bytes:
+    """The area. Without `extra` (an image of CRIU's) it ends with the last component; XCR0 is unknown."""
+    if extra is None or not extra.HasField("xsave_size"):
+        held = [part for part in _INTEL if getattr(entry.xsave, part.field)]
+        size = held[-1].offset + held[-1].size if held else _HEADER + 64
+        return _rebuild(entry, _INTEL, size, name)
+    if extra.xsave_size > MAX_SIZE or any(
+        patch.offset + len(patch.data) > extra.xsave_size for patch in extra.xsave_patches
+    ):
+        raise _bad(name)
+    known = bytearray(extra.xsave_size)
+    _lay(known, extra.xsave_patches)
+    area = bytearray(_rebuild(entry, _layout(bytes(known)), extra.xsave_size, name))
+    _lay(area, extra.xsave_patches)
+    return bytes(area)
+
+
+def _rebuild(
+    entry: pb.user_x86_fpregs_entry, layout: Iterable[_Component], size: int, name: str = "core"
+) -> bytes:
+    """An area of `size` bytes from CRIU's fields alone."""
+    area = bytearray(max(size, _HEADER + 64))
+    try:
+        _FXSAVE.pack_into(
+            area, 0, entry.cwd, entry.swd, entry.twd, entry.fop, entry.rip, entry.rdp, entry.mxcsr,
+            entry.mxcsr_mask, *entry.st_space, *entry.xmm_space,
+        )  # fmt: skip
+        struct.pack_into("<Q", area, _HEADER, entry.xsave.xstate_bv)
+        for part in layout:
+            values = getattr(entry.xsave, part.field)
+            if values:
+                struct.pack_into(f"<{part.count}{part.code}", area, part.offset, *values)
+    except struct.error:
+        raise _bad(name) from None
+    return bytes(area[:size])
+
+
+def _patches(rebuilt: bytes, area: bytes) -> Iterable[own.XsavePatch]:
+    """The runs of 16-byte chunks in which the two differ."""
+    start = None
+    for at in range(0, len(area) + _CHUNK, _CHUNK):
+        if at < len(area) and rebuilt[at : at + _CHUNK] != area[at : at + _CHUNK]:
+            start = at if start is None else start
+        elif start is not None:
+            yield own.XsavePatch(offset=start, data=area[start:at])
+            start = None
+
+
+def _lay(area: bytearray, patches: Iterable[own.XsavePatch]) -> None:
+    for patch in patches:
+        area[patch.offset : patch.offset + len(patch.data)] = patch.data
+
+
+def _bad(name: str) -> ImageError:
+    return ImageError("the xsave area is garbled", where=name, remedy="take the checkpoint again")

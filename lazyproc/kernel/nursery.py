@@ -1,0 +1,116 @@
+"""The nursery: a program of a few hundred bytes from which restored processes are forked.
+
+It has so little (one page of code, a data area, a stack, the vdso) that a fork of it can be emptied in two calls.
+It starts by waiting for its tracer and ends as the parent of the restored root: it reaps, and passes on the
+root's status. In a new pid namespace it is pid 1.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from lazyproc.errors import HostLacks
+from lazyproc.kernel import tracee as ptrace
+from lazyproc.kernel._core import ffi, lib
+from lazyproc.kernel.remote import BLOB, Bench
+from lazyproc.kernel.sys import check
+from lazyproc.kernel.tracee import Memory, Tracee
+from lazyproc.model import PAGE
+
+CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWTIME = 0x20000, 0x20000000, 0x80
+TEXT = 0x10000  # vm.mmap_min_addr
+DATA = 0x20000
+DATA_SIZE = 1 << 20
+HEADER = 64 + 3 * 56  # ELF header and three program headers
+BLOB_OFFSET = (HEADER + 15) & -16
+PT_LOAD, PT_GNU_STACK = 1, 0x6474E551
+STOP_MS = 5000
+
+
+def elf() -> bytes:
+    """The executable: the blob as its code, a data area of zeros (elf(5))."""
+    entry = TEXT + BLOB_OFFSET + int(lib.lp_blob_nursery())
+    size = BLOB_OFFSET + len(BLOB)
+    ident = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header = ident + struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, entry, 64, 0, 0, 64, 56, 3, 0, 0, 0)
+    text = struct.pack("<IIQQQQQQ", PT_LOAD, 5, 0, TEXT, TEXT, size, size, PAGE)
+    data = struct.pack("<IIQQQQQQ", PT_LOAD, 6, 0, DATA, DATA, 0, DATA_SIZE, PAGE)
+    stack = struct.pack("<IIQQQQQQ", PT_GNU_STACK, 6, 0, 0, 0, 0, 0, 16)
+    return (header + text + data + stack).ljust(BLOB_OFFSET, b"\0") + BLOB
+
+
+@dataclass(slots=True)
+class Nursery:
+    """The stopped nursery. `transport` is our end of the socket that it and all its forks hold as `transport_fd`."""
+
+    tracee: Tracee
+    pidfd: int
+    transport: socket.socket
+    transport_fd: int
+    memory: Memory
+    new_pidns: bool
+
+    @property
+    def pid(self) -> int:
+        return self.tracee.tid
+
+    def bench(self, memory: Memory, ending: int) -> Bench:
+        """The bench that the nursery and each fresh fork of it has from the start."""
+        return Bench(memory, TEXT + BLOB_OFFSET, DATA, DATA_SIZE, ending)
+
+    def become_parent_of(self, root: int) -> None:
+        """Let it run: from now on it reaps, and exits as the root (pid as it sees it) does."""
+        registers = self.tracee.registers()
+        self.tracee.set_registers(
+            registers._replace(
+                ip=TEXT + BLOB_OFFSET + int(lib.lp_blob_reap()), r12=root, r13=0, orig_ax=(1 << 64) - 1
+            )
+        )
+        self.tracee.set_blocked(0)
+        self.tracee.detach()
+
+
+def _spawn(transport: socket.socket, transport_fd: int, *, pidns: bool, timens: str | None) -> tuple[int, int]:
+    image = os.memfd_create("lazyproc-nursery", os.MFD_CLOEXEC)
+    try:
+        os.write(image, elf())
+        namespaces = (CLONE_NEWPID | CLONE_NEWNS if pidns else 0) | (CLONE_NEWTIME if timens is not None else 0)
+        argv = ffi.new("const char *[2]", [name := ffi.new("char[]", b"lazyproc-nursery"), ffi.NULL])
+        offsets = ffi.new("char[]", timens.encode()) if timens is not None else ffi.NULL
+        pidfd = ffi.new("int *")
+        pid = check(lib.lp_spawn(argv, image, transport.fileno(), transport_fd, namespaces, offsets, pidfd))
+        del name
+        return pid, int(pidfd[0])
+    except OSError as error:
+        raise HostLacks(
+            f"could not start the nursery: {error.strerror}",
+            where="new pid, mount or time namespace" if pidns or timens else "nursery",
+            remedy="run as root, or with CAP_SYS_ADMIN",
+        ) from error
+    finally:
+        os.close(image)
+
+
+@contextmanager
+def nursery(*, pidns: bool, timens: str | None, transport_fd: int) -> Iterator[Nursery]:
+    """A stopped nursery, killed with everything forked from it (EXITKILL too) unless it was let go.
+
+    `timens` is what goes into timens_offsets of a new time namespace, None for ours.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        pid, pidfd = _spawn(theirs, transport_fd, pidns=pidns, timens=timens)
+        try:
+            tracee = Tracee(pid)
+            tracee.seize(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL)
+            tracee.interrupt()
+            tracee.wait_stop(STOP_MS)
+            with ptrace.memory(pid) as memory:
+                yield Nursery(tracee, pidfd, ours, transport_fd, memory, pidns)
+        finally:
+            os.close(pidfd)

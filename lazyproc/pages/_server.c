@@ -1,0 +1,508 @@
+#define _GNU_SOURCE
+#include "_server.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "crc32c.h"
+#include "native.h"
+
+/* Pages are read, looked at, summed and sent in pieces that stay in the second-level cache between the passes. */
+#define PIECE_PAGES 64u
+#define INBOX_FRAMES 128u
+
+enum page_class { PAGE_CONTENT, PAGE_ZERO, PAGE_ABSENT };
+
+struct counters {
+    atomic_uint_fast64_t requests, pages, zero, absent, bytes_in, bytes_out;
+};
+
+/* What the thread of a connection works with; nothing is allocated per request. */
+struct workspace {
+    uint8_t piece[PIECE_PAGES * PAGE_BYTES]; /* first, for its alignment */
+    uint8_t class[PIECE_PAGES];
+    struct page_frame frames[PIECE_PAGES];
+    struct iovec iov[2 * PIECE_PAGES];
+    uint8_t inbox[INBOX_FRAMES * sizeof(struct page_frame)];
+    size_t inbox_start, inbox_end;
+};
+
+struct connection {
+    struct connection *next;
+    struct server *server;
+    struct workspace *work; /* NULL once joined */
+    pthread_t thread;
+    int fd;
+    int number;
+    struct counters counters;
+    enum server_cause cause; /* these three are written before `ended` */
+    int error;
+    uint64_t detail;
+    atomic_bool ended;
+};
+
+struct server {
+    const struct server_segment *segments;
+    size_t segment_count;
+    struct connection *connections; /* newest first */
+    int connection_count;
+    bool stopped;
+};
+
+static void count(atomic_uint_fast64_t *counter, uint64_t n)
+{
+    atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+/* --- how a connection ends --------------------------------------------------------------------------------------- */
+
+static int end(struct connection *c, enum server_cause cause, int error, uint64_t detail)
+{
+    c->cause = cause;
+    c->error = error;
+    c->detail = detail;
+    return -1;
+}
+
+/* --- where the pages are ----------------------------------------------------------------------------------------- */
+
+/* The first segment of the object that ends above addr. */
+static const struct server_segment *find_segment(const struct server *server, uint64_t object, uint64_t addr)
+{
+    size_t low = 0, high = server->segment_count;
+
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        const struct server_segment *s = &server->segments[middle];
+
+        if (s->object < object || (s->object == object && s->end <= addr))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (low == server->segment_count || server->segments[low].object != object)
+        return NULL;
+    return &server->segments[low];
+}
+
+/* A pid names another process once its own has been reaped. The pidfd, asked after the read, tells that it had not. */
+static bool process_ended(int pidfd)
+{
+    struct pollfd exit = {.fd = pidfd, .events = POLLIN};
+
+    return poll(&exit, 1, 0) != 0;
+}
+
+/* process_vm_readv stops at a mapping without PROT_READ; /proc/PID/mem reads those too (FOLL_FORCE), only slower. */
+static ssize_t read_some(const struct server_segment *s, uint64_t where, void *to, size_t length)
+{
+    if (s->pid) {
+        struct iovec local = {.iov_base = to, .iov_len = length};
+        struct iovec remote = {.iov_base = (void *)where, .iov_len = length};
+        ssize_t n = process_vm_readv(s->pid, &local, 1, &remote, 1, 0);
+
+        if (n > 0)
+            return n;
+    }
+    return pread(s->fd, to, length, (off_t)where);
+}
+
+/* Both calls stop at the first page that cannot be had (a guard page, the end of a file, a medium error). */
+static int read_piece(struct connection *c, const struct server_segment *s, uint64_t addr, size_t pages)
+{
+    struct workspace *work = c->work;
+    size_t done = 0;
+
+    while (done < pages) {
+        ssize_t n = read_some(s, s->where + (addr - s->start) + done * PAGE_BYTES, work->piece + done * PAGE_BYTES,
+                              (pages - done) * PAGE_BYTES);
+        size_t got = n > 0 ? (size_t)n / PAGE_BYTES : 0;
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        memset(work->class + done, PAGE_CONTENT, got);
+        done += got;
+        if (got == 0)
+            work->class[done++] = PAGE_ABSENT;
+    }
+    if (s->pid && process_ended(s->pidfd))
+        return end(c, SERVER_SOURCE_GONE, 0, (uint64_t)s->pid);
+    return 0;
+}
+
+/* --- the answer -------------------------------------------------------------------------------------------------- */
+
+/* A page whose first word is zero and that equals itself one word on is zero: libc's memcmp is as wide as the CPU. */
+static bool is_zero(const uint8_t *page)
+{
+    uint64_t first;
+
+    memcpy(&first, page, sizeof(first));
+    return first == 0 && memcmp(page, page + sizeof(first), PAGE_BYTES - sizeof(first)) == 0;
+}
+
+static void classify(struct workspace *work, size_t pages)
+{
+    for (size_t i = 0; i < pages; i++)
+        if (work->class[i] == PAGE_CONTENT && is_zero(work->piece + i * PAGE_BYTES))
+            work->class[i] = PAGE_ZERO;
+}
+
+static struct page_frame frame_of(const struct page_frame *get, uint64_t addr, size_t pages, enum page_class class)
+{
+    static const uint8_t flags[] = {[PAGE_CONTENT] = 0, [PAGE_ZERO] = FRAME_ZERO, [PAGE_ABSENT] = FRAME_ABSENT};
+
+    return (struct page_frame){
+        .type = FRAME_PAGES,
+        .flags = flags[class],
+        .count = (uint32_t)pages,
+        .object = get->object,
+        .addr = addr,
+        .tag = get->tag,
+    };
+}
+
+static void count_pages(struct connection *c, enum page_class class, size_t pages)
+{
+    atomic_uint_fast64_t *const counters[] = {
+        [PAGE_CONTENT] = &c->counters.pages,
+        [PAGE_ZERO] = &c->counters.zero,
+        [PAGE_ABSENT] = &c->counters.absent,
+    };
+
+    count(counters[class], pages);
+}
+
+/* One frame for every run of pages of one class. Returns the number of frames; *parts is how long iov became. */
+static size_t cut_frames(struct connection *c, const struct page_frame *get, uint64_t addr, size_t pages,
+                         size_t *parts)
+{
+    struct workspace *work = c->work;
+    size_t frames = 0;
+
+    *parts = 0;
+    for (size_t first = 0, next; first < pages; first = next) {
+        struct page_frame *frame = &work->frames[frames++];
+        enum page_class class = work->class[first];
+        uint8_t *data = work->piece + first * PAGE_BYTES;
+
+        for (next = first + 1; next < pages && work->class[next] == class; next++)
+            ;
+        *frame = frame_of(get, addr + first * PAGE_BYTES, next - first, class);
+        work->iov[(*parts)++] = (struct iovec){.iov_base = frame, .iov_len = sizeof(*frame)};
+        if (class == PAGE_CONTENT) {
+            frame->crc = crc32c_pages(data, next - first);
+            work->iov[(*parts)++] = (struct iovec){.iov_base = data, .iov_len = (next - first) * PAGE_BYTES};
+        }
+        count_pages(c, class, next - first);
+    }
+    return frames;
+}
+
+static int send_parts(struct connection *c, struct iovec *iov, size_t parts)
+{
+    struct msghdr message = {.msg_iov = iov, .msg_iovlen = parts};
+
+    while (message.msg_iovlen) {
+        ssize_t n = sendmsg(c->fd, &message, MSG_NOSIGNAL);
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return end(c, SERVER_SOCKET_ERROR, errno, 0);
+        count(&c->counters.bytes_out, (uint64_t)n);
+        for (; message.msg_iovlen && (size_t)n >= message.msg_iov->iov_len; message.msg_iov++, message.msg_iovlen--)
+            n -= (ssize_t)message.msg_iov->iov_len;
+        if (message.msg_iovlen) {
+            message.msg_iov->iov_base = (uint8_t *)message.msg_iov->iov_base + n;
+            message.msg_iov->iov_len -= (size_t)n;
+        }
+    }
+    return 0;
+}
+
+/* Pages that no segment has, up to the next segment. */
+static int answer_gap(struct connection *c, const struct page_frame *get, uint64_t addr, size_t pages, bool last)
+{
+    struct page_frame frame = frame_of(get, addr, pages, PAGE_ABSENT);
+    struct iovec part = {.iov_base = &frame, .iov_len = sizeof(frame)};
+
+    frame.flags |= last ? FRAME_LAST : 0;
+    count_pages(c, PAGE_ABSENT, pages);
+    return send_parts(c, &part, 1);
+}
+
+static int answer_piece(struct connection *c, const struct page_frame *get, const struct server_segment *s,
+                        uint64_t addr, size_t pages, bool last)
+{
+    size_t frames, parts;
+
+    if (read_piece(c, s, addr, pages) < 0)
+        return -1;
+    classify(c->work, pages);
+    frames = cut_frames(c, get, addr, pages, &parts);
+    c->work->frames[frames - 1].flags |= last ? FRAME_LAST : 0;
+    return send_parts(c, c->work->iov, parts);
+}
+
+static size_t smaller(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+static int answer(struct connection *c, const struct page_frame *get)
+{
+    uint64_t addr = get->addr;
+    size_t left = get->count, pages;
+
+    for (; left; left -= pages, addr += pages * PAGE_BYTES) {
+        const struct server_segment *s = find_segment(c->server, get->object, addr);
+        int result;
+
+        if (s && s->start <= addr) {
+            pages = smaller(smaller(left, PIECE_PAGES), (s->end - addr) / PAGE_BYTES);
+            result = answer_piece(c, get, s, addr, pages, pages == left);
+        } else {
+            pages = s ? smaller(left, (s->start - addr) / PAGE_BYTES) : left;
+            result = answer_gap(c, get, addr, pages, pages == left);
+        }
+        if (result < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* --- the requests ------------------------------------------------------------------------------------------------ */
+
+static int receive_frame(struct connection *c, struct page_frame *frame)
+{
+    struct workspace *work = c->work;
+
+    while (work->inbox_end - work->inbox_start < sizeof(*frame)) {
+        ssize_t n;
+
+        memmove(work->inbox, work->inbox + work->inbox_start, work->inbox_end - work->inbox_start);
+        work->inbox_end -= work->inbox_start;
+        work->inbox_start = 0;
+        n = recv(c->fd, work->inbox + work->inbox_end, sizeof(work->inbox) - work->inbox_end, 0);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return end(c, SERVER_SOCKET_ERROR, errno, 0);
+        if (n == 0)
+            return end(c, SERVER_HUNG_UP, 0, 0);
+        count(&c->counters.bytes_in, (uint64_t)n);
+        work->inbox_end += (size_t)n;
+    }
+    memcpy(frame, work->inbox + work->inbox_start, sizeof(*frame));
+    work->inbox_start += sizeof(*frame);
+    return 0;
+}
+
+static bool is_valid_get(const struct page_frame *f)
+{
+    return f->type == FRAME_GET && f->flags == 0 && f->reserved == 0 && f->crc == 0 && f->count >= 1 &&
+           f->count <= FRAME_MAX_PAGES && f->addr % PAGE_BYTES == 0 &&
+           f->addr <= UINT64_MAX - (uint64_t)f->count * PAGE_BYTES;
+}
+
+static int serve_request(struct connection *c)
+{
+    struct page_frame frame;
+
+    if (receive_frame(c, &frame) < 0)
+        return -1;
+    if (frame.type == FRAME_CLOSE)
+        return end(c, SERVER_CLOSED, 0, 0);
+    if (!is_valid_get(&frame))
+        return end(c, SERVER_BAD_FRAME, 0, frame.type);
+    count(&c->counters.requests, 1);
+    return answer(c, &frame);
+}
+
+/* The descriptor stays open until the thread is joined, so that nobody ever shuts down a stranger's; the peer sees
+ * the end at once, and by then the cause can be read. */
+static void *serve_connection(void *argument)
+{
+    struct connection *c = argument;
+
+    while (serve_request(c) == 0)
+        ;
+    atomic_store_explicit(&c->ended, true, memory_order_release);
+    shutdown(c->fd, SHUT_RDWR);
+    return NULL;
+}
+
+/* --- connections ------------------------------------------------------------------------------------------------- */
+
+static void join(struct connection *c)
+{
+    if (!c->work)
+        return;
+    pthread_join(c->thread, NULL);
+    close(c->fd);
+    free(c->work);
+    c->work = NULL;
+}
+
+/* With every signal blocked: they belong to Python's main thread. */
+static int start_thread(struct connection *c)
+{
+    sigset_t all, before;
+    int error;
+
+    sigfillset(&all);
+    error = pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (error)
+        return -error;
+    error = pthread_create(&c->thread, NULL, serve_connection, c);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return -error;
+}
+
+static int make_blocking(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+
+    return flags < 0 || fcntl(fd, F_SETFL, flags & ~O_NONBLOCK) < 0 ? -errno : 0;
+}
+
+static int new_connection(struct server *server, int fd, struct connection **result)
+{
+    struct connection *c = calloc(1, sizeof(*c));
+    int error;
+
+    if (!c)
+        return -ENOMEM;
+    c->server = server;
+    c->fd = fd;
+    c->number = server->connection_count;
+    c->work = aligned_alloc(PAGE_BYTES, (sizeof(*c->work) + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES);
+    error = c->work ? make_blocking(fd) : -ENOMEM;
+    if (!error) {
+        c->work->inbox_start = c->work->inbox_end = 0;
+        error = start_thread(c);
+    }
+    if (error) {
+        free(c->work);
+        free(c);
+        return error;
+    }
+    *result = c;
+    return 0;
+}
+
+int server_serve(struct server *server, int fd)
+{
+    struct connection *c;
+    int error;
+
+    if (server->stopped)
+        return -ESHUTDOWN;
+    for (c = server->connections; c; c = c->next)
+        if (atomic_load_explicit(&c->ended, memory_order_acquire))
+            join(c);
+    error = new_connection(server, fd, &c);
+    if (error)
+        return error;
+    c->next = server->connections;
+    server->connections = c;
+    return server->connection_count++;
+}
+
+int server_status(struct server *server, int connection, struct server_status *status)
+{
+    struct connection *c = server->connections;
+    bool ended;
+
+    while (c && c->number != connection)
+        c = c->next;
+    if (!c)
+        return -ENOENT;
+    ended = atomic_load_explicit(&c->ended, memory_order_acquire);
+    *status = (struct server_status){
+        .requests = atomic_load_explicit(&c->counters.requests, memory_order_relaxed),
+        .pages = atomic_load_explicit(&c->counters.pages, memory_order_relaxed),
+        .zero = atomic_load_explicit(&c->counters.zero, memory_order_relaxed),
+        .absent = atomic_load_explicit(&c->counters.absent, memory_order_relaxed),
+        .bytes_in = atomic_load_explicit(&c->counters.bytes_in, memory_order_relaxed),
+        .bytes_out = atomic_load_explicit(&c->counters.bytes_out, memory_order_relaxed),
+        .cause = ended ? (int32_t)c->cause : SERVER_RUNNING,
+        .error = ended ? c->error : 0,
+        .detail = ended ? c->detail : 0,
+    };
+    return 0;
+}
+
+/* --- the server -------------------------------------------------------------------------------------------------- */
+
+static bool is_valid_table(const struct server_segment *s, size_t segments)
+{
+    for (size_t i = 0; i < segments; i++) {
+        if ((s[i].start | s[i].end | s[i].where) % PAGE_BYTES || s[i].start >= s[i].end)
+            return false;
+        if (i && (s[i].object < s[i - 1].object || (s[i].object == s[i - 1].object && s[i].start < s[i - 1].end)))
+            return false;
+    }
+    return true;
+}
+
+int server_new(const struct server_segment *segments, size_t segment_count, struct server **result)
+{
+    struct server *server;
+    struct server_segment *table;
+
+    if (!crc32c_supported())
+        return -ENOTSUP;
+    if (!is_valid_table(segments, segment_count))
+        return -EINVAL;
+    server = calloc(1, sizeof(*server));
+    table = calloc(segment_count + 1, sizeof(*table));
+    if (!server || !table) {
+        free(server);
+        free(table);
+        return -ENOMEM;
+    }
+    if (segment_count)
+        memcpy(table, segments, segment_count * sizeof(*table));
+    server->segments = table;
+    server->segment_count = segment_count;
+    *result = server;
+    return 0;
+}
+
+void server_stop(struct server *server)
+{
+    server->stopped = true;
+    for (struct connection *c = server->connections; c; c = c->next)
+        if (c->work)
+            shutdown(c->fd, SHUT_RDWR);
+    for (struct connection *c = server->connections; c; c = c->next)
+        join(c);
+}
+
+void server_free(struct server *server)
+{
+    server_stop(server);
+    for (struct connection *c = server->connections, *next; c; c = next) {
+        next = c->next;
+        free(c);
+    }
+    free((void *)server->segments);
+    free(server);
+}
+
+uint32_t server_crc32c(const void *data, size_t pages)
+{
+    return crc32c_pages(data, pages);
+}

@@ -1,0 +1,125 @@
+"""The page server: C threads (_server.c) that answer GET frames, one thread a connection, without the GIL."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self, TypeAlias
+
+from lazyproc.errors import HostLacks, LazyprocError, UsageError
+from lazyproc.model import PAGE
+from lazyproc.pages._server import ffi, lib
+from lazyproc.pages.frozen import ProcessSegment
+
+FileSegment: TypeAlias = tuple[int, int, int, int, int]  # MemoryObject.key, start, end, fd, file offset
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCounters:
+    """What a channel has carried so far; `pages`, `zero` and `absent` in pages."""
+
+    requests: int = 0
+    pages: int = 0  # with content
+    zero: int = 0
+    absent: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    def __add__(self, other: ServerCounters) -> ServerCounters:
+        return ServerCounters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+class PageServer:
+    """Serves the segments of FrozenPages or ImagePages, which must stay open until `stop`. A context manager.
+
+    Raises UsageError when segments overlap or are not whole pages, HostLacks without SSE4.2 and PCLMULQDQ.
+    """
+
+    def __init__(self, segments: Iterable[ProcessSegment | FileSegment]) -> None:
+        rows = sorted((_row(segment) for segment in segments), key=lambda row: (row["object"], row["start"]))
+        table = ffi.new("struct server_segment[]", rows)
+        result = ffi.new("struct server **")
+        error = -lib.server_new(table, len(rows), result)
+        if error == errno.ENOTSUP:
+            raise HostLacks("the processor has no SSE4.2 or no PCLMULQDQ", remedy="use one made after 2010")
+        if error:
+            raise UsageError(f"the table of {len(rows)} segments is refused: {os.strerror(error)}")
+        self._server = ffi.gc(result[0], lib.server_free)
+        self._connections: dict[str, list[int]] = defaultdict(list)
+        self._lock = threading.Lock()  # the C calls below release the GIL and take turns
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def serve(self, fd: int, name: str) -> None:
+        """Answers the requests on `fd`, a connected stream socket, which is the server's from now on.
+
+        A name may be served again, after a reconnect; its counters go on. Raises LazyprocError when the
+        thread cannot be started; `fd` is still the caller's then.
+        """
+        with self._lock:
+            number = lib.server_serve(self._server, fd)
+            if number < 0:
+                raise LazyprocError(
+                    f"cannot serve pages on it: {os.strerror(-number)}", where=f"fd {fd} ({name})"
+                )
+            self._connections[name].append(number)
+
+    def counters(self) -> Mapping[str, ServerCounters]:
+        """Per name; also after `stop`."""
+        with self._lock:
+            return {
+                name: sum((_counters(self._status(number)) for number in numbers), ServerCounters())
+                for name, numbers in self._connections.items()
+            }
+
+    def ended(self, name: str) -> str | None:
+        """Why the newest connection of that name has ended, None while it is served."""
+        with self._lock:
+            return _reason(self._status(self._connections[name][-1]))
+
+    def stop(self) -> None:
+        """Ends every connection and waits for the threads."""
+        with self._lock:
+            lib.server_stop(self._server)
+
+    def _status(self, number: int) -> Any:
+        status = ffi.new("struct server_status *")
+        lib.server_status(self._server, number, status)
+        return status
+
+
+def crc32c(pages: bytes | bytearray | memoryview) -> int:
+    """CRC32C of whole pages."""
+    return int(lib.server_crc32c(ffi.from_buffer(pages), len(pages) // PAGE))
+
+
+def _row(segment: ProcessSegment | FileSegment) -> dict[str, int]:
+    """As struct server_segment."""
+    if isinstance(segment, ProcessSegment):
+        row = segment._asdict()
+        return {"where": row.pop("addr"), "fd": row.pop("mem"), **row}
+    obj, start, end, fd, offset = segment
+    return {"object": obj, "start": start, "end": end, "where": offset, "pid": 0, "pidfd": -1, "fd": fd}
+
+
+def _counters(status: Any) -> ServerCounters:
+    return ServerCounters(*(getattr(status, field.name) for field in fields(ServerCounters)))
+
+
+def _reason(status: Any) -> str | None:
+    return {
+        lib.SERVER_RUNNING: None,
+        lib.SERVER_CLOSED: "the client closed it",
+        lib.SERVER_HUNG_UP: "the client hung up without saying so",
+        lib.SERVER_BAD_FRAME: f"the client sent a bad request (frame type {status.detail})",
+        lib.SERVER_SOCKET_ERROR: os.strerror(status.error),
+        lib.SERVER_SOURCE_GONE: f"pid {status.detail}, whose pages were asked for, has ended",
+    }[status.cause]

@@ -1,0 +1,387 @@
+"""The sockets of lazyproc's own traffic: listen, dial, and a channel that speaks lazyproc.wire.native.
+
+A stranger gets nothing: who he is, is asked before a byte of his is read; the HELLO has a deadline; all
+strangers wait side by side in one selector, so a slow one delays nobody.
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import select
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ParamSpec, Self, TypeVar
+
+from lazyproc import events
+from lazyproc.errors import (
+    CannotListen,
+    ConnectionLost,
+    LazyprocError,
+    PermissionDenied,
+    ProtocolError,
+    UsageError,
+)
+from lazyproc.pages.peer import Trust, peer_name
+from lazyproc.wire.native import VERSION, Abort, Connection, Event, Hello, Party, Ping, Pong, Role, Welcome
+
+HANDSHAKE_S = 5.0  # a stranger's time to say HELLO
+MAX_STRANGERS = 64  # at once; the oldest has to go
+STALL_S = 30  # a peer that takes or acknowledges nothing for so long is gone
+_READ = 256 << 10  # bytes in one recv(2)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+# --- sessions -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What ties three connections, and reconnects, to one migration. The token is the secret of its ends."""
+
+    id: str
+    token: str = field(repr=False)
+
+    @classmethod
+    def new(cls) -> Session:
+        return cls(secrets.token_hex(8), secrets.token_hex(16))
+
+    def hello(self, role: Role) -> Hello:
+        return Hello(role, self.id, self.token)
+
+    def owns(self, hello: Hello) -> bool:
+        """Whether a HELLO belongs to this session; takes the same time whatever is wrong with the token."""
+        same = secrets.compare_digest(hello.token.encode(), self.token.encode())
+        return same and hello.session == self.id
+
+
+# --- a connection ---------------------------------------------------------------------------------------
+
+
+class Channel:
+    """One connection. `send` may be called from several threads, `receive` from one at a time.
+
+    It never reads further than the frame it is about, so that after `detach` the descriptor can be given to a
+    thread in C. Every wait has a limit; ConnectionLost says that the peer is gone.
+    """
+
+    def __init__(self, sock: socket.socket, side: Party, *, dialled: bool) -> None:
+        self.peer = peer_name(sock)
+        self.hello: Hello | None = None  # once it has passed
+        self._sock = sock
+        self._connection = Connection(side, dialled=dialled)
+        self._sending = threading.Lock()
+        sock.setblocking(True)
+        if sock.family != socket.AF_UNIX:
+            _tune(sock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def send(self, event: Event) -> None:
+        """Raises ProtocolError if this end may not say that now, ConnectionLost."""
+        with self._sending:
+            data = memoryview(self._connection.send(event))
+            while data:
+                if not self._wait(select.POLLOUT, STALL_S):
+                    raise ConnectionLost(f"the peer has taken nothing for {STALL_S} s", where=self.peer)
+                data = data[self._attempt(self._sock.send, data, socket.MSG_DONTWAIT) or 0 :]
+        if isinstance(event, Hello):
+            self.hello = event
+
+    def receive(self, timeout: float | None = None) -> Event | None:
+        """The next event, or None when it is not whole after `timeout` seconds: then call again.
+
+        A PING is answered here and not seen by the caller. Raises ConnectionLost, ProtocolError.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._wait(select.POLLIN, _left(deadline)):
+            event = self._receive_some()
+            if isinstance(event, Ping):
+                self.send(Pong())
+            elif event is not None:
+                return event
+        return None
+
+    def receive_pages(self, view: memoryview, timeout: float) -> None:
+        """Fills `view` with content of the last PAGES.
+
+        Raises ConnectionLost, also after `timeout` seconds without a byte.
+        """
+        while view:
+            if not self._wait(select.POLLIN, timeout):
+                raise ConnectionLost(f"the peer has sent nothing for {timeout} s", where=self.peer)
+            count = self._attempt(self._sock.recv_into, view, 0, socket.MSG_DONTWAIT)
+            if count == 0:
+                raise ConnectionLost("the peer has hung up within a page", where=self.peer)
+            self._connection.take_pages(count or 0)
+            view = view[count or 0 :]
+
+    def welcome(self) -> None:
+        """Answers the HELLO: the connection now serves what it was opened for."""
+        assert self.hello is not None, "the HELLO has come"
+        self.send(Welcome(self.hello.session))
+
+    def refuse(self, reason: str) -> None:
+        """Says why, to a peer who may know, and hangs up. Who may not know is just closed."""
+        self.send(Abort({"reason": reason}))
+        self.close()
+
+    def check_version(self) -> None:
+        """Of the HELLO that has come. Raises ProtocolError after telling the peer."""
+        if self.hello is not None and self.hello.version != VERSION:
+            reason = f"version {VERSION} of the protocol is spoken here, not {self.hello.version}"
+            self.refuse(reason)
+            raise ProtocolError(reason, where=self.peer)
+
+    @property
+    def socket(self) -> socket.socket:
+        """For options and for asking who the peer is; its bytes belong to the channel."""
+        return self._sock
+
+    def detach(self) -> int:
+        """The blocking descriptor, which is the caller's from now on."""
+        return self._sock.detach()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _receive_some(self) -> Event | None:
+        """What one recv(2) completes; never more than one event, since never more than one frame is read."""
+        data = self._attempt(self._sock.recv, min(self._connection.wanted, _READ), socket.MSG_DONTWAIT)
+        if data is None:
+            return None
+        if not data:
+            raise ConnectionLost("the peer has hung up", where=self.peer)
+        event = next(iter(self._connection.receive_data(data)), None)
+        if isinstance(event, Hello):
+            self.hello = event
+        return event
+
+    def _attempt(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+        """None when it would have to wait after all."""
+        try:
+            return call(*args, **kwargs)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise ConnectionLost(f"the connection broke ({error.strerror})", where=self.peer) from None
+
+    def _wait(self, what: int, timeout: float | None) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, what)
+        return bool(poll.poll(None if timeout is None else max(0, timeout) * 1000))
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else deadline - time.monotonic()
+
+
+def _tune(sock: socket.socket) -> None:
+    """Requests are small and urgent; a peer that vanished must be noticed, by what it never acknowledged."""
+    tcp = socket.IPPROTO_TCP
+    for level, name, value in (
+        (tcp, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (tcp, socket.TCP_KEEPIDLE, 5),
+        (tcp, socket.TCP_KEEPINTVL, 5),
+        (tcp, socket.TCP_USER_TIMEOUT, STALL_S * 1000),  # counts for the keep-alive probes too
+    ):
+        sock.setsockopt(level, name, value)
+
+
+# --- who dials ------------------------------------------------------------------------------------------
+
+
+def dial(address: str, hello: Hello, side: Party, *, trust: Trust, timeout: float = 10) -> Channel:
+    """A channel to whoever listens at HOST:PORT, greeted and welcomed.
+
+    The peer is checked once he has answered: until he has accepted, the kernel cannot name his socket's
+    owner. Raises UsageError for the address, ConnectionLost, PermissionDenied for an untrusted peer,
+    ProtocolError.
+    """
+    deadline = time.monotonic() + timeout
+    channel = Channel(_connect(address, timeout), side, dialled=True)
+    try:
+        channel.send(hello)
+        _check_answer(channel.receive(_left(deadline)), hello, address)
+        trust.check(channel.socket)
+    except LazyprocError:
+        channel.close()
+        raise
+    return channel
+
+
+def _check_answer(answer: Event | None, hello: Hello, address: str) -> None:
+    if answer is None:
+        raise ConnectionLost("connected, but there is no answer", where=address, remedy="is it lazyproc?")
+    if isinstance(answer, Abort):
+        raise ProtocolError(f"refused: {answer.fields.get('reason')!s:.200}", where=address)
+    if answer != Welcome(hello.session):
+        raise ProtocolError(f"{answer} is no answer to {hello}", where=address)
+
+
+def _connect(address: str, timeout: float) -> socket.socket:
+    try:
+        return socket.create_connection(parse_address(address), timeout)
+    except socket.gaierror as error:
+        what, remedy = f"the name is not known ({error.strerror})", "check the name, or give an address"
+    except ConnectionRefusedError:
+        what, remedy = "nobody listens there", "start lazyproc receive or serve there first"
+    except OSError as error:
+        what, remedy = f"cannot be reached ({error.strerror or error})", "check the network and firewalls"
+    raise ConnectionLost(what, where=address, remedy=remedy)
+
+
+# --- who listens ----------------------------------------------------------------------------------------
+
+
+def listen(address: str, side: Party, *, trust: Trust, report: events.Listener = events.ignore) -> Listener:
+    """A Listener at HOST:PORT; port 0 takes a free one. Raises UsageError for the address, CannotListen."""
+    host, port = parse_address(address)
+    try:
+        family, kind, protocol, _, name = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise CannotListen(f"no such address on this host ({error.strerror})", where=address) from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(name)
+        sock.listen()
+    except OSError as error:
+        sock.close()
+        what, remedy = _BIND.get(error.errno or 0, (str(error.strerror), ""))
+        raise CannotListen(what, where=address, remedy=remedy) from None
+    return Listener(sock, side, trust, report)
+
+
+_BIND = {
+    errno.EADDRINUSE: ("the address is in use", "stop who listens there (ss -ltnp), or take another port"),
+    errno.EADDRNOTAVAIL: ("this host does not have the address", "take one that `ip address` shows"),
+    errno.EACCES: ("ports below 1024 need CAP_NET_BIND_SERVICE", "take another port"),
+}
+
+
+class Listener:
+    """Lets peers in: checks who they are, waits for their HELLO, and hands them out. A context manager.
+
+    `fileno` becomes readable when `accept` has something to do. Refusals go to `report` as a Note and change
+    nothing else. One thread at a time.
+    """
+
+    def __init__(self, sock: socket.socket, side: Party, trust: Trust, report: events.Listener) -> None:
+        self._sock = sock
+        self._side = side
+        self._trust = trust
+        self._report = report
+        self._strangers: dict[Channel, float] = {}  # until when they have to say HELLO, oldest first
+        self._selector = selectors.EpollSelector()
+        self._selector.register(sock, selectors.EVENT_READ)
+        sock.setblocking(False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def port(self) -> int:
+        return int(self._sock.getsockname()[1])
+
+    def fileno(self) -> int:
+        return self._selector.fileno()
+
+    def close(self) -> None:
+        for channel in list(self._strangers):
+            self._forget(channel).close()
+        self._selector.close()
+        self._sock.close()
+
+    def accept(self, timeout: float | None = None) -> Channel | None:
+        """A channel whose `hello` has come and waits for `welcome` or `refuse`; None after `timeout` s."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            for key, _ in self._selector.select(self._patience(deadline)):
+                if key.fileobj is self._sock:
+                    self._let_in()
+                elif isinstance(key.fileobj, Channel) and self._greeted(key.fileobj):
+                    return self._forget(key.fileobj)
+            self._send_away()
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+
+    def _patience(self, deadline: float | None) -> float | None:
+        """Seconds until something has to be done that nobody wakes us for."""
+        limits = [*self._strangers.values()][:1] + ([] if deadline is None else [deadline])
+        return max(0.0, min(limits) - time.monotonic()) if limits else None
+
+    def _let_in(self) -> None:
+        try:
+            sock, _ = self._sock.accept()
+        except OSError:  # it has gone again, or no descriptor is free: not at once again
+            time.sleep(0.01)
+            return
+        try:
+            self._trust.check(sock)
+            channel = Channel(sock, self._side, dialled=False)
+        except (PermissionDenied, OSError) as error:
+            sock.close()
+            self._report(events.Note(f"refused a connection: {error}"))
+            return
+        self._strangers[channel] = time.monotonic() + HANDSHAKE_S
+        self._selector.register(channel, selectors.EVENT_READ)
+        if len(self._strangers) > MAX_STRANGERS:
+            self._forget(next(iter(self._strangers))).close()
+
+    def _greeted(self, channel: Channel) -> bool:
+        """Whether the stranger's HELLO is whole and in our version; who says anything else is gone."""
+        if channel not in self._strangers:  # made room in this very round
+            return False
+        try:
+            if not isinstance(channel.receive(0), Hello):
+                return False
+            channel.check_version()
+        except (ConnectionLost, ProtocolError) as error:
+            self._forget(channel).close()
+            self._report(events.Note(f"ended a connection: {error}"))
+            return False
+        return True
+
+    def _send_away(self) -> None:
+        now = time.monotonic()
+        for channel in [channel for channel, until in self._strangers.items() if until <= now]:
+            self._forget(channel).close()
+
+    def _forget(self, channel: Channel) -> Channel:
+        del self._strangers[channel]
+        self._selector.unregister(channel)
+        return channel
+
+
+# --- addresses ------------------------------------------------------------------------------------------
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """("host", port) from HOST:PORT or [IPV6]:PORT. Raises UsageError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise UsageError("is not an address", where=repr(text), remedy="write HOST:PORT or [IPV6]:PORT")
+    if host.startswith("[") and host.endswith("]"):
+        return host[1:-1], int(port)
+    if ":" in host or "[" in host or "]" in host:
+        raise UsageError("is not an address", where=repr(text), remedy="write an IPv6 address as [IPV6]:PORT")
+    return host, int(port)

@@ -1,0 +1,149 @@
+"""Making the processes and threads of a tree: clone3 with the original numbers, from the nursery downwards."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import struct
+from contextlib import ExitStack
+
+from lazyproc.errors import RestoreError, TraceeError
+from lazyproc.kernel import arch_x86_64 as arch
+from lazyproc.kernel import proc
+from lazyproc.kernel import sys as kernel
+from lazyproc.kernel import tracee as ptrace
+from lazyproc.kernel._core import lib
+from lazyproc.kernel.arch_x86_64 import SYS
+from lazyproc.kernel.nursery import STOP_MS, Nursery
+from lazyproc.kernel.remote import ENDINGS, Bench, Call
+from lazyproc.kernel.tracee import Tracee
+from lazyproc.model import Checkpoint, Task
+from lazyproc.restore.plan import Exit, Fork, JoinGroup, NewSession, creation_steps
+from lazyproc.restore.site import Site, host_tids
+
+# include/uapi/linux/sched.h
+CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PTRACE = 0x100, 0x200, 0x400, 0x800, 0x2000
+CLONE_THREAD, CLONE_SYSVSEM, CLONE_CHILD_CLEARTID = 0x10000, 0x40000, 0x200000
+THREAD_FLAGS = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_PTRACE
+WALL = 0x40000000  # __WALL
+CLONE_ARGS = struct.Struct("<11Q")  # flags pidfd child_tid parent_tid exit_signal stack size tls set_tid n cgroup
+
+
+def ending_for(task: Task) -> int:
+    """The signal that ends the task's programs: none that is pending for it (see kernel/remote.py)."""
+    queues = (task.pending, *(thread.pending for thread in task.threads))
+    pending = {struct.unpack_from("<i", info)[0] for queue in queues for info in queue}
+    return next((sig for sig in ENDINGS if sig not in pending), signal.SIGURG)
+
+
+def _clone_args(bench: Bench, flags: int, tid: int, *, exit_signal: int = 0, clear_tid: int = 0) -> tuple[int, int]:
+    set_tid = bench.place(struct.pack("<i", tid))
+    flags |= CLONE_CHILD_CLEARTID if clear_tid else 0
+    args = CLONE_ARGS.pack(flags, 0, clear_tid, 0, exit_signal, 0, 0, 0, set_tid, 1, 0)
+    return bench.place(args), len(args)
+
+
+class Maker:
+    """Processes by number, as they come to be. Everything it opens is closed by `stack`."""
+
+    def __init__(self, nursery: Nursery, checkpoint: Checkpoint, stack: ExitStack) -> None:
+        self.nursery = nursery
+        self.checkpoint = checkpoint
+        self.tasks = {task.vpid: task for task in checkpoint.tasks}
+        self.sites: dict[int, Site] = {}
+        self._stack = stack
+
+    def make(self) -> dict[int, Site]:
+        """All processes, each still a fork of the nursery, in their sessions and groups; zombies have ended."""
+        for step in creation_steps(self.checkpoint.tasks):
+            match step:
+                case Fork(vpid, parent):
+                    self.sites[vpid] = self._fork(self.tasks[vpid], parent)
+                case NewSession(vpid):
+                    self.sites[vpid].run(Call("setsid"))
+                case JoinGroup(vpid, pgid):
+                    self.sites[vpid].run(Call("setpgid", (0, pgid)))
+                case Exit(vpid, status):
+                    self._exit(self.sites.pop(vpid), status)
+        return self.sites
+
+    def _fork(self, task: Task, parent: int) -> Site:
+        if parent:
+            tracee, bench = self.sites[parent].leader, self.sites[parent].bench
+        else:
+            tracee, bench = self.nursery.tracee, self.nursery.bench(self.nursery.memory, signal.SIGURG)
+        if task.vpid == 1:
+            return self._site(task, tracee)
+        args = _clone_args(bench, CLONE_PTRACE, task.vpid, exit_signal=task.exit_signal)
+        try:
+            bench.run(tracee, [Call("clone3", args)])
+        except TraceeError as error:
+            raise RestoreError(
+                f"could not be created with its number: {error.what}",
+                where=f"pid {task.vpid}",
+                remedy="use --pidns new when the number is taken",
+            ) from error
+        child = Tracee(self._host_pid(tracee.tid, task.vpid))
+        child.wait_stop(STOP_MS)
+        return self._site(task, child)
+
+    def _host_pid(self, parent: int, vpid: int) -> int:
+        """Our number of the child that `parent` has just made."""
+        if not self.nursery.new_pidns:
+            return vpid
+        for child in proc.children_of(parent, parent):
+            if proc.status(proc.read(child, "status")).ns_pid[-1] == vpid:
+                return child
+        raise RestoreError("the child is not there", where=f"pid {vpid}", remedy="report it")
+
+    def _site(self, task: Task, leader: Tracee) -> Site:
+        pidfd = kernel.pidfd_open(leader.tid)
+        self._stack.callback(os.close, pidfd)
+        memory = self._stack.enter_context(ptrace.memory(leader.tid))
+        bench = self.nursery.bench(memory, ending_for(task))
+        threads = {task.vpid: leader}
+        return Site(
+            task, leader, pidfd, memory, bench, self.nursery.transport, self.nursery.transport_fd, threads
+        )
+
+    def _exit(self, site: Site, status: int) -> None:
+        """End a process as the original ended. Once its tracer has waited for it, it is its parent's zombie."""
+        leader, sig = site.leader, status & 0x7F
+        if sig:
+            resource.prlimit(site.pid, resource.RLIMIT_CORE, (0, 0))
+            os.kill(site.pid, sig)
+            leader.set_blocked(0)
+            leader.cont()
+            os.waitpid(site.pid, WALL)  # stopped with the signal, which is now delivered
+            leader.cont(sig)
+        else:
+            stub = site.bench.code + int(lib.lp_blob_stub())
+            call = (SYS["exit_group"], (status >> 8,))
+            leader.set_registers(arch.calling(leader.registers(), stub, site.bench.data, *call))
+            leader.cont()
+        os.waitpid(site.pid, WALL)
+        if site.task.exit_signal:
+            self._swallow(self.sites[site.task.ppid], site.task.exit_signal)
+
+    def _swallow(self, parent: Site, sig: int) -> None:
+        """The parent got its child's death signal long ago, in its former life."""
+        parent.leader.set_blocked(arch.MASK64 & ~(1 << (sig - 1)))
+        parent.leader.cont()
+        os.waitpid(parent.pid, WALL)
+
+
+def make_threads(site: Site) -> None:
+    """The other threads of a process, each stopped before its first instruction."""
+    others = site.task.threads[1:]
+    if not others:
+        return
+    calls = [
+        Call("clone3", _clone_args(site.bench, THREAD_FLAGS, thread.tid, clear_tid=thread.clear_child_tid))
+        for thread in others
+    ]
+    site.run(*calls)
+    known = host_tids(site.pid, [thread.tid for thread in others], {site.task.vpid: site.pid})
+    for thread in others:
+        tracee = site.threads[thread.tid] = Tracee(known[thread.tid])
+        tracee.wait_stop(STOP_MS)

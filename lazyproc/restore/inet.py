@@ -1,0 +1,167 @@
+"""Making TCP and UDP sockets again, at the addresses they had."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+
+from lazyproc.errors import RestoreError
+from lazyproc.kernel import inject, tcp
+from lazyproc.kernel.netfilter import End, plain
+from lazyproc.kernel.sockopt import (
+    EARLY,
+    LATE,
+    RCV_SHUTDOWN,
+    SO_MEMINFO,
+    SO_RCVBUFFORCE,
+    SOL_SOCKET,
+    TCP_LISTEN,
+)
+from lazyproc.model import InetSocket, Packet
+from lazyproc.restore.options import apply
+from lazyproc.restore.tcp import connect_repaired, leave_repair
+
+_AMPLE = 1 << 28
+_MOMENT = 5.0  # seconds for a packet to pass the loopback interface
+_LOOPBACK = {4: socket.inet_pton(socket.AF_INET, "127.0.0.1"), 16: socket.inet_pton(socket.AF_INET6, "::1")}
+
+
+@dataclass(slots=True)
+class InetSockets:
+    """The TCP and UDP sockets of one checkpoint under construction. `made` has them by inode."""
+
+    sockets: Mapping[int, InetSocket]  # by inode
+    stack: ExitStack
+    made: dict[int, socket.socket] = field(default_factory=dict)
+
+    def make(self) -> None:
+        """All sockets; connections stay in repair mode. Listening ones come first: a connection in repair
+        mode binds next to anything, but nothing binds next to it.
+        """
+        for inet in sorted(self.sockets.values(), key=lambda inet: inet.tcp is not None):
+            with _words(inet):
+                self._make(inet)
+
+    def leave_repair(self) -> None:
+        for inet in self.sockets.values():
+            if inet.tcp is not None and not self._is_waiting(inet):
+                leave_repair(self.made[inet.inode], inet)
+
+    def _make(self, inet: InetSocket) -> None:
+        sock = self.stack.enter_context(socket.socket(inet.family, inet.type, inet.protocol))
+        self.made[inet.inode] = sock
+        apply(sock, inet.options, EARLY)
+        if inet.interface:
+            sock.setsockopt(SOL_SOCKET, socket.SO_BINDTODEVICE, inet.interface.encode())
+        repaired = inet.tcp is not None and not self._is_waiting(inet)
+        if repaired:
+            tcp.enter(sock)
+        if inet.local[1]:
+            sock.bind(address(inet, inet.local))
+        if repaired:
+            assert inet.remote is not None
+            connect_repaired(sock, inet, address(inet, inet.remote))
+        elif inet.state == TCP_LISTEN:
+            sock.listen(inet.backlog)
+        elif inet.queue:
+            _fill(sock, inet)
+        if not repaired and inet.remote is not None:
+            sock.connect(address(inet, inet.remote))
+        if not repaired:
+            apply(sock, inet.options, LATE)
+        if repaired and inet.shutdown & RCV_SHUTDOWN:
+            _shut_down(sock, socket.SHUT_RD)
+        elif not repaired and inet.shutdown:
+            _shut_down(sock, inet.shutdown - 1)  # SHUT_RD, SHUT_WR, SHUT_RDWR count from 0
+
+    def _is_waiting(self, inet: InetSocket) -> bool:
+        """A connection to a listening socket of the tree that nobody has accepted: its other end is in no
+        table.
+        """
+        if inet.remote is None or inet.protocol != socket.IPPROTO_TCP:
+            return False
+        others = [other for other in self.sockets.values() if other.protocol == socket.IPPROTO_TCP]
+        if any((other.local, other.remote) == (inet.remote, inet.local) for other in others):
+            return False
+        return any(other.state == TCP_LISTEN and _reaches(other, inet.remote) for other in others)
+
+
+def _fill(sock: socket.socket, inet: InetSocket) -> None:
+    """Datagrams, each from its sender's address, before the socket is connected to one sender only."""
+    sock.setsockopt(SOL_SOCKET, SO_RCVBUFFORCE, _AMPLE)
+    for packet in inet.queue:
+        sender = _sender(packet)
+        before = _memory(sock)
+        inject.datagram(sender, _target(inet, sender), packet.data)
+        deadline = time.monotonic() + _MOMENT
+        while _memory(sock) == before:
+            if time.monotonic() > deadline:
+                raise RestoreError(
+                    "an unread datagram cannot be put back",
+                    where=_text(inet),
+                    remedy="let the host's firewall accept packets on the loopback interface",
+                )
+            time.sleep(0.0005)
+
+
+def _memory(sock: socket.socket) -> int:
+    """SK_MEMINFO_RMEM_ALLOC: bytes that the receive queue takes; an empty datagram counts too."""
+    return int.from_bytes(sock.getsockopt(SOL_SOCKET, SO_MEMINFO, 4), "little")
+
+
+def _sender(packet: Packet) -> End:
+    """From struct sockaddr_in or sockaddr_in6; ::ffff:a.b.c.d is IPv4 on the wire."""
+    port = int.from_bytes(packet.sender[2:4], "big")
+    host = packet.sender[4:8] if len(packet.sender) == 16 else packet.sender[8:24]
+    return plain((host, port))
+
+
+def _target(inet: InetSocket, sender: End) -> End:
+    """The socket's own address, or the loopback address when it listens on all."""
+    host, port = plain(inet.local)
+    return host if any(host) else _LOOPBACK[len(sender[0])], port
+
+
+def _reaches(listener: InetSocket, end: End) -> bool:
+    port_is_same = listener.local[1] == end[1]
+    return port_is_same and (not any(listener.local[0]) or plain(listener.local) == plain(end))
+
+
+def address(inet: InetSocket, end: End) -> tuple[str, int] | tuple[str, int, int, int]:
+    """As Python's bind and connect take it; a link-local IPv6 address needs its interface."""
+    host = socket.inet_ntop(inet.family, end[0])
+    if inet.family != socket.AF_INET6:
+        return host, end[1]
+    link_local = end[0][0] == 0xFE and end[0][1] & 0xC0 == 0x80
+    return host, end[1], 0, socket.if_nametoindex(inet.interface) if link_local and inet.interface else 0
+
+
+def _shut_down(sock: socket.socket, how: int) -> None:
+    with suppress(OSError):  # ENOTCONN, after having done it (inet_shutdown)
+        sock.shutdown(how)
+
+
+def _text(inet: InetSocket) -> str:
+    host, port = address(inet, inet.local)[:2]
+    return f"{'TCP' if inet.protocol == socket.IPPROTO_TCP else 'UDP'} {host} port {port}"
+
+
+@contextmanager
+def _words(inet: InetSocket) -> Iterator[None]:
+    host = address(inet, inet.local)[0]
+    try:
+        yield
+    except OSError as error:
+        what, remedy = f"cannot be made again ({error.strerror})", "see `lazyproc check`"
+        if error.errno == errno.EADDRINUSE:
+            what, remedy = "is in use on this host", f"stop what holds it: ss -lntup src {host}"
+        elif error.errno == errno.EADDRNOTAVAIL:
+            what = "has an address that is not on this host, or its connection is still on it"
+            remedy = f"give this host the address first: ip address add {host} dev INTERFACE"
+        elif error.errno == errno.EPERM:
+            remedy = "run as root (CAP_NET_ADMIN, CAP_NET_RAW)"
+        raise RestoreError(what, where=_text(inet), remedy=remedy) from error

@@ -1,0 +1,159 @@
+"""An address space from its model: everything else unmapped, each mapping where it was, the mm's own fields."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+
+from lazyproc.errors import RestoreError
+from lazyproc.kernel import arch_x86_64 as arch
+from lazyproc.kernel.nursery import DATA, DATA_SIZE, TEXT
+from lazyproc.kernel.remote import BLOB, FRAME_SIZE, MAP_FIXED_NOREPLACE, Bench, Call, find_hole
+from lazyproc.model import PAGE, Checkpoint, Mm, SharedKind, SharedMemory, Vma, VmaKind
+from lazyproc.restore.site import Site
+
+PR_SET_MM, PR_SET_MM_MAP = 35, 14
+PR_SET_THP_DISABLE = 41
+PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
+MM_MAP = struct.Struct("<12QIi")  # struct prctl_mm_map, include/uapi/linux/prctl.h
+MLOCK_ONFAULT = 1
+SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000
+ROWS_PER_VMA = 6
+ROW_BYTES = 64
+
+# VmFlags -> madvise(2) advice that sets them. Those of huge pages may be unknown to the kernel.
+ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
+VDSO_KINDS = (VmaKind.VDSO, VmaKind.VVAR, VmaKind.VVAR_VCLOCK)
+
+
+def move_in(site: Site) -> None:
+    """Map a bench in a hole of the *future* address space, go there, and unmap everything else."""
+    mm = site.task.mm
+    assert mm is not None
+    size = _bench_size(site, mm)
+    old = [(TEXT, TEXT + PAGE), (DATA, DATA + DATA_SIZE)]
+    hole = find_hole(sorted([*old, *((v.start, v.end) for v in mm.vmas), _stack_of(site)]), PAGE + size)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+    site.run(
+        Call("mmap", (hole, PAGE, mmap.PROT_READ | mmap.PROT_EXEC, flags, -1, 0)),
+        Call("mmap", (hole + PAGE, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)),
+    )
+    site.memory.write(hole, BLOB)
+    site.bench = Bench(site.memory, hole, hole + PAGE, size, site.bench.ending)
+    end = hole + PAGE + size
+    site.run(
+        Call("munmap", (0, hole)),
+        Call("munmap", (end, arch.TASK_SIZE - end)),
+        Call("personality", (site.task.personality,)),
+    )
+
+
+def bench_range(site: Site) -> tuple[int, int]:
+    """Start and length of the bench, for the munmap that is the process's last call of ours."""
+    return site.bench.code, PAGE + site.bench.size
+
+
+def _stack_of(site: Site) -> tuple[int, int]:
+    sp = site.leader.registers().sp
+    return (sp & -PAGE, (sp & -PAGE) + PAGE) if sp > DATA + DATA_SIZE else (TEXT, TEXT)
+
+
+def _bench_size(site: Site, mm: Mm) -> int:
+    size = len(mm.vmas) * ROWS_PER_VMA * ROW_BYTES + len(site.task.threads) * (FRAME_SIZE // 2) + (1 << 18)
+    return (size + PAGE - 1) & -PAGE
+
+
+def map_all(site: Site, checkpoint: Checkpoint, files: Mapping[int, int], objects: Mapping[int, int]) -> None:
+    """Map everything. `files` and `objects` are descriptors of ours by OpenFile and SharedMemory id."""
+    mm = site.task.mm
+    assert mm is not None
+    file_ids = sorted({vma.file_id for vma in mm.vmas if vma.kind is VmaKind.FILE} | {mm.exe_id})
+    object_ids = sorted({vma.object_id for vma in mm.vmas if vma.kind is VmaKind.SHARED})
+    got = site.receive([files[i] for i in file_ids] + [objects[i] for i in object_ids])
+    file_fds = dict(zip(file_ids, got, strict=False))
+    object_fds = dict(zip(object_ids, got[len(file_ids) :], strict=True))
+    site.run(
+        *_map_calls(mm, file_fds, object_fds, checkpoint.shared),
+        *_vdso_calls(mm),
+        *_name_calls(mm, site.bench),
+        *_advice_calls(mm),
+        *_mm_calls(mm, site.bench, file_fds[mm.exe_id]),
+        Call("close_range", (0, site.transport_fd - 1, 0)),
+    )
+    check_vdso(site, mm)
+
+
+def _map_calls(
+    mm: Mm, files: Mapping[int, int], objects: Mapping[int, int], shared: Mapping[int, SharedMemory]
+) -> Iterator[Call]:
+    for vma in mm.vmas:
+        if vma.kind in VDSO_KINDS or vma.kind is VmaKind.AIO:
+            continue
+        if vma.kind is VmaKind.SHARED and shared[vma.object_id].kind is SharedKind.SYSV:
+            yield _attach(vma, shared[vma.object_id].sysv_shmid)
+            continue
+        fd = {VmaKind.FILE: files.get(vma.file_id, -1), VmaKind.SHARED: objects.get(vma.object_id, -1)}
+        flags = vma.flags | MAP_FIXED_NOREPLACE
+        yield Call("mmap", (vma.start, vma.length, vma.prot, flags, fd.get(vma.kind, -1), vma.offset))
+
+
+def _attach(vma: Vma, shmid: int) -> Call:
+    """shmat(2), so that the detach of the last process is the kernel's business again."""
+    readonly = 0 if vma.prot & mmap.PROT_WRITE else SHM_RDONLY
+    return Call("shmat", (shmid, vma.start, readonly | (SHM_EXEC if vma.prot & mmap.PROT_EXEC else 0)))
+
+
+def _vdso_calls(mm: Mm) -> Iterator[Call]:
+    """One call maps vvar and vdso from the lowest of the pieces on (arch/x86/entry/vdso/vma.c, map_vdso)."""
+    pieces = [vma.start for vma in mm.vmas if vma.kind in VDSO_KINDS]
+    if pieces:
+        yield Call("arch_prctl", (arch.ARCH_MAP_VDSO_64, min(pieces)))
+
+
+def check_vdso(site: Site, mm: Mm) -> None:
+    """The address given to ARCH_MAP_VDSO_64 is a hint: what is not exactly there is an error."""
+    for vma in mm.vmas:
+        if vma.kind is VmaKind.VDSO and site.memory.read(vma.start, 4) != b"\x7fELF":
+            raise RestoreError(
+                "the vdso could not be put at its old address", where=f"{vma.start:#x}", remedy="report it"
+            )
+
+
+def _name_calls(mm: Mm, bench: Bench) -> Iterator[Call]:
+    for vma in mm.vmas:
+        if vma.kind is VmaKind.ANON and vma.name and not vma.name.startswith("["):
+            name = bench.place(os.fsencode(vma.name) + b"\0")
+            args = (PR_SET_VMA, PR_SET_VMA_ANON_NAME, vma.start, vma.length, name)
+            yield Call("prctl", args, may_fail=True)  # a kernel without CONFIG_ANON_VMA_NAME
+
+
+def _advice_calls(mm: Mm) -> Iterator[Call]:
+    for vma in mm.vmas:
+        if vma.kind in VDSO_KINDS:
+            continue
+        for flag in sorted(ADVICE.keys() & vma.vm_flags):
+            yield Call("madvise", (vma.start, vma.length, ADVICE[flag]), may_fail=flag in ("hg", "nh", "mg"))
+
+
+def _mm_calls(mm: Mm, bench: Bench, exe_fd: int) -> Iterator[Call]:
+    """All fields in one call; the single-field form needs CAP_SYS_RESOURCE (kernel/sys.c, prctl_set_mm_map)."""
+    auxv = struct.pack(f"<{len(mm.auxv)}Q", *mm.auxv)
+    fields = MM_MAP.pack(
+        *(mm.start_code, mm.end_code, mm.start_data, mm.end_data, mm.start_brk, mm.brk, mm.start_stack),
+        *(mm.arg_start, mm.arg_end, mm.env_start, mm.env_end),
+        bench.place(auxv),
+        len(auxv),
+        exe_fd,
+    )
+    yield Call("prctl", (PR_SET_MM, PR_SET_MM_MAP, bench.place(fields), len(fields), 0))
+    if mm.thp_disabled:
+        yield Call("prctl", (PR_SET_THP_DISABLE, 1, 0, 0, 0))
+
+
+def lock_calls(vmas: Sequence[Vma]) -> Iterator[Call]:
+    """mlock2(2) of locked mappings, once their pages are there."""
+    for vma in vmas:
+        if "lo" in vma.vm_flags and vma.kind not in VDSO_KINDS:
+            yield Call("mlock2", (vma.start, vma.length, MLOCK_ONFAULT if "lf" in vma.vm_flags else 0))

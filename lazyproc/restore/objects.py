@@ -1,0 +1,69 @@
+"""Shared memory objects: made once by us, mapped by the tasks."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from lazyproc.errors import RestoreError
+from lazyproc.kernel._core import ffi
+from lazyproc.kernel.sys import syscall
+from lazyproc.model import PAGE, Checkpoint, SharedKind, SharedMemory
+
+SYS_SHMGET, SYS_SHMAT, SYS_SHMCTL, SYS_SHMDT = 29, 30, 31, 67
+IPC_CREAT, IPC_EXCL, IPC_RMID = 0o1000, 0o2000, 0
+SHM_NEXT_ID = "/proc/sys/kernel/shm_next_id"  # ipc/ipc_sysctl.c: the id of the next segment
+
+
+@contextmanager
+def made(checkpoint: Checkpoint, memfds: Mapping[int, int]) -> Iterator[dict[int, int]]:
+    """Descriptors of all objects by id, open for reading and writing; SysV segments go again on an exception."""
+    with ExitStack() as stack:
+        found = dict(memfds)
+        for number, shared in checkpoint.shared.items():
+            if shared.kind is SharedKind.ANON:
+                found[number] = _anonymous(shared, stack)
+            elif shared.kind is SharedKind.SYSV:
+                found[number] = _segment(shared, stack)
+        yield found
+
+
+def _anonymous(shared: SharedMemory, stack: ExitStack) -> int:
+    """MAP_SHARED | MAP_ANONYMOUS has no name: we map it, open the object through map_files, and unmap it."""
+    size = -(-shared.size // PAGE) * PAGE
+    with mmap.mmap(-1, size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS) as mapping:
+        view = ffi.from_buffer(mapping)
+        addr = int(ffi.cast("uintptr_t", view))
+        ffi.release(view)
+        return _open_mapping(addr, size, stack)
+
+
+def _open_mapping(addr: int, size: int, stack: ExitStack) -> int:
+    fd = os.open(f"/proc/self/map_files/{addr:x}-{addr + size:x}", os.O_RDWR | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _segment(shared: SharedMemory, stack: ExitStack) -> int:
+    with open(SHM_NEXT_ID, "w") as file:
+        file.write(str(shared.sysv_shmid))
+    try:
+        number = syscall(SYS_SHMGET, shared.sysv_key, shared.size, IPC_CREAT | IPC_EXCL | shared.mode)
+    except FileExistsError as error:
+        raise RestoreError(
+            f"a segment with its key {shared.sysv_key:#x} exists on this host",
+            where=f"SysV segment {shared.sysv_shmid}",
+            remedy="remove it with ipcrm, or restore in an ipc namespace of its own",
+        ) from error
+    stack.push(lambda kind, *_: syscall(SYS_SHMCTL, number, IPC_RMID, 0) < 0 if kind else False)
+    if number != shared.sysv_shmid:
+        raise RestoreError(
+            "its number is taken on this host", where=f"SysV segment {shared.sysv_shmid}", remedy="free it with ipcrm"
+        )
+    addr = syscall(SYS_SHMAT, number, 0, 0)
+    try:
+        return _open_mapping(addr, -(-shared.size // PAGE) * PAGE, stack)
+    finally:
+        syscall(SYS_SHMDT, addr)

@@ -1,0 +1,70 @@
+"""Pipes and FIFOs: made once, refilled, and opened anew for each end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat as st
+import termios
+
+from lazyproc.errors import RestoreError
+from lazyproc.events import Note
+from lazyproc.model import OpenFile, Pipe, PipeEnd
+from lazyproc.restore.workshop import Workshop, reopen
+
+
+def make_pipe_end(workshop: Workshop, file: OpenFile, resource: PipeEnd) -> int:
+    pipe = workshop.checkpoint.pipes[resource.pipe_id]
+    if pipe.id not in workshop.pipes:
+        workshop.pipes[pipe.id] = _make_fifo(workshop, pipe) if pipe.path else _make_pipe(workshop, pipe)
+    return reopen(workshop.pipes[pipe.id], file.flags & ~os.O_DIRECT)  # which finish() sets
+
+
+def _make_pipe(workshop: Workshop, pipe: Pipe) -> int:
+    """Both ends stay open until the workshop closes, so that opening one end does not wait for the other."""
+    reading, writing = (workshop.keep(fd) for fd in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
+    _refill(workshop, pipe, writing)
+    return reading
+
+
+def _make_fifo(workshop: Workshop, pipe: Pipe) -> int:
+    with workshop.probe(pipe.path) as probe:
+        if not st.S_ISFIFO(os.fstat(probe).st_mode):
+            raise RestoreError(
+                "is no FIFO on this host", where=f"file {pipe.path}", remedy=f"mkfifo {pipe.path}"
+            )
+        fifo = workshop.keep(reopen(probe, os.O_RDWR | os.O_NONBLOCK))
+    if any(fcntl.ioctl(fifo, termios.FIONREAD, bytes(4))):
+        raise RestoreError(
+            "is in use on this host: there is data in it",
+            where=f"file {pipe.path}",
+            remedy="end what uses it",
+        )
+    _refill(workshop, pipe, fifo)
+    return fifo
+
+
+def _refill(workshop: Workshop, pipe: Pipe, writing: int) -> None:
+    if fcntl.fcntl(writing, fcntl.F_GETPIPE_SZ) != pipe.capacity:
+        try:
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, pipe.capacity)
+        except PermissionError:
+            workshop.listener(Note(f"a pipe of {pipe.capacity} bytes is smaller now: raise fs.pipe-max-size"))
+    if pipe.packets:  # with O_DIRECT each write is a packet
+        fcntl.fcntl(writing, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)
+    at = 0
+    for length in pipe.packets or [len(pipe.data)]:
+        if not _written(writing, pipe.data[at : at + length]):
+            raise RestoreError(
+                f"{len(pipe.data)} bytes do not fit into it here",
+                where=f"pipe {pipe.path or pipe.id}",
+                remedy=f"raise fs.pipe-max-size to {pipe.capacity}",
+            )
+        at += length
+
+
+def _written(writing: int, data: bytes) -> bool:
+    try:
+        return not data or os.write(writing, data) == len(data)
+    except BlockingIOError:
+        return False

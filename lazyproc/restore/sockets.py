@@ -1,0 +1,108 @@
+"""Making all sockets of a checkpoint in the process that restores.
+
+Three stages, since each needs more of the tree: `make_sockets` needs nothing but the host; `fill_queues`
+needs all files, which may lie in queues, and the tasks' pids, which stand in credentials; `leave_repair`
+comes after the commit, when connections may send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lazyproc.kernel.netfilter import Flow, plain
+from lazyproc.kernel.sockopt import LATE, TCP_LISTEN
+from lazyproc.model import Checkpoint, InetSocket, OpenFile, Task, UnixSocket
+from lazyproc.restore.inet import InetSockets
+from lazyproc.restore.options import apply
+from lazyproc.restore.unix import UnixSockets
+from lazyproc.restore.workshop import finish
+
+S = TypeVar("S", UnixSocket, InetSocket)
+
+
+@dataclass(slots=True)
+class MadeSockets:
+    """The sockets of a tree on their way to life."""
+
+    checkpoint: Checkpoint
+    _unix: UnixSockets
+    _inet: InetSockets
+
+    def fill_queues(self, files: Mapping[int, int], pids: Mapping[int, int]) -> None:
+        """Refill unix queues; then shutdown(2) and the options that would have been in the way.
+
+        `files`: file id to our descriptor, all files of the checkpoint; `pids`: vpid to the pid it has for
+        us. Raises RestoreError.
+        """
+        self._unix.fill(files, pids)
+        for unix in self._unix.sockets.values():
+            sock = self._unix.made[unix.inode]
+            if unix.shutdown:
+                sock.shutdown(unix.shutdown - 1)  # SHUT_RD, SHUT_WR, SHUT_RDWR count from 0
+            apply(sock, unix.options, LATE)
+
+    def leave_repair(self) -> None:
+        """After the commit: TCP connections live, and what they had not sent yet goes out."""
+        self._inet.leave_repair()
+
+
+@contextmanager
+def make_sockets(checkpoint: Checkpoint, files: dict[int, int], *, root: str = "/") -> Iterator[MadeSockets]:
+    """Every socket of the checkpoint, added to `files` (file id to a descriptor of ours); all are closed on
+    leaving.
+
+    `root` is where the tree's root directory lies for us. TCP connections are in repair mode: closing them
+    sends nothing. Raises RestoreError naming the address or the path and what to do.
+    """
+    with ExitStack() as stack:
+        unix = UnixSockets(_by_inode(checkpoint, UnixSocket), root, stack)
+        inet = InetSockets(_by_inode(checkpoint, InetSocket), stack)
+        unix.make()
+        inet.make()
+        made = unix.made | inet.made
+        for file in _socket_files(checkpoint):
+            assert isinstance(file.resource, UnixSocket | InetSocket)
+            files[file.id] = made[file.resource.inode].fileno()
+            finish(files[file.id], file)
+        yield MadeSockets(checkpoint, unix, inet)
+
+
+def _socket_files(checkpoint: Checkpoint) -> list[OpenFile]:
+    return [f for f in checkpoint.files.values() if isinstance(f.resource, UnixSocket | InetSocket)]
+
+
+def _by_inode(checkpoint: Checkpoint, kind: type[S]) -> dict[int, S]:
+    resources = (file.resource for file in checkpoint.files.values())
+    return {resource.inode: resource for resource in resources if isinstance(resource, kind)}
+
+
+def listen_rows(checkpoint: Checkpoint, task: Task) -> list[tuple[int, int]]:
+    """(fd, backlog) of the unix sockets that `task` itself should listen(2) on again: SO_PEERCRED of their
+    clients then shows its pid, as before. Only where it still has the uid and gid that it listened with.
+    """
+    rows = []
+    for descriptor in task.descriptors:
+        unix = checkpoint.files[descriptor.file_id].resource
+        if isinstance(unix, UnixSocket) and unix.state == TCP_LISTEN:
+            own = (task.vpid, task.leader.credentials.euid, task.leader.credentials.egid)
+            if unix.peer_credentials == own:
+                rows.append((descriptor.fd, unix.backlog))
+    return rows
+
+
+def flows_to_hold(checkpoint: Checkpoint) -> list[Flow]:
+    """What the destination holds back (kernel/netfilter) from before `make_sockets` until after
+    `leave_repair`: the connections to outside of the tree. Without it their peers' packets would be answered
+    with RST.
+    """
+    sockets = _by_inode(checkpoint, InetSocket).values()
+    connections = [inet for inet in sockets if inet.tcp is not None and inet.remote is not None]
+    ends = {(plain(inet.local), inet.remote and plain(inet.remote)) for inet in connections}
+    return [
+        Flow(inet.protocol, inet.local, inet.remote)
+        for inet in connections
+        if (inet.remote and plain(inet.remote), plain(inet.local)) not in ends
+    ]

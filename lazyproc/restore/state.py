@@ -1,0 +1,164 @@
+"""What a task has besides memory and files: signals, timers, limits, credentials, as rows of remote calls."""
+
+from __future__ import annotations
+
+import os
+import resource
+import struct
+from collections.abc import Iterator
+
+from lazyproc.events import Listener, Note
+from lazyproc.kernel.remote import Bench, Call
+from lazyproc.model import Credentials, Fs, Task, Thread
+
+# include/uapi/linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_SECCOMP = 1, 4, 15, 22
+PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_TIMERSLACK = 24, 28, 29
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 36, 38, 47
+PR_CAP_AMBIENT_RAISE = 2
+PR_TIMER_CREATE_RESTORE_IDS = 77
+SECBIT_NO_SETUID_FIXUP = 1 << 2
+SECCOMP_SET_MODE_FILTER = 1
+CAPABILITY_VERSION_3 = 0x20080522
+CAP_LAST = 40
+TIMER_SAVED_INFINITE = (1 << 64) - 1
+
+
+# --- process ----------------------------------------------------------------------------------------------------
+
+
+def signal_calls(task: Task, bench: Bench) -> Iterator[Call]:
+    """Signal actions, then what was queued: a process may queue any siginfo to itself (rt_sigqueueinfo(2))."""
+    for action in task.sigactions:
+        addr = bench.place(struct.pack("<4Q", action.handler, action.flags, action.restorer, action.mask))
+        yield Call("rt_sigaction", (action.signal, addr, 0, 8))
+    for info in task.pending:
+        yield Call("rt_sigqueueinfo", (task.vpid, _signal_of(info), bench.place(info)))
+
+
+def _signal_of(info: bytes) -> int:
+    return int(struct.unpack_from("<i", info)[0])
+
+
+def fs_calls(fs: Fs, cwd_fd: int, root_fd: int | None, bench: Bench) -> Iterator[Call]:
+    """Root (only where it differs from ours), working directory, umask."""
+    if root_fd is not None:
+        yield Call("fchdir", (root_fd,))
+        yield Call("chroot", (bench.place(b".\0"),))
+    yield Call("fchdir", (cwd_fd,))
+    yield Call("umask", (fs.umask,))
+
+
+def flag_calls(task: Task) -> Iterator[Call]:
+    if task.child_subreaper:
+        yield Call("prctl", (PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+
+
+def timer_create_calls(task: Task, bench: Bench) -> Iterator[Call]:
+    """POSIX timers under their own numbers (kernel 6.16, PR_TIMER_CREATE_RESTORE_IDS), not armed yet."""
+    if not task.posix_timers:
+        return
+    yield Call("prctl", (PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0))
+    for timer in task.posix_timers:
+        event = struct.pack("<Qiii", timer.value, timer.signal, timer.notify, timer.tid).ljust(64, b"\0")
+        number = bench.place(struct.pack("<i", timer.id))
+        yield Call("timer_create", (timer.clock, bench.place(event), number))
+    yield Call("prctl", (PR_TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0))
+
+
+def timer_start_calls(task: Task, bench: Bench) -> Iterator[Call]:
+    """All timers run on with the time they had left."""
+    for itimer in task.itimers:
+        value = (*divmod(itimer.interval_us, 1_000_000), *divmod(itimer.value_us, 1_000_000))
+        yield Call("setitimer", (itimer.which, bench.place(struct.pack("<4q", *value)), 0))
+    for timer in task.posix_timers:
+        if timer.value_ns or timer.interval_ns:
+            spec = (*divmod(timer.interval_ns, 10**9), *divmod(timer.value_ns, 10**9))
+            yield Call("timer_settime", (timer.id, 0, bench.place(struct.pack("<4q", *spec)), 0))
+
+
+def set_from_outside(task: Task, pid: int, listener: Listener) -> None:
+    """Limits and the OOM score, which are set by number. What this host does not allow is said, not fatal."""
+    for limit in task.limits:
+        try:
+            resource.prlimit(pid, limit.resource, (_limit(limit.soft), _limit(limit.hard)))
+        except (PermissionError, ValueError):
+            listener(Note(f"pid {task.vpid}: limit {limit.resource} could not be raised to {limit.hard}"))
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "w") as file:
+            file.write(str(task.oom_score_adj))
+    except PermissionError:
+        listener(Note(f"pid {task.vpid}: oom_score_adj could not be lowered to {task.oom_score_adj}"))
+
+
+def _limit(value: int) -> int:
+    return -1 if value == TIMER_SAVED_INFINITE else value
+
+
+# --- thread -----------------------------------------------------------------------------------------------------
+
+
+def thread_calls(thread: Thread, bench: Bench, available: int) -> Iterator[Call]:
+    """Everything of one thread that it sets itself. `available` are the capabilities this host can give."""
+    yield Call("prctl", (PR_SET_NAME, bench.place(os.fsencode(thread.comm)[:15] + b"\0")))
+    if thread.altstack:
+        stack = struct.pack("<QiIQ", thread.altstack.sp, thread.altstack.flags & ~1, 0, thread.altstack.size)
+        yield Call("sigaltstack", (bench.place(stack), 0))
+    if thread.robust_list:
+        yield Call("set_robust_list", (thread.robust_list, thread.robust_list_len))
+    if thread.rseq:
+        yield Call("rseq", (thread.rseq.addr, thread.rseq.size, 0, thread.rseq.signature))
+    yield Call("prctl", (PR_SET_TIMERSLACK, thread.timer_slack_ns))
+    yield from credential_calls(thread.credentials, bench, available)
+    if thread.pdeath_signal:  # cleared by every change of credentials
+        yield Call("prctl", (PR_SET_PDEATHSIG, thread.pdeath_signal))
+
+
+def credential_calls(creds: Credentials, bench: Bench, available: int) -> Iterator[Call]:
+    """Ids first with capabilities kept (SECBIT_NO_SETUID_FIXUP), then the sets: capabilities(7)."""
+    groups = bench.place(struct.pack(f"<{len(creds.groups)}I", *creds.groups), align=4)
+    yield Call("prctl", (PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP))
+    yield Call("setgroups", (len(creds.groups), groups))
+    yield Call("setresgid", (creds.gid, creds.egid, creds.sgid))
+    yield Call("setfsgid", (creds.fsgid,))
+    yield Call("setresuid", (creds.uid, creds.euid, creds.suid))
+    yield Call("setfsuid", (creds.fsuid,))
+    for cap in range(CAP_LAST + 1):
+        if not creds.cap_bounding >> cap & 1:
+            yield Call("prctl", (PR_CAPBSET_DROP, cap, 0, 0, 0))
+    inheritable, permitted = creds.cap_inheritable & available, creds.cap_permitted & available
+    sets = (creds.cap_effective & available, permitted, inheritable)
+    yield Call("prctl", (PR_SET_SECUREBITS, creds.securebits))
+    header = bench.place(struct.pack("<Ii", CAPABILITY_VERSION_3, 0))
+    low, high = (value & 0xFFFFFFFF for value in sets), (value >> 32 for value in sets)
+    yield Call("capset", (header, bench.place(struct.pack("<6I", *low, *high))))
+    for cap in range(CAP_LAST + 1):
+        if creds.cap_ambient & available >> cap & 1:
+            yield Call("prctl", (PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap, 0, 0))
+    if creds.no_new_privs:
+        yield Call("prctl", (PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def pending_calls(task: Task, thread: Thread, bench: Bench) -> Iterator[Call]:
+    for info in thread.pending:
+        yield Call("rt_tgsigqueueinfo", (task.vpid, thread.tid, _signal_of(info), bench.place(info)))
+
+
+def seccomp_calls(thread: Thread, bench: Bench) -> Iterator[Call]:
+    """Filters, oldest first. The tracee's seccomp is suspended (PTRACE_O_SUSPEND_SECCOMP) until it is let go."""
+    for filter_ in thread.seccomp:
+        program = bench.place(filter_.program)
+        fprog = bench.place(struct.pack("<HxxxxxxQ", len(filter_.program) // 8, program))
+        yield Call("seccomp", (SECCOMP_SET_MODE_FILTER, filter_.flags, fprog))
+    if thread.seccomp_mode == 1:
+        yield Call("prctl", (PR_SET_SECCOMP, 1))
+
+
+def schedule(thread: Thread, tid: int, listener: Listener) -> None:
+    """Policy and nice value, set from outside while the thread still has our privileges."""
+    wanted = thread.scheduling
+    try:
+        os.sched_setscheduler(tid, wanted.policy, os.sched_param(wanted.priority))
+        os.setpriority(os.PRIO_PROCESS, tid, wanted.nice)
+    except PermissionError:
+        listener(Note(f"thread {thread.tid}: scheduling policy {wanted.policy} nice {wanted.nice} not allowed here"))

@@ -1,0 +1,274 @@
+"""The order of a restore on one screen: a checkpoint becomes a stopped tree, and the stopped tree runs.
+
+Everything is driven from outside by remote calls; no code of ours stays in a restored process. Until `release`
+every process is a tracee with PTRACE_O_EXITKILL, so a failure, or our death, leaves nothing half-built behind.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from lazyproc.errors import LazyprocError, RestoreError
+from lazyproc.events import Listener, StepDone
+from lazyproc.kernel import arch_x86_64 as arch
+from lazyproc.kernel import proc
+from lazyproc.kernel import tracee as ptrace
+from lazyproc.kernel.arch_x86_64 import SYS
+from lazyproc.kernel.nursery import Nursery, nursery
+from lazyproc.kernel.remote import Call, step
+from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
+from lazyproc.pages import PageSource
+from lazyproc.restore import descriptors, memory, objects, pages, restarts, state
+from lazyproc.restore.creation import Maker, make_threads
+from lazyproc.restore.epolls import add_orphans
+from lazyproc.restore.files import make_files
+from lazyproc.restore.memfds import seal_memfds
+from lazyproc.restore.site import Site
+
+SIGSTOP = 19
+
+
+@dataclass(slots=True)
+class BuiltTree:
+    """A complete tree that has not run an instruction. `userfaultfds` are ours, by vpid."""
+
+    checkpoint: Checkpoint
+    nursery: Nursery
+    sites: Mapping[int, Site]
+    userfaultfds: Mapping[int, int]
+    lazy: Sequence[pages.LazyRange]
+    released: bool = field(default=False)
+
+    @property
+    def root_pid(self) -> int:
+        return self.sites[self.checkpoint.root.vpid].pid
+
+    def release(self) -> None:
+        """Let it run. From here on it is nobody's tracee."""
+        self.released = True
+        for site in self.sites.values():
+            if site.task.state is TaskState.STOPPED:
+                os.kill(site.pid, SIGSTOP)
+            for tracee in site.threads.values():
+                tracee.detach()
+        if self.checkpoint.root.vpid != 1:
+            self.nursery.become_parent_of(self.checkpoint.root.vpid)
+
+
+def needs_new_pidns(checkpoint: Checkpoint) -> bool:
+    """Whether a number of the tree is taken here, or is 1."""
+    wanted = {thread.tid for task in checkpoint.tasks for thread in task.threads}
+    wanted |= {task.vpid for task in checkpoint.tasks}
+    return 1 in wanted or any(os.path.exists(f"/proc/{tid}") for tid in wanted)
+
+
+def timens_text(clocks: Clocks) -> str:
+    """timens_offsets with which a new time namespace shows the tree's clocks now as they were when it was frozen."""
+    ours = proc.timens_offsets(proc.read(os.getpid(), "timens_offsets"))
+    monotonic = clocks.monotonic_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC) + ours.monotonic_ns
+    boottime = clocks.boottime_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + ours.boottime_ns
+    return "".join(
+        f"{name} {offset // 10**9} {offset % 10**9}\n"
+        for name, offset in (("monotonic", monotonic), ("boottime", boottime))
+    )
+
+
+@contextmanager
+def built_tree(
+    checkpoint: Checkpoint, source: PageSource, listener: Listener, *, lazy: bool, pidns: bool
+) -> Iterator[BuiltTree]:
+    """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
+
+    `source` gives the pages that have to be there at once (all of them unless `lazy`). Raises RestoreError naming
+    the step, and whatever the kernel refuses.
+    """
+    with ExitStack() as stack:
+        clock = _StepClock(listener)
+        birth = stack.enter_context(
+            nursery(pidns=pidns, timens=timens_text(checkpoint.clocks), transport_fd=_free_number(checkpoint))
+        )
+        tree: BuiltTree | None = None
+        try:
+            clock.done("nursery")
+            sites = Maker(birth, checkpoint, stack).make()
+            clock.done("processes")
+            with files_and_objects(checkpoint, birth, listener) as (files, shared):
+                clock.done("files")
+                for site in sites.values():
+                    memory.move_in(site)
+                    memory.map_all(site, checkpoint, files, shared)
+                clock.done("memory map")
+                userfaultfds, ranges = pages.register(sites, checkpoint, stack) if lazy else ({}, ())
+                pages.fill(sites, checkpoint, source, userfaultfds, shared)
+                clock.done("eager pages")
+                for site in sites.values():
+                    make_threads(site)
+                clock.done("threads")
+                for site in sites.values():
+                    _give_state(site, checkpoint, files, listener)
+                clock.done("state")
+            for site in sites.values():
+                _finish(site)
+            clock.done("registers")
+            tree = BuiltTree(checkpoint, birth, sites, userfaultfds, ranges)
+            yield tree
+        finally:
+            if tree is None or not tree.released:
+                _kill(birth)
+
+
+@contextmanager
+def files_and_objects(
+    checkpoint: Checkpoint, birth: Nursery, listener: Listener
+) -> Iterator[tuple[Mapping[int, int], Mapping[int, int]]]:
+    """Everything the tasks will open or map, as descriptors of ours: by OpenFile id and by SharedMemory id.
+
+    They are closed before the tree runs: a pipe end held by us would never let its reader see the end.
+    """
+    root = f"/proc/{birth.pid}/root"
+
+    def open_path(path: str, flags: int, mode: int) -> int:
+        return os.open(root + path, flags, mode)
+
+    with (
+        make_files(checkpoint, open_path=open_path, listener=listener) as made,
+        objects.made(checkpoint, made.objects) as shared,
+    ):
+        add_orphans(checkpoint, made.files)
+        yield made.files, shared
+        seal_memfds(checkpoint, shared)
+
+
+class _StepClock:
+    """Says how long each step took."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._last = time.monotonic()
+
+    def done(self, name: str) -> None:
+        now = time.monotonic()
+        self._listener(StepDone(f"restore: {name}", now, now - self._last))
+        self._last = now
+
+
+def _free_number(checkpoint: Checkpoint) -> int:
+    """A descriptor number that no task uses, with two more above it, for the socket that brings descriptors."""
+    highest = max((d.fd for task in checkpoint.tasks for d in task.descriptors), default=0)
+    most = max(len(task.mm.vmas) for task in checkpoint.tasks if task.mm)
+    return max(highest, most, 64) + 1
+
+
+def _give_state(site: Site, checkpoint: Checkpoint, made: Mapping[int, int], listener: Listener) -> None:
+    """Everything but registers. Credentials come late (what precedes needs privileges), seccomp after them."""
+    task, bench = site.task, site.bench
+    assert task.fs is not None
+    descriptors.install(site, checkpoint, made)
+    cwd, root = site.receive([made[task.fs.cwd_id], made[task.fs.root_id]])
+    keep_root = descriptors.is_our_root(checkpoint, task.fs.root_id)
+    site.run(
+        *state.fs_calls(task.fs, cwd, None if keep_root else root, bench),
+        Call("close", (cwd,)),
+        Call("close", (root,)),
+        Call("close", (site.transport_fd,)),
+        *state.flag_calls(task),
+        *state.timer_create_calls(task, bench),
+        Call("set_tid_address", (task.leader.clear_child_tid,)),
+    )
+    state.set_from_outside(task, site.pid, listener)
+    for thread in task.threads:
+        state.schedule(thread, site.threads[thread.tid].tid, listener)
+    _run_in_threads(site, _available_capabilities())
+    assert task.mm is not None
+    site.run(
+        *memory.lock_calls(task.mm.vmas),
+        *state.signal_calls(task, bench),
+        Call("prctl", (state.PR_SET_DUMPABLE, 1 if task.mm.dumpable == 1 else 0)),
+    )
+
+
+def _run_in_threads(site: Site, available: int) -> None:
+    """The threads' own state, all threads at the same time; then filters, which would forbid what came before."""
+    bench = site.bench
+    pairs = [(site.threads[thread.tid], thread) for thread in site.task.threads]
+    bench.run_all([(t, list(state.thread_calls(thread, bench, available)), None) for t, thread in pairs])
+    for tracee, thread in pairs:
+        if thread.seccomp_mode:
+            tracee.set_options(
+                ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_SUSPEND_SECCOMP
+            )
+        late = [*state.seccomp_calls(thread, bench), *state.pending_calls(site.task, thread, bench)]
+        if late:
+            bench.run(tracee, late)
+
+
+def _available_capabilities() -> int:
+    return proc.status(proc.read(os.getpid(), "status")).cap_permitted
+
+
+def _finish(site: Site) -> None:
+    """Timers run, sleeps are resumed, the bench goes, and every thread gets its registers."""
+    task = site.task
+    start = list(state.timer_start_calls(task, site.bench))
+    if start:
+        site.run(*start)
+    resumed = restarts.resume(site)
+    _unmap_bench(site, task)
+    for thread in task.threads:
+        tracee = site.threads[thread.tid]
+        tracee.set_xsave(thread.xsave)
+        tracee.set_registers(resumed.get(thread.tid, thread.registers))
+        tracee.set_blocked(thread.blocked)
+
+
+def _unmap_bench(site: Site, task: Task) -> None:
+    """The last remote call uses the vdso's own `syscall` instruction: nothing of ours is left."""
+    start, length = memory.bench_range(site)
+    at = _syscall_instruction(site, task)
+    registers = site.leader.registers()
+    site.leader.set_blocked(arch.MASK64)
+    result = step(site.leader, arch.calling(registers, at, registers.sp, SYS["munmap"], (start, length)))
+    if result != 0:
+        raise RestoreError(
+            f"could not unmap the bench: {os.strerror(-result)}", where=f"pid {task.vpid}", remedy="report it"
+        )
+
+
+def _syscall_instruction(site: Site, task: Task) -> int:
+    assert task.mm is not None
+    for vma in task.mm.vmas:
+        if vma.kind is VmaKind.VDSO:
+            at = site.memory.read(vma.start, vma.length).find(arch.SYSCALL_INSTRUCTION)
+            if at >= 0:
+                return vma.start + at
+    raise RestoreError("has no vdso to make the last call from", where=f"pid {task.vpid}", remedy="start it with one")
+
+
+def _kill(birth: Nursery) -> None:
+    """Kill the nursery and everything forked from it."""
+    for pid in _descendants(birth.pid):
+        try:
+            os.kill(pid, 9)
+        except ProcessLookupError:
+            continue
+    while True:
+        try:
+            os.waitpid(-1, 0x40000000 | os.WNOHANG)
+        except ChildProcessError:
+            return
+
+
+def _descendants(pid: int) -> list[int]:
+    """`pid` last: in a new pid namespace its death is everybody's."""
+    found = []
+    try:
+        for tid in proc.task_ids(pid):
+            for child in proc.children_of(pid, tid):
+                found += _descendants(child)
+    except LazyprocError:
+        return found
+    return [*found, pid]

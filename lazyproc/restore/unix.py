@@ -1,0 +1,267 @@
+"""Making unix(7) sockets again: named, paired, connected, waiting to be accepted, and with their queues
+full.
+
+The order is the point: listening sockets first, so that connections can go through them and show their
+names; then connections; then those that wait to be accepted. Datagram sockets are connected one way only
+when their queues are full, since a connected one takes packets from its peer alone.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from lazyproc.errors import RestoreError
+from lazyproc.kernel.sockopt import (
+    EARLY,
+    SO_SNDBUFFORCE,
+    SOL_SOCKET,
+    TCP_ESTABLISHED,
+    TCP_LISTEN,
+    disconnect,
+)
+from lazyproc.model import Packet, UnixSocket
+from lazyproc.restore.names import acting_as, address_of, bind, bind_with_file
+from lazyproc.restore.options import apply
+
+_AMPLE = 1 << 29  # bytes: SO_SNDBUFFORCE doubles it
+_MANY = 4096  # connections
+_SCM_RIGHTS, _SCM_CREDENTIALS = 1, 2
+
+
+@dataclass(slots=True)
+class UnixSockets:
+    """The unix sockets of one checkpoint under construction. `made` has them by inode; `stack` closes them."""
+
+    sockets: Mapping[int, UnixSocket]  # by inode
+    root: str
+    stack: ExitStack
+    made: dict[int, socket.socket] = field(default_factory=dict)
+    _feeders: dict[int, socket.socket] = field(
+        default_factory=dict
+    )  # other ends that are closed already at the source
+
+    def make(self) -> None:
+        """All sockets, bound and connected, with empty queues."""
+        waiting = {inode for unix in self.sockets.values() for inode in unix.pending}
+        for unix in self.sockets.values():
+            if unix.state != TCP_ESTABLISHED:
+                self._make_single(unix)
+        for unix in self.sockets.values():
+            if unix.state == TCP_ESTABLISHED and unix.inode not in waiting and unix.inode not in self.made:
+                self._make_connected(unix)
+        for unix in self.sockets.values():
+            if unix.state == TCP_LISTEN:
+                self._queue_connections(unix)
+
+    def fill(self, files: Mapping[int, int], pids: Mapping[int, int]) -> None:
+        """Put the queued packets back, with their descriptors (`files`, by file id) and their senders'
+        credentials (`pids`: vpid to a pid of ours; a sender that is no more gets our own).
+        """
+        for unix in self.sockets.values():
+            for packet in unix.queue:
+                self._send(unix, packet, files, pids)
+        for feeder in self._feeders.values():
+            feeder.close()
+        for unix in self.sockets.values():
+            if unix.peer and unix.type == socket.SOCK_DGRAM and not self._is_mutual(unix):
+                self._connect_one_way(unix)
+
+    # --- making
+    # ---------------------------------------------------------------------------------------------
+
+    def _make_single(self, unix: UnixSocket) -> None:
+        sock = self._new(unix)
+        if unix.name:
+            self._bind(sock, unix)
+        if unix.state == TCP_LISTEN:
+            with acting_as(unix.peer_credentials):
+                sock.listen(_MANY)
+
+    def _new(self, unix: UnixSocket) -> socket.socket:
+        return self._keep(unix, socket.socket(socket.AF_UNIX, unix.type))
+
+    def _keep(self, unix: UnixSocket, sock: socket.socket) -> socket.socket:
+        self.made[unix.inode] = self.stack.enter_context(sock)
+        apply(sock, unix.options, EARLY)
+        return sock
+
+    def _bind(self, sock: socket.socket, unix: UnixSocket) -> None:
+        if unix.path:
+            bind_with_file(sock, unix, self.root)
+        else:
+            bind(sock, unix.name)
+
+    def _make_connected(self, unix: UnixSocket) -> None:
+        """A socket and its peer; where the peer is gone already, a feeder in its place."""
+        peer = self.sockets.get(unix.peer)
+        if unix.type == socket.SOCK_DGRAM and peer is not None and not self._is_mutual(unix):
+            self._make_one_way(unix, peer)
+        elif unix.name and not unix.bound_here:
+            self._make_accepted(unix, peer)
+        elif peer is not None and peer.name and not peer.bound_here:
+            self._make_accepted(peer, unix)
+        else:
+            self._make_pair(unix, peer)
+
+    def _is_mutual(self, unix: UnixSocket) -> bool:
+        peer = self.sockets.get(unix.peer)
+        return peer is not None and peer.peer == unix.inode
+
+    def _make_pair(self, unix: UnixSocket, peer: UnixSocket | None) -> None:
+        with acting_as(unix.peer_credentials):
+            here, there = socket.socketpair(socket.AF_UNIX, unix.type)
+        self._keep(unix, here)
+        if unix.name:
+            self._bind(here, unix)
+        self._keep_other(unix, peer, there)
+        if peer is not None and peer.name:
+            self._bind(there, peer)
+
+    def _keep_other(self, unix: UnixSocket, peer: UnixSocket | None, there: socket.socket) -> None:
+        if peer is None:
+            self._feeders[unix.inode] = self.stack.enter_context(there)
+        else:
+            self._keep(peer, there)
+
+    def _make_accepted(self, unix: UnixSocket, peer: UnixSocket | None) -> None:
+        """`unix` has its name from the listening socket that accepted it: that one, or one made for the
+        moment.
+        """
+        with ExitStack() as moment:
+            listener = self._listener(unix.name, unix.type)
+            if listener is None:
+                listener = moment.enter_context(socket.socket(socket.AF_UNIX, unix.type))
+                bind(listener, unix.name)
+                with acting_as(peer.peer_credentials if peer else None):
+                    listener.listen()
+            there = socket.socket(socket.AF_UNIX, unix.type)
+            self._keep_other(unix, peer, there)
+            if peer is not None and peer.name:
+                self._bind(there, peer)
+            self._connect(there, listener, unix.name, unix.peer_credentials)
+            self._keep(unix, listener.accept()[0])
+
+    def _listener(self, name: bytes, kind: int) -> socket.socket | None:
+        for unix in self.sockets.values():
+            if unix.state == TCP_LISTEN and (unix.name, unix.type) == (name, kind):
+                return self.made[unix.inode]
+        return None
+
+    @staticmethod
+    def _connect(
+        sock: socket.socket,
+        target: socket.socket,
+        name: bytes,
+        credentials: tuple[int, int, int] | None = None,
+    ) -> None:
+        with address_of(target, name) as address, acting_as(credentials):
+            sock.connect(address)
+
+    def _queue_connections(self, unix: UnixSocket) -> None:
+        """Connections that nobody has accepted yet, oldest first; then the real backlog."""
+        for inode in unix.pending:
+            client = self.sockets[inode]
+            sock = self._new(client)
+            if client.name:
+                self._bind(sock, client)
+            self._connect(sock, self.made[unix.inode], unix.name)
+        with acting_as(unix.peer_credentials):
+            self.made[unix.inode].listen(unix.backlog)
+
+    def _make_one_way(self, unix: UnixSocket, peer: UnixSocket) -> None:
+        """A datagram socket connected to one that is not connected back. One without a name can only be the
+        other half of a pair that was disconnected.
+        """
+        if peer.name:
+            sock = self._new(unix)
+            if unix.name:
+                self._bind(sock, unix)
+            return
+        if peer.inode in self.made:
+            self.made.pop(peer.inode).close()
+        self._make_pair(unix, peer)
+        disconnect(self.made[peer.inode])
+
+    def _connect_one_way(self, unix: UnixSocket) -> None:
+        peer = self.sockets[unix.peer]
+        if peer.name:
+            self._connect(self.made[unix.inode], self.made[unix.peer], peer.name)
+
+    # --- queues
+    # ---------------------------------------------------------------------------------------------
+
+    def _send(
+        self, unix: UnixSocket, packet: Packet, files: Mapping[int, int], pids: Mapping[int, int]
+    ) -> None:
+        with ExitStack() as moment:
+            sender = self._sender(unix, packet, moment)
+            size = sender.getsockopt(SOL_SOCKET, socket.SO_SNDBUF) // 2
+            sender.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, _AMPLE)
+            address: str | bytes | None = None
+            if unix.type == socket.SOCK_DGRAM and unix.name and not self._feeds(sender, unix):
+                address = moment.enter_context(address_of(self.made[unix.inode], unix.name))
+            try:
+                _send_all(sender, packet, _ancillary(packet, files, pids), address)
+            except BlockingIOError:
+                raise RestoreError(
+                    "the queue of a unix socket does not take what lay in it",
+                    where=os.fsdecode(unix.name) or f"socket {unix.inode}",
+                    remedy="raise sysctl net.unix.max_dgram_qlen to the source's value",
+                ) from None
+            sender.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, size)
+
+    def _feeds(self, sender: socket.socket, unix: UnixSocket) -> bool:
+        """Whether the sender is connected to the socket, so that packets need no address."""
+        mutual = self._is_mutual(unix) and sender is self.made[unix.peer]
+        return mutual or sender is self._feeders.get(unix.inode)
+
+    def _sender(self, unix: UnixSocket, packet: Packet, moment: ExitStack) -> socket.socket:
+        """The socket that the packet came from, or one made for the moment with the same name."""
+        if unix.inode in self._feeders:
+            return self._feeders[unix.inode]
+        if unix.type != socket.SOCK_DGRAM or self._is_mutual(unix):
+            return self.made[unix.peer]
+        name = packet.sender[2:]
+        for other in self.sockets.values():
+            if other.type == socket.SOCK_DGRAM and name and other.name == name:
+                return self.made[other.inode]
+        sock = moment.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        if name:
+            bind(sock, name)
+        return sock
+
+
+def _ancillary(
+    packet: Packet, files: Mapping[int, int], pids: Mapping[int, int]
+) -> list[tuple[int, int, bytes | array.array[int]]]:
+    rows: list[tuple[int, int, bytes | array.array[int]]] = []
+    if packet.file_ids:
+        rows.append(
+            (SOL_SOCKET, _SCM_RIGHTS, array.array("i", [files[number] for number in packet.file_ids]))
+        )
+    if packet.credentials is not None:
+        vpid, uid, gid = packet.credentials
+        ucred = struct.pack("=iii", pids.get(vpid, os.getpid()), uid, gid)
+        rows.append((SOL_SOCKET, _SCM_CREDENTIALS, ucred))
+    return rows
+
+
+def _send_all(
+    sender: socket.socket,
+    packet: Packet,
+    ancillary: list[tuple[int, int, bytes | array.array[int]]],
+    address: str | bytes | None,
+) -> None:
+    """A datagram goes whole or not at all; a stream may take a part, whose rest follows without the
+    descriptors.
+    """
+    sent = sender.sendmsg([packet.data], ancillary, socket.MSG_DONTWAIT, *([address] if address else []))
+    credentials = [row for row in ancillary if row[1] == _SCM_CREDENTIALS]
+    while sent < len(packet.data):
+        sent += sender.sendmsg([packet.data[sent:]], credentials, socket.MSG_DONTWAIT)

@@ -1,0 +1,324 @@
+/* The bulk thread: brings over what nobody has touched yet, and gives way to the faults. */
+#define _GNU_SOURCE
+#include "_engine.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MIN_WINDOW (PIECE_PAGES * PAGE_SIZE)
+#define MAX_WINDOW (32ull << 20)
+#define SCAN_PAGES 65536u /* looked at before the lock is let go */
+#define ASK_AT_ONCE 16    /* requests made before the lock is let go */
+#define IDLE_NS 50000000ull
+#define DEFERRED_NS 50000
+
+struct piece {
+    uint64_t addr;
+    uint64_t pages;
+    const uint8_t *data; /* NULL: remote */
+    uint32_t primary;
+};
+
+/* pthread mutexes are not fair: without this the thread that copies would take the lock back before the one that
+ * serves a fault has woken up. */
+static void lock_politely(struct pager *p)
+{
+    while (atomic_load(&p->fault_thread_waits))
+        sched_yield();
+    pthread_mutex_lock(&p->lock);
+}
+
+/* --- what next --------------------------------------------------------------------------------------------------- */
+
+/* The first missing pages of an instance at or after *addr; moves *addr along. */
+static uint64_t find_missing(const struct pager *p, uint32_t instance, uint64_t *addr, uint64_t end, uint64_t limit,
+                             uint64_t *budget)
+{
+    while (*addr < end && *budget) {
+        uint64_t run, n = 0, skip = 0;
+        const uint8_t *bytes = ledger_states(&p->ledger, instance, *addr, &run);
+
+        run = min_u64(run, (end - *addr) >> PAGE_SHIFT);
+        if (!bytes) {
+            *addr += run * PAGE_SIZE;
+            continue;
+        }
+        run = min_u64(run, *budget);
+        while (skip < run && page_state(bytes[skip]) != PAGE_MISSING)
+            skip++;
+        while (skip + n < run && n < limit && page_state(bytes[skip + n]) == PAGE_MISSING)
+            n++;
+        *addr += skip * PAGE_SIZE;
+        *budget -= skip + n;
+        if (n)
+            return n;
+    }
+    return 0;
+}
+
+static uint64_t along_plan(struct pager *p, struct piece *piece, uint64_t limit, uint64_t *budget)
+{
+    struct walk *walk = &p->walk;
+
+    for (; walk->run < p->plan_count && *budget; walk->run++, walk->page = 0) {
+        const struct run *run = &p->plan[walk->run];
+        uint64_t addr = run->addr + walk->page * PAGE_SIZE;
+        uint64_t n = find_missing(p, run->primary, &addr, run->addr + run->pages * PAGE_SIZE, limit, budget);
+
+        walk->page = (addr - run->addr) >> PAGE_SHIFT;
+        piece->primary = run->primary;
+        piece->addr = addr;
+        if (n || !*budget)
+            return n;
+    }
+    return 0;
+}
+
+static uint64_t over_the_rest(struct pager *p, struct piece *piece, uint64_t limit, uint64_t *budget)
+{
+    struct walk *walk = &p->walk;
+
+    for (; walk->instance < p->ledger.head->instances; walk->instance++, walk->span = 0) {
+        const struct instance *i = &p->ledger.instances[walk->instance];
+
+        for (; i->live && walk->span < i->spans; walk->span++, walk->page = 0) {
+            const struct span *s = ledger_spans(&p->ledger, walk->instance) + walk->span;
+            uint64_t addr = s->addr + walk->page * PAGE_SIZE;
+            uint64_t n = find_missing(p, walk->instance, &addr, s->addr + s->pages * PAGE_SIZE, limit, budget);
+
+            walk->page = (addr - s->addr) >> PAGE_SHIFT;
+            piece->primary = i->primary;
+            piece->addr = addr;
+            if (n || !*budget)
+                return n;
+        }
+    }
+    return 0;
+}
+
+/* 1 and a piece; 0 when nothing is missing any more that nobody asked for; -EAGAIN when the search is not at its end.
+ * Before the map is known only what the plan names is worth fetching. */
+static int next_piece(struct pager *p, uint64_t limit, struct piece *piece)
+{
+    uint64_t budget = SCAN_PAGES, n = 0;
+
+    if (p->walk.run < p->plan_count)
+        n = along_plan(p, piece, limit, &budget);
+    if (!n && budget && p->walk.run == p->plan_count && p->ledger.head->map_known)
+        n = over_the_rest(p, piece, limit, &budget);
+    if (!n)
+        return budget ? 0 : -EAGAIN;
+    piece->data = local_pages(p, p->ledger.instances[piece->primary].object, piece->addr, &n);
+    piece->pages = n;
+    return 1;
+}
+
+/* --- pace -------------------------------------------------------------------------------------------------------- */
+
+static uint64_t allowed(struct pager *p)
+{
+    p->window = min_u64(p->window, MAX_WINDOW);
+    return atomic_load(&p->urgent_outstanding) ? MIN_WINDOW : p->window;
+}
+
+/* Small pieces while the window is small: a fault's page waits behind what is on the wire. */
+static uint64_t piece_limit(uint64_t window)
+{
+    uint64_t pages = window / 4 / PAGE_SIZE;
+
+    return pages < PIECE_PAGES ? PIECE_PAGES : min_u64(pages, LINK_MAX_PAGES);
+}
+
+static void charge(struct pager *p, uint64_t bytes, uint64_t now)
+{
+    if (!p->max_rate)
+        return;
+    if (p->rate_free_ns < now)
+        p->rate_free_ns = now;
+    p->rate_free_ns += (uint64_t)((double)bytes * 1e9 / (double)p->max_rate);
+}
+
+/* --- placing ----------------------------------------------------------------------------------------------------- */
+
+/* A deferred copy waits for the fault thread to read a message and for the process to go on. */
+static void place_patiently(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages, const uint8_t *data,
+                            enum page_class as)
+{
+    const struct timespec pause = {.tv_nsec = DEFERRED_NS};
+    int error;
+
+    do {
+        lock_politely(p);
+        error = p->status == PAGER_FAILED ? 0 : place_pages(p, primary, addr, pages, data, as);
+        if (error && error != -EAGAIN)
+            failed(p, "installing pages in bulk", error);
+        check_done(p);
+        pthread_mutex_unlock(&p->lock);
+        if (error == -EAGAIN)
+            nanosleep(&pause, NULL);
+    } while (error == -EAGAIN && !atomic_load(&p->stopping));
+}
+
+static void place_answer(struct pager *p, const struct answer *a)
+{
+    for (uint64_t i = 0; i < a->pages && !atomic_load(&p->stopping); i += PIECE_PAGES)
+        place_patiently(p, a->request.instance, a->addr + i * PAGE_SIZE, min_u64(PIECE_PAGES, a->pages - i),
+                        a->data ? a->data + i * PAGE_SIZE : NULL, a->kind == ANSWER_ZERO ? CLASS_ZERO : CLASS_BULK);
+}
+
+/* --- the bulk connection ----------------------------------------------------------------------------------------- */
+
+static void declare_lost(struct pager *p, const char *reason, int error)
+{
+    pthread_mutex_lock(&p->lock);
+    if (p->online && p->bulk_generation == p->generation)
+        lost(p, reason, error);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void on_answer(struct pager *p, const struct answer *a)
+{
+    if (a->kind != ANSWER_ABSENT) {
+        place_answer(p, a);
+    } else {
+        lock_politely(p);
+        if (ledger_absent(&p->ledger, a->request.instance, a->addr, a->pages))
+            lost(p, "the source does not have a page that its map names", 0);
+        p->retry = true;
+        pthread_mutex_unlock(&p->lock);
+        kick(p->fault_kick);
+    }
+    if (atomic_load(&p->urgent_outstanding))
+        return;
+    pthread_mutex_lock(&p->lock);
+    p->window += MIN_WINDOW / 4;
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void take_answers(struct pager *p)
+{
+    struct answer a;
+    int result = link_receive(&p->bulk);
+
+    if (result == -EAGAIN)
+        return;
+    while (result >= 0 && !atomic_load(&p->stopping) && (result = link_next(&p->bulk, &a)) > 0) {
+        p->bulk_pages -= a.pages;
+        on_answer(p, &a);
+    }
+    if (result < 0)
+        declare_lost(p,
+                     result == -EBADMSG   ? "the page server sent garbage on the bulk connection"
+                     : result == -EILSEQ ? "a page arrived damaged on the bulk connection"
+                                         : "the bulk connection broke",
+                     result);
+}
+
+static void renew_link(struct pager *p)
+{
+    if (!p->online && p->bulk.fd >= 0) {
+        link_connect(&p->bulk, -1);
+        p->bulk_pages = 0;
+    }
+    if (!p->online || p->bulk_generation == p->generation)
+        return;
+    link_connect(&p->bulk, p->next_bulk);
+    p->next_bulk = -1;
+    p->bulk_pages = 0;
+    p->bulk_generation = p->generation;
+}
+
+/* --- the thread -------------------------------------------------------------------------------------------------- */
+
+enum next { NEXT_AT_ONCE, NEXT_WAIT, NEXT_END };
+
+/* Under the lock: makes requests, or finds one piece that is here already. */
+static enum next plan_turn(struct pager *p, struct piece *local)
+{
+    uint64_t now = now_ns();
+    int found = 1;
+
+    renew_link(p);
+    local->data = NULL;
+    if (p->status == PAGER_DONE || p->status == PAGER_FAILED)
+        return NEXT_END;
+    for (int i = 0; i < ASK_AT_ONCE && p->rate_free_ns <= now; i++) {
+        uint64_t window = allowed(p), limit = piece_limit(window);
+        struct piece piece;
+
+        if (p->has_remote && p->bulk_pages * PAGE_SIZE + min_u64(window, limit * PAGE_SIZE) > window)
+            return NEXT_WAIT;
+        if (p->has_remote && !p->online)
+            return NEXT_WAIT;
+        found = next_piece(p, limit, &piece);
+        if (found <= 0)
+            break;
+        charge(p, piece.pages * PAGE_SIZE, now);
+        if (piece.data) {
+            *local = piece;
+            return NEXT_AT_ONCE;
+        }
+        if (!p->has_remote) {
+            if (ledger_absent(&p->ledger, piece.primary, piece.addr, piece.pages))
+                lost(p, "the map names a page that no segment holds", 0);
+            continue;
+        }
+        ledger_mark(&p->ledger, piece.primary, piece.addr, piece.pages, PAGE_ASKED_BULK, PAGE_ASKED_BULK);
+        p->bulk_pages += piece.pages;
+        if (link_ask(&p->bulk, piece.primary, p->ledger.instances[piece.primary].object, piece.addr,
+                     (uint32_t)piece.pages, now))
+            failed(p, "no memory for requests", -ENOMEM);
+    }
+    if (found == 0 && p->bulk_pages == 0) {
+        /* What is missing still or again (a connection was lost, a process forked) is found on another round. */
+        p->walk = (struct walk){.run = p->plan_count};
+        return NEXT_WAIT;
+    }
+    return found == 0 || p->rate_free_ns > now ? NEXT_WAIT : NEXT_AT_ONCE;
+}
+
+static void wait_turn(struct pager *p, enum next next)
+{
+    bool connected = p->bulk.fd >= 0;
+    struct pollfd fds[2] = {{.fd = p->bulk_kick, .events = POLLIN}, {.fd = p->bulk.fd, .events = POLLIN}};
+    uint64_t now = now_ns(), wait = next == NEXT_AT_ONCE ? 0 : IDLE_NS, ticks;
+    struct timespec timeout;
+
+    if (wait && p->rate_free_ns > now)
+        wait = min_u64(wait, p->rate_free_ns - now);
+    if (connected && p->bulk.unsent != p->bulk.tail)
+        fds[1].events |= POLLOUT;
+    timeout = (struct timespec){.tv_nsec = (long)wait};
+    if (ppoll(fds, connected ? 2 : 1, &timeout, NULL) <= 0)
+        return;
+    if (fds[0].revents)
+        (void)!read(p->bulk_kick, &ticks, sizeof(ticks));
+    if (connected && fds[1].revents & ~POLLOUT)
+        take_answers(p);
+}
+
+void *bulk_main(void *pager)
+{
+    struct pager *p = pager;
+    struct piece local;
+    enum next next;
+    int error;
+
+    for (;;) {
+        lock_politely(p);
+        next = plan_turn(p, &local);
+        pthread_mutex_unlock(&p->lock);
+        if (next == NEXT_END || atomic_load(&p->stopping))
+            return NULL;
+        for (uint64_t i = 0; local.data && i < local.pages; i += PIECE_PAGES)
+            place_patiently(p, local.primary, local.addr + i * PAGE_SIZE, min_u64(PIECE_PAGES, local.pages - i),
+                            local.data + i * PAGE_SIZE, CLASS_BULK);
+        error = p->bulk.fd >= 0 ? link_flush(&p->bulk) : 0;
+        if (error)
+            declare_lost(p, "the bulk connection broke", error);
+        wait_turn(p, next);
+    }
+}

@@ -1,0 +1,139 @@
+/* What the pager's files share. Everything but the links belongs to whoever holds the lock.
+ *
+ * The rule that makes copies safe: the fault thread takes the lock before it reads messages and keeps it until the
+ * ledger reflects them. While a message is unread every copy into that process fails with EAGAIN (mmap_changing in
+ * fs/userfaultfd.c), so whoever holds the lock either sees the tables as the kernel does or is told to try again.
+ */
+#ifndef LAZYPROC_UFFD_ENGINE_H
+#define LAZYPROC_UFFD_ENGINE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "_ledger.h"
+#include "_link.h"
+#include "_pager.h"
+
+#define NO_INSTANCE UINT32_MAX
+#define PIECE_PAGES 16u /* copied by the bulk thread before it lets go of the lock: 64 KiB */
+
+/* A thread that waits for a page. */
+struct fault {
+    uint64_t va;
+    uint64_t event_ns;
+    uint64_t sent_ns;
+    uint64_t addr; /* in the object of `instance` */
+    uint32_t instance;
+    uint32_t space;
+    uint32_t tid;
+};
+
+struct faults {
+    struct fault *items;
+    uint32_t count;
+    uint32_t capacity;
+};
+
+struct segment {
+    uint64_t object;
+    uint64_t start;
+    uint64_t end;
+    const uint8_t *data;
+};
+
+struct file_map {
+    int fd;
+    void *base;
+    size_t size;
+};
+
+struct run {
+    uint64_t addr;
+    uint64_t pages;
+    uint32_t primary;
+};
+
+/* Where the bulk thread is: first along the plan, then over whatever is still missing. */
+struct walk {
+    size_t run;
+    uint64_t page;
+    uint32_t instance;
+    uint32_t span;
+};
+
+struct pager {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    atomic_bool fault_thread_waits;
+    atomic_bool stopping;
+    enum pager_status status;
+    char reason[200];
+    bool traced;
+    bool retry; /* a fault was deferred: serve it again soon */
+    pthread_t fault_thread, bulk_thread;
+    bool fault_runs, bulk_runs;
+    int epoll;
+    int fault_kick, bulk_kick; /* eventfds */
+
+    struct ledger ledger;
+    struct faults fresh;   /* read and not looked at */
+    struct faults waiting; /* for their page */
+
+    struct segment *segments; /* sorted by object and start */
+    size_t segment_count;
+    struct file_map *files;
+    size_t file_count;
+
+    bool online;
+    bool has_remote;
+    uint32_t generation; /* of the pair of connections */
+    uint64_t reconnects;
+    int next_urgent, next_bulk; /* given and not yet taken up by their thread, or -1 */
+    struct link urgent;         /* the fault thread's */
+    uint32_t urgent_generation;
+    bool urgent_full; /* the socket takes no more for now */
+    struct link bulk; /* the bulk thread's */
+    uint32_t bulk_generation;
+    uint64_t bulk_pages; /* under way on it */
+
+    struct run *plan;
+    size_t plan_count;
+    struct walk walk;
+    uint64_t max_rate;
+    uint64_t rate_free_ns; /* the next request may leave then */
+
+    atomic_uint urgent_outstanding;
+    uint64_t window;     /* bytes the bulk thread may have under way */
+    uint64_t best_delay; /* of an urgent answer, ns */
+};
+
+static inline uint64_t min_u64(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+uint64_t now_ns(void);
+void kick(int eventfd);
+void lost(struct pager *p, const char *reason, int error);   /* the source is; asked pages are missing again */
+void failed(struct pager *p, const char *what, int error);   /* the pager has */
+void check_done(struct pager *p);
+
+/* _place.c */
+int watch_space(struct pager *p, uint32_t space);
+/* The pages go into every process that waits for them, as zeros when data is NULL. 0, or -EAGAIN: call again; what was
+ * placed already is skipped then. */
+int place_pages(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages, const uint8_t *data, enum page_class as);
+int place_zero(struct pager *p, const struct fault *f); /* under a fault that needs no content */
+void wake(const struct pager *p, uint32_t space, uint64_t va, uint64_t pages);
+void retire_space(struct pager *p, uint32_t space);
+void reap_dead(struct pager *p);
+int faults_push(struct faults *list, const struct fault *f);
+void requeue(struct pager *p, int64_t space); /* waiting faults are looked at anew; space < 0: all */
+
+/* _pager.c: the local pages from addr on, at most *pages of them, or NULL and how many pages are not local. */
+const uint8_t *local_pages(const struct pager *p, uint64_t object, uint64_t addr, uint64_t *pages);
+
+void *fault_main(void *pager);
+void *bulk_main(void *pager);
+
+#endif

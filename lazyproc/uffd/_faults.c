@@ -1,0 +1,374 @@
+/* The fault thread: reads what processes do to their lazy memory and answers faults on demand. */
+#define _GNU_SOURCE
+#include "_engine.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#define EVENTS 64
+#define EVENT_URGENT (UINT64_MAX - 1)
+#define EVENT_KICK UINT64_MAX
+#define TICK_MS 250    /* how soon a process that ended is noticed when nobody touches it */
+#define SPINS 200      /* a copy is deferred while another thread is between two instructions of the kernel... */
+#define BACK_OFF_MS 1  /* ...or in a long fork */
+#define MIN_WINDOW (PIECE_PAGES * PAGE_SIZE)
+
+/* --- messages ---------------------------------------------------------------------------------------------------- */
+
+static int on_fork(struct pager *p, uint32_t parent, int uffd)
+{
+    int child = ledger_fork(&p->ledger, parent, uffd);
+
+    return child < 0 ? child : watch_space(p, (uint32_t)child);
+}
+
+static int on_fault(struct pager *p, uint32_t space, const struct uffd_msg *msg, uint64_t now)
+{
+    struct fault f = {
+        .va = msg->arg.pagefault.address & ~(PAGE_SIZE - 1),
+        .event_ns = now,
+        .instance = NO_INSTANCE,
+        .space = space,
+        .tid = msg->arg.pagefault.feat.ptid,
+    };
+
+    return faults_push(&p->fresh, &f);
+}
+
+static int on_message(struct pager *p, uint32_t space, const struct uffd_msg *msg, uint64_t now)
+{
+    int error = 0;
+
+    switch (msg->event) {
+    case UFFD_EVENT_PAGEFAULT:
+        return on_fault(p, space, msg, now);
+    case UFFD_EVENT_FORK:
+        return on_fork(p, space, (int)msg->arg.fork.ufd);
+    case UFFD_EVENT_REMAP:
+        error = ledger_remap(&p->ledger, space, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
+        break;
+    case UFFD_EVENT_REMOVE:
+        ledger_remove(&p->ledger, space, msg->arg.remove.start, msg->arg.remove.end);
+        break;
+    case UFFD_EVENT_UNMAP:
+        error = ledger_unmap(&p->ledger, space, msg->arg.remove.start, msg->arg.remove.end);
+        break;
+    }
+    /* Who waits for a page in a range that changed waits for something else now, or for nothing. */
+    requeue(p, space);
+    return error;
+}
+
+/* Messages lie in the ledger until they are applied; on a takeover the rest of a dead pager's is applied first. */
+static int apply_messages(struct pager *p)
+{
+    struct ledger_head *head = p->ledger.head;
+    uint64_t now = now_ns();
+
+    for (uint32_t i = 0; i < LEDGER_MESSAGES && head->messages[i].event; i++) {
+        int error = on_message(p, head->messages_space, &head->messages[i], now);
+
+        if (error)
+            return error;
+        head->messages[i].event = 0;
+    }
+    return 0;
+}
+
+/* Reads a process's messages until none is left. The kernel hands out faults before events, whatever came first: no
+ * fault may be looked at before this. */
+static int drain(struct pager *p, uint32_t space)
+{
+    struct ledger_head *head = p->ledger.head;
+    ssize_t n;
+    int error = 0;
+
+    do {
+        head->messages_space = space;
+        n = read(p->ledger.spaces[space].uffd, head->messages, sizeof(head->messages));
+        if (n < 0)
+            return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+        error = apply_messages(p);
+    } while (!error && n == sizeof(head->messages));
+    return error;
+}
+
+static void drain_all(struct pager *p)
+{
+    for (uint32_t s = 0; s < p->ledger.head->spaces && p->status != PAGER_FAILED; s++) {
+        int error = p->ledger.spaces[s].live ? drain(p, s) : 0;
+
+        if (error)
+            failed(p, "reading userfaultfd messages", error);
+    }
+}
+
+/* --- faults ------------------------------------------------------------------------------------------------------ */
+
+/* Waits for its page, which is asked for unless it is on its way on this connection already. */
+static int await_page(struct pager *p, const struct fault *f, enum page_state state)
+{
+    const struct instance *i = &p->ledger.instances[f->instance];
+    uint32_t primary = i->primary;
+    uint64_t pages = 1, object = i->object;
+    const uint8_t *data = local_pages(p, object, f->addr, &pages);
+    int error = faults_push(&p->waiting, f);
+
+    if (error)
+        return error;
+    if (data)
+        return place_pages(p, primary, f->addr, 1, data, CLASS_URGENT);
+    if (!p->has_remote) {
+        if (ledger_absent(&p->ledger, primary, f->addr, 1))
+            lost(p, "the map names a page that no segment holds", 0);
+        else
+            p->retry = p->ledger.head->map_known; /* it was no content, then: zero */
+        return 0;
+    }
+    /* Under way in bulk: asked for again, since it may stand behind much else there. */
+    if (!p->online || state >= PAGE_ASKED_URGENT)
+        return 0;
+    ledger_mark(&p->ledger, primary, f->addr, 1, PAGE_ASKED_URGENT, PAGE_ASKED_URGENT);
+    atomic_fetch_add(&p->urgent_outstanding, 1);
+    return link_ask(&p->urgent, primary, object, f->addr, 1, now_ns());
+}
+
+/* What no region covers is a grown stack, or memory that mremap(2) left behind or added: zero. */
+static int serve_fault(struct pager *p, struct fault *f)
+{
+    const struct region *r = ledger_region_at(&p->ledger, f->space, f->va);
+    const uint8_t *byte = NULL;
+    uint64_t run;
+    int error;
+
+    f->instance = NO_INSTANCE;
+    if (r) {
+        f->instance = r->instance;
+        f->addr = r->addr + (f->va - r->start);
+        byte = ledger_states(&p->ledger, f->instance, f->addr, &run);
+    }
+    if (byte && page_waits(*byte)) {
+        error = await_page(p, f, page_state(*byte));
+    } else {
+        error = place_zero(p, f);
+        if (error == -EAGAIN && faults_push(&p->waiting, f) < 0)
+            return -ENOMEM;
+    }
+    if (error != -EAGAIN)
+        return error;
+    p->retry = true;
+    return 0;
+}
+
+static void serve_fresh(struct pager *p)
+{
+    for (uint32_t i = 0; i < p->fresh.count; i++) {
+        struct fault f = p->fresh.items[i];
+        int error = p->ledger.spaces[f.space].live ? serve_fault(p, &f) : 0;
+
+        if (error)
+            failed(p, "putting a page under a fault", error);
+    }
+    p->fresh.count = 0;
+}
+
+/* --- the urgent connection --------------------------------------------------------------------------------------- */
+
+/* Additive growth and multiplicative cut of what bulk may have under way, by the delay that faults see. The best delay
+ * seen forgets slowly, so that a path that became longer is not taken for a crowded one forever. */
+static void pace(struct pager *p, uint64_t delay)
+{
+    if (!p->best_delay || delay < p->best_delay)
+        p->best_delay = delay;
+    else
+        p->best_delay += (delay - p->best_delay) / 256;
+    if (delay > 2 * p->best_delay)
+        p->window = p->window / 2 > MIN_WINDOW ? p->window / 2 : MIN_WINDOW;
+    else
+        p->window += MIN_WINDOW;
+}
+
+static void place_answer(struct pager *p, const struct answer *a)
+{
+    enum page_class as = a->kind == ANSWER_ZERO ? CLASS_ZERO : CLASS_URGENT;
+    int error = -EAGAIN;
+
+    for (int i = 0; error == -EAGAIN && i < SPINS; i++) {
+        if (i) {
+            drain_all(p);
+            sched_yield();
+        }
+        error = place_pages(p, a->request.instance, a->addr, a->pages, a->data, as);
+    }
+    if (error == -EAGAIN) {
+        ledger_mark(&p->ledger, a->request.instance, a->addr, a->pages, PAGE_ABSENT, PAGE_MISSING);
+        p->retry = true;
+    } else if (error) {
+        failed(p, "installing a page", error);
+    }
+}
+
+static void on_answer(struct pager *p, const struct answer *a)
+{
+    if (a->kind != ANSWER_ABSENT) {
+        place_answer(p, a);
+    } else {
+        if (ledger_absent(&p->ledger, a->request.instance, a->addr, a->pages))
+            return lost(p, "the source does not have a page that its map names", 0);
+        requeue(p, -1);
+    }
+    atomic_fetch_sub(&p->urgent_outstanding, 1);
+    pace(p, now_ns() - a->request.asked_ns);
+}
+
+static void take_answers(struct pager *p)
+{
+    struct answer a;
+    int result = link_receive(&p->urgent);
+
+    if (result == -EAGAIN)
+        return;
+    while (result >= 0 && p->online && (result = link_next(&p->urgent, &a)) > 0)
+        on_answer(p, &a);
+    if (result < 0)
+        lost(p, result == -EBADMSG   ? "the page server sent garbage on the urgent connection"
+                : result == -EILSEQ ? "a page arrived damaged on the urgent connection"
+                                    : "the urgent connection broke",
+             result);
+}
+
+static void note_sent(struct pager *p)
+{
+    uint64_t now = now_ns();
+
+    for (uint32_t i = 0; i < p->waiting.count; i++)
+        if (!p->waiting.items[i].sent_ns)
+            p->waiting.items[i].sent_ns = now;
+}
+
+static void send_requests(struct pager *p)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = EVENT_URGENT};
+    bool full;
+    int error;
+
+    if (!p->online || p->urgent.unsent == p->urgent.tail)
+        return;
+    error = link_flush(&p->urgent);
+    if (error)
+        return lost(p, "the urgent connection broke", error);
+    full = p->urgent.unsent != p->urgent.tail;
+    if (p->traced && !full)
+        note_sent(p);
+    if (full == p->urgent_full)
+        return;
+    p->urgent_full = full;
+    if (full)
+        event.events |= EPOLLOUT;
+    (void)epoll_ctl(p->epoll, EPOLL_CTL_MOD, p->urgent.fd, &event);
+}
+
+/* Lets go of a lost connection and takes up a new one. */
+static void renew_link(struct pager *p)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = EVENT_URGENT};
+
+    if (!p->online && p->urgent.fd >= 0) {
+        link_connect(&p->urgent, -1);
+        atomic_store(&p->urgent_outstanding, 0);
+    }
+    if (!p->online || p->urgent_generation == p->generation)
+        return;
+    link_connect(&p->urgent, p->next_urgent);
+    p->next_urgent = -1;
+    p->urgent_full = false;
+    p->urgent_generation = p->generation;
+    atomic_store(&p->urgent_outstanding, 0);
+    if (epoll_ctl(p->epoll, EPOLL_CTL_ADD, p->urgent.fd, &event) < 0)
+        failed(p, "watching the urgent connection", errno);
+    requeue(p, -1);
+}
+
+/* --- the thread -------------------------------------------------------------------------------------------------- */
+
+static void read_ready(struct pager *p, const struct epoll_event *events, int count, bool *answers)
+{
+    for (int i = 0; i < count; i++) {
+        uint64_t what = events[i].data.u64, ticks;
+        int error = 0;
+
+        if (what == EVENT_URGENT)
+            *answers = true;
+        else if (what == EVENT_KICK)
+            (void)!read(p->fault_kick, &ticks, sizeof(ticks));
+        else if (p->ledger.spaces[what].live)
+            error = drain(p, (uint32_t)what);
+        if (error)
+            return failed(p, "reading userfaultfd messages", error);
+    }
+}
+
+static void turn(struct pager *p, const struct epoll_event *events, int count)
+{
+    bool answers = false;
+
+    renew_link(p);
+    read_ready(p, events, count, &answers);
+    if (p->retry) {
+        p->retry = false;
+        requeue(p, -1);
+    }
+    serve_fresh(p);
+    send_requests(p);
+    if (answers && p->online)
+        take_answers(p);
+    serve_fresh(p);
+    send_requests(p);
+    if (count == 0 && !p->retry)
+        reap_dead(p);
+    check_done(p);
+}
+
+static int start_watching(struct pager *p)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = EVENT_KICK};
+    int error = apply_messages(p);
+
+    if (error)
+        return error;
+    return epoll_ctl(p->epoll, EPOLL_CTL_ADD, p->fault_kick, &event) < 0 ? -errno : 0;
+}
+
+void *fault_main(void *pager)
+{
+    struct pager *p = pager;
+    struct epoll_event events[EVENTS];
+    bool going;
+    int spins = 0, timeout, count, error;
+
+    pthread_mutex_lock(&p->lock);
+    error = start_watching(p);
+    if (error)
+        failed(p, "starting the fault thread", error);
+    drain_all(p);
+    turn(p, events, 0);
+    do {
+        spins = p->retry ? spins + 1 : 0;
+        timeout = !p->retry ? TICK_MS : spins < SPINS ? 0 : BACK_OFF_MS;
+        going = p->status != PAGER_FAILED;
+        pthread_mutex_unlock(&p->lock);
+        if (timeout == 0)
+            sched_yield();
+        count = going ? epoll_wait(p->epoll, events, EVENTS, timeout) : 0;
+        atomic_store(&p->fault_thread_waits, true);
+        pthread_mutex_lock(&p->lock);
+        atomic_store(&p->fault_thread_waits, false);
+        if (going && !atomic_load(&p->stopping))
+            turn(p, events, count > 0 ? count : 0);
+    } while (going && !atomic_load(&p->stopping));
+    pthread_mutex_unlock(&p->lock);
+    return NULL;
+}

@@ -1,0 +1,199 @@
+#define _GNU_SOURCE
+#include "_link.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "crc32c.h"
+#include "native.h"
+
+#define FIRST_RING 256u
+#define SEND_BATCH 64u
+/* Several of the largest answers: the rest of one that has half arrived is moved to the front only now and then. */
+#define IN_BYTES (4 * (sizeof(struct page_frame) + LINK_MAX_PAGES * PAGE_BYTES))
+
+int link_init(struct link *link)
+{
+    memset(link, 0, sizeof(*link));
+    link->fd = -1;
+    link->mask = FIRST_RING - 1;
+    link->in = malloc(IN_BYTES);
+    link->asked = malloc(FIRST_RING * sizeof(*link->asked));
+    if (link->in && link->asked)
+        return 0;
+    link_free(link);
+    return -ENOMEM;
+}
+
+void link_free(struct link *link)
+{
+    if (link->fd >= 0)
+        close(link->fd);
+    free(link->in);
+    free(link->asked);
+    link->in = NULL;
+    link->asked = NULL;
+    link->fd = -1;
+}
+
+void link_connect(struct link *link, int fd)
+{
+    int yes = 1;
+
+    if (link->fd >= 0)
+        close(link->fd);
+    link->fd = fd;
+    link->in_start = link->in_end = 0;
+    link->head = link->unsent = link->tail = 0;
+    link->partial = 0;
+    /* Refused by a socket that is not TCP, which has no such delay. */
+    if (fd >= 0)
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
+}
+
+/* --- requests ---------------------------------------------------------------------------------------------------- */
+
+static int grow(struct link *link)
+{
+    uint32_t size = link->mask + 1, count = link_outstanding(link);
+    struct request *ring = malloc(2 * size * sizeof(*ring));
+
+    if (!ring)
+        return -ENOMEM;
+    for (uint32_t i = 0; i < count; i++)
+        ring[i] = link->asked[(link->head + i) & link->mask];
+    free(link->asked);
+    link->asked = ring;
+    link->mask = 2 * size - 1;
+    link->unsent -= link->head;
+    link->tail = count;
+    link->head = 0;
+    return 0;
+}
+
+int link_ask(struct link *link, uint32_t instance, uint64_t object, uint64_t addr, uint32_t pages, uint64_t now)
+{
+    if (pages == 0 || pages > LINK_MAX_PAGES)
+        return -EINVAL;
+    if (link_outstanding(link) > link->mask) {
+        int error = grow(link);
+
+        if (error)
+            return error;
+    }
+    link->asked[link->tail++ & link->mask] = (struct request){object, addr, now, pages, instance, link->next_tag++};
+    return 0;
+}
+
+/* As many requests as one send takes. */
+static size_t make_frames(const struct link *link, struct page_frame *frames)
+{
+    size_t n = 0;
+
+    for (uint32_t i = link->unsent; i != link->tail && n < SEND_BATCH; i++, n++) {
+        const struct request *r = &link->asked[i & link->mask];
+
+        frames[n] = (struct page_frame){
+            .type = FRAME_GET, .count = r->count, .object = r->object, .addr = r->addr, .tag = r->tag};
+    }
+    return n * sizeof(*frames);
+}
+
+int link_flush(struct link *link)
+{
+    struct page_frame frames[SEND_BATCH];
+
+    while (link->unsent != link->tail) {
+        size_t bytes = make_frames(link, frames) - link->partial;
+        ssize_t sent = send(link->fd, (const uint8_t *)frames + link->partial, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+        if (sent < 0)
+            return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+        atomic_fetch_add_explicit(&link->bytes_out, (uint64_t)sent, memory_order_relaxed);
+        link->partial += (size_t)sent;
+        link->unsent += (uint32_t)(link->partial / sizeof(*frames));
+        link->partial %= sizeof(*frames);
+        if ((size_t)sent < bytes)
+            return 0;
+    }
+    return 0;
+}
+
+/* --- answers ----------------------------------------------------------------------------------------------------- */
+
+int link_receive(struct link *link)
+{
+    ssize_t n;
+
+    if (link->in_start) {
+        memmove(link->in, link->in + link->in_start, link->in_end - link->in_start);
+        link->in_end -= link->in_start;
+        link->in_start = 0;
+    }
+    n = recv(link->fd, link->in + link->in_end, IN_BYTES - link->in_end, MSG_DONTWAIT);
+    if (n < 0)
+        return errno == EINTR ? -EAGAIN : -errno;
+    if (n == 0)
+        return -ECONNRESET;
+    atomic_fetch_add_explicit(&link->bytes_in, (uint64_t)n, memory_order_relaxed);
+    link->in_end += (size_t)n;
+    return 0;
+}
+
+/* Is this header the next part of the answer to the oldest request that was sent? */
+static int check_header(const struct link *link, const struct page_frame *f)
+{
+    const struct request *r = &link->asked[link->head & link->mask];
+    unsigned payloadless = f->flags & (FRAME_ZERO | FRAME_ABSENT);
+
+    if (link->head == link->unsent || f->type != FRAME_PAGES || f->reserved || f->tag != r->tag)
+        return -EBADMSG;
+    if (f->flags & ~(FRAME_ZERO | FRAME_LAST | FRAME_ABSENT) || payloadless == (FRAME_ZERO | FRAME_ABSENT))
+        return -EBADMSG;
+    if (f->object != r->object || f->addr != r->addr || f->count == 0 || f->count > r->count)
+        return -EBADMSG;
+    if (!!(f->flags & FRAME_LAST) != (f->count == r->count))
+        return -EBADMSG;
+    return payloadless && f->crc ? -EBADMSG : 0;
+}
+
+static enum answer_kind kind_of(uint8_t flags)
+{
+    if (flags & FRAME_ABSENT)
+        return ANSWER_ABSENT;
+    return flags & FRAME_ZERO ? ANSWER_ZERO : ANSWER_DATA;
+}
+
+int link_next(struct link *link, struct answer *answer)
+{
+    struct page_frame f;
+    size_t have = link->in_end - link->in_start, payload;
+    struct request *r;
+
+    if (have < sizeof(f))
+        return 0;
+    memcpy(&f, link->in + link->in_start, sizeof(f));
+    if (check_header(link, &f))
+        return -EBADMSG;
+    answer->kind = kind_of(f.flags);
+    payload = answer->kind == ANSWER_DATA ? (size_t)f.count * PAGE_BYTES : 0;
+    if (have < sizeof(f) + payload)
+        return 0;
+    answer->data = payload ? link->in + link->in_start + sizeof(f) : NULL;
+    if (payload && crc32c_pages(answer->data, f.count) != f.crc)
+        return -EILSEQ;
+    link->in_start += sizeof(f) + payload;
+    r = &link->asked[link->head & link->mask];
+    answer->request = *r;
+    answer->addr = f.addr;
+    answer->pages = f.count;
+    r->addr += (uint64_t)f.count * PAGE_BYTES;
+    r->count -= f.count;
+    link->head += r->count == 0;
+    return 1;
+}

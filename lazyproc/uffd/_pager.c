@@ -1,0 +1,605 @@
+/* A pager's life: its tables are filled, its threads started, watched and stopped. */
+#define _GNU_SOURCE
+#include "_pager.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "_engine.h"
+#include "crc32c.h"
+
+#define MAP_SLICE 65536u /* pages of the map that are applied before the lock is let go */
+#define FIRST_WINDOW (256u << 10)
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1; the C library's headers may be older */
+#endif
+
+uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+void kick(int eventfd)
+{
+    const uint64_t one = 1;
+
+    /* Fails only when the counter is full, and then the thread has been kicked. */
+    (void)!write(eventfd, &one, sizeof(one));
+}
+
+/* --- status ------------------------------------------------------------------------------------------------------ */
+
+static void set_status(struct pager *p, enum pager_status status, const char *reason, int error)
+{
+    p->status = status;
+    if (error)
+        snprintf(p->reason, sizeof(p->reason), "%s: %s", reason, strerrordesc_np(error < 0 ? -error : error));
+    else
+        snprintf(p->reason, sizeof(p->reason), "%s", reason);
+    pthread_cond_broadcast(&p->changed);
+}
+
+void lost(struct pager *p, const char *reason, int error)
+{
+    bool mattered = p->status == PAGER_RUNNING || p->status == PAGER_IDLE;
+
+    p->online = false;
+    ledger_forget_asked(&p->ledger);
+    p->walk = (struct walk){0};
+    if (mattered)
+        set_status(p, PAGER_LOST, reason, error == -EBADMSG || error == -EILSEQ ? 0 : error);
+    kick(p->fault_kick);
+    kick(p->bulk_kick);
+}
+
+void failed(struct pager *p, const char *what, int error)
+{
+    if (p->status != PAGER_FAILED)
+        set_status(p, PAGER_FAILED, what, error);
+}
+
+void check_done(struct pager *p)
+{
+    if (p->status == PAGER_RUNNING && p->ledger.head->map_known && p->ledger.head->remaining == 0)
+        set_status(p, PAGER_DONE, "", 0);
+}
+
+/* --- birth and death --------------------------------------------------------------------------------------------- */
+
+static int init_lock(struct pager *p)
+{
+    pthread_condattr_t attributes;
+    int error = pthread_condattr_init(&attributes);
+
+    if (error)
+        return -error;
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    error = pthread_cond_init(&p->changed, &attributes);
+    pthread_condattr_destroy(&attributes);
+    if (!error)
+        error = pthread_mutex_init(&p->lock, NULL);
+    return -error;
+}
+
+static int open_descriptors(struct pager *p)
+{
+    p->epoll = epoll_create1(EPOLL_CLOEXEC);
+    p->fault_kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    p->bulk_kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return p->epoll < 0 || p->fault_kick < 0 || p->bulk_kick < 0 ? -errno : 0;
+}
+
+/* A dead pager's faults are not delivered again, its requests not answered: wake everybody, who will fault anew. */
+static int take_over(struct pager *p)
+{
+    ledger_forget_asked(&p->ledger);
+    for (uint32_t s = 0; s < p->ledger.head->spaces; s++) {
+        const struct region *regions = ledger_regions(&p->ledger, s);
+        int error = p->ledger.spaces[s].live ? watch_space(p, s) : 0;
+
+        if (error)
+            return error;
+        for (uint32_t i = 0; p->ledger.spaces[s].live && i < p->ledger.spaces[s].regions; i++)
+            wake(p, s, regions[i].start, (regions[i].end - regions[i].start) >> PAGE_SHIFT);
+    }
+    return 0;
+}
+
+int pager_new(int ledger_fd, bool trace, struct pager **result)
+{
+    struct pager *p;
+    int error;
+
+    if (!crc32c_supported())
+        return -ENOTSUP;
+    p = calloc(1, sizeof(*p));
+    if (!p)
+        return -ENOMEM;
+    p->next_urgent = p->next_bulk = p->epoll = p->fault_kick = p->bulk_kick = -1;
+    p->urgent.fd = p->bulk.fd = -1;
+    p->traced = trace;
+    p->window = FIRST_WINDOW;
+    error = ledger_open(&p->ledger, ledger_fd);
+    if (!error)
+        error = init_lock(p);
+    if (!error)
+        error = open_descriptors(p);
+    if (!error)
+        error = link_init(&p->urgent);
+    if (!error)
+        error = link_init(&p->bulk);
+    if (!error && ledger_fd >= 0)
+        error = take_over(p);
+    if (error)
+        pager_free(p);
+    else
+        *result = p;
+    return error;
+}
+
+static void close_if_open(int fd)
+{
+    if (fd >= 0)
+        close(fd);
+}
+
+static void unmap_files(struct pager *p)
+{
+    for (size_t i = 0; i < p->file_count; i++)
+        munmap(p->files[i].base, p->files[i].size);
+    free(p->files);
+    free(p->segments);
+}
+
+void pager_free(struct pager *p)
+{
+    pager_stop(p);
+    close_if_open(p->next_urgent);
+    close_if_open(p->next_bulk);
+    link_free(&p->urgent);
+    link_free(&p->bulk);
+    close_if_open(p->epoll);
+    close_if_open(p->fault_kick);
+    close_if_open(p->bulk_kick);
+    if (p->ledger.head)
+        ledger_close(&p->ledger);
+    unmap_files(p);
+    free(p->plan);
+    free(p->fresh.items);
+    free(p->waiting.items);
+    free(p);
+}
+
+int pager_ledger_fd(const struct pager *p)
+{
+    return p->ledger.fd;
+}
+
+/* --- tables ------------------------------------------------------------------------------------------------------ */
+
+int pager_add_space(struct pager *p, int uffd)
+{
+    int space, error;
+
+    pthread_mutex_lock(&p->lock);
+    space = ledger_add_space(&p->ledger, uffd);
+    if (space >= 0) {
+        error = watch_space(p, (uint32_t)space);
+        if (error) {
+            p->ledger.spaces[space].live = 0;
+            space = error;
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
+    return space;
+}
+
+static bool misaligned(uint64_t a, uint64_t b, uint64_t c)
+{
+    return (a | b | c) & (PAGE_SIZE - 1);
+}
+
+int pager_add_region(struct pager *p, int space, uint64_t start, uint64_t length, uint64_t object, uint64_t addr)
+{
+    int error = -EINVAL;
+
+    if (misaligned(start, length, addr) || !length || start + length < start || addr + length < addr)
+        return -EINVAL;
+    pthread_mutex_lock(&p->lock);
+    if (space >= 0 && (uint32_t)space < p->ledger.head->spaces && p->ledger.spaces[space].live)
+        error = ledger_add_region(&p->ledger, (uint32_t)space, start, length, object, addr);
+    pthread_mutex_unlock(&p->lock);
+    return error;
+}
+
+int pager_add_eager(struct pager *p, uint64_t pages)
+{
+    pthread_mutex_lock(&p->lock);
+    p->ledger.head->total += pages;
+    p->ledger.head->counted[CLASS_EAGER] += pages;
+    pthread_mutex_unlock(&p->lock);
+    return 0;
+}
+
+int pager_mark_installed(struct pager *p, uint64_t object, uint64_t addr, uint64_t pages)
+{
+    int64_t primary;
+
+    pthread_mutex_lock(&p->lock);
+    primary = ledger_primary(&p->ledger, object);
+    for (uint64_t k = 0, run; primary >= 0 && k < pages; k++) {
+        uint8_t *byte = ledger_states(&p->ledger, (uint32_t)primary, addr + k * PAGE_SIZE, &run);
+
+        if (byte)
+            ledger_settle(&p->ledger, (uint32_t)primary, addr + k * PAGE_SIZE, byte, PAGE_INSTALLED, CLASS_EAGER);
+        else
+            primary = -ENOENT;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return primary < 0 ? (int)primary : 0;
+}
+
+/* --- local pages ------------------------------------------------------------------------------------------------- */
+
+/* NULL, with errno, when it cannot be mapped. */
+static const struct file_map *map_file(struct pager *p, int fd)
+{
+    struct stat status;
+    void *base;
+
+    for (size_t i = 0; i < p->file_count; i++)
+        if (p->files[i].fd == fd)
+            return &p->files[i];
+    if (fstat(fd, &status) < 0)
+        return NULL;
+    base = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED)
+        return NULL;
+    p->files[p->file_count] = (struct file_map){fd, base, (size_t)status.st_size};
+    return &p->files[p->file_count++];
+}
+
+static int add_segment(struct pager *p, const struct pager_segment *s)
+{
+    const struct segment *last = p->segment_count ? &p->segments[p->segment_count - 1] : NULL;
+    const struct file_map *file;
+
+    if (misaligned(s->start, s->end, 0) || s->start >= s->end)
+        return -EINVAL;
+    if (last && (s->object < last->object || (s->object == last->object && s->start < last->end)))
+        return -EINVAL;
+    file = map_file(p, s->fd);
+    if (!file)
+        return -errno;
+    if (s->offset > file->size || s->end - s->start > file->size - s->offset)
+        return -ENODATA;
+    p->segments[p->segment_count++] =
+        (struct segment){s->object, s->start, s->end, (const uint8_t *)file->base + s->offset};
+    return 0;
+}
+
+int pager_set_segments(struct pager *p, const struct pager_segment *sorted, size_t count)
+{
+    int error = 0;
+
+    if (p->segments || p->fault_runs)
+        return -EBUSY;
+    p->segments = calloc(count + 1, sizeof(*p->segments));
+    p->files = calloc(count + 1, sizeof(*p->files));
+    if (!p->segments || !p->files)
+        return -ENOMEM;
+    for (size_t i = 0; i < count && !error; i++)
+        error = add_segment(p, &sorted[i]);
+    return error;
+}
+
+const uint8_t *local_pages(const struct pager *p, uint64_t object, uint64_t addr, uint64_t *pages)
+{
+    size_t low = 0, high = p->segment_count;
+    const struct segment *s;
+
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+
+        s = &p->segments[middle];
+        if (s->object < object || (s->object == object && s->end <= addr))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    s = p->segments + low;
+    if (low == p->segment_count || s->object != object)
+        return NULL;
+    if (s->start > addr) {
+        *pages = min_u64(*pages, (s->start - addr) >> PAGE_SHIFT);
+        return NULL;
+    }
+    *pages = min_u64(*pages, (s->end - addr) >> PAGE_SHIFT);
+    return s->data + (addr - s->start);
+}
+
+/* --- remote pages ------------------------------------------------------------------------------------------------ */
+
+int pager_set_remote(struct pager *p, int urgent, int bulk)
+{
+    pthread_mutex_lock(&p->lock);
+    close_if_open(p->next_urgent);
+    close_if_open(p->next_bulk);
+    p->next_urgent = urgent;
+    p->next_bulk = bulk;
+    p->reconnects += p->has_remote;
+    p->has_remote = true;
+    p->online = true;
+    p->generation++;
+    ledger_forget_asked(&p->ledger);
+    p->walk = (struct walk){0};
+    if (p->status == PAGER_LOST)
+        set_status(p, p->fault_runs ? PAGER_RUNNING : PAGER_IDLE, "", 0);
+    pthread_mutex_unlock(&p->lock);
+    kick(p->fault_kick);
+    kick(p->bulk_kick);
+    return 0;
+}
+
+/* --- plan and map ------------------------------------------------------------------------------------------------ */
+
+int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count)
+{
+    struct run *plan = calloc(count + 1, sizeof(*plan)), *old;
+    size_t known = 0;
+
+    if (!plan)
+        return -ENOMEM;
+    pthread_mutex_lock(&p->lock);
+    for (size_t i = 0; i < count; i++) {
+        int64_t primary = ledger_primary(&p->ledger, runs[i].object);
+
+        if (primary >= 0)
+            plan[known++] = (struct run){runs[i].addr, runs[i].count, (uint32_t)primary};
+    }
+    old = p->plan;
+    p->plan = plan;
+    p->plan_count = known;
+    p->walk = (struct walk){0};
+    pthread_mutex_unlock(&p->lock);
+    free(old);
+    kick(p->bulk_kick);
+    return 0;
+}
+
+static void map_runs(struct pager *p, const struct pager_run *run)
+{
+    for (uint64_t done = 0, n; done < run->count; done += n) {
+        int64_t primary;
+
+        n = min_u64(MAP_SLICE, run->count - done);
+        pthread_mutex_lock(&p->lock);
+        primary = ledger_primary(&p->ledger, run->object);
+        if (primary >= 0)
+            ledger_map_run(&p->ledger, (uint32_t)primary, run->addr + done * PAGE_SIZE, n);
+        pthread_mutex_unlock(&p->lock);
+    }
+}
+
+/* One slice of the pages that the map did not name; false when there is none left. A process that forks meanwhile may
+ * leave pages of its child out: those are asked for, and the source says zero. */
+static bool close_slice(struct pager *p, struct walk *at, int *error)
+{
+    bool found = false;
+
+    pthread_mutex_lock(&p->lock);
+    while (!found && !*error && at->instance < p->ledger.head->instances) {
+        const struct instance *i = &p->ledger.instances[at->instance];
+        const struct span *s = ledger_spans(&p->ledger, at->instance) + at->span;
+
+        if (!i->live || at->span >= i->spans) {
+            at->instance++;
+            at->span = 0;
+        } else if (at->page >= s->pages) {
+            at->span++;
+            at->page = 0;
+        } else {
+            *error = ledger_map_close(&p->ledger, at->instance, s->addr + at->page * PAGE_SIZE,
+                                      min_u64(MAP_SLICE, s->pages - at->page));
+            at->page += MAP_SLICE;
+            found = true;
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
+    return found;
+}
+
+int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count)
+{
+    struct walk at = {0};
+    int error = 0;
+
+    for (size_t i = 0; i < count; i++)
+        map_runs(p, &runs[i]);
+    while (!error && close_slice(p, &at, &error))
+        ;
+    pthread_mutex_lock(&p->lock);
+    if (error)
+        lost(p, "the source does not have a page that its map names", 0);
+    p->ledger.head->map_known = 1;
+    p->retry = true; /* who waited for a page that the source does not have learns that it is zero */
+    check_done(p);
+    pthread_mutex_unlock(&p->lock);
+    kick(p->fault_kick);
+    kick(p->bulk_kick);
+    return error;
+}
+
+/* --- running ----------------------------------------------------------------------------------------------------- */
+
+/* Signals are for the threads of Python. */
+static int start_thread(pthread_t *thread, void *(*main)(void *), struct pager *p)
+{
+    sigset_t all, old;
+    int error;
+
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    error = pthread_create(thread, NULL, main, p);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return -error;
+}
+
+int pager_start(struct pager *p, bool bulk, uint64_t max_rate)
+{
+    int error = -EBUSY;
+
+    pthread_mutex_lock(&p->lock);
+    if (!p->fault_runs && p->status == PAGER_IDLE) {
+        p->max_rate = max_rate;
+        p->status = PAGER_RUNNING;
+        check_done(p);
+        error = start_thread(&p->fault_thread, fault_main, p);
+        p->fault_runs = !error;
+        if (!error && bulk) {
+            error = start_thread(&p->bulk_thread, bulk_main, p);
+            p->bulk_runs = !error;
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
+    return error;
+}
+
+void pager_stop(struct pager *p)
+{
+    atomic_store(&p->stopping, true);
+    kick(p->fault_kick);
+    kick(p->bulk_kick);
+    if (p->fault_runs)
+        pthread_join(p->fault_thread, NULL);
+    if (p->bulk_runs)
+        pthread_join(p->bulk_thread, NULL);
+    p->fault_runs = p->bulk_runs = false;
+    if (p->status == PAGER_RUNNING || p->status == PAGER_LOST || p->status == PAGER_IDLE)
+        p->status = PAGER_STOPPED;
+}
+
+int pager_wait(struct pager *p, int timeout_ms)
+{
+    struct timespec until;
+    uint64_t end = now_ns() + (uint64_t)timeout_ms * 1000000u;
+    int error = 0, status;
+
+    until = (struct timespec){(time_t)(end / 1000000000u), (long)(end % 1000000000u)};
+    pthread_mutex_lock(&p->lock);
+    while (p->status == PAGER_RUNNING && !error)
+        error = pthread_cond_timedwait(&p->changed, &p->lock, &until);
+    status = (int)p->status;
+    pthread_mutex_unlock(&p->lock);
+    return status == PAGER_RUNNING ? -ETIMEDOUT : status;
+}
+
+int pager_status(struct pager *p, char *reason, size_t size)
+{
+    int status;
+
+    pthread_mutex_lock(&p->lock);
+    status = (int)p->status;
+    snprintf(reason, size, "%s", p->reason);
+    pthread_mutex_unlock(&p->lock);
+    return status;
+}
+
+void pager_counters(struct pager *p, struct pager_counters *c)
+{
+    static const enum page_class classes[3] = {CLASS_ZERO, CLASS_URGENT, CLASS_BULK};
+    const struct ledger_head *head = p->ledger.head;
+
+    pthread_mutex_lock(&p->lock);
+    c->total = head->total;
+    c->zero = head->counted[CLASS_ZERO];
+    c->eager = head->counted[CLASS_EAGER];
+    c->urgent = head->counted[CLASS_URGENT];
+    c->bulk = head->counted[CLASS_BULK];
+    c->dropped = head->counted[CLASS_DROPPED];
+    c->remaining = head->remaining;
+    for (int i = 0; i < 3; i++)
+        memcpy(c->outcomes[i], head->outcomes[classes[i]], sizeof(c->outcomes[i]));
+    c->bytes_in = atomic_load(&p->urgent.bytes_in) + atomic_load(&p->bulk.bytes_in);
+    c->bytes_out = atomic_load(&p->urgent.bytes_out) + atomic_load(&p->bulk.bytes_out);
+    c->reconnects = p->reconnects;
+    c->faults = head->faults;
+    c->fault_max_ns = head->fault_max_ns;
+    memcpy(c->fault_ns, head->fault_ns, sizeof(c->fault_ns));
+    pthread_mutex_unlock(&p->lock);
+}
+
+const struct pager_fault *pager_trace(struct pager *p, uint64_t *written, uint64_t *slots)
+{
+    *written = __atomic_load_n(&p->ledger.head->traced, __ATOMIC_ACQUIRE);
+    *slots = LEDGER_TRACE;
+    return p->ledger.trace;
+}
+
+/* --- the end ----------------------------------------------------------------------------------------------------- */
+
+int pager_spaces(struct pager *p, int *uffds, size_t count)
+{
+    size_t n = 0;
+
+    pthread_mutex_lock(&p->lock);
+    for (uint32_t s = 0; s < p->ledger.head->spaces; s++)
+        if (p->ledger.spaces[s].live) {
+            if (n < count)
+                uffds[n] = p->ledger.spaces[s].uffd;
+            n++;
+        }
+    pthread_mutex_unlock(&p->lock);
+    return (int)n;
+}
+
+int pager_finish(struct pager *p)
+{
+    if (p->fault_runs || p->status != PAGER_DONE)
+        return -EBUSY;
+    for (uint32_t s = 0; s < p->ledger.head->spaces; s++) {
+        const struct region *regions = ledger_regions(&p->ledger, s);
+
+        if (!p->ledger.spaces[s].live)
+            continue;
+        for (uint32_t i = 0; i < p->ledger.spaces[s].regions; i++) {
+            struct uffdio_range range = {regions[i].start, regions[i].end - regions[i].start};
+
+            /* Fails where the process is gone or has unmapped it; closing the descriptor covers what is left. */
+            (void)ioctl(p->ledger.spaces[s].uffd, UFFDIO_UNREGISTER, &range);
+        }
+        close(p->ledger.spaces[s].uffd);
+        p->ledger.spaces[s].live = 0;
+    }
+    return 0;
+}
+
+int pager_collapse(int pidfd, uint64_t start, uint64_t length)
+{
+    struct iovec range = {(void *)start, length};
+
+    return syscall(SYS_process_madvise, pidfd, &range, 1, MADV_COLLAPSE, 0) < 0 ? -errno : 0;
+}
+
+int pager_open_userfaultfd(int flags)
+{
+    int fd = (int)syscall(SYS_userfaultfd, flags);
+
+    return fd < 0 ? -errno : fd;
+}

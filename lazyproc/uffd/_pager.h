@@ -1,0 +1,81 @@
+/* The destination side of post-copy: two threads that put pages where they are missing and never take the GIL.
+ *
+ * The fault thread answers userfaultfd messages, on demand, over the urgent connection. The bulk thread walks a plan
+ * over the other one and gives way. No policy in here: Python gives tables, a plan and limits, and reads counters.
+ * Functions return 0 or a count, or a negative errno; all but new and free may be called from any thread.
+ */
+#ifndef LAZYPROC_UFFD_PAGER_H
+#define LAZYPROC_UFFD_PAGER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct pager;
+
+enum pager_status {
+    PAGER_IDLE,    /* not started */
+    PAGER_RUNNING,
+    PAGER_DONE,    /* the map is known and no page waits for its content */
+    PAGER_LOST,    /* the source is gone or talks garbage: missing pages stay missing, who touches them waits */
+    PAGER_FAILED,  /* the kernel refused something: as LOST, and for good */
+    PAGER_STOPPED,
+};
+
+struct pager_segment {
+    uint64_t object;
+    uint64_t start; /* addresses within the object */
+    uint64_t end;
+    uint64_t offset; /* of `start` in the file */
+    int32_t fd;
+};
+
+struct pager_run {
+    uint64_t object;
+    uint64_t addr;
+    uint64_t count; /* pages */
+};
+
+struct pager_counters {
+    uint64_t total, zero, eager, urgent, bulk, dropped; /* pages of the map; the first is the sum of the others at the end */
+    uint64_t remaining;                                 /* pages of all processes, forked ones included */
+    uint64_t outcomes[3][4];                            /* zero, urgent, bulk × installed, present, deferred, gone */
+    uint64_t bytes_in, bytes_out, reconnects;
+    uint64_t faults, fault_max_ns;
+    uint64_t fault_ns[1024]; /* log-linear, 16 buckets to the octave, 0 to 15 ns one each */
+};
+
+struct pager_fault {
+    uint64_t event_ns, sent_ns, installed_ns; /* CLOCK_MONOTONIC, 0: it was not sent */
+    uint64_t va, object, addr;
+    uint32_t tid, space, outcome, page_class;
+};
+
+int pager_new(int ledger_fd, bool trace, struct pager **result); /* ledger_fd < 0: a new ledger; else go on with that one */
+void pager_free(struct pager *p);                                 /* stops; closes no userfaultfd */
+int pager_ledger_fd(const struct pager *p);
+
+int pager_add_space(struct pager *p, int uffd); /* owns uffd until pager_spaces after a stop hands it back */
+int pager_add_region(struct pager *p, int space, uint64_t start, uint64_t length, uint64_t object, uint64_t addr);
+int pager_add_eager(struct pager *p, uint64_t pages);
+int pager_mark_installed(struct pager *p, uint64_t object, uint64_t addr, uint64_t pages);
+
+int pager_set_segments(struct pager *p, const struct pager_segment *sorted, size_t count); /* before start */
+int pager_set_remote(struct pager *p, int urgent, int bulk);                               /* owns both sockets */
+int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count);
+int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count);
+
+int pager_start(struct pager *p, bool bulk, uint64_t max_rate); /* bytes a second, 0: as fast as faults allow */
+int pager_wait(struct pager *p, int timeout_ms); /* enum pager_status, at once when it is not RUNNING; -ETIMEDOUT */
+int pager_status(struct pager *p, char *reason, size_t size);
+void pager_counters(struct pager *p, struct pager_counters *counters);
+const struct pager_fault *pager_trace(struct pager *p, uint64_t *written, uint64_t *slots);
+void pager_stop(struct pager *p);
+
+int pager_spaces(struct pager *p, int *uffds, size_t count); /* userfaultfds of the processes that live */
+int pager_finish(struct pager *p); /* done and stopped: later faults are the kernel's own, and the userfaultfds closed */
+
+int pager_collapse(int pidfd, uint64_t start, uint64_t length); /* process_madvise(MADV_COLLAPSE) */
+int pager_open_userfaultfd(int flags);                          /* userfaultfd(2) */
+
+#endif

@@ -1,0 +1,31 @@
+"""Builds lazyproc.uffd._pager: the pager's C files, and the frames and the checksum of the wire room."""
+
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = "lazyproc/uffd"
+WIRE = "lazyproc/wire"
+PARTS = ("pager", "faults", "bulk", "place", "ledger", "link")
+
+# The header is plain enough for cffi once its preprocessor lines are gone: what C sees and what Python sees cannot differ.
+header = Path(HERE, "_pager.h").read_text()
+
+ffi = FFI()
+ffi.cdef("\n".join(line for line in header.splitlines() if not line.startswith("#")))
+ffi.set_source(
+    "lazyproc.uffd._pager",
+    '#include "_pager.h"',
+    sources=[f"{HERE}/_{part}.c" for part in PARTS],
+    depends=[
+        f"{HERE}/_pager.h",
+        f"{HERE}/_engine.h",
+        f"{HERE}/_ledger.h",
+        f"{HERE}/_link.h",
+        f"{WIRE}/native.h",
+        f"{WIRE}/crc32c.h",
+    ],
+    include_dirs=[HERE, WIRE],
+    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"],
+    extra_link_args=["-pthread"],
+)

@@ -1,0 +1,98 @@
+"""Fixtures for all tests: two hosts, and nobody leaves a process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lazyproc.errors import HostLacks
+from lazyproc.hosts import Host, Pair, Trio, ground, pair_of_hosts, trio_of_hosts
+from tests.needs import lacking
+
+_PR_SET_CHILD_SUBREAPER = 36
+_GRACE_S = 2.0  # for what was killed at the end of a test and is just ending
+
+
+@contextlib.contextmanager
+def _lack_is_reported() -> Iterator[None]:
+    try:
+        yield
+    except HostLacks as error:
+        lacking(error.what, error.remedy)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """A source and a destination on this machine."""
+    with contextlib.ExitStack() as stack:
+        with _lack_is_reported():
+            hosts = stack.enter_context(pair_of_hosts())
+        yield hosts
+
+
+@pytest.fixture
+def trio() -> Iterator[Trio]:
+    """A source, a destination and a client that both can reach."""
+    with contextlib.ExitStack() as stack:
+        with _lack_is_reported():
+            hosts = stack.enter_context(trio_of_hosts())
+        yield hosts
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """One host of its own."""
+    with contextlib.ExitStack() as stack:
+        with _lack_is_reported():
+            alone = stack.enter_context(Host("alone", stack.enter_context(ground()), 1))
+        yield alone
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _orphans_come_to_us() -> None:
+    """As a subreaper the test session also sees the children of what it started."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left(_orphans_come_to_us: None) -> Iterator[None]:
+    """Fails a test that leaves a process running, and kills it by its pid."""
+    before = _children()
+    yield
+    until = time.monotonic() + _GRACE_S
+    while (left := _reap(_children() - before)) and time.monotonic() < until:
+        time.sleep(0.01)
+    names = sorted(f"{_command_line(pid)} (pid {pid})" for pid in left)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    assert not names, f"left running: {', '.join(names)}"
+
+
+def _children() -> frozenset[int]:
+    lists = Path("/proc/self/task").glob("*/children")
+    return frozenset(int(pid) for children in lists for pid in children.read_text().split())
+
+
+def _reap(children: frozenset[int]) -> frozenset[int]:
+    """Those that still run, after the dead have been waited for."""
+    running = set()
+    for pid in children:
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                running.add(pid)
+    return frozenset(running)
+
+
+def _command_line(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return "?"

@@ -1,0 +1,364 @@
+"""The native protocol: whole, a byte at a time, with anything behind, and mutated."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyproc.errors import ProtocolError
+from lazyproc.model import PAGE, MemoryObject, ObjectKind
+from lazyproc.wire import native
+from lazyproc.wire.frame import HEADER, MAX_BLOB, MAX_JSON, MAX_PAGES, Flag, Frame, Type
+from lazyproc.wire.native import Connection, Event, Hello, PageBytes, Pages, Party, Role, State, Welcome
+
+SIDES = (Party.SOURCE, Party.DESTINATION)
+
+# --- two ends -------------------------------------------------------------------------------------------
+
+names = st.text("0123456789abcdef", min_size=1, max_size=native.MAX_NAME)
+words = st.integers(0, 2**64 - 1)
+keys = st.builds(
+    lambda kind, number: number << 8 | kind, st.sampled_from(ObjectKind), st.integers(0, 2**56 - 1)
+)
+tags = st.integers(0, 2**32 - 1)
+pages = st.integers(0, 2**52 - 1 - MAX_PAGES).map(lambda page: page * PAGE)
+counts = st.integers(1, MAX_PAGES)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+fields = st.dictionaries(st.text(), json_values, max_size=5)
+
+gets = st.builds(native.Get, words, pages, counts, tags)
+data_pages = st.builds(
+    Pages,
+    words,
+    pages,
+    st.integers(1, 2),
+    tags,
+    st.sampled_from((Flag.NONE, Flag.LAST)),
+    st.integers(0, 2**32 - 1),
+)
+empty_pages = st.builds(
+    Pages,
+    words,
+    pages,
+    counts,
+    tags,
+    st.sampled_from((Flag.ZERO, Flag.ABSENT, Flag.ZERO | Flag.LAST, Flag.ABSENT | Flag.LAST)),
+    st.just(0),
+)
+maps = st.lists(st.builds(native.MapEntry, keys, pages, counts), max_size=5).map(native.Map)
+either = st.builds(native.Abort, fields) | st.just(native.Ping()) | st.just(native.Pong())
+from_source = (
+    st.builds(native.Prepare, fields)
+    | st.builds(native.Images, st.binary(max_size=300))
+    | st.builds(native.Commit, fields)
+    | maps
+    | st.builds(native.Released, fields)
+    | either
+)
+from_destination = (
+    st.builds(native.Prepared, fields)
+    | st.builds(native.Built, fields)
+    | st.builds(native.Committed, fields)
+    | st.builds(native.Running, fields)
+    | st.builds(native.Drained, fields)
+    | either
+)
+
+
+def greeted(role: Role, dialler: Party = Party.SOURCE) -> tuple[Connection, Connection]:
+    """(source, destination), past HELLO and WELCOME."""
+    source = Connection(Party.SOURCE, dialled=dialler is Party.SOURCE)
+    destination = Connection(Party.DESTINATION, dialled=dialler is Party.DESTINATION)
+    opener, acceptor = (source, destination) if dialler is Party.SOURCE else (destination, source)
+    hello = Hello(role, "5e", "70")
+    assert acceptor.receive_data(opener.send(hello)) == [hello]
+    assert opener.receive_data(acceptor.send(Welcome("5e"))) == [Welcome("5e")]
+    return source, destination
+
+
+def joined(events: Sequence[Event]) -> list[Event | bytes]:
+    """Events with adjacent PageBytes made one."""
+    result: list[Event | bytes] = []
+    for event in events:
+        if not isinstance(event, PageBytes):
+            result.append(event)
+        elif result and isinstance(result[-1], bytes):
+            result[-1] += bytes(event.data)
+        else:
+            result.append(bytes(event.data))
+    return result
+
+
+def payload_of(event: Event) -> bytes:
+    """Some pages, if pages follow the event."""
+    length = event.payload if isinstance(event, Pages) else 0
+    return bytes(index % 251 for index in range(length))
+
+
+def carried(sender: Connection, receivers: Sequence[Connection], events: Sequence[Event]) -> None:
+    """What is sent arrives as one stream, a byte at a time, and with reads of exactly what is wanted."""
+    parts = [sender.send(event) + payload_of(event) for event in events]
+    data = b"".join(parts)
+    expected = [part for event in events for part in (event, payload_of(event)) if part != b""]
+    stream, bytewise, exact = receivers
+    assert joined(stream.receive_data(data)) == expected
+    assert joined([e for byte in data for e in bytewise.receive_data(bytes([byte]))]) == expected
+    got: list[Event] = []
+    while data:
+        wanted = exact.wanted
+        new = exact.receive_data(data[:wanted])
+        assert len(new) <= 1
+        got += new
+        data = data[wanted:]
+    assert joined(got) == expected
+
+
+# --- what goes through ----------------------------------------------------------------------------------
+
+
+@given(st.lists(from_source, max_size=4), st.lists(from_destination, max_size=4), st.sampled_from(SIDES))
+def test_control(down: list[Event], up: list[Event], dialler: Party) -> None:
+    ends = [greeted(Role.CONTROL, dialler) for _ in range(4)]
+    carried(ends[0][0], [destination for _, destination in ends[:3]], down)
+    carried(ends[3][1], [source for source, _ in ends[1:]], up)
+
+
+@given(st.lists(gets, max_size=4), st.lists(data_pages | empty_pages, max_size=2), st.sampled_from(SIDES))
+def test_pages(up: list[Event], down: list[Event], dialler: Party) -> None:
+    ends = [greeted(Role.URGENT, dialler) for _ in range(4)]
+    carried(ends[0][1], [source for source, _ in ends[:3]], [*up, native.Close()])
+    carried(ends[3][0], [destination for _, destination in ends[1:]], down)
+
+
+@given(names, names, st.sampled_from(Role), st.integers(1, 2**40))
+def test_greeting(session: str, token: str, role: Role, version: int) -> None:
+    opener = Connection(Party.SOURCE, dialled=True)
+    acceptor = Connection(Party.DESTINATION, dialled=False)
+    hello = Hello(role, session, token, version)
+    assert acceptor.receive_data(opener.send(hello)) == [hello]
+    assert acceptor.role is opener.role is role
+    assert repr(hello) == repr(Hello(role, session, "another", version))
+
+
+def test_the_layout_is_the_documented_one() -> None:
+    _, destination = greeted(Role.BULK)
+    data = destination.send(native.Get(42 << 8 | 1, 0x7F0000001000, 3, 9))
+    assert data.hex() == "0100000003000000012a00000000000000100000007f00000900000000000000"
+    source, _ = greeted(Role.CONTROL)
+    assert source.send(native.Map([native.MapEntry(0x102, PAGE, 5)])) == HEADER.pack(
+        25, 0, 0, 24, 0, 0, 0, 0
+    ) + struct.pack("<QQQ", 0x102, PAGE, 5)
+    assert source.send(native.Commit({"pages": 1})) == HEADER.pack(22, 0, 0, 11, 0, 0, 0, 0) + b'{"pages":1}'
+
+
+def test_pages_are_not_copied_and_may_go_elsewhere() -> None:
+    source, destination = greeted(Role.BULK)
+    event = Pages(1, 0, 2, 1, Flag.LAST, 5)
+    data = bytearray(source.send(event) + bytes(PAGE))
+    got, content = destination.receive_data(data)
+    assert got == event
+    assert isinstance(content, PageBytes)
+    data[-1] = 9
+    assert content.data[-1] == 9
+    assert destination.wanted == destination.pages_due == PAGE
+    destination.take_pages(PAGE)
+    assert destination.receive_data(source.send(event))[0] == event
+    with pytest.raises(ProtocolError):
+        destination.take_pages(2 * PAGE + 1)
+
+
+def test_answers_still_come_after_close() -> None:
+    source, destination = greeted(Role.URGENT)
+    source.receive_data(destination.send(native.Close()))
+    answer = Pages(1, 0, 1, 1, Flag.ZERO | Flag.LAST, 0)
+    assert destination.receive_data(source.send(answer)) == [answer]
+    with pytest.raises(ProtocolError, match="turn"):
+        destination.send(native.Get(1, 0, 1, 1))
+
+
+# --- what does not --------------------------------------------------------------------------------------
+
+
+def receiver(role: Role | None, side: Party) -> Connection:
+    if role is None:
+        return Connection(side, dialled=False)
+    return greeted(role)[side is Party.DESTINATION]
+
+
+@given(st.binary(max_size=200), st.none() | st.sampled_from(Role), st.sampled_from(SIDES))
+def test_garbage_is_a_protocol_error_or_nothing(data: bytes, role: Role | None, side: Party) -> None:
+    connection = receiver(role, side)
+    try:
+        connection.receive_data(data)
+    except ProtocolError:
+        assert connection.state is State.CLOSED
+        with pytest.raises(ProtocolError):
+            connection.receive_data(bytes(2 * HEADER.size))
+
+
+@given(from_source | from_destination | gets | data_pages, st.data())
+def test_a_changed_byte_is_a_protocol_error_or_another_event(event: Event, data: st.DataObject) -> None:
+    """And never more buffered than the limits allow."""
+    for role in (Role.CONTROL, Role.URGENT):
+        for sender, other in (greeted(role), greeted(role)[::-1]):
+            try:
+                stream = bytearray(sender.send(event))
+            except ProtocolError:
+                continue
+            index = data.draw(st.integers(0, len(stream) - 1))
+            stream[index] = data.draw(st.integers(0, 255))
+            try:
+                other.receive_data(stream)
+            except ProtocolError:
+                continue
+            assert other.wanted <= max(MAX_BLOB, MAX_PAGES * PAGE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        (Type.HELLO, MAX_JSON),
+        (Type.PREPARE, MAX_JSON),
+        (Type.IMAGES, MAX_BLOB),
+        (Type.MAP, MAX_BLOB),
+        (Type.PING, 0),
+    ],
+)
+def test_lengths_are_refused_before_a_byte_of_payload_comes(kind: Type, limit: int) -> None:
+    connection = receiver(None if kind is Type.HELLO else Role.CONTROL, Party.DESTINATION)
+    assert Frame.unpack(HEADER.pack(kind, 0, 0, limit, 0, 0, 0, 0)).length == limit
+    with pytest.raises(ProtocolError, match=f"limit is {limit}"):
+        connection.receive_data(HEADER.pack(kind, 0, 0, limit + 1, 0, 0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b'{"a":1,"a":2}',
+        b'{"a":NaN}',
+        b'{"a":1e999}',
+        b'{"a":' + b"9" * 5000 + b"}",
+        b"[" * 60000,
+        b'{"a":' * 17 + b"1" + b"}" * 17,
+        b'{"a":"\xff"}',
+        b"\x80\x04K\x01.",
+    ],
+)
+def test_what_is_not_a_plain_json_object(payload: bytes) -> None:
+    connection = receiver(Role.CONTROL, Party.DESTINATION)
+    with pytest.raises(ProtocolError):
+        connection.receive_data(HEADER.pack(Type.PREPARE, 0, 0, len(payload), 0, 0, 0, 0) + payload)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 0},
+        {"version": "1"},
+        {"version": True},
+        {"role": "root"},
+        {"role": None},
+        {"session": ""},
+        {"session": "../../etc"},
+        {"session": 7},
+        {"token": "a" * 129},
+        {"token": ["a"]},
+    ],
+)
+def test_what_is_not_a_hello(change: dict[str, object]) -> None:
+    fields = {"version": 1, "role": "control", "session": "5e", "token": "70"} | change
+    payload = json.dumps(fields).encode()
+    with pytest.raises(ProtocolError):
+        Connection(Party.SOURCE, dialled=False).receive_data(
+            HEADER.pack(Type.HELLO, 0, 0, len(payload), 0, 0, 0, 0) + payload
+        )
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (0x103, 0, 1),
+        (0x102, 1, 1),
+        (0x102, 0, 0),
+        (0x102, 2**64 - PAGE, 1),
+        (0x102, PAGE, 2**63),
+    ],
+)
+def test_what_is_not_a_map_entry(entry: tuple[int, int, int]) -> None:
+    payload = struct.pack("<QQQ", *entry)
+    connection = receiver(Role.CONTROL, Party.DESTINATION)
+    with pytest.raises(ProtocolError):
+        connection.receive_data(HEADER.pack(Type.MAP, 0, 0, len(payload), 0, 0, 0, 0) + payload)
+    with pytest.raises(ProtocolError):
+        receiver(Role.CONTROL, Party.SOURCE).send(native.Map([native.MapEntry(*entry)]))
+
+
+def test_a_map_is_a_whole_number_of_entries() -> None:
+    with pytest.raises(ProtocolError, match="whole number"):
+        receiver(Role.CONTROL, Party.DESTINATION).receive_data(
+            HEADER.pack(25, 0, 0, 25, 0, 0, 0, 0) + bytes(25)
+        )
+
+
+@pytest.mark.parametrize(
+    ("role", "side", "event"),
+    [
+        (None, Party.SOURCE, native.Ping()),
+        (None, Party.SOURCE, Welcome("5e")),
+        (Role.CONTROL, Party.SOURCE, native.Committed()),
+        (Role.CONTROL, Party.DESTINATION, native.Commit()),
+        (Role.CONTROL, Party.DESTINATION, native.Get(1, 0, 1, 1)),
+        (Role.CONTROL, Party.SOURCE, Hello(Role.CONTROL, "5e", "70")),
+        (Role.URGENT, Party.SOURCE, native.Get(1, 0, 1, 1)),
+        (Role.BULK, Party.DESTINATION, native.Abort()),
+        (Role.BULK, Party.DESTINATION, Pages(1, 0, 1, 1, Flag.ZERO, 0)),
+    ],
+)
+def test_nothing_is_said_out_of_turn(role: Role | None, side: Party, event: Event) -> None:
+    with pytest.raises(ProtocolError, match="turn"):
+        receiver(role, side).send(event)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        native.Get(1, 0, 0, 1),
+        native.Get(1, 5, 1, 1),
+        native.Get(1, -PAGE, 1, 1),
+        native.Get(2**64, 0, 1, 1),
+        native.Get(1, 0, 1, 2**32),
+        PageBytes(memoryview(b"x")),
+    ],
+)
+def test_nothing_out_of_bounds_is_sent(event: Event) -> None:
+    with pytest.raises(ProtocolError):
+        receiver(Role.URGENT, Party.DESTINATION).send(event)
+
+
+def test_fields_that_the_other_end_would_refuse_are_not_sent() -> None:
+    deep: native.JsonValue = 1
+    for _ in range(17):
+        deep = [deep]
+    for value in (deep, float("nan"), "x" * MAX_JSON):
+        with pytest.raises(ProtocolError):
+            receiver(Role.CONTROL, Party.SOURCE).send(native.Prepare({"a": value}))
+
+
+def test_the_number_of_an_object() -> None:
+    assert native.memory_object(42 << 8 | 1) == MemoryObject(ObjectKind.TASK, 42)
+    for key in (0, 42 << 8, 2**64 + 1, -1):
+        with pytest.raises(ProtocolError):
+            native.memory_object(key)
