@@ -1,0 +1,1 @@
+"""The command line: one file a command with `add` (its options) and `run` (its work, imported there)."""

@@ -48,7 +48,7 @@ def gather_timerfd(_registry: Registry, look: Look, taken: int) -> TimerFd:
 
 
 def _settled_timer(look: Look, taken: int) -> TimerFdInfo:
-    """After timerfd_gettime the ticks are all counted and a periodic timer runs, unless it expires just then."""
+    """After timerfd_gettime all ticks are counted and a periodic timer runs, unless it expires just then."""
     for _ in range(_EXPIRY_ROUNDS):
         left = fds.timerfd_gettime(taken)
         info = _told(look_at(look.pid, look.fd).info.timerfd, look)
@@ -57,11 +57,11 @@ def _settled_timer(look: Look, taken: int) -> TimerFdInfo:
     return info
 
 
-# --- epoll ----------------------------------------------------------------------------------------------------
+# --- epoll --------------------------------------------------------------------------------------------------
 
 
 def gather_epoll(registry: Registry, look: Look, _taken: int) -> Epoll:
-    """The watched files by number. An entry outlives the closing of its number, as long as the file is open."""
+    """The watched files. An entry outlives the closing of its number as long as the file is open."""
     seen: Counter[int] = Counter()
     targets = []
     for entry in look.info.epoll:
@@ -97,7 +97,7 @@ def _is_signalfd_elsewhere(registry: Registry, file_id: int, look: Look, number:
         return True
 
 
-# --- inotify --------------------------------------------------------------------------------------------------
+# --- inotify ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,8 @@ def _watch(registry: Registry, mounts: Sequence[_Mount], entry: InotifyInfo) -> 
             if (status.st_dev, status.st_ino) == _inode(entry):
                 return InotifyWatch(entry.wd, path, entry.mask)
     raise Refused(
-        f"watch {entry.wd} is on inode {entry.inode} of device {entry.dev[0]}:{entry.dev[1]}, whose path cannot "
-        f"be found",
+        f"watch {entry.wd} is on inode {entry.inode} of device {entry.dev[0]}:{entry.dev[1]}, whose path "
+        f"cannot be found",
         "keep the file or directory open in the program, or remove the watch before the move",
     )
 

@@ -1,4 +1,5 @@
-"""Taking the open files out of a process tree: every descriptor to its open file description, each of those once.
+"""Taking the open files out of a process tree: every descriptor to its open file description, each of those
+once.
 
 The same pass, without contents, tells beforehand what would stop it (`explain_descriptors`).
 """
@@ -7,19 +8,19 @@ from __future__ import annotations
 
 import os
 import stat as st
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lazyproc.dump import anon, files, pipes
-from lazyproc.dump.look import Look, attempt, look_at
+from lazyproc.dump.look import Look, attempt, look_at, unless_closed
 from lazyproc.dump.refusals import refusal
 from lazyproc.dump.registry import Refused, Registry, TaskRef
 from lazyproc.dump.sockets import SocketTable
 from lazyproc.errors import NoSuchProcess, Obstacle
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.netfilter import Flow
-from lazyproc.kernel.proc_fdinfo import LockInfo
+from lazyproc.kernel.proc_fdinfo import LockInfo, fdinfo
 from lazyproc.kernel.sys import KCMP_FILES, kcmp
 from lazyproc.model import Descriptor, FileContent, OpenFile, Owner, Pipe, Resource, SharedMemory
 
@@ -30,7 +31,7 @@ Gatherer = Callable[[Registry, Look, int], Resource]
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The registry's own tables: files mapped later appear in them too. `sockets` is the caller's to close."""
+    """The registry's own tables: files mapped later appear in them too. The caller closes `sockets`."""
 
     descriptors: Mapping[int, tuple[Descriptor, ...]]  # by vpid
     files: dict[int, OpenFile]
@@ -47,15 +48,16 @@ def gather_descriptors(
 ) -> Gathered:
     """All descriptors of a frozen tree, root first. Nothing is consumed: the tree can run on as it was.
 
-    `hold` is told which packets to hold back before the queues of sockets are read. What cannot be dumped is in
-    `obstacles`. Raises NoSuchProcess when a process is gone.
+    `hold` is told which packets to hold back before the queues of sockets are read. What cannot be dumped is
+    in `obstacles`. Raises NoSuchProcess when a process is gone.
     """
     registry = Registry(tuple(tasks))
     sockets = SocketTable(registry, tcp_close)
     try:
-        tables = {task.vpid: _table(registry, task) for task in tasks}
-        _inspect(registry, sockets, hold)
-        _refuse_shared_tables(registry)
+        looks: dict[int, Look] = {}
+        tables = {task.vpid: _table(registry, task, looks) for task in tasks}
+        _inspect(registry, sockets, looks, hold)
+        _refuse_odd_tables(registry)
     except BaseException:
         sockets.__exit__(None, None, None)
         raise
@@ -72,30 +74,40 @@ def gather_descriptors(
 
 
 def explain_descriptors(tasks: Sequence[TaskRef], *, tcp_close: bool = False) -> list[Obstacle]:
-    """What would stop gather_descriptors, of a tree that runs: nothing is read out of pipes, sockets and files."""
+    """What would stop gather_descriptors, of a tree that runs: nothing is read out of pipes, sockets and
+    files.
+    """
     registry = Registry(tuple(tasks), contents_wanted=False)
     with SocketTable(registry, tcp_close) as sockets:
+        looks: dict[int, Look] = {}
         for task in tasks:
             with suppress(NoSuchProcess):
-                _table(registry, task)
-        _inspect(registry, sockets, None)
-    _refuse_shared_tables(registry)
+                _table(registry, task, looks)
+        _inspect(registry, sockets, looks, None)
+    _refuse_odd_tables(registry)
     return registry.obstacles
 
 
-def _table(registry: Registry, task: TaskRef) -> tuple[Descriptor, ...]:
+def _table(registry: Registry, task: TaskRef, looks: dict[int, Look]) -> tuple[Descriptor, ...]:
+    """The descriptors of one process; `looks` gets the first one of each new file, by file id."""
     rows = []
     for fd in proc.descriptor_numbers(task.pid):
-        with _unless_closed(registry):
-            file_id, _ = registry.intern(task.pid, fd)
-            cloexec = look_at(task.pid, fd).info.flags & os.O_CLOEXEC != 0
-            rows.append(Descriptor(fd, file_id, cloexec))
+        with unless_closed(registry):
+            file_id, is_new = registry.intern(task.pid, fd)
+            info = fdinfo(proc.read(task.pid, f"fdinfo/{fd}"))
+            if is_new:
+                looks[file_id] = Look(task.pid, fd, os.readlink(f"/proc/{task.pid}/fd/{fd}"), info)
+            rows.append(Descriptor(fd, file_id, info.flags & os.O_CLOEXEC != 0))
     return tuple(rows)
 
 
-def _inspect(registry: Registry, sockets: SocketTable, hold: Callable[[Sequence[Flow]], None] | None) -> None:
-    """Look at each file once. Sockets come first: descriptors may lie in their queues, and epoll watches any."""
-    looks: dict[int, Look] = {}
+def _inspect(
+    registry: Registry,
+    sockets: SocketTable,
+    looks: dict[int, Look],
+    hold: Callable[[Sequence[Flow]], None] | None,
+) -> None:
+    """Gather each file once. Sockets come first: their queues may hold files that epoll watches."""
     while registry.queue:
         _add_sockets(registry, sockets, looks)
         if hold is not None:
@@ -104,45 +116,35 @@ def _inspect(registry: Registry, sockets: SocketTable, hold: Callable[[Sequence[
             sockets.read_queues()
     for number, look in looks.items():
         if not look.link.startswith(SOCKET_LINK):
-            with _unless_closed(registry), attempt(registry, look.pid, f"fd {look.fd}"):
-                with registry.taken(look.pid, look.fd) as taken:
-                    resource = _gatherer(look, os.fstat(taken))(registry, look, taken)
-                    registry.files[number] = _open_file(registry, number, look, taken, resource)
+            _describe(registry, number, look)
     for number, socket in sockets.resolve().items():
-        look = looks[number]
-        with _unless_closed(registry), attempt(registry, look.pid, f"fd {look.fd}"):
-            with registry.taken(look.pid, look.fd) as taken:
-                registry.files[number] = _open_file(registry, number, look, taken, socket)
+        _describe(registry, number, looks[number], socket)
     pipes.finish_pipes(registry, looks)
 
 
+def _describe(registry: Registry, number: int, look: Look, resource: Resource | None = None) -> None:
+    """Put one file into the registry, or an obstacle. Without `resource` it is gathered."""
+    with attempt(registry, look.pid, f"fd {look.fd}"), registry.taken(look.pid, look.fd) as taken:
+        if not registry.contents_wanted and os.readlink(f"/proc/self/fd/{taken}") != look.link:
+            return  # a running process has closed it and opened another file under its number
+        _refuse_locks(look.info.locks)
+        if resource is None:
+            resource = _gatherer(look, os.fstat(taken))(registry, look, taken)
+        flags = look.info.flags & ~os.O_CLOEXEC
+        owner = _owner(registry, look, taken)
+        registry.files[number] = OpenFile(number, flags, look.info.pos, owner, resource)
+
+
 def _add_sockets(registry: Registry, sockets: SocketTable, looks: dict[int, Look]) -> None:
-    """Take a look at everything on the queue; `looks` gets them by file id."""
+    """Hand the sockets on the queue to their table; `looks` gets what came in a message."""
     while registry.queue:
         place = registry.queue.popleft()
-        with _unless_closed(registry):
-            look = look_at(place.pid, place.fd)
+        with unless_closed(registry):
+            look = looks.get(place.file_id) or look_at(place.pid, place.fd)
+            looks[place.file_id] = look
             if look.link.startswith(SOCKET_LINK):
                 with registry.taken(place.pid, place.fd) as taken:
                     sockets.add(place, taken)
-            looks[place.file_id] = look
-
-
-@contextmanager
-def _unless_closed(registry: Registry) -> Iterator[None]:
-    """Of a running process a descriptor may go while it is looked at; of a frozen one that is an error."""
-    try:
-        yield
-    except (OSError, NoSuchProcess) as error:
-        closed = isinstance(error, NoSuchProcess) or fds.is_gone(error)
-        if registry.contents_wanted or not closed:
-            raise
-
-
-def _open_file(registry: Registry, number: int, look: Look, taken: int, resource: Resource) -> OpenFile:
-    _refuse_locks(look.info.locks)
-    flags = look.info.flags & ~os.O_CLOEXEC
-    return OpenFile(number, flags, look.info.pos, _owner(registry, look, taken), resource)
 
 
 def _refuse_locks(locks: Sequence[LockInfo]) -> None:
@@ -198,12 +200,16 @@ _ANONYMOUS: Mapping[str, Gatherer] = {
 }
 
 
-def _refuse_shared_tables(registry: Registry) -> None:
-    """clone(2) with CLONE_FILES and without CLONE_THREAD: what one process opens, the other has."""
+def _refuse_odd_tables(registry: Registry) -> None:
+    """Refuse two processes with one descriptor table (CLONE_FILES), and two tables in one process."""
     for at, task in enumerate(registry.tasks):
-        with suppress(ProcessLookupError):
-            other = next((t for t in registry.tasks[:at] if kcmp(t.pid, task.pid, KCMP_FILES) == 0), None)
-            if other is not None:
-                why = f"it shares its descriptor table with pid {other.pid} (CLONE_FILES)"
-                refused = Refused(why, "start the processes without CLONE_FILES")
-                registry.refuse(task.pid, "process", refused)
+        with attempt(registry, task.pid, "process"):
+            for other in registry.tasks[:at]:
+                if kcmp(other.pid, task.pid, KCMP_FILES) == 0:
+                    why = f"it shares its descriptor table with pid {other.pid} (CLONE_FILES)"
+                    raise Refused(why, "start the processes without CLONE_FILES")
+        for tid in proc.task_ids(task.pid):
+            with attempt(registry, task.pid, f"thread {tid}"):
+                if kcmp(task.pid, tid, KCMP_FILES) != 0:
+                    why = "it has a descriptor table of its own, apart from the process's other threads"
+                    raise Refused(why, "run the program without unshare(CLONE_FILES) in a thread")

@@ -1,7 +1,7 @@
 """Gatherers of what has a path: files, directories, devices; of memfds; and of mapped files.
 
-A path is what the tree's root directory leads to. Where that does not name the file any more (deleted), or names
-nothing on another host (tmpfs), its content travels.
+A path is what the tree's root directory leads to. Where that does not name the file any more (deleted), or
+names nothing on another host (tmpfs), its content travels.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def _content(registry: Registry, path: str, status: os.stat_result, taken: int) 
         return number
     if status.st_blocks * 512 > CONTENT_LIMIT:
         raise Refused(
-            f"{path or 'the deleted file'} has {status.st_blocks >> 11} MiB that would have to travel with the "
-            f"process, and {CONTENT_LIMIT >> 20} MiB is the limit",
+            f"{path or 'the deleted file'} has {status.st_blocks >> 11} MiB that would have to travel with "
+            f"the process, and {CONTENT_LIMIT >> 20} MiB is the limit",
             "keep it on a file system that both hosts have",
         )
     content = FileContent(
@@ -184,7 +184,9 @@ def _content(registry: Registry, path: str, status: os.stat_result, taken: int) 
 
 
 def _directories(registry: Registry, path: str, status: os.stat_result) -> int:
-    """Let the directories of a tmpfs down to `path` travel too, but for the mount point. The last one's number."""
+    """Let the directories of a tmpfs down to `path` travel too, but for the mount point. The last one's
+    number.
+    """
     parent = os.path.dirname(path)
     here = os.lstat(registry.outside(path))
     above = os.lstat(registry.outside(parent))
@@ -283,7 +285,7 @@ def _gather_link(registry: Registry, link: str, access: int) -> int:
     status = os.stat(link)
     target = os.readlink(link)
     if not (st.S_ISREG(status.st_mode) or st.S_ISDIR(status.st_mode)):  # opening a device could do something
-        raise Refused(f"{target} is a device", "let the program unmap it before the move")
+        raise Refused(f"{target} is no file on a disk", "let the program unmap it before the move")
     number, is_new = registry.intern_path((status.st_dev, status.st_ino, access))
     if not is_new:
         return number if number in registry.files else 0  # 0: an obstacle already

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,11 +41,17 @@ class FrozenTree:
         for task in self.tasks.values():
             yield from task.threads
 
+    def stop_for_good(self) -> None:
+        """Queue a SIGSTOP for every process: it stays stopped when it is let go (a stray SIGCONT releases it)."""
+        for task in self.tasks.values():
+            if not task.zombie:
+                os.kill(task.pid, signal.SIGSTOP)
+
     def kill(self) -> None:
         """End the whole tree. A leader is reaped only when the tracer has waited for all its threads (ptrace(2))."""
         for task in self.tasks.values():
             if not task.zombie:
-                os.kill(task.pid, 9)
+                os.kill(task.pid, signal.SIGKILL)
         for task in self.tasks.values():
             for tracee in (*task.threads[1:], *task.threads[:1]):
                 _wait_gone(tracee.tid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -20,8 +20,9 @@ from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.tasks import gather_task, gather_zombie, process_questions
 from lazyproc.dump.threads import gather_thread, settle, thread_questions, tids_of
 from lazyproc.errors import CannotBeDone
-from lazyproc.kernel import proc, remote
+from lazyproc.kernel import proc, remote, tcp
 from lazyproc.kernel import tracee as ptrace
+from lazyproc.kernel.netfilter import Flow
 from lazyproc.model import (
     PAGE,
     Checkpoint,
@@ -60,6 +61,13 @@ class Dump:
     segments: tuple[Segment, ...]
     pids: Mapping[int, int]  # vpid -> pid
     object_fds: Mapping[int, int]
+    connections: Sequence[socket.socket]
+
+    def close_connections(self) -> None:
+        """In repair mode, so that no FIN or RST leaves when the tree's descriptors are closed (tcp_close())."""
+        for sock in self.connections:
+            if not tcp.is_repaired(sock):
+                tcp.enter(sock)
 
     def lazy_extents(self) -> dict[MemoryObject, tuple[Extent, ...]]:
         """Every page with content that may come after the process runs. Grows with memory: not for the blackout."""
@@ -93,18 +101,22 @@ def dumped(
     *,
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]] | None = None,
     restarts: Mapping[int, Restart] | None = None,
+    tcp_close: bool = False,
+    hold: Callable[[Sequence[Flow]], None] | None = None,
 ) -> Iterator[Dump]:
     """Describe a frozen tree. The tree is as before on leaving; descriptors of ours into it are closed.
 
     `smaps` (by pid) may have been read before the freeze: its flags are used where the mappings are still the same.
-    `restarts` (by our tid) are sleeps with the time they have left. CannotBeDone lists all obstacles.
+    `restarts` (by our tid) are sleeps with the time they have left. `hold` is told which packets to hold back
+    before the queues of sockets are read. CannotBeDone lists all obstacles.
     """
     clocks = _clocks(next(iter(tree.tasks.values())).pid)
     alive = [task for task in tree.tasks.values() if not task.zombie]
     tids = tids_of({task.pid: task.threads for task in alive})
     refs = [TaskRef(task.pid, tids[task.pid], task.pidfd) for task in alive]
     with ExitStack() as stack:
-        gathered = gather_descriptors(refs)
+        gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold)
+        stack.enter_context(gathered.sockets)
         objects = Objects(stack)
         tasks, eager = [], {}
         for frozen in tree.tasks.values():
@@ -132,7 +144,8 @@ def dumped(
             hostname=socket.gethostname(),
         )
         pids = {ref.vpid: ref.pid for ref in refs}
-        yield Dump(checkpoint, tuple(_segments(checkpoint, pids, objects.fds)), pids, objects.fds)
+        segments = tuple(_segments(checkpoint, pids, objects.fds))
+        yield Dump(checkpoint, segments, pids, objects.fds, gathered.sockets.connections())
 
 
 def _one_task(

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lazyproc.dump.registry import Refused, Registry
-from lazyproc.kernel import proc
+from lazyproc.errors import NoSuchProcess
+from lazyproc.kernel import fds, proc
 from lazyproc.kernel.proc_fdinfo import FdInfo, fdinfo
 
 
@@ -33,9 +34,21 @@ def look_at(pid: int, fd: int) -> Look:
 
 
 @contextmanager
-def attempt(registry: Registry, pid: int, where: str) -> Iterator[None]:
-    """Inside, Refused becomes an obstacle of `pid` at `where` ("fd 7", "mapping 0x..-0x..")."""
+def unless_closed(registry: Registry) -> Iterator[None]:
+    """Of a running process a descriptor may go while it is looked at; of a frozen one that is an error."""
     try:
         yield
-    except Refused as refused:
-        registry.refuse(pid, where, refused)
+    except (OSError, NoSuchProcess) as error:
+        gone = isinstance(error, NoSuchProcess) or fds.is_gone(error)
+        if registry.contents_wanted or not gone:
+            raise
+
+
+@contextmanager
+def attempt(registry: Registry, pid: int, where: str) -> Iterator[None]:
+    """Inside, Refused becomes an obstacle of `pid` at `where` ("fd 7", "mapping 0x..-0x..")."""
+    with unless_closed(registry):
+        try:
+            yield
+        except Refused as refused:
+            registry.refuse(pid, where, refused)

@@ -1,9 +1,8 @@
 """Reading the queue of a socket without consuming it: the source may have to run on exactly as before.
 
-SO_PEEK_OFF lets MSG_PEEK walk through a queue. Two facts of net/core/datagram.c and net/unix/af_unix.c to
-know: an *empty* datagram between others is marked when it is peeked, and a later walk passes over it, so it
-survives one dump and is missed by a second one after a rollback; and a peek glues plain stream bytes to the
-next bytes that carry descriptors, so the boundary is searched by peeking shorter.
+SO_PEEK_OFF lets MSG_PEEK walk through a queue. One fact to know (net/core/datagram.c): an *empty*
+datagram between others is marked when it is peeked, and a later walk passes over it, so it survives one
+dump and is missed by a second one after a rollback.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lazyproc.kernel.sockopt import SIOCINQ, SO_PASSCRED, SO_PEEK_OFF, SOL_SOCKET
+from lazyproc.kernel.sockopt import SIOCINQ, SO_PASSCRED, SO_PEEK_OFF, SOL_SOCKET, peek_all_but_last
 from lazyproc.model import Packet
 
 _DATAGRAM = 1 << 18
@@ -80,8 +79,8 @@ def _datagrams(sock: socket.socket) -> Iterator[_Peeked]:
 
 
 def _stream(sock: socket.socket) -> Iterator[_Peeked]:
-    """A peek that ended within a message would give its descriptors again with the rest, so peek all there
-    is.
+    """A peek ends after a message with descriptors. Peek all there is: one that ended within such a
+    message would give its descriptors again with the rest.
     """
     (total,) = struct.unpack("=i", fcntl.ioctl(sock, SIOCINQ, bytes(4)))
     at = 0
@@ -97,16 +96,11 @@ def _stream(sock: socket.socket) -> Iterator[_Peeked]:
 
 
 def _plain_prefix(sock: socket.socket, at: int, length: int) -> int:
-    """How many of the `length` bytes from `at` come before the message with the descriptors."""
-    low, high = 0, length - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, at)
-        peeked = _peek(sock, middle)
-        assert peeked is not None
-        _close(peeked.fds)
-        low, high = (low, middle - 1) if peeked.fds else (middle, high)
-    return low
+    """How many of the `length` bytes from `at` come before the message with the descriptors, which is
+    the last.
+    """
+    sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, at)
+    return peek_all_but_last(sock, length)
 
 
 def _peek(sock: socket.socket, size: int) -> _Peeked | None:

@@ -90,7 +90,7 @@ def _read(fd: int, length: int) -> bytes:
         return b""
 
 
-# --- ends held by others --------------------------------------------------------------------------------------
+# --- ends held by others ------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -104,8 +104,8 @@ class _Ends:
 def finish_pipes(registry: Registry, looks: Mapping[int, Look]) -> None:
     """What only all ends of a pipe together tell; `looks` holds a descriptor for each file.
 
-    A pipe of which only a process outside the tree has the other end is an obstacle. Nobody at all having it is
-    fine: that is EOF, or EPIPE.
+    A pipe of which only a process outside the tree has the other end is an obstacle. Nobody at all having it
+    is fine: that is EOF, or EPIPE.
     """
     ends: dict[int, _Ends] = {}
     for number, file in registry.files.items():

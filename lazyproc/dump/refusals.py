@@ -12,7 +12,7 @@ _CLOSE = "let the program close it before the move and open it anew after it"
 _WORDS: Mapping[str, tuple[str, str]] = {
     "anon_inode:[io_uring]": (
         "is an io_uring, whose rings and requests in flight the kernel does not give out",
-        "run the program without io_uring (many have a setting; sysctl kernel.io_uring_disabled=2 makes them fall back)",
+        "run the program without io_uring: many have a setting, or see kernel.io_uring_disabled",
     ),
     "anon_inode:[fanotify]": ("is a fanotify group of this host", _CLOSE),
     "anon_inode:[pidfd]": ("is a pidfd", _CLOSE),

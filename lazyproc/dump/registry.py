@@ -31,7 +31,7 @@ class TaskRef:
 
 
 class Refused(Exception):
-    """What a gatherer says of a thing that cannot be dumped; becomes an Obstacle of the process that has it."""
+    """What a gatherer says of a thing that cannot be dumped; becomes an Obstacle of its process."""
 
     def __init__(self, why: str, remedy: str) -> None:
         super().__init__(why, remedy)
@@ -69,7 +69,8 @@ class Numbers:
 
 @dataclass(slots=True)
 class Registry:
-    """The tree's resources by number. `tasks[0]` is the root of the tree, whose root directory paths start at.
+    """The tree's resources by number. `tasks[0]` is the root of the tree, whose root directory paths start
+    at.
 
     With `contents` False nothing is read out of pipes and files: that is how `explain` looks at running
     processes. `queue` holds the places of files that were interned and not yet looked at.
@@ -89,6 +90,7 @@ class Registry:
     _file_numbers: Numbers = field(default_factory=Numbers)
     _places: dict[Inode, list[Place]] = field(default_factory=dict)  # each list in the order of kcmp
     _first: dict[int, Place] = field(default_factory=dict)  # by file id
+    _root: str = ""  # of the tree, as we see it
 
     def new_file_id(self) -> int:
         return self._file_numbers.new()
@@ -149,7 +151,7 @@ class Registry:
             os.close(own)
 
     def vpid(self, pid: int) -> int | None:
-        """What a process or thread of the tree is called in its own pid namespace; None for everybody else."""
+        """What a process or thread of the tree is called in its own pid namespace; None for others."""
         try:
             status = proc.status(proc.read(pid, "status"))
         except NoSuchProcess:
@@ -158,10 +160,10 @@ class Registry:
 
     def inside(self, path: str) -> str:
         """A path of ours (what readlink of /proc/PID/fd gives) as seen from the tree's root directory."""
-        root = os.readlink(f"/proc/{self.tasks[0].pid}/root")
-        if root == "/" or not (path + "/").startswith(root + "/"):
+        self._root = self._root or os.readlink(f"/proc/{self.tasks[0].pid}/root")
+        if self._root == "/" or not f"{path}/".startswith(f"{self._root}/"):
             return path
-        return path[len(root) :] or "/"
+        return path[len(self._root) :] or "/"
 
     def outside(self, path: str) -> str:
         """A path of the tree's as one that we can open, whatever mount namespace or root it lives in."""

@@ -18,7 +18,7 @@ from types import TracebackType
 from lazyproc.dump.inet import Ends, ends_of, gather_inet, refuse_state, refuse_unsent, refuse_waiting
 from lazyproc.dump.peek import read_queue
 from lazyproc.dump.registry import Place, Refused, Registry
-from lazyproc.dump.unix import gather_unix
+from lazyproc.dump.unix import gather_unix, has_peer
 from lazyproc.kernel import netns, sockdiag, tcp
 from lazyproc.kernel.netfilter import Flow, plain
 from lazyproc.kernel.sockopt import (
@@ -144,7 +144,7 @@ class SocketTable:
         return [taken.ends.flow for taken in self._taken.values() if taken.ends and taken.ends.local[1]]
 
     def connections(self) -> list[socket.socket]:
-        """The TCP connections, for `close_silently` after the hand-over."""
+        """The TCP connections, for `lazyproc.dump.tcp.silence` after the hand-over."""
         return [taken.sock for taken in self._taken.values() if taken.ends and taken.ends.is_connection]
 
     def read_queues(self) -> None:
@@ -154,7 +154,7 @@ class SocketTable:
         for taken in list(self._taken.values()):
             if taken.queue is None:
                 taken.queue = (
-                    read_queue(taken.sock, self._intern, self.registry.vpid) if _has_queue(taken) else ()
+                    read_queue(taken.sock, self._intern, self.registry.vpid) if _has_queue(taken.sock) else ()
                 )
 
     def resolve(self) -> dict[int, UnixSocket | InetSocket]:
@@ -223,10 +223,11 @@ class SocketTable:
         self.registry.refuse(place.pid, f"fd {place.fd}", refused)
 
 
-def _has_queue(taken: _Taken) -> bool:
+def _has_queue(sock: socket.socket) -> bool:
     """TCP's queues are part of the connection; a listening socket has connections instead."""
-    listening = taken.sock.getsockopt(SOL_SOCKET, socket.SO_ACCEPTCONN)
-    return not listening and (taken.ends is None or taken.ends.protocol == socket.IPPROTO_UDP)
+    if sock.family != socket.AF_UNIX:
+        return sock.type == socket.SOCK_DGRAM
+    return sock.type == socket.SOCK_DGRAM or has_peer(sock)
 
 
 def refuse_kind(sock: socket.socket) -> None:

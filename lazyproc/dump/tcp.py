@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
 
 from lazyproc.kernel import tcp
 from lazyproc.kernel.sockopt import TCP_CLOSING, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_LAST_ACK
@@ -38,3 +39,11 @@ def read_connection(sock: socket.socket) -> TcpState:
             timestamp=tcp.timestamp(sock) if info.options & tcp.OPT_TIMESTAMPS else 0,
             window=tcp.window(sock),
         )
+
+
+def silence(connections: Iterable[socket.socket]) -> None:
+    """After the hand-over was committed: closing these connections, and killing who has them, sends
+    neither FIN nor RST. They never run again.
+    """
+    for sock in connections:
+        tcp.enter(sock)

@@ -27,7 +27,9 @@ def gather_unix(
     options: SocketOptions,
     queue: tuple[Packet, ...],
 ) -> UnixSocket:
-    """`known` is sock_diag's view of the namespace, `tree` the inodes of the tree's sockets. Raises Refused."""
+    """`known` is sock_diag's view of the namespace, `tree` the inodes of the tree's sockets. Raises
+    Refused.
+    """
     inode = os.fstat(sock.fileno()).st_ino
     info = known[inode]
     state, peer = _connection(sock, info, known, tree)
@@ -71,7 +73,7 @@ def _connection(
                 "move both ends in one tree, or close it before the move and connect again after it",
             )
         return TCP_ESTABLISHED, info.peer
-    if not _has_peer(sock):
+    if not has_peer(sock):
         return TCP_CLOSE, 0
     listener = next((other for other in known.values() if info.inode in other.pending), None)
     if listener is not None and listener.inode not in tree:
@@ -90,7 +92,8 @@ def _described(info: UnixInfo | None) -> str:
     return f"socket @{text[1:]}" if text.startswith("\0") else f"socket {text}"
 
 
-def _has_peer(sock: socket.socket) -> bool:
+def has_peer(sock: socket.socket) -> bool:
+    """Whether the socket is connected, if only to one that is closed or not accepted yet."""
     try:
         sock.getpeername()
     except OSError as error:
@@ -110,7 +113,7 @@ def _pending(info: UnixInfo, tree: frozenset[int]) -> tuple[int, ...]:
 
 def _bound_here(sock: socket.socket, info: UnixInfo, known: Mapping[int, UnixInfo]) -> bool:
     """Whether the socket has its name from bind(2), not from the listening socket that accepted it."""
-    if sock.type == socket.SOCK_DGRAM or info.state == TCP_LISTEN or (not info.peer and not _has_peer(sock)):
+    if sock.type == socket.SOCK_DGRAM or info.state == TCP_LISTEN or (not info.peer and not has_peer(sock)):
         return True
     if any(o.state == TCP_LISTEN and (o.name, o.file) == (info.name, info.file) for o in known.values()):
         return False
@@ -142,7 +145,9 @@ def _name_is_taken(sock: socket.socket, name: bytes) -> bool:
 
 
 def _socket_file(registry: Registry, sock: socket.socket) -> tuple[str, int, int, int]:
-    """Where the socket's file lies, from the tree's root, with mode and owner; ("", 0, 0, 0) when unlinked."""
+    """Where the socket's file lies, from the tree's root, with mode and owner; ("", 0, 0, 0) when
+    unlinked.
+    """
     file = fcntl.ioctl(sock, SIOCUNIXFILE)
     try:
         own = os.fstat(file)

@@ -1,8 +1,8 @@
 """Address spaces and shared memory: mm-<vpid>.img and memfd.img (CRIU 4.2: images/mm.proto, memfd.proto).
 
-CRIU 4 writes every shared mapping, anonymous ones too, as a mapping of a memfd: the mapping names an open file
-of type MEMFD, the file names the memfd's inode, and the inode's shmid names the pagemap-shmem image. The writer
-makes such a file for every object, and the reader drops those that only mappings hold.
+CRIU 4 writes every shared mapping, anonymous ones too, as a mapping of a memfd: the mapping names an open
+file of type MEMFD, the file names the memfd's inode, and the inode's shmid names the pagemap-shmem image. The
+writer makes such a file for every object, and the reader drops those that only mappings hold.
 """
 
 from __future__ import annotations
@@ -251,8 +251,8 @@ def read_mm(
 ) -> tuple[Mm, dict[int, int]]:
     """The address space, and for each file that it maps shared the access mode that the mapping needs.
 
-    `memfd_files` tells the object of each MEMFD file. Shared anonymous memory of CRIU < 4, which has no record
-    of its own, is added to `shared`.
+    `memfd_files` tells the object of each MEMFD file. Shared anonymous memory of CRIU < 4, which has no
+    record of its own, is added to `shared`.
     """
     name = f"mm-{vpid}.img"
     entry = record(images, name, pb.mm_entry)

@@ -24,7 +24,6 @@ MAX_PAGES = (
     1024  # of one entry: CRIU's lazy client has a buffer for the longest entry, clipped to 4 MiB pipes
 )
 _ADDRESS_LIMIT = 1 << 64
-_COMPAT_LIMIT = 1 << 32  # compat_nr_pages is 32 bits; CRIU <= 4.1.1 reads nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Pages that lie in one layer (0 the newest folder, n its nth parent), from byte `offset` of its pages."""
+    """Pages in one layer (0 the newest folder, n its nth parent), from byte `offset` of its pages image."""
 
     addr: int
     count: int
@@ -132,7 +131,8 @@ def write_pagemap(
 ) -> None:
     """Writes the pagemap `name`. With `lazy_elsewhere` the lazy pages are marked LAZY and not PRESENT.
 
-    Both nr_pages and, for CRIU <= 4.1.1, compat_nr_pages are written; CRIU 4.2 reads either (criu/pagemap.c:686).
+    Both nr_pages and, for CRIU <= 4.1.1, compat_nr_pages are written; CRIU 4.2 reads either
+    (criu/pagemap.c:686).
     """
     writer.add(name, pb.pagemap_head(pages_id=pages_id))
     for extent in split(merge(extents)):

@@ -61,7 +61,9 @@ def file_system(fd: int) -> int:
 
 
 def tee(source: int, target: int, length: int) -> int:
-    """tee(2) without waiting: bytes copied from one pipe into another, nothing is consumed; 0 when it is empty."""
+    """tee(2) without waiting: bytes copied from one pipe into another, nothing is consumed; 0 when it is
+    empty.
+    """
     try:
         return syscall(SYS_TEE, source, target, length, SPLICE_F_NONBLOCK)
     except BlockingIOError:
@@ -113,7 +115,8 @@ def epoll_add(epfd: int, fd: int, events: int, data: int) -> None:
 
 
 def kcmp_epoll_target(pid: int, fd: int, epoll_pid: int, epfd: int, target: int, nth: int) -> int:
-    """kcmp(2) of descriptor `fd` of `pid` with what epoll set `epfd` of `epoll_pid` watches under number `target`.
+    """kcmp(2) of descriptor `fd` of `pid` with what epoll set `epfd` of `epoll_pid` watches under number
+    `target`.
 
     `nth` counts the entries of that number, in fdinfo's order. The result is ordered as for KCMP_FILE.
     """
@@ -126,7 +129,7 @@ def inotify_init(flags: int) -> int:
 
 
 def inotify_add_watch(fd: int, path: str, mask: int) -> int:
-    """The watch descriptor; the kernel counts them up from 1 and does not use one again (idr_alloc_cyclic)."""
+    """The watch descriptor; the kernel counts them up from 1 and uses none again (idr_alloc_cyclic)."""
     name = os.fsencode(path) + b"\0"
     return syscall(SYS_INOTIFY_ADD_WATCH, fd, _address(name), mask)
 
@@ -136,7 +139,9 @@ def inotify_rm_watch(fd: int, wd: int) -> None:
 
 
 def open_by_handle(mount_fd: int, handle_type: int, handle: bytes, flags: int) -> int:
-    """open_by_handle_at(2); `mount_fd` is any real (not O_PATH) descriptor on the file system. CAP_DAC_READ_SEARCH."""
+    """open_by_handle_at(2); `mount_fd` is any real (not O_PATH) descriptor on the file system.
+    CAP_DAC_READ_SEARCH.
+    """
     packed = struct.pack("<Ii", len(handle), handle_type) + handle
     return syscall(SYS_OPEN_BY_HANDLE_AT, mount_fd, _address(packed), flags)
 
@@ -154,7 +159,7 @@ class SignalOwner(NamedTuple):
 def signal_owner(fd: int) -> SignalOwner:
     """F_GETOWN_EX, F_GETSIG and F_GETOWNER_UIDS. EBADF for O_PATH descriptors."""
     kind, pid = struct.unpack("<ii", fcntl.fcntl(fd, F_GETOWN_EX, bytes(8)))
-    uid, euid = struct.unpack("<II", fcntl.fcntl(fd, F_GETOWNER_UIDS, bytes(8)))
+    uid, euid = struct.unpack("<II", fcntl.fcntl(fd, F_GETOWNER_UIDS, bytes(8))) if pid else (0, 0)
     return SignalOwner(kind, pid, fcntl.fcntl(fd, F_GETSIG), uid, euid)
 
 

@@ -41,7 +41,7 @@ def fin(source: End, target: End, seq: int, ack: int, window: int) -> None:
 def checksum(source: bytes, target: bytes, protocol: int, segment: bytes) -> int:
     """The Internet checksum (RFC 1071) of a segment whose checksum field is 0, pseudo header included."""
     data = source + target + struct.pack("!II", len(segment), protocol) + segment + bytes(len(segment) % 2)
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from lazyproc.kernel._core import ffi
 from lazyproc.kernel.sys import syscall
 
-SYS_CONNECT, SYS_SETSOCKOPT, SYS_GETSOCKOPT = 42, 54, 55
+SYS_CONNECT, SYS_RECVMSG, SYS_SETSOCKOPT, SYS_GETSOCKOPT = 42, 47, 54, 55
 SOL_SOCKET, SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6 = socket.SOL_SOCKET, 0, 6, 17, 41
 IPPROTO_MPTCP = 262
 
@@ -29,13 +29,7 @@ SO_TXREHASH, SO_RCVMARK, SO_PASSPIDFD, SO_PASSRIGHTS = 74, 75, 76, 83
 IP_TOS, IP_TTL, IP_RECVOPTS, IP_RETOPTS, IP_PKTINFO, IP_MTU_DISCOVER, IP_RECVERR = 1, 2, 6, 7, 8, 10, 11
 IP_RECVTTL, IP_RECVTOS, IP_FREEBIND, IP_TRANSPARENT, IP_RECVORIGDSTADDR, IP_MINTTL = 12, 13, 15, 19, 20, 21
 IP_NODEFRAG, IP_CHECKSUM, IP_BIND_ADDRESS_NO_PORT, IP_RECVERR_RFC4884, IP_MULTICAST_IF = 22, 23, 24, 26, 32
-IP_MULTICAST_TTL, IP_MULTICAST_LOOP, IP_MULTICAST_ALL, IP_UNICAST_IF, IP_LOCAL_PORT_RANGE = (
-    33,
-    34,
-    49,
-    50,
-)
-51
+IP_MULTICAST_TTL, IP_MULTICAST_LOOP, IP_MULTICAST_ALL, IP_UNICAST_IF, IP_LOCAL_PORT_RANGE = 33, 34, 49, 50, 51
 
 IPV6_UNICAST_HOPS, IPV6_MULTICAST_IF, IPV6_MULTICAST_HOPS, IPV6_MULTICAST_LOOP = 16, 17, 18, 19
 IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_V6ONLY, IPV6_MULTICAST_ALL, IPV6_RECVERR_RFC4884 = 23, 25, 26, 29, 31
@@ -226,6 +220,27 @@ def _attach_filter(sock: socket.socket, program: bytes) -> None:
     instructions = ffi.from_buffer(program)
     fprog = ffi.new("uint64_t[2]", [len(program) // _INSTRUCTION, _address(instructions)])
     syscall(SYS_SETSOCKOPT, sock.fileno(), SOL_SOCKET, SO_ATTACH_FILTER, _address(fprog), 16)
+
+
+def peek_all_but_last(sock: socket.socket, length: int) -> int:
+    """How many of the next `length` bytes of a unix stream belong to other messages than the last of
+    them.
+
+    A peek of any size gives the descriptors of the next message that has some, however far away, so
+    sizes tell nothing. But a message is copied whole or not at all: with one unwritable byte at the end
+    of the buffer the last one fails and the count is that of those before it (net/unix/af_unix.c,
+    unix_stream_read_generic).
+    """
+    buffer = ffi.new("uint8_t[]", length)
+    unwritable = 16  # below vm.mmap_min_addr
+    iovec = ffi.new("uint64_t[4]", [_address(buffer), length - 1, unwritable, 1])
+    header = ffi.new("uint64_t[7]", [0, 0, _address(iovec), 2, 0, 0, 0])  # struct msghdr, no control buffer
+    try:
+        return syscall(SYS_RECVMSG, sock.fileno(), _address(header), socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        return 0
 
 
 def disconnect(sock: socket.socket) -> None:

@@ -49,7 +49,7 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
 
 def kcmp(pid1: int, pid2: int, kind: int, idx1: int = 0, idx2: int = 0) -> int:
     """kcmp(2): 0 equal, 1 less, 2 greater, 3 different without an order."""
-    return syscall(SYS_KCMP, pid1, pid2, kind, idx1, idx2)
+    return check(lib.lp_syscall(SYS_KCMP, pid1, pid2, kind, idx1, idx2, 0))
 
 
 def get_robust_list(tid: int) -> tuple[int, int]:

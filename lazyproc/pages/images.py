@@ -1,29 +1,31 @@
 """Pages that lie in a folder of images, and the writing of them.
 
-The pages of object n are in pages-<n>.img, the runs that the pagemap marks PRESENT one after the other; what is
-marked PARENT lies in the folder that the link `parent` names (CRIU 4.2: criu/pagemap.c).
+The runs that a pagemap marks PRESENT lie one after the other in pages-<pages_id>.img; what it marks PARENT
+lies in the folder that the link `parent` names (CRIU 4.2: criu/pagemap.c).
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from lazyproc.errors import ImageError
 from lazyproc.images.convert import memory_objects, pagemap_images, pagemap_name
 from lazyproc.images.files import Folder, ImageReader
-from lazyproc.images.pagemap import PE_LAZY, Entry, Located, find, locate, merge, read_pagemap, to_extents
+from lazyproc.images.pagemap import PE_LAZY, Entry, Located, find, locate, merge, read_pagemap
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject
 from lazyproc.pages import PageSource
 
-_LAZY_ONLY = PE_LAZY  # flags of an entry whose pages are nowhere in the images
 _PIECE = 256  # pages that are read and written at once: 1 MiB
 _MAX_PARENTS = 1024
+
+R = TypeVar("R", Entry, Located)
 
 
 class Segment(NamedTuple):
@@ -37,9 +39,12 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _PagesFile:
-    fd: int
-    view: mmap.mmap | None  # None: an empty file cannot be mapped
+class _Object:
+    """One object: the newest pagemap, where the pages lie, and the pages image of each layer."""
+
+    entries: tuple[Entry, ...]
+    located: tuple[Located, ...]
+    fds: tuple[int, ...]
 
 
 class ImagePages:
@@ -50,14 +55,12 @@ class ImagePages:
 
     def __init__(self, folder: Folder, objects: Sequence[MemoryObject]) -> None:
         self._stack = ExitStack()
-        self._files: dict[tuple[int, int], _PagesFile] = {}
-        self._extents: dict[MemoryObject, tuple[Extent, ...]] = {}
-        self._located: dict[MemoryObject, tuple[tuple[Located, _PagesFile], ...]] = {}
-        self._entries: dict[MemoryObject, tuple[Entry, ...]] = {}
+        self._fds: dict[Path, int] = {}
+        self._objects: dict[MemoryObject, _Object] = {}
         try:
             chain = _chain(folder)
             for obj in objects:
-                self._open_object(obj, chain)
+                self._objects[obj] = self._open_object(obj, chain)
         except BaseException:
             self._stack.close()
             raise
@@ -76,82 +79,92 @@ class ImagePages:
 
     def extents(self) -> Mapping[MemoryObject, tuple[Extent, ...]]:
         """The pages that lie here, including those in parents; those only at a page server are left out."""
-        return self._extents
+        return {
+            obj: merge(
+                Extent(entry.addr, entry.count, bool(entry.flags & PE_LAZY))
+                for entry in held.entries
+                if entry.flags & ~PE_LAZY
+            )
+            for obj, held in self._objects.items()
+        }
 
     def segments(self) -> list[Segment]:
         """Every run of pages with the file it lies in, sorted by object key and address; for C code.
 
         The descriptors belong to this object and are open until close().
         """
-        runs = [
-            Segment(obj.key, run.addr, run.end, file.fd, run.offset)
-            for obj, located in self._located.items()
-            for run, file in located
-        ]
-        return sorted(runs)
+        return sorted(
+            Segment(obj.key, run.addr, run.end, held.fds[run.layer], run.offset)
+            for obj, held in self._objects.items()
+            for run in held.located
+        )
 
     def read(self, obj: MemoryObject, addr: int, count: int) -> bytes:
         """See PageSource. Raises ImageError for a page that is only at a page server."""
         end = addr + count * PAGE
-        entries = self._entries.get(obj, ())
-        for entry in entries[find(entries, addr) :]:
-            if entry.addr >= end:
-                break
-            if not entry.flags & ~_LAZY_ONLY:
+        held = self._objects.get(obj, _NOTHING)
+        for entry in _between(held.entries, addr, end):
+            if not entry.flags & ~PE_LAZY:
                 raise ImageError(
                     f"the page {max(entry.addr, addr):#x} is not in the images but at a page server",
                     where=pagemap_name(obj),
                     remedy="restore with --from HOST:PORT",
                 )
         parts, at = [], addr
-        for run, file in self._runs(obj, addr, end):
+        for run in _between(held.located, addr, end):
             first, last = max(run.addr, at), min(run.end, end)
             parts.append(bytes(first - at))
-            offset = run.offset + first - run.addr
-            assert file.view is not None  # a run has at least one page, checked when it was opened
-            parts.append(file.view[offset : offset + last - first])
+            parts.append(_pread(held.fds[run.layer], last - first, run.offset + first - run.addr, obj))
             at = last
         parts.append(bytes(end - at))
         return b"".join(parts)
 
-    def _runs(self, obj: MemoryObject, addr: int, end: int) -> Iterator[tuple[Located, _PagesFile]]:
-        located = self._located.get(obj, ())
-        for run, file in located[find([run for run, _ in located], addr) :]:
-            if run.addr >= end:
-                return
-            yield run, file
-
-    def _open_object(self, obj: MemoryObject, chain: Sequence[Folder]) -> None:
-        name, layers, files = pagemap_name(obj), [], []
-        for depth, folder in enumerate(chain):
-            if depth and not (folder.path / name).exists():
+    def _open_object(self, obj: MemoryObject, chain: Sequence[Folder]) -> _Object:
+        name = pagemap_name(obj)
+        layers: list[tuple[Entry, ...]] = []
+        fds: list[int] = []
+        for folder in chain:
+            if layers and not (folder.path / name).exists():
                 break  # the object is younger than that pre-dump
             pages_id, entries = read_pagemap(ImageReader(name, folder.contents(name)))
             size = sum(entry.count for entry in entries if entry.present) * PAGE
-            files.append(self._open_pages(depth, folder, pages_id, size))
             layers.append(entries)
-        self._entries[obj] = layers[0]
-        self._located[obj] = tuple((run, files[run.layer]) for run in locate(layers))
-        lazy = to_extents(entry for entry in layers[0] if entry.flags & ~_LAZY_ONLY)
-        self._extents[obj] = merge(Extent(run.addr, run.count, run.lazy) for run in lazy)
+            fds.append(self._open_pages(folder, f"pages-{pages_id}.img", size))
+        return _Object(layers[0], locate(layers), tuple(fds))
 
-    def _open_pages(self, depth: int, folder: Folder, pages_id: int, size: int) -> _PagesFile:
-        """The pages image, at least `size` bytes long."""
-        key = (depth, pages_id)
-        if key not in self._files:
-            name = f"pages-{pages_id}.img"
-            fd = folder.open(name, os.O_RDONLY)
-            self._stack.callback(os.close, fd)
-            held = os.fstat(fd).st_size
-            if held < size:
-                raise ImageError(
-                    f"truncated: {size} bytes expected, {held} there",
-                    where=str(folder.path / name),
-                    remedy="copy the whole folder of the checkpoint",
-                )
-            view = self._stack.enter_context(mmap.mmap(fd, held, prot=mmap.PROT_READ)) if held else None
-            self._files[key] = _PagesFile(fd, view)
-        return self._files[key]
+    def _open_pages(self, folder: Folder, name: str, size: int) -> int:
+        """A descriptor of the pages image, which has to be at least `size` bytes long."""
+        path = folder.path / name
+        if path not in self._fds:
+            self._fds[path] = folder.open(name, os.O_RDONLY)
+            self._stack.callback(os.close, self._fds[path])
+        held = os.fstat(self._fds[path]).st_size
+        if held < size:
+            raise ImageError(
+                f"truncated: {size} bytes expected, {held} there",
+                where=str(path),
+                remedy="copy the whole folder of the checkpoint",
+            )
+        return self._fds[path]
+
+
+_NOTHING = _Object((), (), ())
+
+
+def _between(runs: Sequence[R], start: int, end: int) -> Iterator[R]:
+    """The sorted runs that touch the addresses from start to end."""
+    for run in islice(runs, find(runs, start), None):
+        if run.addr >= end:
+            return
+        yield run
+
+
+def _pread(fd: int, length: int, offset: int, obj: MemoryObject) -> bytes:
+    # pread and not a mapping: a file that is cut short meanwhile is an error here and would be a SIGBUS there.
+    data = os.pread(fd, length, offset)
+    if len(data) != length:
+        raise ImageError("the pages image was cut short", where=pagemap_name(obj), remedy="copy it again")
+    return data
 
 
 def _chain(folder: Folder) -> list[Folder]:
@@ -166,7 +179,7 @@ def _chain(folder: Folder) -> list[Folder]:
     return chain
 
 
-# --- writing ------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------
 
 
 def write_pages(folder: Folder, checkpoint: Checkpoint, source: PageSource, *, lazy: bool = True) -> int:

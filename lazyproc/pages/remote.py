@@ -12,7 +12,8 @@ from lazyproc.errors import ConnectionLost, ImageError, ProtocolError
 from lazyproc.model import PAGE, Extent, MemoryObject
 from lazyproc.pages.server import crc32c
 from lazyproc.pages.transport import Channel
-from lazyproc.wire.native import MAX_PAGES, Close, Flag, Get, Map, MapEntry, Pages, memory_object
+from lazyproc.wire.frame import MAX_PAGES, Flag
+from lazyproc.wire.native import Close, Get, Map, MapEntry, Pages, memory_object
 
 
 class RemotePages:

@@ -1,8 +1,8 @@
 """Files whose content has travelled: deleted ones, and those of a tmpfs.
 
-A deleted file is created under its old name and removed at once, so that /proc/PID/fd shows "<path> (deleted)" as
-before. Where that name is taken by now it gets a private name in the same directory, where the directory is gone too
-in the nearest one above it; only the name shown differs then.
+A deleted file is created under its old name and removed at once, so that /proc/PID/fd shows "<path>
+(deleted)" as before. Where that name is taken by now it gets a private name in the same directory, where the
+directory is gone too in the nearest one above it; only the name shown differs then.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What is added to epoll sets, and by whom.
 
-A task adds the files it has under the numbers they were added with: a watched signalfd belongs to the process that
-adds it (fs/signalfd.c). Entries whose number names another file by now, or none, are added from outside.
+A task adds the files it has under the numbers they were added with: a watched signalfd belongs to the process
+that adds it (fs/signalfd.c). Entries whose number names another file by now, or none, are added from outside.
 
-One thing differs from the source: an EPOLLONESHOT entry that has fired still reports errors and hang-ups, since
-EPOLL_CTL_ADD always asks for them (fs/eventpoll.c).
+One thing differs from the source: an EPOLLONESHOT entry that has fired still reports errors and hang-ups,
+since EPOLL_CTL_ADD always asks for them (fs/eventpoll.c).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class EpollRow(NamedTuple):
 
 
 def epoll_rows(checkpoint: Checkpoint, task: Task) -> list[EpollRow]:
-    """The rows of one task; over all tasks each entry comes once, from the first task that has both numbers."""
+    """The rows of one task; over all tasks each entry comes once, from the first that has both numbers."""
     return [
         EpollRow(epfd, target.fd, target.events, target.data)
         for _, target, adder, epfd in _entries(checkpoint)
@@ -54,7 +54,7 @@ def add_orphans(checkpoint: Checkpoint, made: Mapping[int, int]) -> None:
 
 
 def _add_in_own_table(orphans: Sequence[tuple[int, int, EpollTarget]]) -> None:
-    """Runs in a thread of its own: there any number can be overwritten, and the table ends with the thread."""
+    """Runs in a thread of its own: any number can be overwritten there, the table ends with the thread."""
     fds.unshare_descriptors()
     above = 1 + max(target.fd for _, _, target in orphans)
     lifted = [

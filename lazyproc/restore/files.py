@@ -1,7 +1,7 @@
 """Making open files again, in the process that restores: one recipe for each kind, in a table.
 
-The files are made here, sent to the tasks and closed here before the tree runs (a pipe held open never ends). What
-only the task itself can do comes as rows: epolls.epoll_rows, owners.owner_rows.
+The files are made here, sent to the tasks and closed here before the tree runs (a pipe held open never ends).
+What only the task itself can do comes as rows: epolls.epoll_rows, owners.owner_rows.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from lazyproc.restore import anon, memfds, pipes
 from lazyproc.restore.contents import ghost, make_named_contents
 from lazyproc.restore.workshop import OpenPath, Workshop, finish, reopen, words
 
+Recipe = Callable[[Workshop, OpenFile, Any], int]  # the last one: the file's resource, of the recipe's kind
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -46,11 +48,11 @@ class Made:
 
 @contextmanager
 def make_files(checkpoint: Checkpoint, *, open_path: OpenPath, listener: Listener = ignore) -> Iterator[Made]:
-    """Every file of the checkpoint but sockets. On leaving all are closed; files created on a tmpfs are removed
-    again when it was left by an exception.
+    """Every file of the checkpoint but sockets. On leaving all are closed; files created on a tmpfs are
+    removed again when it was left by an exception.
 
-    `open_path(path, flags, mode)` opens a path from the tree's root directory on this host. Raises RestoreError
-    that names the file and what to do.
+    `open_path(path, flags, mode)` opens a path from the tree's root directory on this host. Raises
+    RestoreError that names the file and what to do.
     """
     with ExitStack() as stack:
         workshop = Workshop(checkpoint, open_path, listener, stack)
@@ -59,10 +61,16 @@ def make_files(checkpoint: Checkpoint, *, open_path: OpenPath, listener: Listene
         for kind, recipe in _RECIPES.items():
             for file in checkpoint.files.values():
                 if isinstance(file.resource, kind):
-                    fd = workshop.keep(recipe(workshop, file, file.resource))
-                    workshop.files[file.id] = fd
-                    finish(fd, file)
+                    workshop.files[file.id] = _make(workshop, file, recipe)
         yield Made(workshop.files, workshop.objects)
+
+
+def _make(workshop: Workshop, file: OpenFile, recipe: Recipe) -> int:
+    where = f"file {file.id} ({type(file.resource).__name__})"
+    with words(where, "cannot be made again", "report it with this host's kernel version"):
+        fd = workshop.keep(recipe(workshop, file, file.resource))
+        finish(fd, file)
+    return fd
 
 
 def make_regular(workshop: Workshop, file: OpenFile, resource: RegularFile) -> int:
@@ -124,9 +132,7 @@ def _mapped_privately(checkpoint: Checkpoint) -> set[int]:
     }
 
 
-Recipe = Callable[[Workshop, OpenFile, Any], int]
-
-# In the order in which they are made. Inotify comes last, so that it sees nothing of the others being created.
+# In the order in which they are made. Inotify comes last, so that it sees none of the others being created.
 _RECIPES: Mapping[type[Resource], Recipe] = {
     RegularFile: make_regular,
     PipeEnd: pipes.make_pipe_end,

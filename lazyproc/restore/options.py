@@ -11,7 +11,9 @@ from lazyproc.model import SocketOptions
 
 
 def apply(sock: socket.socket, options: SocketOptions, which: tuple[tuple[int, int], ...]) -> None:
-    """Set the options of `which` that differ. Raises RestoreError naming those that this host does not take."""
+    """Set the options of `which` that differ. Raises RestoreError naming those that this host does not
+    take.
+    """
     unset = set_options(sock, options.values, which)
     if unset:
         words = ", ".join(

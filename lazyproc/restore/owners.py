@@ -1,4 +1,4 @@
-"""Who gets the SIGIO of a file (F_SETOWN): set by a task, in whose pid namespace the number means something."""
+"""Who gets the SIGIO of a file (F_SETOWN): set by a task, in whose pid namespace the number has a meaning."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject, ObjectKind, Vma, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.restore.site import Site
-from lazyproc.uffd.device import LAZY_FEATURES, Userfaultfd
+from lazyproc.uffd.device import Userfaultfd
 
 O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 PIECE = 256  # pages read and written at a time: 1 MiB
@@ -59,7 +59,7 @@ def register(
         stack.callback(os.close, fd)
         site.run(Call("close", (theirs,)))
         device = Userfaultfd.from_fd(fd)
-        device.api(LAZY_FEATURES)
+        device.api()
         for r in mine:
             device.register(r.addr, r.length)
     return userfaultfds, ranges

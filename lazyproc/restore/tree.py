@@ -7,29 +7,31 @@ every process is a tracee with PTRACE_O_EXITKILL, so a failure, or our death, le
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
-from lazyproc.errors import LazyprocError, RestoreError
+from lazyproc.errors import RestoreError
 from lazyproc.events import Listener, StepDone
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
+from lazyproc.kernel.netfilter import held
 from lazyproc.kernel.nursery import Nursery, nursery
 from lazyproc.kernel.remote import Call, step
 from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.restore import descriptors, memory, objects, pages, restarts, state
-from lazyproc.restore.creation import Maker, make_threads
+from lazyproc.restore.creation import WALL, Maker, make_threads
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
+from lazyproc.restore.sockets import MadeSockets, flows_to_hold, listen_rows, make_sockets
 
-SIGSTOP = 19
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ class BuiltTree:
     sites: Mapping[int, Site]
     userfaultfds: Mapping[int, int]
     lazy: Sequence[pages.LazyRange]
+    _sockets: MadeSockets
+    _made: ExitStack  # our descriptors of everything the tasks opened
     released: bool = field(default=False)
 
     @property
@@ -48,11 +52,16 @@ class BuiltTree:
         return self.sites[self.checkpoint.root.vpid].pid
 
     def release(self) -> None:
-        """Let it run. From here on it is nobody's tracee."""
+        """Let it run. From here on it is nobody's tracee.
+
+        Our descriptors go first: a pipe end held by us would never let its reader see the end.
+        """
+        self._sockets.leave_repair()
+        self._made.close()
         self.released = True
         for site in self.sites.values():
             if site.task.state is TaskState.STOPPED:
-                os.kill(site.pid, SIGSTOP)
+                os.kill(site.pid, signal.SIGSTOP)
             for tracee in site.threads.values():
                 tracee.detach()
         if self.checkpoint.root.vpid != 1:
@@ -96,25 +105,28 @@ def built_tree(
             clock.done("nursery")
             sites = Maker(birth, checkpoint, stack).make()
             clock.done("processes")
-            with files_and_objects(checkpoint, birth, listener) as (files, shared):
-                clock.done("files")
-                for site in sites.values():
-                    memory.move_in(site)
-                    memory.map_all(site, checkpoint, files, shared)
-                clock.done("memory map")
-                userfaultfds, ranges = pages.register(sites, checkpoint, stack) if lazy else ({}, ())
-                pages.fill(sites, checkpoint, source, userfaultfds, shared)
-                clock.done("eager pages")
-                for site in sites.values():
-                    make_threads(site)
-                clock.done("threads")
-                for site in sites.values():
-                    _give_state(site, checkpoint, files, listener)
-                clock.done("state")
+            made = stack.enter_context(ExitStack())
+            files, shared, sockets = made.enter_context(files_and_objects(checkpoint, birth, listener))
+            clock.done("files")
+            for site in sites.values():
+                memory.move_in(site)
+                memory.map_all(site, checkpoint, files, shared)
+            clock.done("memory map")
+            userfaultfds, ranges = pages.register(sites, checkpoint, stack) if lazy else ({}, ())
+            pages.fill(sites, checkpoint, source, userfaultfds, shared)
+            seal_memfds(checkpoint, shared)
+            clock.done("eager pages")
+            for site in sites.values():
+                make_threads(site)
+            clock.done("threads")
+            for site in sites.values():
+                _give_state(site, checkpoint, files, listener)
+            sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
+            clock.done("state")
             for site in sites.values():
                 _finish(site)
             clock.done("registers")
-            tree = BuiltTree(checkpoint, birth, sites, userfaultfds, ranges)
+            tree = BuiltTree(checkpoint, birth, sites, userfaultfds, ranges, sockets, made)
             yield tree
         finally:
             if tree is None or not tree.released:
@@ -124,23 +136,26 @@ def built_tree(
 @contextmanager
 def files_and_objects(
     checkpoint: Checkpoint, birth: Nursery, listener: Listener
-) -> Iterator[tuple[Mapping[int, int], Mapping[int, int]]]:
+) -> Iterator[tuple[Mapping[int, int], Mapping[int, int], MadeSockets]]:
     """Everything the tasks will open or map, as descriptors of ours: by OpenFile id and by SharedMemory id.
 
-    They are closed before the tree runs: a pipe end held by us would never let its reader see the end.
+    While they exist, packets for the tree's connections are held back: nobody would answer them but with RST.
     """
     root = f"/proc/{birth.pid}/root"
 
     def open_path(path: str, flags: int, mode: int) -> int:
         return os.open(root + path, flags, mode)
 
+    flows = flows_to_hold(checkpoint)
     with (
+        held(str(birth.pid), flows) if flows else nullcontext(),
         make_files(checkpoint, open_path=open_path, listener=listener) as made,
         objects.made(checkpoint, made.objects) as shared,
     ):
-        add_orphans(checkpoint, made.files)
-        yield made.files, shared
-        seal_memfds(checkpoint, shared)
+        files = dict(made.files)
+        with make_sockets(checkpoint, files, root=root) as sockets:
+            add_orphans(checkpoint, files)
+            yield files, shared, sockets
 
 
 class _StepClock:
@@ -187,6 +202,7 @@ def _give_state(site: Site, checkpoint: Checkpoint, made: Mapping[int, int], lis
     site.run(
         *memory.lock_calls(task.mm.vmas),
         *state.signal_calls(task, bench),
+        *(Call("listen", row) for row in listen_rows(checkpoint, task)),
         Call("prctl", (state.PR_SET_DUMPABLE, 1 if task.mm.dumpable == 1 else 0)),
     )
 
@@ -249,26 +265,19 @@ def _syscall_instruction(site: Site, task: Task) -> int:
 
 
 def _kill(birth: Nursery) -> None:
-    """Kill the nursery and everything forked from it."""
-    for pid in _descendants(birth.pid):
-        try:
-            os.kill(pid, 9)
-        except ProcessLookupError:
-            continue
-    while True:
-        try:
-            os.waitpid(-1, 0x40000000 | os.WNOHANG)
-        except ChildProcessError:
-            return
+    """Kill the nursery and everything forked from it, and take what they leave (a leader after its threads)."""
+    pids = _descendants(birth.pid)
+    tids = {pid: proc.task_ids(pid) for pid in pids}
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        for tid in (*(tid for tid in tids[pid] if tid != pid), pid):
+            with suppress(ChildProcessError):
+                while os.WIFSTOPPED(os.waitpid(tid, WALL)[1]):
+                    continue
 
 
 def _descendants(pid: int) -> list[int]:
-    """`pid` last: in a new pid namespace its death is everybody's."""
-    found = []
-    try:
-        for tid in proc.task_ids(pid):
-            for child in proc.children_of(pid, tid):
-                found += _descendants(child)
-    except LazyprocError:
-        return found
-    return [*found, pid]
+    """Children before their parents: in a new pid namespace the death of `pid` is everybody's."""
+    children = [child for tid in proc.task_ids(pid) for child in proc.children_of(pid, tid)]
+    return [*(p for child in children for p in _descendants(child)), pid]

@@ -36,7 +36,9 @@ _SCM_RIGHTS, _SCM_CREDENTIALS = 1, 2
 
 @dataclass(slots=True)
 class UnixSockets:
-    """The unix sockets of one checkpoint under construction. `made` has them by inode; `stack` closes them."""
+    """The unix sockets of one checkpoint under construction. `made` has them by inode; `stack` closes
+    them.
+    """
 
     sockets: Mapping[int, UnixSocket]  # by inode
     root: str
@@ -204,7 +206,7 @@ class UnixSockets:
             size = sender.getsockopt(SOL_SOCKET, socket.SO_SNDBUF) // 2
             sender.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, _AMPLE)
             address: str | bytes | None = None
-            if unix.type == socket.SOCK_DGRAM and unix.name and not self._feeds(sender, unix):
+            if self._other_end(unix) is None:
                 address = moment.enter_context(address_of(self.made[unix.inode], unix.name))
             try:
                 _send_all(sender, packet, _ancillary(packet, files, pids), address)
@@ -216,21 +218,26 @@ class UnixSockets:
                 ) from None
             sender.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, size)
 
-    def _feeds(self, sender: socket.socket, unix: UnixSocket) -> bool:
-        """Whether the sender is connected to the socket, so that packets need no address."""
-        mutual = self._is_mutual(unix) and sender is self.made[unix.peer]
-        return mutual or sender is self._feeders.get(unix.inode)
+    def _other_end(self, unix: UnixSocket) -> socket.socket | None:
+        """The socket that is connected to this one and so feeds it; None for a datagram socket open to
+        all.
+        """
+        if unix.inode in self._feeders:
+            return self._feeders[unix.inode]
+        if self._is_mutual(unix):
+            return self.made[unix.peer]
+        half = next((o for o in self.sockets.values() if o.peer == unix.inode and not unix.name), None)
+        return self.made[half.inode] if half else None
 
     def _sender(self, unix: UnixSocket, packet: Packet, moment: ExitStack) -> socket.socket:
         """The socket that the packet came from, or one made for the moment with the same name."""
-        if unix.inode in self._feeders:
-            return self._feeders[unix.inode]
-        if unix.type != socket.SOCK_DGRAM or self._is_mutual(unix):
-            return self.made[unix.peer]
+        other = self._other_end(unix)
+        if other is not None:
+            return other
         name = packet.sender[2:]
-        for other in self.sockets.values():
-            if other.type == socket.SOCK_DGRAM and name and other.name == name:
-                return self.made[other.inode]
+        for known in self.sockets.values():
+            if known.type == socket.SOCK_DGRAM and name and known.name == name:
+                return self.made[known.inode]
         sock = moment.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         if name:
             bind(sock, name)

@@ -55,7 +55,9 @@ class Workshop:
 
 
 def reopen(fd: int, flags: int) -> int:
-    """A new open file description of the same file, deleted or not. With O_PATH also of what cannot be opened."""
+    """A new open file description of the same file, deleted or not. With O_PATH also of what cannot be
+    opened.
+    """
     return os.open(f"/proc/self/fd/{fd}", flags & REOPEN_FLAGS | os.O_CLOEXEC)
 
 

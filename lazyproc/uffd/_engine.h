@@ -70,6 +70,7 @@ struct pager {
     char reason[200];
     bool traced;
     bool retry; /* a fault was deferred: serve it again soon */
+    pid_t owner;
     pthread_t fault_thread, bulk_thread;
     bool fault_runs, bulk_runs;
     int epoll;

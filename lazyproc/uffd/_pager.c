@@ -135,6 +135,7 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
     p->urgent.fd = p->bulk.fd = -1;
     p->traced = trace;
     p->window = FIRST_WINDOW;
+    p->owner = getpid();
     error = ledger_open(&p->ledger, ledger_fd);
     if (!error)
         error = init_lock(p);
@@ -483,6 +484,9 @@ int pager_start(struct pager *p, bool bulk, uint64_t max_rate)
 
 void pager_stop(struct pager *p)
 {
+    /* A forked copy of our process has the object but not the threads. */
+    if (p->owner != getpid())
+        return;
     atomic_store(&p->stopping, true);
     kick(p->fault_kick);
     kick(p->bulk_kick);
@@ -516,7 +520,8 @@ int pager_status(struct pager *p, char *reason, size_t size)
 
     pthread_mutex_lock(&p->lock);
     status = (int)p->status;
-    snprintf(reason, size, "%s", p->reason);
+    if (reason)
+        snprintf(reason, size, "%s", p->reason);
     pthread_mutex_unlock(&p->lock);
     return status;
 }
@@ -595,11 +600,4 @@ int pager_collapse(int pidfd, uint64_t start, uint64_t length)
     struct iovec range = {(void *)start, length};
 
     return syscall(SYS_process_madvise, pidfd, &range, 1, MADV_COLLAPSE, 0) < 0 ? -errno : 0;
-}
-
-int pager_open_userfaultfd(int flags)
-{
-    int fd = (int)syscall(SYS_userfaultfd, flags);
-
-    return fd < 0 ? -errno : fd;
 }

@@ -76,6 +76,5 @@ int pager_spaces(struct pager *p, int *uffds, size_t count); /* userfaultfds of 
 int pager_finish(struct pager *p); /* done and stopped: later faults are the kernel's own, and the userfaultfds closed */
 
 int pager_collapse(int pidfd, uint64_t start, uint64_t length); /* process_madvise(MADV_COLLAPSE) */
-int pager_open_userfaultfd(int flags);                          /* userfaultfd(2) */
 
 #endif

@@ -21,10 +21,8 @@ from typing import NamedTuple, TypeAlias
 from lazyproc.errors import ProtocolError
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 from lazyproc.wire import jsonobject
-from lazyproc.wire.frame import HEADER, MAX_PAGES, Flag, Frame, Type, is_range
+from lazyproc.wire.frame import HEADER, Flag, Frame, Type, is_range
 from lazyproc.wire.jsonobject import JsonValue
-
-__all__ = ["MAX_PAGES", "Flag", "JsonValue", "Type"]
 
 VERSION = 1
 MAX_NAME = 128  # characters of a session id or token

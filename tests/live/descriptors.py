@@ -1,4 +1,6 @@
-"""Processes with open files, and their files gathered and made again: shared by the test_descriptors_* modules."""
+"""Processes with open files, and their files gathered and made again: shared by the test_descriptors_*
+modules.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from lazyproc.dump.descriptors import Gathered, gather_descriptors
 from lazyproc.dump.registry import TaskRef
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.model import Checkpoint, Clocks, Task, TaskState
-from lazyproc.restore.epolls import add_orphans, epoll_rows
+from lazyproc.restore.epolls import EpollRow, add_orphans, epoll_rows
 from lazyproc.restore.files import make_files
 
-FIRST = 10  # descriptors of the child's own start here; 0, 1, 2 are /dev/null
+REPORT = 900  # where a child says who it is; its own descriptors start at 10, and 0, 1, 2 are /dev/null
 NO_CLOCKS = Clocks(0, 0, 0)
 
 
@@ -57,8 +59,7 @@ def _pids(reading: int, count: int, first: int) -> list[int]:
     while piece := os.read(reading, 4096):
         data += piece
     assert os.WIFSTOPPED(status), data.decode()
-    pids = list(struct.unpack(f"{count}i", data))
-    return pids
+    return list(struct.unpack(f"{count}i", data))
 
 
 def _run(bodies: Sequence[Callable[[], object]], writing: int, reading: int) -> None:
@@ -70,20 +71,20 @@ def _run(bodies: Sequence[Callable[[], object]], writing: int, reading: int) -> 
         for number in (0, 1, 2):
             os.dup2(null, number)
         os.close(null)
-        os.dup2(3, 900)
+        os.dup2(3, REPORT)
         os.close(3)
         for depth, body in enumerate(bodies):
-            os.write(900, struct.pack("i", os.getpid()))
+            os.write(REPORT, struct.pack("i", os.getpid()))
             body()
             if depth + 1 < len(bodies):
                 child = os.fork()
                 if child:
                     os.waitpid(child, os.WUNTRACED)
                     break
-        os.close(900)
+        os.close(REPORT)
         os.kill(os.getpid(), signal.SIGSTOP)
     except BaseException:
-        os.write(900, traceback.format_exc().encode())
+        os.write(REPORT, traceback.format_exc().encode())
     finally:
         os._exit(1)
 
@@ -100,9 +101,7 @@ def checkpoint_of(gathered: Gathered, clocks: Clocks = NO_CLOCKS) -> Checkpoint:
         Task(vpid, 0, vpid, vpid, TaskState.ALIVE, "t", descriptors=rows)
         for vpid, rows in gathered.descriptors.items()
     )
-    return Checkpoint(
-        tasks, gathered.files, gathered.pipes, gathered.shared, gathered.contents, {}, clocks
-    )
+    return Checkpoint(tasks, gathered.files, gathered.pipes, gathered.shared, gathered.contents, {}, clocks)
 
 
 @contextmanager
@@ -116,10 +115,9 @@ def gathered_from(*bodies: Callable[[], object]) -> Iterator[Gathered]:
 
 @contextmanager
 def made_from(*bodies: Callable[[], object]) -> Iterator[dict[int, int]]:
-    """Numbers in the first process of the chain to our descriptors made from them. No obstacle is expected."""
-    with gathered_from(*bodies) as gathered:
-        with made(checkpoint_of(gathered)) as files:
-            yield files
+    """Numbers in the first process of the chain to our descriptors made from them."""
+    with gathered_from(*bodies) as gathered, made(checkpoint_of(gathered)) as files:
+        yield files
 
 
 @contextmanager
@@ -129,8 +127,8 @@ def made(checkpoint: Checkpoint) -> Iterator[dict[int, int]]:
         yield {row.fd: files.files[row.file_id] for row in checkpoint.root.descriptors}
 
 
-def rows_of(checkpoint: Checkpoint) -> list[tuple[int, int, int, int]]:
-    return [tuple(row) for row in epoll_rows(checkpoint, checkpoint.root)]
+def rows_of(checkpoint: Checkpoint) -> list[EpollRow]:
+    return epoll_rows(checkpoint, checkpoint.root)
 
 
 def obstacle_words(*bodies: Callable[[], object]) -> list[str]:

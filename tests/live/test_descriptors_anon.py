@@ -37,7 +37,7 @@ CLOCK_REALTIME, CLOCK_MONOTONIC = 0, 1
 IN_CREATE, IN_DELETE, IN_ONESHOT = 0x100, 0x200, 0x80000000
 
 
-# --- eventfd --------------------------------------------------------------------------------------------------
+# --- eventfd ------------------------------------------------------------------------------------------------
 
 
 def test_eventfd_count_and_semaphore() -> None:
@@ -55,7 +55,7 @@ def test_eventfd_count_and_semaphore() -> None:
         assert os.eventfd_read(fds[12]) == 1 << 40
 
 
-# --- timerfd --------------------------------------------------------------------------------------------------
+# --- timerfd ------------------------------------------------------------------------------------------------
 
 
 def _timer(number: int, clock: int, value_ns: int, interval_ns: int = 0, flags: int = 0) -> None:
@@ -121,7 +121,7 @@ def test_wall_clock_timer_keeps_its_date() -> None:
             assert 290 * SECOND < kernel.timerfd_gettime(fds[11]).value_ns < 300 * SECOND
 
 
-# --- signalfd -------------------------------------------------------------------------------------------------
+# --- signalfd -----------------------------------------------------------------------------------------------
 
 
 def test_signalfd_reads_the_signals_of_its_mask() -> None:
@@ -139,7 +139,7 @@ def test_signalfd_reads_the_signals_of_its_mask() -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# --- epoll ----------------------------------------------------------------------------------------------------
+# --- epoll --------------------------------------------------------------------------------------------------
 
 
 def _epoll(number: int) -> None:
@@ -220,23 +220,18 @@ def test_epoll_in_epoll_and_a_shared_set() -> None:
 
 
 def test_epoll_that_watches_what_nobody_has_any_more() -> None:
-    def body() -> None:
+    def child() -> None:
         _epoll(20)
-        at(10, os.eventfd(0))
         kernel.epoll_add(20, 10, select.EPOLLIN, 0)
-        if os.fork() == 0:  # keeps the file open, so the entry stays
-            signal.pause()
         os.close(10)
 
-    with stopped(body) as tasks:
-        (keeper,) = (int(pid) for pid in Path(f"/proc/{tasks[0].pid}/task/{tasks[0].pid}/children").read_text().split())
-        gathered = gather_descriptors(tasks)
-        os.kill(keeper, signal.SIGKILL)
-    with gathered.sockets:
-        (obstacle,) = gathered.obstacles
-        assert obstacle.where == "fd 20"
-        assert "added as descriptor 10, that no process of the tree has open" in obstacle.why
-        assert "EPOLL_CTL_DEL" in obstacle.remedy
+    with stopped(lambda: at(10, os.eventfd(0)), child) as tasks:
+        gathered = gather_descriptors(tasks[1:])
+        with gathered.sockets:
+            (obstacle,) = gathered.obstacles
+            assert obstacle.where == "fd 20"
+            assert "added as descriptor 10, that no process of the tree has open" in obstacle.why
+            assert "EPOLL_CTL_DEL" in obstacle.remedy
 
 
 def test_epoll_that_watches_a_signalfd_under_a_lost_number() -> None:
@@ -251,7 +246,7 @@ def test_epoll_that_watches_a_signalfd_under_a_lost_number() -> None:
     assert "it watches a signalfd under number 10, which is no longer open there" in words
 
 
-# --- inotify --------------------------------------------------------------------------------------------------
+# --- inotify ------------------------------------------------------------------------------------------------
 
 
 def _events(fd: int) -> list[tuple[int, int, str]]:
@@ -323,7 +318,7 @@ def test_inotify_on_something_deleted(tmp_path: Path) -> None:
     assert "whose path cannot be found" in words
 
 
-# --- memfd ----------------------------------------------------------------------------------------------------
+# --- memfd --------------------------------------------------------------------------------------------------
 
 
 def test_memfd_is_made_empty_and_sealed_at_the_end() -> None:
@@ -366,7 +361,7 @@ def test_seals_that_cannot_be_applied_are_named() -> None:
         os.close(fd)
 
 
-# --- signal owners --------------------------------------------------------------------------------------------
+# --- signal owners ------------------------------------------------------------------------------------------
 
 
 def _own(fd: int, kind: int, pid: int, number: int) -> None:
@@ -391,7 +386,11 @@ def test_signal_owner_becomes_a_row() -> None:
         checkpoint = checkpoint_of(gathered)
         vpid = checkpoint.root.vpid
         (file,) = _owned(gathered.files)
-        assert (file.owner.pid, file.owner.type, file.owner.signal) == (vpid, kernel.F_OWNER_PID, signal.SIGRTMIN)
+        assert (file.owner.pid, file.owner.type, file.owner.signal) == (
+            vpid,
+            kernel.F_OWNER_PID,
+            signal.SIGRTMIN,
+        )
         assert owner_rows(checkpoint, checkpoint.root) == [OwnerRow(10, kernel.F_OWNER_PID, vpid)]
         with made(checkpoint) as fds:
             assert fcntl.fcntl(fds[10], kernel.F_GETSIG) == signal.SIGRTMIN

@@ -80,9 +80,8 @@ def test_end_of_file_and_broken_pipe() -> None:
         at(12, writing)
         os.close(reading)
 
-    with gathered_from(body) as gathered:
-        with made(checkpoint_of(gathered)) as fds:
-            reading, writing = os.dup(fds[10]), os.dup(fds[12])
+    with made_from(body) as fds:
+        reading, writing = os.dup(fds[10]), os.dup(fds[12])
     assert os.read(reading, 99) == b"last words"
     assert os.read(reading, 99) == b""
     with pytest.raises(BrokenPipeError):
@@ -177,7 +176,9 @@ def test_the_other_end_outside_of_the_tree(tmp_path: Path) -> None:
 
     inode = os.fstat(reading).st_ino
     (words,) = obstacle_words(held_by_us)
-    assert words.startswith(f"fd 10: the reading end of pipe:[{inode}] is open in a process outside the tree; ")
+    assert words.startswith(
+        f"fd 10: the reading end of pipe:[{inode}] is open in a process outside the tree; "
+    )
     assert "redirected to files" in words
     os.close(reading)
     os.close(writing)

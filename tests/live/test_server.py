@@ -478,6 +478,5 @@ def test_throughput_for_the_eye(capsys: pytest.CaptureFixture[str]) -> None:
             client.exactly(HEADER.size + PAGE)
         single = time.perf_counter() - began
     with capsys.disabled():
-        print(
-            f"\n  page server: {pages * PAGE / bulk / 1e9:.2f} GB/s, {single / 2000 * 1e6:.1f} us a single page"
-        )
+        rate, delay = pages * PAGE / bulk / 1e9, single / 2000 * 1e6
+        print(f"\n  page server: {rate:.2f} GB/s, {delay:.1f} us a single page")

@@ -100,7 +100,7 @@ check_fail(const volatile void *addr, uint64_t expected, uint64_t found, const c
     do {                                                                                                      \
         uint64_t expected_ = (uint64_t)(expected), found_ = (uint64_t)(found);                                \
         if (expected_ != found_)                                                                              \
-            check_fail(NULL, expected_, found_, "%s:%d: " #found " is not " #expected, __FILE__, __LINE__);   \
+            check_fail(NULL, expected_, found_, "%s:%d: " #found " is not " #expected, __FILE_NAME__, __LINE__); \
     } while (0)
 
 static inline void check_on_sigterm(int signal)

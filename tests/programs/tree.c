@@ -122,6 +122,14 @@ static void finish(pid_t pid, int signal, int wanted)
     EXPECT(wanted, how);
 }
 
+/* A child has its place in session and group before its first beat. */
+static void wait_for_family(void)
+{
+    for (unsigned worker = ROOT + 1; worker < WORKERS; worker++)
+        while (__atomic_load_n(&status->beats[worker], __ATOMIC_ACQUIRE) == 0)
+            check_rest(1000);
+}
+
 int main(int argc, char **argv)
 {
     pid_t session, child, exited, member, killed, stopped;
@@ -135,6 +143,7 @@ int main(int argc, char **argv)
     member = start_child(MEMBER, exited);
     killed = start_zombie(true);
     stopped = start_stopped();
+    wait_for_family();
     check_running();
     while (!check_stopping) {
         check_kinship(&mine);

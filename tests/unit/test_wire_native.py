@@ -14,6 +14,7 @@ from lazyproc.errors import ProtocolError
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 from lazyproc.wire import native
 from lazyproc.wire.frame import HEADER, MAX_BLOB, MAX_JSON, MAX_PAGES, Flag, Frame, Type
+from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Connection, Event, Hello, PageBytes, Pages, Party, Role, State, Welcome
 
 SIDES = (Party.SOURCE, Party.DESTINATION)
@@ -349,7 +350,7 @@ def test_nothing_out_of_bounds_is_sent(event: Event) -> None:
 
 
 def test_fields_that_the_other_end_would_refuse_are_not_sent() -> None:
-    deep: native.JsonValue = 1
+    deep: JsonValue = 1
     for _ in range(17):
         deep = [deep]
     for value in (deep, float("nan"), "x" * MAX_JSON):

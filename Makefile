@@ -1,0 +1,62 @@
+# Each target does all the set-up it needs: the environment in .venv, the C cores, the programs that tests run.
+# Nothing is set up twice; a change of pyproject.toml or of a C source is noticed.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q
+CORES := $(wildcard lazyproc/*/_*.c lazyproc/*/_*.h lazyproc/*/_*_build.py)
+
+.PHONY: demo test test-fast test-long build bench check sanitize clean
+
+# The main job on this machine, between two hosts, verified.
+demo: build $(VENV)/.tools
+	@$(BIN)/lazyproc demo
+
+test: build $(VENV)/.tools
+	@$(PYTEST) -m "not long"
+
+test-fast: build $(VENV)/.tools
+	@$(PYTEST) -m "not long and not slow"
+
+test-long: build $(VENV)/.tools
+	@$(PYTEST) -m long; status=$$?; test $$status -eq 5 || exit $$status
+
+build: $(VENV)/.cores
+
+bench: build $(VENV)/.tools
+	@$(BIN)/python -m benchmarks
+
+check: build
+	@$(BIN)/ruff check -q
+	@$(BIN)/ruff format -q --check
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo > build/imports.log || { cat build/imports.log; exit 1; }
+
+# The C cores once more with the address and undefined-behaviour sanitizers, under the tests that drive them.
+SANITIZED := build/sanitized
+sanitize: build $(VENV)/.tools
+	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r lazyproc tests pyproject.toml setup.py README.md LICENSE $(SANITIZED)
+	@cd $(SANITIZED) && find lazyproc -name '*.so' -delete && \
+	  CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" \
+	  ../../$(BIN)/python setup.py -q build_ext --inplace
+	@cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 ../../$(PYTEST) -m "not long and not slow" -k "core or pager or server or tracee or remote"
+
+$(VENV)/.installed: pyproject.toml setup.py .ci/setup
+	@.ci/setup venv $(VENV)
+	@touch $@
+
+$(VENV)/.cores: $(VENV)/.installed $(CORES)
+	@mkdir -p build
+	@$(BIN)/python setup.py -q build_ext --inplace --build-temp build
+	@touch $@
+
+$(VENV)/.tools: .ci/setup
+	@mkdir -p $(VENV)
+	@.ci/setup tools
+	@touch $@
+
+clean:
+	@rm -rf build dist *.egg-info $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@rm -rf tests/programs/bin
+	@find lazyproc -name '*.so' -delete

@@ -1,0 +1,35 @@
+"""lazyproc moves running Linux processes and lets their memory follow. The public names, imported when first used."""
+
+from importlib import import_module
+
+TYPE_CHECKING = False  # typing itself costs 5 ms of every start
+if TYPE_CHECKING:
+    from lazyproc import errors as errors
+    from lazyproc.dump.checkpoint import checkpoint as checkpoint
+    from lazyproc.dump.explain import explain as explain
+    from lazyproc.migrate.destination import receive as receive
+    from lazyproc.migrate.server import serve as serve
+    from lazyproc.migrate.source import migrate as migrate
+    from lazyproc.restore.run import restore as restore
+
+_MODULES = {
+    "checkpoint": "lazyproc.dump.checkpoint",
+    "explain": "lazyproc.dump.explain",
+    "receive": "lazyproc.migrate.destination",
+    "serve": "lazyproc.migrate.server",
+}
+_PACKAGES = ("errors", "migrate", "restore")  # the last two are callable, see callables.py
+
+__all__ = ["checkpoint", "errors", "explain", "migrate", "receive", "restore", "serve"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"lazyproc.{name}")
+    raise AttributeError(f"module 'lazyproc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,69 @@
+"""The entry point: parse, run one command, and turn what went wrong into one sentence and an exit code.
+
+`lazyproc --help` must not import more than argparse: every command imports its work when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from lazyproc.cli import check, checkpoint, demo, explain, migrate, receive, restore, serve, show
+
+COMMANDS = (check, explain, checkpoint, restore, serve, receive, migrate, show, demo)
+FAILED = 1
+EPILOG = (
+    "exit codes: 0 done, 1 failed and the source runs as before, 2 wrong usage, 3 cannot be done (obstacles listed), "
+    "4 goes on without this command, 5 memory lost after the hand-over"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    whole = argparse.ArgumentParser(
+        prog="lazyproc",
+        description="Move running Linux processes between hosts; their memory follows.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        module.add(commands)
+    return whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; `argv` without the program's name. Returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"lazyproc: {args.when_interrupted}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # whoever read our output has gone; what remains in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED
+    except Exception as error:
+        return _failed(error, args)
+    return status
+
+
+def _failed(error: Exception, args: argparse.Namespace) -> int:
+    from lazyproc.show.failures import exit_code, failure_fields, failure_text
+    from lazyproc.show.text import print_json
+
+    if args.verbose:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"lazyproc: {failure_text(error)}", file=sys.stderr)
+    if args.json:
+        print_json(failure_fields(error))
+    return exit_code(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Options that several commands have, and the types of their arguments. Imports nothing but argparse."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+HOST_PORT = "HOST:PORT"
+
+def command(
+    commands: Commands, run: Callable[[argparse.Namespace], int], name: str, words: str
+) -> argparse.ArgumentParser:
+    """A command with the options that all have. `words` say in the list of commands what it does."""
+    description = words[0].upper() + words[1:] + "."
+    parser = commands.add_parser(name, help=words, description=description, allow_abbrev=False)
+    parser.set_defaults(run=run, json=False, when_interrupted="interrupted")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say each step, and where an error came from")
+    parser.add_argument("--log-file", metavar="FILE", help="append all events to FILE, with the time")
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output, last")
+
+
+def add_pid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pid", metavar="PID", type=pid, help="the root of the process tree")
+
+
+def add_directory(parser: argparse.ArgumentParser, words: str) -> None:
+    parser.add_argument("-D", dest="directory", metavar="DIR", required=True, help=words)
+
+
+def add_listen(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--listen", metavar=HOST_PORT, type=endpoint, required=True, help="where to wait for clients")
+
+
+def add_insecure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="talk to any host without encryption or proof of who it is; without it only to root and "
+        "the same user on this one",
+    )
+
+
+def add_site(parser: argparse.ArgumentParser) -> None:
+    """Where a restored tree is to live."""
+    parser.add_argument(
+        "--pidns",
+        choices=("auto", "host", "new"),
+        default="auto",
+        help="pid namespace of the tree: a new one, this one, or (auto) a new one when a number is taken",
+    )
+    parser.add_argument("--cgroup", metavar="PATH", help="cgroup for the tree instead of one of its own")
+
+
+def add_drain(parser: argparse.ArgumentParser) -> None:
+    """How the memory follows."""
+    parser.add_argument(
+        "--policy",
+        metavar="NAME",
+        default="sequential",
+        help="what to fetch next: sequential or smallest-first (default: %(default)s)",
+    )
+    parser.add_argument("--trace", metavar="FILE", help="write a record of each fault to FILE")
+
+
+def pid(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 1 << 22:  # PID_MAX_LIMIT
+        raise argparse.ArgumentTypeError(f"{text!r} is not a process number")
+    return int(text)
+
+
+def endpoint(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 0xFFFF:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {HOST_PORT}")
+    return text
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)

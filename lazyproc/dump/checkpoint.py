@@ -1,0 +1,70 @@
+"""A process tree into a folder of CRIU-format images."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazyproc.dump.explain import explain
+from lazyproc.dump.freeze import frozen_tree
+from lazyproc.dump.gather import dumped
+from lazyproc.dump.source import dump_pages
+from lazyproc.errors import CannotBeDone
+from lazyproc.events import Listener, StateChanged, StepDone
+from lazyproc.images.convert import to_images
+from lazyproc.images.files import Folder
+from lazyproc.model import PAGE
+from lazyproc.pages.images import write_pages
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """What was written; times in milliseconds."""
+
+    root_pid: int
+    root_vpid: int
+    tasks: int
+    threads: int
+    pages_total: int
+    frozen_ms: float
+    total_ms: float
+    bytes: int  # of pages and images
+
+
+def checkpoint(
+    pid: int, directory: Path, *, leave_running: bool, tcp_close: bool, listener: Listener
+) -> CheckpointReport:
+    """Freeze the tree under `pid`, write it to `directory`, and end it unless `leave_running`.
+
+    On any error the tree runs on as before and the folder is not left looking whole. Raises CannotBeDone with all
+    obstacles, ImageError (a full disk), NoSuchProcess, PermissionDenied, TraceeError.
+    """
+    started = time.monotonic()
+    obstacles = explain(pid)
+    if obstacles:
+        raise CannotBeDone(obstacles)
+    folder = Folder(directory)
+    folder.create()
+    frozen_at = time.monotonic()
+    with frozen_tree(pid) as tree:
+        listener(StateChanged("frozen", frozen_at))
+        with dumped(tree, tcp_close=tcp_close) as dump, dump_pages(dump) as pages:
+            whole = dump.whole()
+            images = to_images(whole)
+            written = write_pages(folder, whole, pages)
+            folder.write(images)
+        if not leave_running:
+            tree.kill()
+    now = time.monotonic()
+    listener(StepDone("checkpoint", now, now - started))
+    return CheckpointReport(
+        root_pid=pid,
+        root_vpid=whole.root.vpid,
+        tasks=len(whole.tasks),
+        threads=sum(len(task.threads) for task in whole.tasks),
+        pages_total=written,
+        frozen_ms=(now - frozen_at) * 1e3,
+        total_ms=(now - started) * 1e3,
+        bytes=written * PAGE + sum(map(len, images.values())),
+    )

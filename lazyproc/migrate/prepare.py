@@ -1,0 +1,96 @@
+"""What both sides compare before anything is frozen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazyproc.errors import ProtocolError
+from lazyproc.kernel import cpu, elf, proc
+from lazyproc.model import PAGE
+from lazyproc.wire.jsonobject import JsonValue
+
+HEADROOM = 64 << 20  # bytes that stay free on the destination
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The tree as it is just before the freeze: its size, and what it needs of the other host."""
+
+    pages: int
+    threads: int
+    cpu: Mapping[str, int]
+    vdso: str  # build id, hexadecimal
+
+    def fields(self) -> dict[str, JsonValue]:
+        return {"pages": self.pages, "threads": self.threads, "cpu": dict(self.cpu), "vdso": self.vdso}
+
+    @classmethod
+    def of(cls, fields: Mapping[str, JsonValue]) -> Offer:
+        """From the fields of PREPARE. Raises ProtocolError."""
+        pages, threads, words, vdso = (fields.get(key) for key in ("pages", "threads", "cpu", "vdso"))
+        if not (isinstance(pages, int) and isinstance(threads, int) and isinstance(words, dict)):
+            raise ProtocolError("PREPARE lacks pages, threads or cpu")
+        if not (isinstance(vdso, str) and all(isinstance(word, int) for word in words.values())):
+            raise ProtocolError("PREPARE lacks vdso or has a cpu word that is no number")
+        return cls(pages, threads, {name: word for name, word in words.items() if isinstance(word, int)}, vdso)
+
+
+def offer_of(tree: Mapping[int, Sequence[proc.SmapsEntry]]) -> Offer:
+    """What the running tree will ask for; `tree` has the mappings of each process by pid."""
+    pages = sum((entry.rss + entry.swap) // PAGE for entries in tree.values() for entry in entries)
+    threads = sum(len(proc.task_ids(pid)) for pid in tree)
+    return Offer(pages, threads, cpu.features(), vdso_build_id().hex())
+
+
+def vdso_build_id() -> bytes:
+    """The build id of this host's vdso, which a process expects where it was (same kernel build)."""
+    for entry in proc.maps(proc.read(os.getpid(), "maps")):
+        if entry.path == "[vdso]":
+            with open("/proc/self/mem", "rb") as memory:
+                memory.seek(entry.start)
+                return elf.build_id(memory.read(entry.end - entry.start))
+    return b""
+
+
+def objections(offer: Offer, available: int) -> list[str]:
+    """Why this host cannot take the tree; empty when it can. `available` is in bytes."""
+    found = []
+    need = offer.pages * PAGE
+    if need + HEADROOM > available:
+        found.append(
+            f"the tree has {need >> 20} MiB and this host {available >> 20} MiB available; "
+            "free memory there, or use receive --overcommit"
+        )
+    lacking = cpu.missing(offer.cpu, cpu.features())
+    if lacking:
+        words = ", ".join(f"{name} {bits:#x}" for name, bits in lacking.items())
+        found.append(f"its processor lacks features the process may use ({words}); choose a host of the same kind")
+    if offer.vdso != vdso_build_id().hex():
+        found.append("its kernel has another vdso; boot the same kernel build on both hosts")
+    return found
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping: MemAvailable, or less where a memory cgroup limits us."""
+    text = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(text["MemAvailable"].split()[0]) * 1024
+    return min([available, *_cgroup_room()])
+
+
+def _cgroup_room() -> list[int]:
+    """What is left below memory.max of our cgroup and those above it (v2)."""
+    path = proc.cgroup(proc.read(os.getpid(), "cgroup")).get("")
+    rooms = []
+    folder = Path("/sys/fs/cgroup") / (path or "").lstrip("/")
+    while folder != Path("/sys/fs") and path is not None:
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            if limit != "max":
+                rooms.append(int(limit) - int((folder / "memory.current").read_text()))
+        except OSError:
+            pass
+        folder = folder.parent
+    return rooms

@@ -1,0 +1,246 @@
+"""The source's side of a migration, in order: prepare, freeze, hand over, commit, serve, release.
+
+Until COMMIT is sent every failure ends with the tree running as if nothing had happened. Once COMMITTED has come
+it never runs here again. In between is doubt: the tree stays stopped and the operator is told.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from lazyproc.dump.before import Before, look_before
+from lazyproc.dump.explain import explain
+from lazyproc.dump.freeze import FrozenTree, frozen_tree
+from lazyproc.dump.gather import Dump, dumped
+from lazyproc.dump.source import DumpPages, dump_pages
+from lazyproc.errors import CannotBeDone, ConnectionLost, LostAfterCommit, Parked, ProtocolError
+from lazyproc.events import Listener, PagesMoved, StateChanged
+from lazyproc.images.convert import to_images
+from lazyproc.images.files import pack
+from lazyproc.kernel.netfilter import Flow, held
+from lazyproc.migrate.prepare import offer_of
+from lazyproc.migrate.report import MigrateReport
+from lazyproc.migrate.talk import checked, expect, milliseconds
+from lazyproc.pages.bundle import NAME, pack_bundle
+from lazyproc.pages.peer import Trust
+from lazyproc.pages.server import PageServer
+from lazyproc.pages.transport import Channel, Session, dial
+from lazyproc.wire.native import (
+    Built,
+    Commit,
+    Committed,
+    Drained,
+    Images,
+    Map,
+    MapEntry,
+    Party,
+    Prepare,
+    Prepared,
+    Released,
+    Role,
+    Running,
+)
+
+PREPARE_S = 30.0
+BUILD_S = 60.0
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the user asked for."""
+
+    mode: str  # postcopy, stopcopy
+    policy: str
+    bulk: bool
+    max_rate: int  # bytes a second, 0 without limit
+    trace: bool
+
+    def fields(self) -> dict[str, str | int | bool]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The three connections of a session."""
+
+    session: Session
+    control: Channel
+    urgent: Channel
+    bulk: Channel
+
+
+def migrate(pid: int, target: str, order: Order, *, insecure: bool, listener: Listener) -> MigrateReport:
+    """Move the tree under `pid` to the receiver at `target` (HOST:PORT); returns when its memory has followed.
+
+    Raises CannotBeDone, Refused, ConnectionLost and the dump's errors with the tree running as before; Parked when
+    it is not known whether the other side has it; LostAfterCommit.
+    """
+    started = time.monotonic()
+    obstacles = explain(pid)
+    if obstacles:
+        raise CannotBeDone(obstacles)
+    before = look_before(pid)
+    with _connected(target, insecure) as link:
+        link.control.send(Prepare({**offer_of(before.smaps).fields(), **order.fields()}))
+        expect(link.control, Prepared, PREPARE_S)
+        listener(StateChanged("prepared", time.monotonic()))
+        frozen = time.monotonic()
+        with ExitStack() as stack:
+            hold = stack.enter_context(_holding(link.session.id))
+            tree = stack.enter_context(frozen_tree(pid))
+            listener(StateChanged("frozen", time.monotonic()))
+            with _described(tree, before, hold) as (dump, pages), PageServer(pages.segments()) as server:
+                _hand_over(link, dump, pages, server, order)
+                stack.enter_context(_deaf())
+                _commit(link, tree)
+                frozen_ms = milliseconds(frozen)
+                running = expect(link.control, Running, BUILD_S)
+                blackout_ms = milliseconds(frozen)
+                listener(StateChanged("running", time.monotonic()))
+                drained = _serve(link, dump, server, order, listener)
+                dump.close_connections()
+                tree.kill()
+                link.control.send(Released())
+        listener(StateChanged("released", time.monotonic()))
+        counts = drained.fields
+        return MigrateReport(
+            session=link.session.id,
+            mode=order.mode,
+            root_pid=_number(running.fields, "root_pid"),
+            root_vpid=dump.checkpoint.root.vpid,
+            frozen_ms=frozen_ms,
+            blackout_ms=blackout_ms,
+            total_ms=milliseconds(started),
+            rtt_us=_rtt_us(link.control),
+            **{name: _number(counts, name) for name in _COUNTS},
+            bytes_wire=sum(c.bytes_in + c.bytes_out for c in server.counters().values()),
+            reconnects=0,
+            fault_us=_faults(counts),
+            ended=counts.get("ended") is True,
+        )
+
+
+_COUNTS = ("pages_total", "pages_zero", "pages_eager", "pages_urgent", "pages_bulk", "pages_dropped")
+
+
+@contextmanager
+def _connected(target: str, insecure: bool) -> Iterator[Link]:
+    session, trust = Session.new(), Trust(insecure)
+    with ExitStack() as stack:
+        control, urgent, bulk = (
+            stack.enter_context(dial(target, session.hello(role), Party.SOURCE, trust=trust))
+            for role in (Role.CONTROL, Role.URGENT, Role.BULK)
+        )
+        yield Link(session, control, urgent, bulk)
+
+
+@contextmanager
+def _holding(session: str) -> Iterator[Callable[[Sequence[Flow]], None]]:
+    """Packets for the tree are dropped, not answered, from the freeze until its sockets here are gone."""
+    with ExitStack() as stack:
+        yield lambda flows: stack.enter_context(held(session, flows)) and None if flows else None
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C and a closed terminal end nothing after COMMIT: the other side needs the pages that are here."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {sig: signal.signal(sig, signal.SIG_IGN) for sig in signals}
+    try:
+        yield
+    finally:
+        for sig, action in before.items():
+            signal.signal(sig, action)
+
+
+@contextmanager
+def _described(
+    tree: FrozenTree, before: Before, hold: Callable[[Sequence[Flow]], None]
+) -> Iterator[tuple[Dump, DumpPages]]:
+    with dumped(tree, smaps=before.smaps, hold=hold) as dump, dump_pages(dump) as pages:
+        yield dump, pages
+
+
+def _hand_over(link: Link, dump: Dump, pages: DumpPages, server: PageServer, order: Order) -> None:
+    """Send the description and what must be there at once; the other side builds the tree from it."""
+    server.serve(link.urgent.detach(), "urgent")
+    server.serve(link.bulk.detach(), "bulk")
+    checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
+    images = to_images(checkpoint)
+    images[NAME] = pack_bundle(checkpoint.memory, pages)
+    link.control.send(Images(pack(images)))
+    expect(link.control, Built, BUILD_S)
+
+
+def _commit(link: Link, tree: FrozenTree) -> None:
+    """From COMMIT to COMMITTED only the other side knows who runs the tree."""
+    link.control.send(Commit())
+    try:
+        expect(link.control, Committed, BUILD_S)
+    except (ConnectionLost, ProtocolError) as error:
+        tree.stop_for_good()
+        raise Parked(
+            f"the hand-over was in doubt when the connection ended ({error.what}); the tree stays stopped here",
+            where=f"session {link.session.id}",
+            remedy="if it does not run on the other host, let it run here with: "
+            + f"kill -CONT {' '.join(map(str, tree.tasks))}",
+        ) from error
+
+
+def _serve(link: Link, dump: Dump, server: PageServer, order: Order, listener: Listener) -> Drained:
+    """Tell what there is, then wait while the C threads serve it."""
+    extents = dump.lazy_extents() if order.mode == "postcopy" else {}
+    link.control.send(
+        Map([MapEntry(obj.key, e.addr, e.count) for obj, runs in extents.items() for e in runs])
+    )
+    total = sum(e.count for runs in extents.values() for e in runs)
+    while (event := _receive(link, total)) is None:
+        counters = server.counters()
+        urgent, bulk = counters["urgent"], counters["bulk"]
+        zero = urgent.zero + bulk.zero
+        moved = urgent.pages + bulk.pages
+        listener(PagesMoved(total, moved, zero, urgent.pages, bulk.pages, 0))
+    return checked(event, Drained, link.control)
+
+
+def _receive(link: Link, total: int) -> Drained | None:
+    try:
+        event = link.control.receive(POLL_S)
+    except ConnectionLost as error:
+        raise LostAfterCommit(
+            f"the receiver went away while up to {total} pages were missing there: {error.what}",
+            where=f"session {link.session.id}",
+            remedy="the tree runs there as far as its pages are there; it never runs here again",
+        ) from error
+    return None if event is None else checked(event, Drained, link.control)
+
+
+def _number(fields: Mapping[str, object], name: str) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int):
+        raise ProtocolError(f"the receiver gave no {name}")
+    return value
+
+
+def _faults(fields: Mapping[str, object]) -> dict[str, float]:
+    faults = fields.get("fault_us")
+    if not isinstance(faults, dict):
+        raise ProtocolError("the receiver gave no fault_us")
+    return {str(name): float(value) for name, value in faults.items()}
+
+
+def _rtt_us(channel: Channel) -> float:
+    """The kernel's smoothed round trip time, tcpi_rtt of struct tcp_info (tcp(7))."""
+    info = channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return float(struct.unpack_from("<I", info, 68)[0])

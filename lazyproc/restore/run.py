@@ -1,0 +1,109 @@
+"""A folder of images becomes a running tree, all at once or lazily."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lazyproc.errors import RestoreError
+from lazyproc.events import Listener, StateChanged
+from lazyproc.images.convert import from_images, memory_objects
+from lazyproc.images.files import Folder
+from lazyproc.model import Checkpoint
+from lazyproc.pages.images import ImagePages
+from lazyproc.restore.lazy import finish, pager_of
+from lazyproc.restore.tree import BuiltTree, built_tree, needs_new_pidns
+from lazyproc.uffd.pager import Counters, Pager
+from lazyproc.uffd.pager import Segment as PagerSegment
+from lazyproc.uffd.policy import POLICIES
+
+Pidns = Literal["auto", "host", "new"]
+
+
+def new_pidns(checkpoint: Checkpoint, pidns: Pidns) -> bool:
+    """Whether the tree goes into a new pid namespace. RestoreError when it must stay and a number is taken."""
+    if pidns == "auto":
+        return needs_new_pidns(checkpoint)
+    if pidns == "host" and needs_new_pidns(checkpoint):
+        raise RestoreError(
+            "a pid of the tree is taken on this host",
+            where=f"pid {checkpoint.root.vpid}",
+            remedy="use --pidns new or auto",
+        )
+    return pidns == "new"
+
+
+@dataclass(slots=True)
+class Restored:
+    """A tree that runs. `pager` is None when nothing was lazy."""
+
+    tree: BuiltTree
+    nursery_pid: int
+    root_pid: int
+    root_vpid: int
+    started: float
+    pager: Pager | None
+    _status: int | None = field(default=None)
+
+    def wait_drained(self, timeout: float | None = None) -> bool:
+        """True when every page is there and nothing of ours is left in the tree."""
+        if self.pager is None:
+            return True
+        if not self.pager.wait(timeout):
+            return False
+        finish(self.pager, self.tree)
+        return True
+
+    def counters(self) -> Counters | None:
+        return self.pager.counters() if self.pager else None
+
+    def wait_root(self, *, block: bool = True) -> int | None:
+        """The root's exit status as a shell gives it (128 + signal), None while it runs and `block` is False."""
+        if self._status is None:
+            pid, status = os.waitpid(self.nursery_pid, 0 if block else os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+    def forward(self, sig: signal.Signals) -> None:
+        os.kill(self.root_pid, sig)
+
+
+@contextmanager
+def restore(
+    directory: Path, *, lazy: bool, pidns: Pidns, policy: str, trace: bool, listener: Listener
+) -> Iterator[Restored]:
+    """Restore the tree in `directory`; it runs when the context is entered.
+
+    Leaving the context before `wait_drained` leaves missing pages parked: whoever touches one waits. Raises
+    ImageError, RestoreError, HostLacks; then nothing half-built is left.
+    """
+    started = time.monotonic()
+    folder = Folder(directory)
+    checkpoint = from_images(folder.read())
+    with ExitStack() as stack:
+        source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
+        with built_tree(
+            checkpoint, source, listener, lazy=lazy, pidns=new_pidns(checkpoint, pidns)
+        ) as tree:
+            pager = stack.enter_context(_started_pager(tree, source, policy, trace)) if lazy else None
+            tree.release()
+            listener(StateChanged("running", time.monotonic()))
+        root = tree.root_pid
+        yield Restored(tree, tree.nursery.pid, root, checkpoint.root.vpid, started, pager)
+
+
+@contextmanager
+def _started_pager(tree: BuiltTree, source: ImagePages, policy: str, trace: bool) -> Iterator[Pager]:
+    with pager_of(tree, trace=trace) as pager:
+        pager.serve_segments(PagerSegment(*segment) for segment in source.segments())
+        lazy = {obj: [e for e in runs if e.lazy] for obj, runs in tree.checkpoint.memory.items()}
+        pager.apply_map(lazy)
+        pager.plan(POLICIES[policy](lazy))
+        pager.start()
+        yield pager

@@ -1,0 +1,345 @@
+"""The pager: puts pages where they are missing, on demand and in bulk.
+
+Python fills its tables and reads its counters; the work is done by two C threads (_pager.h) that never take the GIL.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from lazyproc.errors import HostLacks, LazyprocError, Parked, UsageError
+from lazyproc.events import PagesMoved
+from lazyproc.model import Extent, MemoryObject
+from lazyproc.uffd._pager import ffi, lib
+from lazyproc.uffd.device import Outcome
+from lazyproc.uffd.policy import Chunk
+
+SLICE = 0.25  # seconds between two looks at Python's own signals while waiting
+
+
+class PagerState(enum.IntEnum):
+    """As in the C core's `enum pager_status`."""
+
+    IDLE = 0
+    RUNNING = 1
+    DONE = 2  # the map is known and every page has come, was discarded, or is zero
+    LOST = 3  # the source is gone or talked garbage; who touches a missing page waits. `reconnect` goes on
+    FAILED = 4  # the kernel refused something: waits as well, and another pager has to take over
+    STOPPED = 5
+
+
+class Segment(NamedTuple):
+    """Pages [start, end) of an object, at `offset` of the file open as `fd`. All in bytes."""
+
+    key: int
+    start: int
+    end: int
+    fd: int
+    offset: int
+
+
+class FaultTimes(NamedTuple):
+    """How long faults waited, from the message's arrival to the wake, in microseconds."""
+
+    count: int
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """A reading of the pager's counters, in pages unless named otherwise.
+
+    Each page counts once: at the end `total == zero + eager + urgent + bulk + dropped`. `remaining` are the pages
+    that still wait, those of forked children included. `outcomes[class][outcome]` counts what the kernel said.
+    """
+
+    total: int
+    zero: int
+    eager: int
+    urgent: int
+    bulk: int
+    dropped: int
+    remaining: int
+    outcomes: Mapping[str, Mapping[Outcome, int]]
+    bytes_in: int
+    bytes_out: int
+    reconnects: int
+    fault_us: FaultTimes
+
+    @property
+    def settled(self) -> int:
+        """Pages of the map that have come to their end."""
+        return self.zero + self.eager + self.urgent + self.bulk + self.dropped
+
+    def as_event(self) -> PagesMoved:
+        return PagesMoved(
+            total=self.total,
+            installed=self.eager + self.urgent + self.bulk,
+            zero=self.zero,
+            urgent=self.urgent,
+            bulk=self.bulk,
+            dropped=self.dropped,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault of the trace. Times are CLOCK_MONOTONIC in ns; `sent_ns` is 0 when nothing had to be asked for."""
+
+    event_ns: int
+    sent_ns: int
+    installed_ns: int
+    va: int
+    key: int  # MemoryObject.key, 0 when the address belongs to no object
+    addr: int
+    tid: int  # as its own pid namespace numbers it
+    space: int
+    outcome: Outcome
+    source: str  # "urgent", "bulk" (it came that way before the answer), "zero"
+
+
+_OUTCOMES = tuple(Outcome)
+_CLASSES = ("none", "zero", "urgent", "bulk", "dropped", "eager")  # enum page_class of _ledger.h
+
+
+def bucket_floor(index: int) -> int:
+    """The shortest time in ns that falls into bucket `index` of the core's histogram: 16 buckets to the octave."""
+    if index < 16:
+        return index
+    octave, part = divmod(index, 16)
+    return (16 + part) << (octave - 1)
+
+
+def percentile(buckets: Sequence[int], fraction: float) -> float:
+    """The time in ns, in the middle of its bucket, that `fraction` of the counted faults did not exceed."""
+    rank = fraction * sum(buckets)
+    seen = 0
+    for index, count in enumerate(buckets):
+        seen += count
+        if count and seen >= rank:
+            return (bucket_floor(index) + bucket_floor(index + 1)) / 2
+    return 0.0
+
+
+def _fault_times(raw: Any) -> FaultTimes:
+    buckets = list(raw.fault_ns)
+    worst = raw.fault_max_ns / 1000
+    p50, p90, p99 = (min(percentile(buckets, fraction) / 1000, worst) for fraction in (0.50, 0.90, 0.99))
+    return FaultTimes(int(raw.faults), p50, p90, p99, worst)
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        raise LazyprocError(f"{what}: {os.strerror(-result)}", where="pager")
+    return result
+
+
+def _runs(chunks: Sequence[Chunk]) -> Any:
+    return ffi.new("struct pager_run[]", [(chunk.obj.key, chunk.addr, chunk.count) for chunk in chunks])
+
+
+class Pager:
+    """Serves the missing pages of one or more processes. A context manager that stops the threads.
+
+    Order of use: add_space and add_region for memory that is registered already, serve_segments and/or serve_remote,
+    start; plan and apply_map before or after it; wait; finish. Leaving the context before `finish` leaves the
+    userfaultfds open (`spaces` names them), so that nobody reads a page that never came.
+
+    `ledger` is the descriptor of another pager's ledger: this one goes on where that one, which must have ended,
+    stopped. Both must share one descriptor table, the userfaultfds being known by their numbers.
+    Raises HostLacks without SSE4.2 and PCLMUL.
+    """
+
+    def __init__(self, *, trace: bool = False, ledger: int | None = None) -> None:
+        out = ffi.new("struct pager **")
+        result = lib.pager_new(-1 if ledger is None else ledger, trace, out)
+        if result == -95:
+            raise HostLacks(
+                "the page protocol's checksums need SSE4.2 and PCLMUL", remedy="use an x86-64-v2 host"
+            )
+        _check(result, "cannot make a pager")
+        self._pager: Any = ffi.gc(out[0], lib.pager_free)
+        self._seen = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # --- tables ---
+
+    def add_space(self, uffd: int) -> int:
+        """A process, by its userfaultfd (API done, ranges registered); returns its number.
+
+        The descriptor belongs to the pager from now on. It is closed when the process turns out to be gone.
+        """
+        return _check(lib.pager_add_space(self._pager, uffd), f"userfaultfd {uffd}")
+
+    def add_region(self, space: int, start: int, length: int, obj: MemoryObject, obj_addr: int) -> None:
+        """`length` bytes from `start` of a process show `obj` from `obj_addr` on. Whole pages."""
+        where = f"region {start:#x}+{length:#x}"
+        _check(lib.pager_add_region(self._pager, space, start, length, obj.key, obj_addr), where)
+
+    def add_eager(self, pages: int) -> None:
+        """These were copied before the process ran: counted as total and as eager."""
+        lib.pager_add_eager(self._pager, pages)
+
+    def mark_installed(self, obj: MemoryObject, addr: int, count: int) -> None:
+        """Pages of a region that are there already. Not counted (that is add_eager's), also when the map names them.
+
+        Call it before `start`.
+        """
+        _check(lib.pager_mark_installed(self._pager, obj.key, addr, count), f"{obj} at {addr:#x}")
+
+    def serve_segments(self, segments: Iterable[tuple[int, int, int, int, int]]) -> None:
+        """Pages that lie in local files. Once, before `start`; the descriptors stay the caller's.
+
+        Raises UsageError when segments overlap or a file is shorter than they say.
+        """
+        rows = sorted(Segment(*row) for row in segments)
+        table = ffi.new(
+            "struct pager_segment[]", [(row.key, row.start, row.end, row.offset, row.fd) for row in rows]
+        )
+        result = lib.pager_set_segments(self._pager, table, len(rows))
+        if result < 0:
+            raise UsageError(f"the segments cannot be served: {os.strerror(-result)}", where="pager")
+
+    def serve_remote(self, urgent: int, bulk: int) -> None:
+        """Two connected stream sockets to a page server, which belong to the pager from now on.
+
+        Also after the source was lost: everything that was under way is asked for again.
+        """
+        lib.pager_set_remote(self._pager, urgent, bulk)
+
+    def plan(self, chunks: Iterable[Chunk]) -> None:
+        """The order of the bulk transfer, from now on; what it leaves out comes last."""
+        rows = tuple(chunks)
+        _check(lib.pager_set_plan(self._pager, _runs(rows), len(rows)), "plan")
+
+    def apply_map(self, extents: Mapping[MemoryObject, Sequence[Extent]]) -> None:
+        """Which lazy pages have content; all others are zero. Once, before or after `start`.
+
+        Extents that are not lazy, or lie in no region, are not the pager's and not counted.
+        """
+        rows = [
+            Chunk(obj, extent.addr, extent.count)
+            for obj, runs in extents.items()
+            for extent in runs
+            if extent.lazy
+        ]
+        lib.pager_apply_map(self._pager, _runs(rows), len(rows))
+
+    # --- running ---
+
+    def start(self, bulk: bool = True, max_rate: int = 0) -> None:
+        """Starts the threads. `bulk=False` fetches only what is touched; `max_rate` bytes a second, 0 without limit."""
+        _check(lib.pager_start(self._pager, bulk, max_rate), "start")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """True when every page is there; False after `timeout` seconds, or at once when the source is lost.
+
+        Raises Parked when the pager failed: the memory stays as it is, whoever touches a missing page waits.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = SLICE if end is None else min(SLICE, end - time.monotonic())
+            state = lib.pager_wait(self._pager, max(0, int(left * 1000) + 1))
+            if state == PagerState.FAILED:
+                raise Parked(self.reason, where="pager", remedy="take its ledger over with another pager")
+            if state >= 0:
+                return bool(state == PagerState.DONE)
+            if end is not None and time.monotonic() >= end:
+                return False
+
+    @property
+    def state(self) -> PagerState:
+        return PagerState(lib.pager_status(self._pager, ffi.NULL, 0))
+
+    @property
+    def reason(self) -> str:
+        """Why the state is LOST or FAILED, else empty."""
+        text = ffi.new("char[]", 200)
+        lib.pager_status(self._pager, text, 200)
+        return bytes(ffi.string(text)).decode()
+
+    def counters(self) -> Counters:
+        raw = ffi.new("struct pager_counters *")
+        lib.pager_counters(self._pager, raw)
+        return Counters(
+            total=int(raw.total),
+            zero=int(raw.zero),
+            eager=int(raw.eager),
+            urgent=int(raw.urgent),
+            bulk=int(raw.bulk),
+            dropped=int(raw.dropped),
+            remaining=int(raw.remaining),
+            outcomes={
+                name: dict(zip(_OUTCOMES, (int(n) for n in row), strict=True))
+                for name, row in zip(("zero", "urgent", "bulk"), raw.outcomes, strict=True)
+            },
+            bytes_in=int(raw.bytes_in),
+            bytes_out=int(raw.bytes_out),
+            reconnects=int(raw.reconnects),
+            fault_us=_fault_times(raw),
+        )
+
+    def faults(self) -> Iterator[Fault]:
+        """The faults of the trace since the last call; the oldest are lost when more than 65536 came in between."""
+        written = ffi.new("uint64_t[2]")
+        rows = lib.pager_trace(self._pager, written, written + 1)
+        total, slots = int(written[0]), int(written[1])
+        for number in range(max(self._seen, total - slots), total):
+            row = rows[number % slots]
+            yield Fault(
+                row.event_ns,
+                row.sent_ns,
+                row.installed_ns,
+                row.va,
+                row.object,
+                row.addr,
+                row.tid,
+                row.space,
+                _OUTCOMES[row.outcome],
+                _CLASSES[row.page_class],
+            )
+        self._seen = total
+
+    @property
+    def ledger(self) -> int:
+        """The descriptor of the memfd with all tables, for a guard to keep."""
+        return int(lib.pager_ledger_fd(self._pager))
+
+    # --- the end ---
+
+    def stop(self) -> None:
+        """Ends the threads. The userfaultfds stay open."""
+        lib.pager_stop(self._pager)
+
+    def spaces(self) -> tuple[int, ...]:
+        """The userfaultfds of the processes that live, forked children included."""
+        fds = ffi.new("int[]", 8192)
+        return tuple(fds[0 : lib.pager_spaces(self._pager, fds, 8192)])
+
+    def finish(self, collapse: Iterable[tuple[int, int, int]] = ()) -> int:
+        """Stops, and lets the kernel serve all later faults: ranges unregistered, userfaultfds closed.
+
+        Duplicates that others hold (a guard, the process itself) must be closed too: memory that grew while it was
+        registered is let go by that. `collapse` names (pidfd, start, length) that had huge pages; returns how many
+        of them have huge pages again (MADV_COLLAPSE, Linux 6.1). Raises UsageError before the state is DONE.
+        """
+        self.stop()
+        if lib.pager_finish(self._pager) < 0:
+            raise UsageError("pages are still missing", where="pager", remedy="wait for the state DONE first")
+        return sum(lib.pager_collapse(pidfd, start, length) == 0 for pidfd, start, length in collapse)

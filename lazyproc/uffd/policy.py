@@ -1,0 +1,59 @@
+"""What to fetch next: pure functions from what has content to the order in which bulk brings it over.
+
+A policy is any callable that takes the map and yields chunks; the pager walks them in order, skips what is there
+already, and fetches what no chunk names at the end. A new one is added with `POLICIES[name] = function`; `around` makes a plan
+for a place that has just become interesting, to be given to Pager.plan while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from lazyproc.model import PAGE, Extent, MemoryObject
+
+
+class Chunk(NamedTuple):
+    """`count` pages of `obj` from `addr`."""
+
+    obj: MemoryObject
+    addr: int
+    count: int
+
+
+Extents = Mapping[MemoryObject, Sequence[Extent]]
+Policy = Callable[[Extents], Iterator[Chunk]]
+
+
+def sequential(extents: Extents) -> Iterator[Chunk]:
+    """Object by object, from low addresses to high ones."""
+    for obj, runs in extents.items():
+        for extent in runs:
+            yield Chunk(obj, extent.addr, extent.count)
+
+
+def smallest_first(extents: Extents) -> Iterator[Chunk]:
+    """Short runs before long ones: stacks, globals and allocator metadata are touched first, arenas last."""
+    yield from sorted(sequential(extents), key=lambda chunk: chunk.count)
+
+
+def around(chunks: Iterable[Chunk], obj: MemoryObject, addr: int) -> Iterator[Chunk]:
+    """The same pages, but those of `obj` from `addr` on come first, then those just below it, then the rest."""
+    above: list[Chunk] = []
+    below: list[Chunk] = []
+    rest: list[Chunk] = []
+    for chunk in chunks:
+        if chunk.obj != obj:
+            rest.append(chunk)
+            continue
+        split = min(chunk.count, max(0, (addr - chunk.addr) // PAGE))
+        if split:
+            below.append(Chunk(obj, chunk.addr, split))
+        if split < chunk.count:
+            above.append(Chunk(obj, chunk.addr + split * PAGE, chunk.count - split))
+    yield from sorted(above, key=lambda chunk: chunk.addr)
+    yield from sorted(below, key=lambda chunk: chunk.addr, reverse=True)
+    yield from rest
+
+
+POLICIES: dict[str, Policy] = {"sequential": sequential, "smallest-first": smallest_first}

@@ -1,0 +1,232 @@
+"""The pager against real processes: where pages come from, and that each one counts once."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from lazyproc.model import PAGE, Extent
+from lazyproc.uffd.device import Outcome
+from lazyproc.uffd.pager import PagerState
+from lazyproc.uffd.policy import around, sequential
+from tests.live.lazy_rig import DEADLINE, SHARED, TASK, child, content, digest, pager, rig, server, whole
+
+
+def test_a_touched_page_comes_on_demand() -> None:
+    with rig() as r:
+        r.start()
+        assert r.child.call("digest", addr=r.at(3), length=PAGE) == r.expect(3, 1)
+        counters = r.pager.counters()
+        assert (counters.urgent, counters.bulk, counters.remaining) == (1, 0, r.pages - 1)
+        assert counters.fault_us.count == 1
+        assert 0 < counters.fault_us.p50 <= counters.fault_us.max
+
+
+def test_everything_on_demand() -> None:
+    with rig(64) as r:
+        r.start()
+        assert r.child.call("digest", addr=r.addr, length=r.length) == r.expect(0, 64)
+        r.finish_in_bulk()
+        assert r.pager.counters().urgent == 64
+
+
+def test_everything_in_bulk() -> None:
+    with rig(600) as r:
+        r.start(bulk=True)
+        r.finish_in_bulk()
+        counters = r.pager.counters()
+        assert (counters.bulk, counters.urgent, counters.fault_us.count) == (600, 0, 0)
+        assert counters.outcomes["bulk"][Outcome.INSTALLED] == 600
+        assert r.child.call("digest", addr=r.addr, length=r.length) == r.expect(0, 600)
+
+
+def test_zero_pages_are_counted_as_such() -> None:
+    with rig(8, zero=frozenset({2, 3})) as r:
+        r.start(bulk=True)
+        r.finish_in_bulk()
+        assert (r.pager.counters().zero, r.pager.counters().bulk) == (2, 6)
+        assert r.child.call("digest", addr=r.addr, length=r.length) == r.expect(0, 8)
+
+
+def test_a_page_under_way_in_bulk_is_asked_for_urgently() -> None:
+    with rig(8) as r:
+        held = r.server.hold("bulk", r.at(0))
+        r.start(bulk=True)
+        r.server.wait_for("bulk", r.at(5))
+        assert r.child.call("digest", addr=r.at(5), length=PAGE) == r.expect(5, 1)
+        held.set()
+        r.finish_in_bulk()
+        assert (r.pager.counters().urgent, r.pager.counters().bulk) == (1, 7)
+        assert r.child.call("digest", addr=r.addr, length=r.length) == r.expect(0, 8)
+
+
+def test_bulk_releases_who_waits_for_an_urgent_answer() -> None:
+    with rig(4) as r:
+        urgent, bulk = r.server.hold("urgent", r.at(1)), r.server.hold("bulk", r.at(0))
+        r.start(bulk=True)
+        r.server.wait_for("bulk", r.at(1))
+        reading = r.child.begin("digest", addr=r.at(1), length=PAGE)
+        r.server.wait_for("urgent", r.at(1))
+        bulk.set()
+        assert reading.result(DEADLINE) == r.expect(1, 1)
+        assert r.pager.counters().fault_us.count == 1
+        urgent.set()
+        r.finish_in_bulk()
+        assert r.pager.counters().bulk == 4
+
+
+def test_faults_before_the_map() -> None:
+    with rig(8) as r:
+        r.server.objects[TASK.key] = (r.addr, r.data[: 6 * PAGE])  # the source has nothing for the last two
+        r.start(known=False)
+        assert r.child.call("digest", addr=r.at(0), length=2 * PAGE) == r.expect(0, 2)
+        reading = r.child.begin("digest", addr=r.at(7), length=PAGE)
+        r.server.wait_for("urgent", r.at(7))
+        assert not r.pager.wait(0.01)
+        r.pager.apply_map({TASK: whole(r.addr, 6)})
+        assert reading.result(DEADLINE) == digest(bytes(PAGE))
+        assert r.child.call("digest", addr=r.at(2), length=4 * PAGE) == r.expect(2, 4)
+        r.finish_in_bulk()
+        assert (r.pager.counters().total, r.pager.counters().urgent) == (6, 6)
+
+
+def test_zero_before_the_map_is_not_in_the_map() -> None:
+    with rig(4, zero=frozenset({3})) as r:
+        r.start(known=False)
+        assert r.child.call("digest", addr=r.at(3), length=PAGE) == digest(bytes(PAGE))
+        r.pager.apply_map({TASK: whole(r.addr, 3)})
+        assert r.child.call("digest", addr=r.addr, length=3 * PAGE) == r.expect(0, 3)
+        r.finish_in_bulk()
+        assert (r.pager.counters().total, r.pager.counters().zero) == (3, 0)
+
+
+def test_eager_pages_count_once() -> None:
+    with rig(8) as r:
+        r.pager.add_eager(5)
+        r.pager.mark_installed(TASK, r.at(2), 2)  # of those five, two lie in a lazy region
+        r.start(bulk=True)
+        r.finish_in_bulk()
+        counters = r.pager.counters()
+        assert (counters.total, counters.eager, counters.bulk) == (11, 5, 6)
+
+
+def test_extents_that_are_not_lazy_are_not_the_pagers() -> None:
+    with rig(4) as r:
+        r.start(known=False)
+        r.pager.apply_map({TASK: [Extent(r.at(0), 2, lazy=True), Extent(r.at(2), 2, lazy=False)]})
+        assert r.pager.counters().total == 2
+
+
+def test_local_segments() -> None:
+    with child() as process, pager() as made:
+        data = content(64)
+        addr = process.call("mmap", length=96 * PAGE)
+        image = os.memfd_create("pages-1.img")
+        os.write(image, data)
+        space = made.add_space(process.register((addr, 96 * PAGE)))
+        made.add_region(space, addr, 96 * PAGE, TASK, addr)
+        # the first half of the file lies behind the second in memory
+        half = 32 * PAGE
+        made.serve_segments(
+            [(TASK.key, addr + half, addr + 2 * half, image, 0), (TASK.key, addr, addr + half, image, half)]
+        )
+        made.apply_map({TASK: whole(addr, 64)})
+        made.start(bulk=False)
+        assert process.call("digest", addr=addr + half, length=PAGE) == digest(data[:PAGE])
+        assert process.call("digest", addr=addr + 80 * PAGE, length=PAGE) == digest(bytes(PAGE))
+        made.plan(around(sequential({TASK: whole(addr, 64)}), TASK, addr + half))
+        assert process.call("digest", addr=addr, length=64 * PAGE) == digest(data[half:] + data[:half])
+        assert made.wait(DEADLINE)
+        os.close(image)
+
+
+def test_local_segments_in_bulk_then_finish() -> None:
+    with child() as process, pager() as made:
+        data = content(300)
+        addr = process.call("mmap", length=300 * PAGE)
+        image = os.memfd_create("pages-1.img")
+        os.write(image, data)
+        made.add_region(made.add_space(process.register((addr, 300 * PAGE))), addr, 300 * PAGE, TASK, addr)
+        made.serve_segments([(TASK.key, addr, addr + 300 * PAGE, image, 0)])
+        os.close(image)  # it is mapped
+        made.apply_map({TASK: whole(addr, 200)})
+        made.start()
+        assert made.wait(DEADLINE)
+        assert made.finish() == 0
+        assert made.spaces() == ()
+        assert process.call("digest", addr=addr, length=300 * PAGE) == digest(
+            data[: 200 * PAGE] + bytes(100 * PAGE)
+        )
+
+
+def test_a_rate_limit_holds() -> None:
+    with rig(64) as r:
+        r.start(bulk=True, max_rate=64 * PAGE * 4)  # a quarter of a second for all of it
+        assert not r.pager.wait(0.05)
+        r.finish_in_bulk()
+
+
+def test_a_plan_is_followed_and_replaced() -> None:
+    with rig(512) as r:
+        r.pager.serve_remote(*r.server.connect())
+        chunks = list(sequential({TASK: whole(r.addr, 512)}))
+        first = r.server.hold("bulk", r.at(256))
+        r.pager.plan(around(chunks, TASK, r.at(256)))
+        r.pager.start()
+        assert r.server.asked.get(timeout=DEADLINE).addr == r.at(256)
+        first.set()
+        r.pager.apply_map({TASK: whole(r.addr, 512)})
+        r.finish_in_bulk()
+
+
+def test_the_trace_has_one_record_a_fault() -> None:
+    with rig(8, trace=True) as r:
+        r.start()
+        for page in (5, 1, 7):
+            r.child.call("digest", addr=r.at(page), length=PAGE)
+        faults = list(r.pager.faults())
+        assert [fault.va for fault in faults] == [r.at(5), r.at(1), r.at(7)]
+        assert all(fault.event_ns <= fault.sent_ns <= fault.installed_ns for fault in faults)
+        assert {(fault.key, fault.source, fault.outcome) for fault in faults} == {
+            (TASK.key, "urgent", Outcome.INSTALLED)
+        }
+        assert list(r.pager.faults()) == []
+
+
+def test_shared_memory_of_two_processes() -> None:
+    pages = 32
+    data = content(pages)
+    with child() as one, child() as two, pager() as made, server({SHARED.key: (0, data)}) as source:
+        memory = os.memfd_create("shared")
+        os.ftruncate(memory, pages * PAGE)
+        addrs = [process.call("map_memfd", pid=os.getpid(), fd=memory, length=pages * PAGE) for process in (one, two)]
+        os.close(memory)
+        for process, addr in zip((one, two), addrs, strict=True):
+            space = made.add_space(process.register((addr, pages * PAGE)))
+            made.add_region(space, addr, pages * PAGE, SHARED, 0)
+        held = source.hold("urgent", 4 * PAGE)
+        made.serve_remote(*source.connect())
+        made.apply_map({SHARED: whole(0, pages)})
+        made.start(bulk=False)
+        both = [
+            process.begin("digest", addr=addr + 4 * PAGE, length=PAGE)
+            for process, addr in zip((one, two), addrs, strict=True)
+        ]
+        source.wait_for("urgent", 4 * PAGE)
+        held.set()
+        assert [future.result(DEADLINE) for future in both] == [digest(data[4 * PAGE : 5 * PAGE])] * 2
+        for process, addr in zip((one, two), addrs, strict=True):
+            assert process.call("digest", addr=addr, length=pages * PAGE) == digest(data)
+        assert made.wait(DEADLINE)
+        assert made.counters().urgent == made.counters().total == pages  # each page of the object once
+
+
+@pytest.mark.parametrize("state", [PagerState.IDLE, PagerState.RUNNING, PagerState.STOPPED])
+def test_states(state: PagerState) -> None:
+    with rig() as r:
+        if state != PagerState.IDLE:
+            r.start()
+        if state == PagerState.STOPPED:
+            r.pager.stop()
+        assert r.pager.state == state

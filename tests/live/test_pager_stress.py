@@ -1,0 +1,116 @@
+"""A C program that touches lazy memory from all sides at once and verifies every word of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+
+from lazyproc.kernel import sys as kernel
+from lazyproc.model import PAGE
+from lazyproc.uffd.pager import Pager
+from tests.live.lazy_rig import DEADLINE, TASK, Server, balanced, pager, whole
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def toucher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    binary = tmp_path_factory.mktemp("toucher") / "toucher"
+    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    subprocess.run(["gcc", *flags, HERE / "toucher.c", "-o", binary], check=True)
+    return binary
+
+
+def words(length: int) -> bytes:
+    index = numpy.arange(1, length // 8 + 1, dtype=numpy.uint64)
+    return (index * numpy.uint64(0x9E3779B97F4A7C15)).tobytes()
+
+
+@dataclass
+class Toucher:
+    process: subprocess.Popen[bytes]
+    ranges: tuple[tuple[int, int], tuple[int, int]]
+    uffd: int
+
+    def go(self) -> int:
+        """Its exit status, once it has verified everything."""
+        self.process.communicate(b"\n", timeout=60)
+        return self.process.returncode
+
+
+@contextmanager
+def running(binary: Path, mib: int, threads: int) -> Iterator[Toucher]:
+    with subprocess.Popen(
+        [binary, str(mib), str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout is not None
+            theirs, addr, length, side, side_length = map(int, process.stdout.readline().split())
+            pidfd = kernel.pidfd_open(process.pid)
+            uffd = kernel.pidfd_getfd(pidfd, theirs)
+            os.close(pidfd)
+            yield Toucher(process, ((addr, length), (side, side_length)), uffd)
+        finally:
+            process.kill()
+
+
+def join(made: Pager, target: Toucher, source: Server) -> None:
+    """One object for both ranges: the rest of the space between them has no region."""
+    space = made.add_space(target.uffd)
+    for addr, length in target.ranges:
+        made.add_region(space, addr, length, TASK, addr)
+    made.serve_remote(*source.connect())
+    made.apply_map({TASK: [extent for addr, length in target.ranges for extent in whole(addr, length // PAGE)]})
+
+
+class Ranges(Server):
+    """A server of several ranges of one object."""
+
+    def page(self, key: int, addr: int) -> bytes | None:
+        for start, data in self.objects.values():
+            if start <= addr < start + len(data):
+                return data[addr - start : addr - start + PAGE]
+        return None
+
+
+@pytest.mark.parametrize("bulk", [False, True], ids=["demand", "bulk"])
+def test_random_access_while_memory_moves(toucher: Path, bulk: bool) -> None:
+    with running(toucher, 64, 3) as target, pager() as made:
+        source = Ranges({number: (addr, words(length)) for number, (addr, length) in enumerate(target.ranges)})
+        try:
+            join(made, target, source)
+            made.start(bulk=bulk)
+            assert target.go() == 0
+            assert made.wait(DEADLINE)
+            assert balanced(made)
+            counters = made.counters()
+            assert counters.total == sum(length for _, length in target.ranges) // PAGE
+            assert counters.dropped > 0
+        finally:
+            source.close()
+
+
+def test_without_server_help(toucher: Path, tmp_path: Path) -> None:
+    """The same from a file on this machine."""
+    with running(toucher, 64, 3) as target, pager() as made:
+        space = made.add_space(target.uffd)
+        with open(tmp_path / "pages-1.img", "w+b") as image:
+            segments = []
+            for addr, length in target.ranges:
+                made.add_region(space, addr, length, TASK, addr)
+                segments.append((TASK.key, addr, addr + length, image.fileno(), image.tell()))
+                image.write(words(length))
+            image.flush()
+            made.serve_segments(segments)
+        made.apply_map({TASK: [extent for addr, length in target.ranges for extent in whole(addr, length // PAGE)]})
+        made.start()
+        assert target.go() == 0
+        assert made.wait(DEADLINE)
+        assert balanced(made)
