@@ -1,8 +1,9 @@
 """A real CRIU 4.2 to test against: `criu()` and `crit()` are the beginnings of command lines.
 
 Debian 12's criu does not start on new kernels, so Debian forky's is fetched with apt into a folder of its own
-(private sources list and state, the machine's own mirrors and keys), unpacked there and started through that folder's
-dynamic linker. Nothing is installed. The folder is $XDG_CACHE_HOME/lazyproc-peer, or /var/tmp/lazyproc-peer.
+(private sources list and state, the machine's own mirrors and keys), unpacked there and started through that
+folder's dynamic linker. Nothing is installed. The folder is $XDG_CACHE_HOME/lazyproc-peer, or
+/var/tmp/lazyproc-peer.
 """
 
 from __future__ import annotations

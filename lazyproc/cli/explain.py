@@ -18,13 +18,18 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     import lazyproc
     from lazyproc.cli.listening import listening
-    from lazyproc.events import Stats
+    from lazyproc.events import Event, Stats
     from lazyproc.show.failures import obstacle_fields, obstacles_text
     from lazyproc.show.text import print_json
 
     stats = Stats()
     with listening(args) as listener:
-        obstacles = lazyproc.explain(args.pid, listener=lambda event: (stats(event), listener(event))[0])
+
+        def listen(event: Event) -> None:
+            stats(event)
+            listener(event)
+
+        obstacles = lazyproc.explain(args.pid, listener=listen)
     if args.json:
         fields = [obstacle_fields(obstacle) for obstacle in obstacles]
         print_json({"pid": args.pid, "obstacles": fields, "notes": stats.notes})

@@ -46,26 +46,22 @@ def add_insecure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_site(parser: argparse.ArgumentParser) -> None:
-    """Where a restored tree is to live."""
+def add_pidns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pidns",
         choices=("auto", "host", "new"),
         default="auto",
-        help="pid namespace of the tree: a new one, this one, or (auto) a new one when a number is taken",
+        help="pid namespace of the tree: this one, a new one, or (auto) a new one when one of its numbers is taken",
     )
-    parser.add_argument("--cgroup", metavar="PATH", help="cgroup for the tree instead of one of its own")
 
 
-def add_drain(parser: argparse.ArgumentParser) -> None:
-    """How the memory follows."""
+def add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         metavar="NAME",
         default="sequential",
-        help="what to fetch next: sequential or smallest-first (default: %(default)s)",
+        help="the order of pages that nobody waits for: sequential or smallest-first (default: %(default)s)",
     )
-    parser.add_argument("--trace", metavar="FILE", help="write a record of each fault to FILE")
 
 
 def pid(text: str) -> int:
@@ -84,4 +80,10 @@ def endpoint(text: str) -> str:
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def uid(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 0xFFFFFFFF:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a user number")
     return int(text)

@@ -34,6 +34,7 @@ from lazyproc.model import (
     Mm,
     ObjectKind,
     Restart,
+    Rseq,
     Task,
     Thread,
 )
@@ -167,10 +168,14 @@ def _one_task(
         ids = (tids[pid], *_ids(frozen, tree)[1:])
         task = gather_task(frozen, ids, threads, answers, tids)
         entries = _with_flags(pid, maps, smaps.get(pid, ()))
-        mm = gather_mm(registry, frozen, entries, cast(tuple[int, bool, int], tuple(answers[4:])), memory, objects)
+        mm = gather_mm(
+            registry, frozen, entries, cast(tuple[int, bool, int], tuple(answers[4:])), memory, objects
+        )
         pages = eager_pages(mm, threads, memory)
     cwd, root = gather_link(registry, pid, "cwd"), gather_link(registry, pid, "root")
-    task = replace(task, mm=mm, fs=Fs(cwd, root, status.umask or 0), descriptors=gathered.descriptors[task.vpid])
+    task = replace(
+        task, mm=mm, fs=Fs(cwd, root, status.umask or 0), descriptors=gathered.descriptors[task.vpid]
+    )
     return task, _eager_extents(pid, mm, pages)
 
 
@@ -179,7 +184,7 @@ def _ask(
     memory: ptrace.Memory,
     maps: Sequence[proc.MapsEntry],
     status: proc.Status,
-    rseqs: Sequence[object],
+    rseqs: Sequence[Rseq | None],
     restarts: Mapping[int, Restart],
 ) -> tuple[tuple[Thread, ...], list[object]]:
     """Threads, and the process's answers: one remote program in every thread, all at the same time."""
@@ -196,7 +201,14 @@ def _ask(
         asked = list(zip(frozen.threads, frames, questions, strict=True))
         answers = ask(bench, asked)
     threads = tuple(
-        gather_thread(pid, tracee, state, cast("ptrace.Rseq | None", rseq), row[:THREAD_ANSWERS], restarts.get(tracee.tid))
+        gather_thread(
+            pid,
+            tracee,
+            state,
+            rseq,
+            row[:THREAD_ANSWERS],
+            restarts.get(tracee.tid),
+        )
         for tracee, state, rseq, row in zip(frozen.threads, saved, rseqs, answers, strict=True)
     )
     return threads, answers[0][THREAD_ANSWERS:]
@@ -242,7 +254,9 @@ def _take_unmapped_memfds(registry: Registry, objects: Objects, stack: ExitStack
                     open_memfds(registry, {file.resource.object_id: own}, objects)
 
 
-def _segments(checkpoint: Checkpoint, pids: Mapping[int, int], object_fds: Mapping[int, int]) -> Iterator[Segment]:
+def _segments(
+    checkpoint: Checkpoint, pids: Mapping[int, int], object_fds: Mapping[int, int]
+) -> Iterator[Segment]:
     for task in checkpoint.tasks:
         if task.mm is not None:
             obj = MemoryObject(ObjectKind.TASK, task.vpid)

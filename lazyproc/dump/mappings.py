@@ -39,9 +39,7 @@ def gather_mm(
     dumpable, thp_disabled, brk = answers
     pid, stat = frozen.pid, frozen.stat
     refused_mappings(registry, pid, smaps)
-    vmas = tuple(
-        _vma(registry, pid, entry, objects) for entry in smaps if entry.entry.path != "[vsyscall]"
-    )
+    vmas = tuple(_vma(registry, pid, entry, objects) for entry in smaps if entry.entry.path != "[vsyscall]")
     return Mm(
         start_code=stat.start_code,
         end_code=stat.end_code,

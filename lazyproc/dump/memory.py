@@ -41,7 +41,7 @@ def kind_of(entry: proc.MapsEntry) -> VmaKind:
         raise Refused(f"is a mapping of {entry.path}", "let the program close it")
     if entry.path == "/[aio]":
         return VmaKind.AIO
-    if entry.path == "/dev/zero" and entry.deleted or entry.path.startswith(("/memfd:", "/SYSV")) and entry.deleted:
+    if entry.deleted and (entry.path == "/dev/zero" or entry.path.startswith(("/memfd:", "/SYSV"))):
         return VmaKind.SHARED
     return VmaKind.FILE
 

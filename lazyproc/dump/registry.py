@@ -72,7 +72,7 @@ class Registry:
     """The tree's resources by number. `tasks[0]` is the root of the tree, whose root directory paths start
     at.
 
-    With `contents` False nothing is read out of pipes and files: that is how `explain` looks at running
+    With `contents_wanted` False nothing is read out of pipes and files: so `explain` looks at running
     processes. `queue` holds the places of files that were interned and not yet looked at.
     """
 

@@ -133,6 +133,12 @@ EARLY = _EARLY
 # They hold an interface's number, which means another interface elsewhere.
 INTERFACE_NUMBERS = ((SOL_IP, IP_UNICAST_IF), (SOL_IPV6, IPV6_UNICAST_IF), (SOL_IPV6, IPV6_MULTICAST_IF))
 
+# TCP has no multicast; an accepted socket shows the interface and the TTL that its SYN came with.
+_MULTICAST = {
+    *((SOL_IP, name) for name in (IP_MULTICAST_IF, IP_MULTICAST_TTL, IP_MULTICAST_LOOP, IP_MULTICAST_ALL)),
+    *((SOL_IPV6, name) for name in (IPV6_MULTICAST_IF, IPV6_MULTICAST_HOPS, IPV6_MULTICAST_LOOP)),
+    (SOL_IPV6, IPV6_MULTICAST_ALL),
+}
 _FORCED = {SO_SNDBUF: SO_SNDBUFFORCE, SO_RCVBUF: SO_RCVBUFFORCE}
 _UNKNOWN = {errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTCONN}
 _BPF_MAXINSNS, _INSTRUCTION = 4096, 8  # linux/bpf_common.h, sizeof(struct sock_filter)
@@ -151,13 +157,9 @@ def read_options(sock: socket.socket, *, connected: bool) -> dict[tuple[int, int
 
     The filter (SO_ATTACH_FILTER) is left to `classic_filter`, since it can be unreadable.
     """
-    levels = _levels(sock)
     values = {}
     for level, name in (*EARLY, *LATE):
-        skipped = (level, name) == (SOL_SOCKET, SO_ATTACH_FILTER) or (
-            connected and level == SOL_TCP and name in _TCP_IDLE
-        )
-        if level not in levels or skipped:
+        if not _applies(sock, level, name, connected):
             continue
         try:
             values[level, name] = sock.getsockopt(level, name, 256)
@@ -165,6 +167,14 @@ def read_options(sock: socket.socket, *, connected: bool) -> dict[tuple[int, int
             if error.errno not in _UNKNOWN:
                 raise
     return values
+
+
+def _applies(sock: socket.socket, level: int, name: int, connected: bool) -> bool:
+    if level not in _levels(sock) or (level, name) == (SOL_SOCKET, SO_ATTACH_FILTER):
+        return False
+    if sock.type == socket.SOCK_STREAM and (level, name) in _MULTICAST:
+        return False
+    return not (connected and level == SOL_TCP and name in _TCP_IDLE)
 
 
 def _levels(sock: socket.socket) -> set[int]:

@@ -48,7 +48,9 @@ class Journal:
 
     def _failed(self, error: OSError) -> LazyprocError:
         return LazyprocError(
-            f"the journal cannot be written: {error.strerror}", where=str(self._path), remedy="make room there"
+            f"the journal cannot be written: {error.strerror}",
+            where=str(self._path),
+            remedy="make room there",
         )
 
 

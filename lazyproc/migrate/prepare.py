@@ -35,7 +35,9 @@ class Offer:
             raise ProtocolError("PREPARE lacks pages, threads or cpu")
         if not (isinstance(vdso, str) and all(isinstance(word, int) for word in words.values())):
             raise ProtocolError("PREPARE lacks vdso or has a cpu word that is no number")
-        return cls(pages, threads, {name: word for name, word in words.items() if isinstance(word, int)}, vdso)
+        return cls(
+            pages, threads, {name: word for name, word in words.items() if isinstance(word, int)}, vdso
+        )
 
 
 def offer_of(tree: Mapping[int, Sequence[proc.SmapsEntry]]) -> Offer:
@@ -67,7 +69,9 @@ def objections(offer: Offer, available: int) -> list[str]:
     lacking = cpu.missing(offer.cpu, cpu.features())
     if lacking:
         words = ", ".join(f"{name} {bits:#x}" for name, bits in lacking.items())
-        found.append(f"its processor lacks features the process may use ({words}); choose a host of the same kind")
+        found.append(
+            f"its processor lacks features the process may use ({words}); choose a host of the same kind"
+        )
     if offer.vdso != vdso_build_id().hex():
         found.append("its kernel has another vdso; boot the same kernel build on both hosts")
     return found

@@ -25,13 +25,14 @@ from lazyproc.events import Listener, PagesMoved, StateChanged
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
 from lazyproc.kernel.netfilter import Flow, held
+from lazyproc.migrate.link import Link, dialled
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.talk import checked, expect, milliseconds
 from lazyproc.pages.bundle import NAME, pack_bundle
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
-from lazyproc.pages.transport import Channel, Session, dial
+from lazyproc.pages.transport import Channel
 from lazyproc.wire.native import (
     Built,
     Commit,
@@ -44,7 +45,6 @@ from lazyproc.wire.native import (
     Prepare,
     Prepared,
     Released,
-    Role,
     Running,
 )
 
@@ -57,24 +57,14 @@ POLL_S = 0.1
 class Order:
     """What the user asked for."""
 
-    mode: str  # postcopy, stopcopy
-    policy: str
-    bulk: bool
-    max_rate: int  # bytes a second, 0 without limit
-    trace: bool
+    mode: str = "postcopy"  # or stopcopy
+    policy: str = "sequential"
+    bulk: bool = True
+    max_rate: int = 0  # bytes a second, 0 without limit
+    trace: bool = False
 
     def fields(self) -> dict[str, str | int | bool]:
         return {name: getattr(self, name) for name in self.__slots__}
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """The three connections of a session."""
-
-    session: Session
-    control: Channel
-    urgent: Channel
-    bulk: Channel
 
 
 def migrate(pid: int, target: str, order: Order, *, insecure: bool, listener: Listener) -> MigrateReport:
@@ -84,69 +74,77 @@ def migrate(pid: int, target: str, order: Order, *, insecure: bool, listener: Li
     it is not known whether the other side has it; LostAfterCommit.
     """
     started = time.monotonic()
+    before = look(pid)
+    with dialled(target, Party.SOURCE, Trust(insecure)) as link:
+        return hand_over(pid, link, before, order, started, listener)
+
+
+def look(pid: int) -> Before:
+    """What is learned while the tree still runs. Raises CannotBeDone with all obstacles."""
     obstacles = explain(pid)
     if obstacles:
         raise CannotBeDone(obstacles)
-    before = look_before(pid)
-    with _connected(target, insecure) as link:
-        link.control.send(Prepare({**offer_of(before.smaps).fields(), **order.fields()}))
-        expect(link.control, Prepared, PREPARE_S)
-        listener(StateChanged("prepared", time.monotonic()))
-        frozen = time.monotonic()
-        with ExitStack() as stack:
-            hold = stack.enter_context(_holding(link.session.id))
-            tree = stack.enter_context(frozen_tree(pid))
-            listener(StateChanged("frozen", time.monotonic()))
-            with _described(tree, before, hold) as (dump, pages), PageServer(pages.segments()) as server:
-                _hand_over(link, dump, pages, server, order)
-                stack.enter_context(_deaf())
-                _commit(link, tree)
-                frozen_ms = milliseconds(frozen)
-                running = expect(link.control, Running, BUILD_S)
-                blackout_ms = milliseconds(frozen)
-                listener(StateChanged("running", time.monotonic()))
-                drained = _serve(link, dump, server, order, listener)
-                dump.close_connections()
-                tree.kill()
-                link.control.send(Released())
-        listener(StateChanged("released", time.monotonic()))
-        counts = drained.fields
-        return MigrateReport(
-            session=link.session.id,
-            mode=order.mode,
-            root_pid=_number(running.fields, "root_pid"),
-            root_vpid=dump.checkpoint.root.vpid,
-            frozen_ms=frozen_ms,
-            blackout_ms=blackout_ms,
-            total_ms=milliseconds(started),
-            rtt_us=_rtt_us(link.control),
-            **{name: _number(counts, name) for name in _COUNTS},
-            bytes_wire=sum(c.bytes_in + c.bytes_out for c in server.counters().values()),
-            reconnects=0,
-            fault_us=_faults(counts),
-            ended=counts.get("ended") is True,
-        )
+    return look_before(pid)
 
 
-_COUNTS = ("pages_total", "pages_zero", "pages_eager", "pages_urgent", "pages_bulk", "pages_dropped")
-
-
-@contextmanager
-def _connected(target: str, insecure: bool) -> Iterator[Link]:
-    session, trust = Session.new(), Trust(insecure)
+def hand_over(
+    pid: int, link: Link, before: Before, order: Order, started: float, listener: Listener
+) -> MigrateReport:
+    """The whole of it over connections that stand, whoever opened them; see `migrate`."""
+    link.control.send(Prepare({**offer_of(before.smaps).fields(), **order.fields()}))
+    expect(link.control, Prepared, PREPARE_S)
+    listener(StateChanged("prepared", time.monotonic()))
+    frozen = time.monotonic()
     with ExitStack() as stack:
-        control, urgent, bulk = (
-            stack.enter_context(dial(target, session.hello(role), Party.SOURCE, trust=trust))
-            for role in (Role.CONTROL, Role.URGENT, Role.BULK)
-        )
-        yield Link(session, control, urgent, bulk)
+        hold = stack.enter_context(_holding(link.session.id))
+        tree = stack.enter_context(frozen_tree(pid))
+        listener(StateChanged("frozen", time.monotonic()))
+        dump, pages = stack.enter_context(_described(tree, before, hold))
+        server = stack.enter_context(PageServer(pages.segments()))
+        _offer(link, dump, pages, server, order)
+        stack.enter_context(_deaf())
+        _commit(link, tree)
+        frozen_ms = milliseconds(frozen)
+        running = expect(link.control, Running, BUILD_S)
+        blackout_ms = milliseconds(frozen)
+        listener(StateChanged("running", time.monotonic()))
+        drained = _serve(link, dump, server, order, listener).fields
+        dump.close_connections()
+        tree.kill()
+        link.control.send(Released())
+    listener(StateChanged("released", time.monotonic()))
+    return MigrateReport(
+        session=link.session.id,
+        mode=order.mode,
+        root_pid=_number(running.fields, "root_pid"),
+        root_vpid=dump.checkpoint.root.vpid,
+        frozen_ms=frozen_ms,
+        blackout_ms=blackout_ms,
+        total_ms=milliseconds(started),
+        rtt_us=_rtt_us(link.control),
+        pages_total=_number(drained, "pages_total"),
+        pages_zero=_number(drained, "pages_zero"),
+        pages_eager=_number(drained, "pages_eager"),
+        pages_urgent=_number(drained, "pages_urgent"),
+        pages_bulk=_number(drained, "pages_bulk"),
+        pages_dropped=_number(drained, "pages_dropped"),
+        bytes_wire=sum(c.bytes_in + c.bytes_out for c in server.counters().values()),
+        reconnects=0,
+        fault_us=_faults(drained),
+        ended=drained.get("ended") is True,
+    )
 
 
 @contextmanager
 def _holding(session: str) -> Iterator[Callable[[Sequence[Flow]], None]]:
     """Packets for the tree are dropped, not answered, from the freeze until its sockets here are gone."""
     with ExitStack() as stack:
-        yield lambda flows: stack.enter_context(held(session, flows)) and None if flows else None
+
+        def hold(flows: Sequence[Flow]) -> None:
+            if flows:
+                stack.enter_context(held(session, flows))
+
+        yield hold
 
 
 @contextmanager
@@ -172,7 +170,7 @@ def _described(
         yield dump, pages
 
 
-def _hand_over(link: Link, dump: Dump, pages: DumpPages, server: PageServer, order: Order) -> None:
+def _offer(link: Link, dump: Dump, pages: DumpPages, server: PageServer, order: Order) -> None:
     """Send the description and what must be there at once; the other side builds the tree from it."""
     server.serve(link.urgent.detach(), "urgent")
     server.serve(link.bulk.detach(), "bulk")

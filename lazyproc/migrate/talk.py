@@ -24,7 +24,9 @@ def expect(channel: Channel, kind: type[E], timeout: float) -> E:
     event = channel.receive(timeout)
     if event is None:
         raise ConnectionLost(
-            f"no {kind.__name__} within {timeout:.0f} s", where=channel.peer, remedy="look at the other side's log"
+            f"no {kind.__name__} within {timeout:.0f} s",
+            where=channel.peer,
+            remedy="look at the other side's log",
         )
     return checked(event, kind, channel)
 

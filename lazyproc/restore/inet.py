@@ -85,7 +85,8 @@ class InetSockets:
         if inet.remote is None or inet.protocol != socket.IPPROTO_TCP:
             return False
         others = [other for other in self.sockets.values() if other.protocol == socket.IPPROTO_TCP]
-        if any((other.local, other.remote) == (inet.remote, inet.local) for other in others):
+        wanted = plain(inet.remote), plain(inet.local)
+        if any(other.remote and (plain(other.local), plain(other.remote)) == wanted for other in others):
             return False
         return any(other.state == TCP_LISTEN and _reaches(other, inet.remote) for other in others)
 

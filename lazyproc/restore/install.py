@@ -59,11 +59,5 @@ def install_plan(descriptors: Sequence[Descriptor]) -> list[Op]:
     return ops
 
 
-def spare_number(descriptors: Sequence[Descriptor]) -> int:
-    """The lowest number at which the receiving socket is in nobody's way."""
-    taken = {descriptor.fd for descriptor in descriptors}
-    return next(number for number in range(len(taken), 2 * len(taken) + 1) if number not in taken)
-
-
 def _ordered(descriptors: Sequence[Descriptor]) -> list[Descriptor]:
     return sorted(descriptors, key=lambda descriptor: descriptor.fd)

@@ -88,9 +88,7 @@ def restore(
     checkpoint = from_images(folder.read())
     with ExitStack() as stack:
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
-        with built_tree(
-            checkpoint, source, listener, lazy=lazy, pidns=new_pidns(checkpoint, pidns)
-        ) as tree:
+        with built_tree(checkpoint, source, listener, lazy=lazy, pidns=new_pidns(checkpoint, pidns)) as tree:
             pager = stack.enter_context(_started_pager(tree, source, policy, trace)) if lazy else None
             tree.release()
             listener(StateChanged("running", time.monotonic()))

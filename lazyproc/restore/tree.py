@@ -33,7 +33,6 @@ from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, listen_rows, make_sockets
 
 
-
 @dataclass(slots=True)
 class BuiltTree:
     """A complete tree that has not run an instruction. `userfaultfds` are ours, by vpid."""
@@ -261,7 +260,9 @@ def _syscall_instruction(site: Site, task: Task) -> int:
             at = site.memory.read(vma.start, vma.length).find(arch.SYSCALL_INSTRUCTION)
             if at >= 0:
                 return vma.start + at
-    raise RestoreError("has no vdso to make the last call from", where=f"pid {task.vpid}", remedy="start it with one")
+    raise RestoreError(
+        "has no vdso to make the last call from", where=f"pid {task.vpid}", remedy="start it with one"
+    )
 
 
 def _kill(birth: Nursery) -> None:

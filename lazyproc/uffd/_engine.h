@@ -69,7 +69,8 @@ struct pager {
     enum pager_status status;
     char reason[200];
     bool traced;
-    bool retry; /* a fault was deferred: serve it again soon */
+    uint64_t changes; /* messages other than faults so far */
+    bool retry;       /* a fault was deferred: serve it again soon */
     pid_t owner;
     pthread_t fault_thread, bulk_thread;
     bool fault_runs, bulk_runs;
@@ -127,12 +128,16 @@ int place_pages(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages
 int place_zero(struct pager *p, const struct fault *f); /* under a fault that needs no content */
 void wake(const struct pager *p, uint32_t space, uint64_t va, uint64_t pages);
 void retire_space(struct pager *p, uint32_t space);
+int64_t probe_space(const struct pager *p, uint32_t space); /* -ENOENT it lives, -EAGAIN it is changing, -ESRCH it is gone */
 void reap_dead(struct pager *p);
 int faults_push(struct faults *list, const struct fault *f);
 void requeue(struct pager *p, int64_t space); /* waiting faults are looked at anew; space < 0: all */
 
 /* _pager.c: the local pages from addr on, at most *pages of them, or NULL and how many pages are not local. */
 const uint8_t *local_pages(const struct pager *p, uint64_t object, uint64_t addr, uint64_t *pages);
+
+/* _faults.c: reads and applies all messages there are. */
+void drain_all(struct pager *p);
 
 void *fault_main(void *pager);
 void *bulk_main(void *pager);

@@ -42,9 +42,10 @@ static int on_message(struct pager *p, uint32_t space, const struct uffd_msg *ms
 {
     int error = 0;
 
-    switch (msg->event) {
-    case UFFD_EVENT_PAGEFAULT:
+    if (msg->event == UFFD_EVENT_PAGEFAULT)
         return on_fault(p, space, msg, now);
+    p->changes++;
+    switch (msg->event) {
     case UFFD_EVENT_FORK:
         return on_fork(p, space, (int)msg->arg.fork.ufd);
     case UFFD_EVENT_REMAP:
@@ -96,7 +97,7 @@ static int drain(struct pager *p, uint32_t space)
     return error;
 }
 
-static void drain_all(struct pager *p)
+void drain_all(struct pager *p)
 {
     for (uint32_t s = 0; s < p->ledger.head->spaces && p->status != PAGER_FAILED; s++) {
         int error = p->ledger.spaces[s].live ? drain(p, s) : 0;

@@ -10,11 +10,8 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -23,9 +20,6 @@
 
 #define MAP_SLICE 65536u /* pages of the map that are applied before the lock is let go */
 #define FIRST_WINDOW (256u << 10)
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25 /* Linux 6.1; the C library's headers may be older */
-#endif
 
 uint64_t now_ns(void)
 {
@@ -555,49 +549,4 @@ const struct pager_fault *pager_trace(struct pager *p, uint64_t *written, uint64
     *written = __atomic_load_n(&p->ledger.head->traced, __ATOMIC_ACQUIRE);
     *slots = LEDGER_TRACE;
     return p->ledger.trace;
-}
-
-/* --- the end ----------------------------------------------------------------------------------------------------- */
-
-int pager_spaces(struct pager *p, int *uffds, size_t count)
-{
-    size_t n = 0;
-
-    pthread_mutex_lock(&p->lock);
-    for (uint32_t s = 0; s < p->ledger.head->spaces; s++)
-        if (p->ledger.spaces[s].live) {
-            if (n < count)
-                uffds[n] = p->ledger.spaces[s].uffd;
-            n++;
-        }
-    pthread_mutex_unlock(&p->lock);
-    return (int)n;
-}
-
-int pager_finish(struct pager *p)
-{
-    if (p->fault_runs || p->status != PAGER_DONE)
-        return -EBUSY;
-    for (uint32_t s = 0; s < p->ledger.head->spaces; s++) {
-        const struct region *regions = ledger_regions(&p->ledger, s);
-
-        if (!p->ledger.spaces[s].live)
-            continue;
-        for (uint32_t i = 0; i < p->ledger.spaces[s].regions; i++) {
-            struct uffdio_range range = {regions[i].start, regions[i].end - regions[i].start};
-
-            /* Fails where the process is gone or has unmapped it; closing the descriptor covers what is left. */
-            (void)ioctl(p->ledger.spaces[s].uffd, UFFDIO_UNREGISTER, &range);
-        }
-        close(p->ledger.spaces[s].uffd);
-        p->ledger.spaces[s].live = 0;
-    }
-    return 0;
-}
-
-int pager_collapse(int pidfd, uint64_t start, uint64_t length)
-{
-    struct iovec range = {(void *)start, length};
-
-    return syscall(SYS_process_madvise, pidfd, &range, 1, MADV_COLLAPSE, 0) < 0 ? -errno : 0;
 }

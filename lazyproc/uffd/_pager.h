@@ -73,7 +73,11 @@ const struct pager_fault *pager_trace(struct pager *p, uint64_t *written, uint64
 void pager_stop(struct pager *p);
 
 int pager_spaces(struct pager *p, int *uffds, size_t count); /* userfaultfds of the processes that live */
-int pager_finish(struct pager *p); /* done and stopped: later faults are the kernel's own, and the userfaultfds closed */
+/* DONE: registrations end, so later faults are the kernel's own. The threads go on for what the tables do not know (memory
+ * that grew). -EBUSY: not DONE. -ETIMEDOUT: a process is stopped in the middle of a fork, mremap... -ENOMEM: too many
+ * mappings. */
+int pager_release(struct pager *p);
+int pager_finish(struct pager *p); /* the same, then stops and closes the userfaultfds */
 
 int pager_collapse(int pidfd, uint64_t start, uint64_t length); /* process_madvise(MADV_COLLAPSE) */
 

@@ -6,9 +6,9 @@ from cffi import FFI
 
 HERE = "lazyproc/uffd"
 WIRE = "lazyproc/wire"
-PARTS = ("pager", "faults", "bulk", "place", "ledger", "link")
+PARTS = ("pager", "faults", "bulk", "place", "ledger", "link", "release")
 
-# The header is plain enough for cffi once its preprocessor lines are gone: what C sees and what Python sees cannot differ.
+# Without its preprocessor lines the header is what cffi reads: C and Python cannot see different ones.
 header = Path(HERE, "_pager.h").read_text()
 
 ffi = FFI()

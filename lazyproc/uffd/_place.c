@@ -175,15 +175,21 @@ void retire_space(struct pager *p, uint32_t space)
     close(uffd);
 }
 
-/* A process that ends sends no message. A request for an address that nothing maps tells: ENOENT, or ESRCH when the
- * address space is gone. */
-void reap_dead(struct pager *p)
+/* A request for an address that nothing maps. */
+int64_t probe_space(const struct pager *p, uint32_t space)
 {
     const uint64_t nowhere = 0x10000; /* the default vm.mmap_min_addr */
 
+    if (ledger_region_at(&p->ledger, space, nowhere))
+        return -ENOENT;
+    return install(p->ledger.spaces[space].uffd, nowhere, NULL, PAGE_SIZE);
+}
+
+/* A process that ends sends no message. */
+void reap_dead(struct pager *p)
+{
     for (uint32_t s = 0; s < p->ledger.head->spaces; s++)
-        if (p->ledger.spaces[s].live && !ledger_region_at(&p->ledger, s, nowhere) &&
-            install(p->ledger.spaces[s].uffd, nowhere, NULL, PAGE_SIZE) == -ESRCH)
+        if (p->ledger.spaces[s].live && probe_space(p, s) == -ESRCH)
             retire_space(p, s);
 }
 

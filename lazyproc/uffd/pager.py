@@ -6,6 +6,7 @@ Python fills its tables and reads its counters; the work is done by two C thread
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -162,7 +163,7 @@ class Pager:
     def __init__(self, *, trace: bool = False, ledger: int | None = None) -> None:
         out = ffi.new("struct pager **")
         result = lib.pager_new(-1 if ledger is None else ledger, trace, out)
-        if result == -95:
+        if result == -errno.ENOTSUP:
             raise HostLacks(
                 "the page protocol's checksums need SSE4.2 and PCLMUL", remedy="use an x86-64-v2 host"
             )
@@ -332,14 +333,27 @@ class Pager:
         fds = ffi.new("int[]", 8192)
         return tuple(fds[0 : lib.pager_spaces(self._pager, fds, 8192)])
 
-    def finish(self, collapse: Iterable[tuple[int, int, int]] = ()) -> int:
-        """Stops, and lets the kernel serve all later faults: ranges unregistered, userfaultfds closed.
+    def release(self) -> None:
+        """DONE: ends all registrations, so that later faults are the kernel's own. The threads go on.
 
-        Duplicates that others hold (a guard, the process itself) must be closed too: memory that grew while it was
-        registered is let go by that. `collapse` names (pidfd, start, length) that had huge pages; returns how many
-        of them have huge pages again (MADV_COLLAPSE, Linux 6.1). Raises UsageError before the state is DONE.
+        Memory that grew while it was registered (a stack, mremap) is unknown here and stays registered until the
+        last descriptor of its userfaultfd is closed: close duplicates that others hold (a guard, the process itself)
+        between this and `finish`. Raises UsageError when pages are missing, Parked when a process is stopped in the
+        middle of a change of its mappings.
         """
-        self.stop()
-        if lib.pager_finish(self._pager) < 0:
+        result = lib.pager_release(self._pager)
+        if result == -errno.EBUSY:
             raise UsageError("pages are still missing", where="pager", remedy="wait for the state DONE first")
+        if result == -errno.ETIMEDOUT:
+            raise Parked("a process is stopped while its mappings change", remedy="let it go on, then try again")
+        _check(result, "cannot release the memory (vm.max_map_count?)")
+
+    def finish(self, collapse: Iterable[tuple[int, int, int]] = ()) -> int:
+        """`release`, then stops and closes the userfaultfds. Raises what `release` raises.
+
+        `collapse` names (pidfd, start, length) that had huge pages at the source; returns how many of them have huge
+        pages again (MADV_COLLAPSE, Linux 6.1).
+        """
+        self.release()
+        _check(lib.pager_finish(self._pager), "cannot finish")
         return sum(lib.pager_collapse(pidfd, start, length) == 0 for pidfd, start, length in collapse)

@@ -124,7 +124,11 @@ def made_from(*bodies: Callable[[], object]) -> Iterator[dict[int, int]]:
 def made(checkpoint: Checkpoint) -> Iterator[dict[int, int]]:
     with make_files(checkpoint, open_path=os.open) as files:
         add_orphans(checkpoint, files.files)
-        yield {row.fd: files.files[row.file_id] for row in checkpoint.root.descriptors}
+        yield {
+            row.fd: files.files[row.file_id]
+            for row in checkpoint.root.descriptors
+            if row.file_id in files.files  # the others are obstacles
+        }
 
 
 def rows_of(checkpoint: Checkpoint) -> list[EpollRow]:

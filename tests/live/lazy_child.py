@@ -17,7 +17,14 @@ from lazyproc.uffd.device import Feature, Userfaultfd, PAGER_FEATURES
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
-libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
 libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -128,7 +135,9 @@ def run(number: int, name: str, arguments: dict[str, Any]) -> None:
 def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
-        threading.Thread(target=run, args=(command["number"], command["name"], command["arguments"]), daemon=True).start()
+        threading.Thread(
+            target=run, args=(command["number"], command["name"], command["arguments"]), daemon=True
+        ).start()
     os._exit(0)
 
 

@@ -273,9 +273,7 @@ def balanced(made: Pager) -> bool:
 def rig(pages: int = 16, *, zero: frozenset[int] = frozenset(), **options: Any) -> Iterator[Rig]:
     with child() as process, pager(**options) as made:
         addr = process.call("mmap", length=pages * PAGE)
-        data = b"".join(
-            bytes(PAGE) if page in zero else content(1, seed=page + 1) for page in range(pages)
-        )
+        data = b"".join(bytes(PAGE) if page in zero else content(1, seed=page + 1) for page in range(pages))
         with server({TASK.key: (addr, data)}) as source:
             space = made.add_space(process.register((addr, pages * PAGE)))
             made.add_region(space, addr, pages * PAGE, TASK, addr)

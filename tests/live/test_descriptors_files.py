@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from lazyproc.errors import RestoreError
 from lazyproc.model import RegularFile
-from tests.live.descriptors import at, checkpoint_of, gathered_from, made, made_from
+from lazyproc.restore.files import make_files
+from tests.live.descriptors import at, checkpoint_of, gathered_from, made, made_from, obstacle_words
 
 TMPFS = Path("/dev/shm")
 
@@ -251,6 +253,51 @@ def test_failed_restore_takes_tmpfs_files_away_again(shm: Path) -> None:
         error = RuntimeError("a later step failed")
         assert not restore.__exit__(RuntimeError, error, None)
         assert not shm.exists()
+
+
+def _send(fd: int) -> None:
+    """Leave `fd` in a message between descriptors 10 and 11, and nowhere else."""
+    sender, receiver = socket.socketpair()
+    socket.send_fds(sender, [b"take this"], [fd])
+    os.close(fd)
+    at(10, sender.detach())
+    at(11, receiver.detach())
+
+
+def test_file_that_only_a_waiting_message_has(tmp_path: Path) -> None:
+    path = tmp_path / "gone"
+
+    def body() -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"on the way")
+        os.unlink(path)
+        _send(fd)
+
+    with gathered_from(body) as gathered:
+        assert gathered.obstacles == []
+        (number,) = (n for n, f in gathered.files.items() if getattr(f.resource, "path", "") == str(path))
+        with make_files(checkpoint_of(gathered), open_path=os.open) as done:
+            assert os.pread(done.files[number], 99, 0) == b"on the way"
+            assert os.lseek(done.files[number], 0, os.SEEK_CUR) == 10
+    (words,) = obstacle_words(lambda: _send(os.pidfd_open(os.getpid())))
+    assert words.startswith(
+        "a descriptor in a message that waits in a socket: anon_inode:[pidfd] is a pidfd; "
+    )
+
+
+def test_nothing_of_ours_stays_open(tmp_path: Path) -> None:
+    def body() -> None:
+        at(10, os.open(tmp_path / "a", os.O_RDWR | os.O_CREAT))
+        os.unlink(tmp_path / "a")
+        _send(os.memfd_create("sent"))
+        os.pipe()
+
+    with made_from(body):
+        pass
+    before = sorted(os.listdir("/proc/self/fd"))
+    with made_from(body):
+        pass
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -200,7 +200,10 @@ def test_shared_memory_of_two_processes() -> None:
     with child() as one, child() as two, pager() as made, server({SHARED.key: (0, data)}) as source:
         memory = os.memfd_create("shared")
         os.ftruncate(memory, pages * PAGE)
-        addrs = [process.call("map_memfd", pid=os.getpid(), fd=memory, length=pages * PAGE) for process in (one, two)]
+        addrs = [
+            process.call("map_memfd", pid=os.getpid(), fd=memory, length=pages * PAGE)
+            for process in (one, two)
+        ]
         os.close(memory)
         for process, addr in zip((one, two), addrs, strict=True):
             space = made.add_space(process.register((addr, pages * PAGE)))

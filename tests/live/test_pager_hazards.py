@@ -103,7 +103,9 @@ def test_unmapping_missing_pages_under_a_waiting_thread() -> None:
     with rig() as r:
         r.start()
         held = r.server.hold("urgent", r.at(4))
-        reading = r.child.begin("read_into", addr=r.at(4), text="x")  # the kernel reports EFAULT, not a signal
+        reading = r.child.begin(
+            "read_into", addr=r.at(4), text="x"
+        )  # the kernel reports EFAULT, not a signal
         r.server.wait_for("urgent", r.at(4))
         r.child.call("munmap", addr=r.at(4), length=3 * PAGE)
         with pytest.raises(RuntimeError, match="Bad address"):
@@ -255,8 +257,12 @@ def test_shared_memory_mapped_twice_and_shrunk() -> None:
         assert process.call("digest", addr=second, length=4 * PAGE) == digest(data[: 4 * PAGE])
         process.call("madvise", addr=second, length=2 * PAGE, advice=MADV_REMOVE)  # of pages that have come
         assert process.call("digest", addr=second, length=2 * PAGE) == digest(bytes(2 * PAGE))
-        process.call("madvise", addr=second + 4 * PAGE, length=PAGE, advice=MADV_DONTNEED)  # shared: no discard
-        assert process.call("digest", addr=second + 4 * PAGE, length=PAGE) == digest(data[4 * PAGE : 5 * PAGE])
+        process.call(
+            "madvise", addr=second + 4 * PAGE, length=PAGE, advice=MADV_DONTNEED
+        )  # shared: no discard
+        assert process.call("digest", addr=second + 4 * PAGE, length=PAGE) == digest(
+            data[4 * PAGE : 5 * PAGE]
+        )
         process.call("munmap", addr=second, length=pages * PAGE)
         assert made.wait(DEADLINE)
         assert balanced(made)

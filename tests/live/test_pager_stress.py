@@ -67,7 +67,9 @@ def join(made: Pager, target: Toucher, source: Server) -> None:
     for addr, length in target.ranges:
         made.add_region(space, addr, length, TASK, addr)
     made.serve_remote(*source.connect())
-    made.apply_map({TASK: [extent for addr, length in target.ranges for extent in whole(addr, length // PAGE)]})
+    made.apply_map(
+        {TASK: [extent for addr, length in target.ranges for extent in whole(addr, length // PAGE)]}
+    )
 
 
 class Ranges(Server):
@@ -83,7 +85,9 @@ class Ranges(Server):
 @pytest.mark.parametrize("bulk", [False, True], ids=["demand", "bulk"])
 def test_random_access_while_memory_moves(toucher: Path, bulk: bool) -> None:
     with running(toucher, 64, 3) as target, pager() as made:
-        source = Ranges({number: (addr, words(length)) for number, (addr, length) in enumerate(target.ranges)})
+        source = Ranges(
+            {number: (addr, words(length)) for number, (addr, length) in enumerate(target.ranges)}
+        )
         try:
             join(made, target, source)
             made.start(bulk=bulk)
@@ -109,7 +113,9 @@ def test_without_server_help(toucher: Path, tmp_path: Path) -> None:
                 image.write(words(length))
             image.flush()
             made.serve_segments(segments)
-        made.apply_map({TASK: [extent for addr, length in target.ranges for extent in whole(addr, length // PAGE)]})
+        made.apply_map(
+            {TASK: [extent for addr, length in target.ranges for extent in whole(addr, length // PAGE)]}
+        )
         made.start()
         assert target.go() == 0
         assert made.wait(DEADLINE)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lazyproc.dump.descriptors import gather_descriptors
+from lazyproc.dump.descriptors import Gathered, gather_descriptors
 from lazyproc.errors import RestoreError
 from lazyproc.kernel.sockopt import SO_PASSCRED, SO_PEEK_OFF, disconnect
-from lazyproc.model import UnixSocket
+from lazyproc.model import Checkpoint, UnixSocket
 from tests.live.descriptors import stopped
 from tests.live.sockets import dumped, keep, made_sockets, obstacle_words, put, remade
 
@@ -95,8 +95,8 @@ def test_dumping_consumes_nothing_and_leaves_no_option_behind() -> None:
                 os.close(fds[0])
 
 
-def _file(gathered: object, fd: int) -> int:
-    (rows,) = gathered.descriptors.values()  # type: ignore[attr-defined]
+def _file(gathered: Gathered, fd: int) -> int:
+    (rows,) = gathered.descriptors.values()
     return next(row.file_id for row in rows if row.fd == fd)
 
 
@@ -268,8 +268,8 @@ def test_a_listening_socket_file_keeps_mode_owner_and_backlog(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
-def _row(checkpoint: object, fd: int) -> int:
-    return next(row.file_id for row in checkpoint.root.descriptors if row.fd == fd)  # type: ignore[attr-defined]
+def _row(checkpoint: Checkpoint, fd: int) -> int:
+    return next(row.file_id for row in checkpoint.root.descriptors if row.fd == fd)
 
 
 def test_a_relative_name_stays_relative_and_its_file_stays_where_it_is(tmp_path: Path) -> None:
@@ -485,9 +485,9 @@ def test_another_file_or_a_live_socket_in_the_place(tmp_path: Path) -> None:
     with dumped(body) as checkpoint:
         path.unlink()
         path.write_text("precious")
-        with pytest.raises(RestoreError, match="a file that is no socket is in the place") as caught:
-            with made_sockets(checkpoint):
-                pass
+        no_socket = pytest.raises(RestoreError, match="a file that is no socket is in the place")
+        with no_socket as caught, made_sockets(checkpoint):
+            pass
         assert caught.value.where == str(path)
         assert path.read_text() == "precious"
         path.unlink()
@@ -500,6 +500,6 @@ def test_another_file_or_a_live_socket_in_the_place(tmp_path: Path) -> None:
                 pass
         path.unlink()
         tmp_path.rename(tmp_path.with_name("moved"))
-        with pytest.raises(RestoreError, match="the directory of socket .* is missing"):
-            with made_sockets(checkpoint):
-                pass
+        missing = pytest.raises(RestoreError, match=r"the directory of socket .* is missing")
+        with missing, made_sockets(checkpoint):
+            pass

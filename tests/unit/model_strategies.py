@@ -321,7 +321,7 @@ def shared_memory(draw: st.DrawFn, number: int) -> SharedMemory:
         uid=draw(u32),
         gid=draw(u32),
         sysv_key=draw(st.integers(-(2**31), 2**31 - 1)) if sysv else 0,
-        sysv_shmid=number * 7 if sysv else 0,
+        sysv_shmid=number if sysv else 0,
         lazy=draw(st.booleans()),
     )
 

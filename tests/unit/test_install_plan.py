@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyproc.model import Descriptor
-from lazyproc.restore.install import SCM_MAX_FD, Close, Dup3, Op, SetFd, install_plan, messages, spare_number
+from lazyproc.restore.install import SCM_MAX_FD, Close, Dup3, Op, SetFd, install_plan, messages
 
 
 @st.composite
@@ -48,14 +48,6 @@ def test_everything_ends_where_it_was(descriptors: list[Descriptor]) -> None:
     for op in install_plan(descriptors):
         table.run(op)
     assert table.open == {d.fd: (d.file_id, d.cloexec) for d in descriptors}
-
-
-@given(tables())
-def test_the_receiving_socket_is_in_nobodys_way(descriptors: list[Descriptor]) -> None:
-    spare = spare_number(descriptors)
-    touched = {d.fd for d in descriptors} | set(range(len(descriptors)))
-    assert spare not in touched
-    assert all(number in touched for number in range(spare))
 
 
 def test_more_than_one_message() -> None:

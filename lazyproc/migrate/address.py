@@ -1,0 +1,47 @@
+"""Telling the neighbours that an address lives here now.
+
+A host that had the address's old Ethernet address in its cache would send there until the entry ages. A
+gratuitous ARP request (RFC 5227) or an unsolicited neighbour advertisement (RFC 4861, 7.2.6) corrects
+every cache, and teaches the switches the new port, in one packet.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+
+from lazyproc.kernel.inject import checksum
+
+_SIOCGIFHWADDR = 0x8927
+_ETH_P_ARP, _ETH_P_IPV6 = 0x0806, 0x86DD
+_ALL_NODES = socket.inet_pton(socket.AF_INET6, "ff02::1")
+_OVERRIDE = 0x20000000
+_TARGET_LINK_ADDRESS = 2
+
+
+def announce(interface: str, address: bytes) -> None:
+    """Send the announcement for a packed IPv4 or IPv6 address. OSError: no such interface, no CAP_NET_RAW."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as link:
+        link.bind((interface, 0))
+        answer = fcntl.ioctl(link, _SIOCGIFHWADDR, struct.pack("16s16x", interface.encode()))
+        mac = answer[18:24]
+        link.send(
+            arp_announcement(mac, address) if len(address) == 4 else neighbour_advertisement(mac, address)
+        )
+
+
+def arp_announcement(mac: bytes, address: bytes) -> bytes:
+    """The Ethernet frame of a gratuitous ARP request: who has `address`, asked by itself."""
+    arp = struct.pack("!HHBBH6s4s6s4s", 1, 0x0800, 6, 4, 1, mac, address, bytes(6), address)
+    return b"\xff" * 6 + mac + struct.pack("!H", _ETH_P_ARP) + arp
+
+
+def neighbour_advertisement(mac: bytes, address: bytes) -> bytes:
+    """The Ethernet frame of an unsolicited neighbour advertisement to all nodes, overriding caches."""
+    option = struct.pack("!BB6s", _TARGET_LINK_ADDRESS, 1, mac)
+    body = struct.pack("!BBHI16s", 136, 0, 0, _OVERRIDE, address) + option
+    value = checksum(address, _ALL_NODES, socket.IPPROTO_ICMPV6, body)
+    body = body[:2] + struct.pack("!H", value) + body[4:]
+    header = struct.pack("!IHBB16s16s", 6 << 28, len(body), socket.IPPROTO_ICMPV6, 255, address, _ALL_NODES)
+    return b"\x33\x33\0\0\0\x01" + mac + struct.pack("!H", _ETH_P_IPV6) + header + body

@@ -1,0 +1,133 @@
+"""`serve`: a process tree or a folder of images, for whoever comes to restore it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+from lazyproc.errors import LazyprocError
+from lazyproc.events import Listener, Note, StateChanged
+from lazyproc.images.convert import from_images, memory_objects, to_images
+from lazyproc.images.files import Folder, pack
+from lazyproc.migrate.link import Gathering, Link
+from lazyproc.migrate.prepare import Offer, vdso_build_id
+from lazyproc.migrate.source import BUILD_S, PREPARE_S, Order, hand_over, look
+from lazyproc.migrate.talk import expect
+from lazyproc.model import Checkpoint
+from lazyproc.pages.bundle import NAME, pack_bundle
+from lazyproc.pages.images import ImagePages
+from lazyproc.pages.peer import Trust
+from lazyproc.pages.server import PageServer
+from lazyproc.pages.transport import listen
+from lazyproc.wire.native import (
+    Built,
+    Commit,
+    Committed,
+    Images,
+    Map,
+    MapEntry,
+    Party,
+    Prepare,
+    Prepared,
+    Released,
+    Running,
+)
+
+DOOR_S = 0.2
+
+
+def serve_process(pid: int, address: str, order: Order, *, insecure: bool, listener: Listener) -> None:
+    """Hand the tree under `pid` to the first client; it is frozen when that has come, not before.
+
+    A client that fails before the commit lets the tree run on, and the next one may try. Raises CannotBeDone, and
+    what `migrate` does after the commit.
+    """
+    look(pid)
+    gathering = Gathering()
+    with listen(address, Party.SOURCE, trust=Trust(insecure), report=listener) as door, closing(gathering):
+        listener(Note(f"listening on port {door.port}"))
+        while True:
+            link = gathering.next(door, DOOR_S)
+            if link is None:
+                continue
+            try:
+                hand_over(pid, link, look(pid), order, time.monotonic(), listener)
+                return
+            except LazyprocError as error:
+                if error.exit_code != 1:
+                    raise
+                listener(Note(f"session {link.session.id}: {error}; the tree runs on"))
+
+
+def serve_folder(directory: Path, address: str, order: Order, *, insecure: bool, listener: Listener) -> None:
+    """Serve the images in `directory` to any number of clients, at the same time, until interrupted."""
+    folder = Folder(directory)
+    checkpoint = from_images(folder.read())
+    gathering = Gathering()
+    with (
+        ImagePages(folder, memory_objects(checkpoint)) as pages,
+        PageServer((s.key, s.start, s.end, s.fd, s.offset) for s in pages.segments()) as server,
+        listen(address, Party.SOURCE, trust=Trust(insecure), report=listener) as door,
+        closing(gathering),
+    ):
+        listener(Note(f"listening on port {door.port}"))
+        while True:
+            link = gathering.next(door, DOOR_S)
+            if link is not None:
+                client = _Client(link, checkpoint, pages, server, order, listener)
+                threading.Thread(target=client.run, daemon=True).start()
+
+
+class _Client:
+    """One restore from a folder. The folder stays whatever becomes of it."""
+
+    def __init__(
+        self,
+        link: Link,
+        checkpoint: Checkpoint,
+        pages: ImagePages,
+        server: PageServer,
+        order: Order,
+        listener: Listener,
+    ) -> None:
+        self._link = link
+        self._checkpoint = checkpoint
+        self._pages = pages
+        self._server = server
+        self._order = order
+        self._listener = listener
+
+    def run(self) -> None:
+        try:
+            self._talk()
+        except LazyprocError as error:
+            self._listener(Note(f"session {self._link.session.id}: {error}"))
+        finally:
+            self._link.control.close()
+
+    def _talk(self) -> None:
+        control, session = self._link.control, self._link.session.id
+        memory = self._checkpoint.memory
+        count = sum(extent.count for extents in memory.values() for extent in extents)
+        threads = sum(len(task.threads) for task in self._checkpoint.tasks)
+        vdso = self._checkpoint.root.mm.vdso_build_id if self._checkpoint.root.mm else vdso_build_id()
+        offer = Offer(count, threads, {}, vdso.hex())
+        control.send(Prepare({**offer.fields(), **self._order.fields()}))
+        expect(control, Prepared, PREPARE_S)
+        self._server.serve(self._link.urgent.detach(), f"{session} urgent")
+        self._server.serve(self._link.bulk.detach(), f"{session} bulk")
+        images = to_images(self._checkpoint)
+        images[NAME] = pack_bundle(memory, self._pages)
+        control.send(Images(pack(images)))
+        expect(control, Built, BUILD_S)
+        control.send(Commit())
+        expect(control, Committed, BUILD_S)
+        expect(control, Running, BUILD_S)
+        self._listener(StateChanged("running", time.monotonic()))
+        lazy = [(obj, extent) for obj, extents in memory.items() for extent in extents if extent.lazy]
+        control.send(Map([MapEntry(obj.key, extent.addr, extent.count) for obj, extent in lazy]))
+        while control.receive(DOOR_S) is None:
+            continue
+        control.send(Released())

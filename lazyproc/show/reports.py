@@ -1,0 +1,64 @@
+"""What a checkpoint, a restore or a migration measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from lazyproc.model import PAGE
+from lazyproc.show.text import plural, size, table
+
+if TYPE_CHECKING:
+    from lazyproc.dump.checkpoint import CheckpointReport
+    from lazyproc.migrate.report import MigrateReport
+    from lazyproc.restore.run import RestoreReport
+
+PLACES = ("zero", "eager", "urgent", "bulk", "dropped")
+
+
+def report_fields(report: CheckpointReport | MigrateReport | RestoreReport) -> dict[str, object]:
+    """What `--json` prints."""
+    return asdict(report)
+
+
+def checkpoint_text(report: CheckpointReport, directory: str) -> str:
+    return (
+        f"{plural(report.tasks, 'task')} with {plural(report.threads, 'thread')} and "
+        f"{size(report.pages_total * PAGE)} of memory in {directory}: {size(report.bytes)}, "
+        f"frozen for {report.frozen_ms:.0f} ms"
+    )
+
+
+def restore_text(report: RestoreReport) -> str:
+    return f"runs as pid {report.root_pid} (pid {report.root_vpid} inside)"
+
+
+def migrate_text(report: MigrateReport, pid: int, target: str) -> str:
+    """One sentence and a table."""
+    ending = "came to its own end there" if report.ended else f"runs there as pid {report.root_pid}"
+    return f"pid {pid} is at {target} and {ending}\n{measures(asdict(report))}"
+
+
+def measures(fields: Mapping[str, object]) -> str:
+    """The figures of a migration's report, as `--json` has them, as a table."""
+    rows = [
+        ("frozen", f"{fields['frozen_ms']:.1f} ms"),
+        ("did not run", f"{fields['blackout_ms']:.1f} ms"),
+        ("all in all", f"{fields['total_ms']:.0f} ms"),
+        ("pages", f"{fields['pages_total']} ({_by_way(fields)})"),
+        ("on the wire", size(_number(fields["bytes_wire"]))),
+    ]
+    faults = fields["fault_us"]
+    if isinstance(faults, Mapping) and faults.get("count"):
+        names = ("p50", "p90", "p99", "max")
+        rows.append(("a fault took", ", ".join(f"{name} {faults[name]:.0f} us" for name in names)))
+    return table([(f"  {name}", value) for name, value in rows])
+
+
+def _by_way(fields: Mapping[str, object]) -> str:
+    return ", ".join(f"{fields[f'pages_{name}']} {name}" for name in PLACES if fields[f"pages_{name}"])
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
