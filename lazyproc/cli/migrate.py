@@ -18,7 +18,9 @@ from lazyproc.cli.options import (
 
 
 def add(commands: Commands) -> None:
-    parser = command(commands, run, "migrate", "move a process tree to another host, where `lazyproc receive` waits")
+    parser = command(
+        commands, run, "migrate", "move a process tree to another host, where `lazyproc receive` waits"
+    )
     add_pid(parser)
     parser.add_argument("target", metavar=HOST_PORT, type=endpoint, help="where the receiver listens")
     parser.add_argument(
@@ -28,7 +30,11 @@ def add(commands: Commands) -> None:
         help="postcopy: the memory follows while it runs there; stopcopy: all of it first (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-rate", metavar="BYTES", type=count, default=0, help="bring what nobody waits for no faster, a second"
+        "--max-rate",
+        metavar="BYTES",
+        type=count,
+        default=0,
+        help="bring what nobody waits for no faster, a second",
     )
     parser.add_argument("--no-bulk", action="store_true", help="bring only pages that are touched")
     add_policy(parser)

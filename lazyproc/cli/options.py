@@ -9,6 +9,7 @@ Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 HOST_PORT = "HOST:PORT"
 
+
 def command(
     commands: Commands, run: Callable[[argparse.Namespace], int], name: str, words: str
 ) -> argparse.ArgumentParser:
@@ -16,7 +17,9 @@ def command(
     description = words[0].upper() + words[1:] + "."
     parser = commands.add_parser(name, help=words, description=description, allow_abbrev=False)
     parser.set_defaults(run=run, json=False, when_interrupted="interrupted")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say each step, and where an error came from")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say each step, and where an error came from"
+    )
     parser.add_argument("--log-file", metavar="FILE", help="append all events to FILE, with the time")
     return parser
 
@@ -34,7 +37,9 @@ def add_directory(parser: argparse.ArgumentParser, words: str) -> None:
 
 
 def add_listen(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--listen", metavar=HOST_PORT, type=endpoint, required=True, help="where to wait for clients")
+    parser.add_argument(
+        "--listen", metavar=HOST_PORT, type=endpoint, required=True, help="where to wait for clients"
+    )
 
 
 def add_insecure(parser: argparse.ArgumentParser) -> None:

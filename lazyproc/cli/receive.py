@@ -20,7 +20,9 @@ def add(commands: Commands) -> None:
         default=[],
         help="let this user of this host in, besides root and our own; may be given more than once",
     )
-    parser.add_argument("--overcommit", action="store_true", help="take in trees larger than the available memory")
+    parser.add_argument(
+        "--overcommit", action="store_true", help="take in trees larger than the available memory"
+    )
     add_insecure(parser)
     add_json(parser)
 

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_directory, add_json, add_pidns, add_policy, command
+from lazyproc.cli.options import (
+    HOST_PORT,
+    Commands,
+    add_insecure,
+    add_json,
+    add_pidns,
+    add_policy,
+    command,
+    endpoint,
+)
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lazyproc.events import Listener
     from lazyproc.restore.run import Restored
 
@@ -18,12 +29,17 @@ FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SI
 
 def add(commands: Commands) -> None:
     parser = command(commands, run, "restore", "build a process tree from images and let it run")
-    add_directory(parser, "folder of images, lazyproc's or CRIU's")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("-D", dest="directory", metavar="DIR", help="folder of images, lazyproc's or CRIU's")
+    place.add_argument(
+        "--from", dest="peer", metavar=HOST_PORT, type=endpoint, help="where `lazyproc serve` offers a tree"
+    )
     parser.add_argument("--lazy", action="store_true", help="bring pages when they are touched, the rest meanwhile")
     parser.add_argument("--detach", action="store_true", help="return when every page is there; the tree runs on")
     parser.add_argument("--pidfile", metavar="FILE", help="write the number of the root process to FILE")
     add_pidns(parser)
     add_policy(parser)
+    add_insecure(parser)
     add_json(parser)
     parser.set_defaults(when_interrupted="interrupted; nothing has been restored")
 
@@ -33,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     import signal
     from pathlib import Path
 
-    import lazyproc
     from lazyproc.cli.listening import handling, listening
     from lazyproc.show.reports import report_fields, restore_text
     from lazyproc.show.text import print_json
@@ -41,22 +56,47 @@ def run(args: argparse.Namespace) -> int:
     signals = [signal.Signals[name] for name in FORWARDED]
     with (
         listening(args) as listener,
-        lazyproc.restore(
-            Path(args.directory),
-            lazy=args.lazy,
-            pidns=args.pidns,
-            policy=args.policy,
-            trace=False,
-            listener=listener,
-        ) as restored,
+        _restored(args, listener) as restored,
         handling(lambda number, _: restored.forward(signal.Signals(number)), *signals),
     ):
         if args.pidfile:
             Path(args.pidfile).write_text(f"{restored.root_pid}\n")
-        status = _drained(restored, listener) if args.detach else _ended(restored, listener)
+        status = _wait(restored, args.detach, listener)
         report = restored.report()
     if args.json:
         print_json(report_fields(report))
     elif args.detach:
         print(restore_text(report))
     return status
+
+
+def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextManager[Restored]:
+    from pathlib import Path
+
+    import lazyproc
+
+    if args.peer is not None:
+        from lazyproc.migrate.destination import Terms
+        from lazyproc.migrate.fetch import restore_from
+
+        return restore_from(args.peer, Terms(pidns=args.pidns), insecure=args.insecure, listener=listener)
+    return lazyproc.restore(
+        Path(args.directory),
+        lazy=args.lazy,
+        pidns=args.pidns,
+        policy=args.policy,
+        trace=False,
+        listener=listener,
+    )
+
+
+def _wait(restored: Restored, detach: bool, listener: Listener) -> int:
+    """Until every page is there and, unless detached, the root has ended; 0 or its status."""
+    while not restored.wait_drained(POLL_S):
+        counters = restored.counters()
+        if counters is not None:
+            listener(counters.as_event())
+        ended = restored.wait_root(block=False)
+        if ended is not None:
+            return 0 if detach else ended
+    return 0 if detach else restored.wait_root() or 0

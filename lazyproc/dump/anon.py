@@ -18,7 +18,7 @@ from lazyproc.kernel.proc_fdinfo import EpollInfo, InotifyInfo, TimerFdInfo
 from lazyproc.model import Epoll, EpollTarget, EventFd, Inotify, InotifyWatch, SignalFd, TimerFd
 
 SIGNALFD_LINK = "anon_inode:[signalfd]"
-LAST_WATCH = 1 << 16  # a watch descriptor is restored by counting up to it, some 2 us each
+LAST_WATCH = 1 << 16  # a watch descriptor is restored by counting up to it, two system calls each
 _EXPIRY_ROUNDS = 3
 
 T = TypeVar("T")

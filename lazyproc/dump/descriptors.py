@@ -74,9 +74,7 @@ def gather_descriptors(
 
 
 def explain_descriptors(tasks: Sequence[TaskRef], *, tcp_close: bool = False) -> list[Obstacle]:
-    """What would stop gather_descriptors, of a tree that runs: nothing is read out of pipes, sockets and
-    files.
-    """
+    """What would stop gather_descriptors, of a tree that runs. No pipe, socket or file is read."""
     registry = Registry(tuple(tasks), contents_wanted=False)
     with SocketTable(registry, tcp_close) as sockets:
         looks: dict[int, Look] = {}

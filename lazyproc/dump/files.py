@@ -184,9 +184,7 @@ def _content(registry: Registry, path: str, status: os.stat_result, taken: int) 
 
 
 def _directories(registry: Registry, path: str, status: os.stat_result) -> int:
-    """Let the directories of a tmpfs down to `path` travel too, but for the mount point. The last one's
-    number.
-    """
+    """Let the directories of a tmpfs down to `path` travel too. Number of the last; 0: mount point."""
     parent = os.path.dirname(path)
     here = os.lstat(registry.outside(path))
     above = os.lstat(registry.outside(parent))

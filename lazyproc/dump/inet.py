@@ -101,8 +101,9 @@ def gather_inet(
         state, local, remote = TCP_CLOSE, (bytes(len(local[0])), 0), None
     connection = ends.is_connection and state in CONNECTED
     listening = state == TCP_LISTEN
-    if queue and not any(local[0]):
-        _refuse_hidden_destination(options)
+    interface = sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0").decode()
+    if queue:
+        _refuse_unreachable(local[0], interface, options)
     return InetSocket(
         inode=inode,
         family=sock.family,
@@ -116,17 +117,21 @@ def gather_inet(
         options=options,
         v6only=sock.family == socket.AF_INET6
         and bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)),
-        interface=sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0").decode(),
+        interface=interface,
         tcp=read_connection(sock) if connection and touch else None,
         queue=queue,
     )
 
 
-def _refuse_hidden_destination(options: SocketOptions) -> None:
-    if any(any(options.values.get(option, b"")) for option in _SHOW_DESTINATION):
+def _refuse_unreachable(address: bytes, interface: str, options: SocketOptions) -> None:
+    """Unread datagrams are put back over the loopback interface, sent to one address."""
+    again = "try again in a moment, or let the program read them first"
+    group = address[0] >= 0xE0 if len(address) == 4 else address[0] == 0xFF
+    if group or interface:
+        raise Refused("holds unread datagrams that came to a group or by one interface", again)
+    if not any(address) and any(any(options.values.get(option, b"")) for option in _SHOW_DESTINATION):
         raise Refused(
-            "holds unread datagrams whose destination address the program wants to know (IP_PKTINFO)",
-            "try again in a moment, or bind it to one address",
+            "holds unread datagrams whose destination address the program wants to know (IP_PKTINFO)", again
         )
 
 
@@ -148,15 +153,15 @@ def refuse_state(ends: Ends) -> None:
         raise Refused("is a TCP connection that is being made", "try again in a moment")
 
 
-def refuse_waiting(ends: Ends, tree: Iterable[Ends], known: Iterable[InetInfo]) -> None:
+def refuse_waiting(ends: Ends, tree: set[tuple[End, End]], known: Iterable[InetInfo]) -> None:
     """What waits at a listening socket has no descriptor yet: it can be made again only when its other end
-    is in the tree and nothing was sent on it.
+    is in the tree (whose connections are (local, remote)) and nothing was sent on it.
     """
-    outward = {(other.remote, other.local) for other in tree if other.is_connection}
     for info in known:
         if info.inode or info.state not in CONNECTED or not _arrived_at(ends, info.local):
             continue
-        if (info.local, info.remote) not in outward or info.state != TCP_ESTABLISHED or info.rqueue:
+        mirrored = (plain(info.remote), plain(info.local)) if info.remote else None
+        if mirrored not in tree or info.state != TCP_ESTABLISHED or info.rqueue:
             raise Refused(
                 f"holds a connection from {_text(info.remote)} that was not accepted yet",
                 "try again in a moment, or stop the clients from connecting",

@@ -26,8 +26,8 @@ _REMEDY = (
 
 def gather_pipe_end(registry: Registry, look: Look, taken: int) -> PipeEnd:
     status = os.fstat(taken)
-    number, is_new = registry.pipe_numbers.of((status.st_dev, status.st_ino))
-    if is_new:
+    number, _ = registry.pipe_numbers.of((status.st_dev, status.st_ino))
+    if number not in registry.pipes:
         path = fifo_path(registry, look.link, taken) if look.link.startswith("/") else ""
         capacity = fcntl.fcntl(taken, fcntl.F_GETPIPE_SZ)
         packets = _packets(taken, look, capacity) if registry.contents_wanted else ()

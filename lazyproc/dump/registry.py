@@ -69,8 +69,7 @@ class Numbers:
 
 @dataclass(slots=True)
 class Registry:
-    """The tree's resources by number. `tasks[0]` is the root of the tree, whose root directory paths start
-    at.
+    """The tree's resources by number. Paths start at the root directory of `tasks[0]`, the tree's root.
 
     With `contents_wanted` False nothing is read out of pipes and files: so `explain` looks at running
     processes. `queue` holds the places of files that were interned and not yet looked at.
@@ -170,9 +169,11 @@ class Registry:
         return f"/proc/{self.tasks[0].pid}/root{path}"
 
     def refuse(self, pid: int, where: str, refused: Refused) -> None:
-        if pid not in {
-            task.pid for task in self.tasks
-        }:  # our own duplicate of a descriptor found in a message
+        """Note an obstacle of `pid` at `where` ("fd 7", "mapping 0x..-0x..").
+
+        A pid that is not of the tree is our own: we hold what was found in a message.
+        """
+        if pid not in {task.pid for task in self.tasks}:
             pid, where = self.tasks[0].pid, "a descriptor in a message that waits in a socket"
         self.obstacles.append(Obstacle(pid, where, refused.why, refused.remedy))
 

@@ -18,9 +18,9 @@ from types import TracebackType
 from lazyproc.dump.inet import Ends, ends_of, gather_inet, refuse_state, refuse_unsent, refuse_waiting
 from lazyproc.dump.peek import read_queue
 from lazyproc.dump.registry import Place, Refused, Registry
-from lazyproc.dump.unix import gather_unix, has_peer
+from lazyproc.dump.unix import UnixNamespace, gather_unix, has_peer, view
 from lazyproc.kernel import netns, sockdiag, tcp
-from lazyproc.kernel.netfilter import Flow, plain
+from lazyproc.kernel.netfilter import End, Flow, plain
 from lazyproc.kernel.sockopt import (
     INTERFACE_NUMBERS,
     IPPROTO_MPTCP,
@@ -55,6 +55,7 @@ _PROTOCOLS = {
     socket.IPPROTO_UDPLITE: ("a UDP-Lite socket", "use UDP"),
     IPPROTO_MPTCP: ("a Multipath TCP socket, whose state cannot be read", "let the program use plain TCP"),
 }
+_ONLY_ROOT = Refused("is a socket that only root may look into", "run as root (CAP_NET_ADMIN)")
 _UNIX_TYPES = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
 
 
@@ -74,9 +75,9 @@ class _Known:
         self._example = example
 
     @cached_property
-    def unix(self) -> dict[int, sockdiag.UnixInfo]:
+    def unix(self) -> UnixNamespace:
         with netns.namespace_of(self._example):
-            return sockdiag.unix_sockets()
+            return view(sockdiag.unix_sockets())
 
     @cached_property
     def udp(self) -> dict[int, sockdiag.InetInfo]:
@@ -171,6 +172,8 @@ class SocketTable:
                 resources[taken.place.file_id] = self._resource(taken, known)
             except Refused as refused:
                 self._refuse(taken.place, refused)
+            except PermissionError:
+                self._refuse(taken.place, _ONLY_ROOT)
         return resources
 
     def _resource(self, taken: _Taken, known: _Known) -> UnixSocket | InetSocket:
@@ -184,7 +187,7 @@ class SocketTable:
             tree = frozenset(self._taken) | self._refused
             return gather_unix(self.registry, taken.sock, known.unix, tree, options, queue)
         if ends.state == TCP_LISTEN and tcp.info(taken.sock).pending:
-            refuse_waiting(ends, self._ends(), known.tcp)
+            refuse_waiting(ends, self._connections(), known.tcp)
         return gather_inet(
             taken.sock,
             ends,
@@ -195,16 +198,14 @@ class SocketTable:
             touch=self.registry.contents_wanted,
         )
 
-    def _ends(self) -> list[Ends]:
-        return [taken.ends for taken in self._taken.values() if taken.ends]
+    def _connections(self) -> set[tuple[End, End]]:
+        """Both ends of the tree's TCP connections, as they are on the wire: (local, remote)."""
+        ends = (taken.ends for taken in self._taken.values() if taken.ends and taken.ends.is_connection)
+        return {(plain(end.local), plain(end.remote)) for end in ends if end.remote}
 
     def _is_inside(self, ends: Ends) -> bool:
         """Whether the other end of a connection is in the tree."""
-        wanted = (ends.remote and plain(ends.remote), plain(ends.local))
-        return any(
-            other.is_connection and (plain(other.local), other.remote and plain(other.remote)) == wanted
-            for other in self._ends()
-        )
+        return ends.remote is not None and (plain(ends.remote), plain(ends.local)) in self._connections()
 
     def _intern(self, fd: int) -> int:
         self._messages.append(fd)

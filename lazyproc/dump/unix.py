@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from lazyproc.dump.registry import Refused, Registry
 from lazyproc.kernel.netns import namespace_of
@@ -19,19 +20,31 @@ _UCRED = struct.Struct("=iii")
 _MOMENT = "try again in a moment, or let the program accept it first"
 
 
+@dataclass(frozen=True, slots=True)
+class UnixNamespace:
+    """sock_diag's view of all unix sockets of a network namespace, by inode; `listeners` are some of them."""
+
+    sockets: Mapping[int, UnixInfo]
+    listeners: tuple[UnixInfo, ...]
+
+
+def view(sockets: Mapping[int, UnixInfo]) -> UnixNamespace:
+    return UnixNamespace(sockets, tuple(info for info in sockets.values() if info.state == TCP_LISTEN))
+
+
 def gather_unix(
     registry: Registry,
     sock: socket.socket,
-    known: Mapping[int, UnixInfo],
+    known: UnixNamespace,
     tree: frozenset[int],
     options: SocketOptions,
     queue: tuple[Packet, ...],
 ) -> UnixSocket:
-    """`known` is sock_diag's view of the namespace, `tree` the inodes of the tree's sockets. Raises
+    """`tree`: the inodes of the tree's sockets. Raises
     Refused.
     """
     inode = os.fstat(sock.fileno()).st_ino
-    info = known[inode]
+    info = known.sockets[inode]
     state, peer = _connection(sock, info, known, tree)
     bound_here = bool(info.name) and _bound_here(sock, info, known)
     path, mode, uid, gid = _socket_file(registry, sock) if bound_here and info.file else ("", 0, 0, 0)
@@ -56,7 +69,7 @@ def gather_unix(
 
 
 def _connection(
-    sock: socket.socket, info: UnixInfo, known: Mapping[int, UnixInfo], tree: frozenset[int]
+    sock: socket.socket, info: UnixInfo, known: UnixNamespace, tree: frozenset[int]
 ) -> tuple[int, int]:
     """The state (a connected datagram socket is ESTABLISHED, whatever the kernel says) and the peer in the
     tree.
@@ -69,13 +82,13 @@ def _connection(
     if info.peer:
         if info.peer not in tree:
             raise Refused(
-                f"is connected to {_described(known.get(info.peer))} outside of the process tree",
+                f"is connected to {_described(known.sockets.get(info.peer))} outside of the process tree",
                 "move both ends in one tree, or close it before the move and connect again after it",
             )
         return TCP_ESTABLISHED, info.peer
     if not has_peer(sock):
         return TCP_CLOSE, 0
-    listener = next((other for other in known.values() if info.inode in other.pending), None)
+    listener = next((other for other in known.listeners if info.inode in other.pending), None)
     if listener is not None and listener.inode not in tree:
         raise Refused(f"waits to be accepted by {_described(listener)} outside of the process tree", _MOMENT)
     if listener is not None and info.wqueue:
@@ -111,11 +124,11 @@ def _pending(info: UnixInfo, tree: frozenset[int]) -> tuple[int, ...]:
     return info.pending
 
 
-def _bound_here(sock: socket.socket, info: UnixInfo, known: Mapping[int, UnixInfo]) -> bool:
+def _bound_here(sock: socket.socket, info: UnixInfo, known: UnixNamespace) -> bool:
     """Whether the socket has its name from bind(2), not from the listening socket that accepted it."""
     if sock.type == socket.SOCK_DGRAM or info.state == TCP_LISTEN or (not info.peer and not has_peer(sock)):
         return True
-    if any(o.state == TCP_LISTEN and (o.name, o.file) == (info.name, info.file) for o in known.values()):
+    if any((other.name, other.file) == (info.name, info.file) for other in known.listeners):
         return False
     return _file_has_owner(sock) if info.file else _name_is_taken(sock, info.name)
 

@@ -29,7 +29,8 @@ from lazyproc.images.files import (
     to_bytes,
     to_text,
 )
-from lazyproc.images.openfiles import FileReader, FileWriter
+from lazyproc.images.openfiles import FileWriter
+from lazyproc.images.openfiles_read import FileReader
 from lazyproc.images.pagemap import read_pagemap, to_extents, write_pagemap
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as pb
@@ -54,7 +55,6 @@ _IMG_VERSION = 2  # CRTOOLS_IMAGES_V1_1
 _NETWORK_LOCK_SKIP = 2  # lazyproc leaves no firewall rule behind for CRIU to take away
 _NAMESPACES = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup", "time")
 _OWN_NAMESPACES = ("net", "ipc", "uts", "mnt", "user")  # which a restore by lazyproc does not build
-_SECOND_NS = 1_000_000_000
 _NO_LOGINUID = 0xFFFFFFFF
 
 
@@ -171,7 +171,7 @@ def _write_alive(task: Task, number: int, files: FileWriter, writer: ImageWriter
 
 
 def _timespec(nanoseconds: int) -> pb.timespec:
-    seconds, rest = divmod(nanoseconds, _SECOND_NS)
+    seconds, rest = divmod(nanoseconds, tasks.SECOND_NS)
     return pb.timespec(tv_sec=seconds, tv_nsec=rest)
 
 
@@ -363,7 +363,7 @@ def _read_memory(
 def _read_clocks(images: Mapping[str, bytes], extras: Extras) -> Clocks:
     entry = record(images, TIMENS, pb.timens_entry) if TIMENS in images else pb.timens_entry()
     return Clocks(
-        monotonic_ns=entry.monotonic.tv_sec * _SECOND_NS + entry.monotonic.tv_nsec,
-        boottime_ns=entry.boottime.tv_sec * _SECOND_NS + entry.boottime.tv_nsec,
+        monotonic_ns=entry.monotonic.tv_sec * tasks.SECOND_NS + entry.monotonic.tv_nsec,
+        boottime_ns=entry.boottime.tv_sec * tasks.SECOND_NS + entry.boottime.tv_nsec,
         realtime_ns=extras.message.realtime_ns,
     )

@@ -61,9 +61,7 @@ def file_system(fd: int) -> int:
 
 
 def tee(source: int, target: int, length: int) -> int:
-    """tee(2) without waiting: bytes copied from one pipe into another, nothing is consumed; 0 when it is
-    empty.
-    """
+    """tee(2) without waiting: bytes copied between two pipes, none consumed; 0 when it is empty."""
     try:
         return syscall(SYS_TEE, source, target, length, SPLICE_F_NONBLOCK)
     except BlockingIOError:
@@ -139,9 +137,7 @@ def inotify_rm_watch(fd: int, wd: int) -> None:
 
 
 def open_by_handle(mount_fd: int, handle_type: int, handle: bytes, flags: int) -> int:
-    """open_by_handle_at(2); `mount_fd` is any real (not O_PATH) descriptor on the file system.
-    CAP_DAC_READ_SEARCH.
-    """
+    """open_by_handle_at(2); `mount_fd` is any descriptor on the file system but an O_PATH one."""
     packed = struct.pack("<Ii", len(handle), handle_type) + handle
     return syscall(SYS_OPEN_BY_HANDLE_AT, mount_fd, _address(packed), flags)
 

@@ -7,6 +7,7 @@ that the running kernel or the kind of socket does not know is skipped when read
 from __future__ import annotations
 
 import errno
+import functools
 import socket
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -158,9 +159,7 @@ def read_options(sock: socket.socket, *, connected: bool) -> dict[tuple[int, int
     The filter (SO_ATTACH_FILTER) is left to `classic_filter`, since it can be unreadable.
     """
     values = {}
-    for level, name in (*EARLY, *LATE):
-        if not _applies(sock, level, name, connected):
-            continue
+    for level, name in _readable(sock.family, sock.type, sock.proto, connected):
         try:
             values[level, name] = sock.getsockopt(level, name, 256)
         except OSError as error:
@@ -169,21 +168,19 @@ def read_options(sock: socket.socket, *, connected: bool) -> dict[tuple[int, int
     return values
 
 
-def _applies(sock: socket.socket, level: int, name: int, connected: bool) -> bool:
-    if level not in _levels(sock) or (level, name) == (SOL_SOCKET, SO_ATTACH_FILTER):
-        return False
-    if sock.type == socket.SOCK_STREAM and (level, name) in _MULTICAST:
-        return False
-    return not (connected and level == SOL_TCP and name in _TCP_IDLE)
-
-
-def _levels(sock: socket.socket) -> set[int]:
+@functools.cache
+def _readable(family: int, kind: int, protocol: int, connected: bool) -> tuple[tuple[int, int], ...]:
     levels = {SOL_SOCKET}
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        levels |= {SOL_IP, sock.proto}
-    if sock.family == socket.AF_INET6:
+    if family in (socket.AF_INET, socket.AF_INET6):
+        levels |= {SOL_IP, protocol}
+    if family == socket.AF_INET6:
         levels.add(SOL_IPV6)
-    return levels
+    skipped = {(SOL_SOCKET, SO_ATTACH_FILTER)}
+    if kind == socket.SOCK_STREAM:
+        skipped |= _MULTICAST
+    if connected:
+        skipped |= {(SOL_TCP, name) for name in _TCP_IDLE}
+    return tuple(option for option in (*EARLY, *LATE) if option[0] in levels and option not in skipped)
 
 
 def set_options(

@@ -37,6 +37,13 @@ class InetSockets:
     sockets: Mapping[int, InetSocket]  # by inode
     stack: ExitStack
     made: dict[int, socket.socket] = field(default_factory=dict)
+    _connections: set[tuple[End, End]] = field(init=False)  # (local, remote) as on the wire
+    _listeners: list[InetSocket] = field(init=False)
+
+    def __post_init__(self) -> None:
+        tcps = [inet for inet in self.sockets.values() if inet.protocol == socket.IPPROTO_TCP]
+        self._connections = {(plain(inet.local), plain(inet.remote)) for inet in tcps if inet.remote}
+        self._listeners = [inet for inet in tcps if inet.state == TCP_LISTEN]
 
     def make(self) -> None:
         """All sockets; connections stay in repair mode. Listening ones come first: a connection in repair
@@ -79,16 +86,14 @@ class InetSockets:
             _shut_down(sock, inet.shutdown - 1)  # SHUT_RD, SHUT_WR, SHUT_RDWR count from 0
 
     def _is_waiting(self, inet: InetSocket) -> bool:
-        """A connection to a listening socket of the tree that nobody has accepted: its other end is in no
-        table.
+        """A connection to a listening socket of the tree that nobody has accepted: its other end is in
+        no table.
         """
         if inet.remote is None or inet.protocol != socket.IPPROTO_TCP:
             return False
-        others = [other for other in self.sockets.values() if other.protocol == socket.IPPROTO_TCP]
-        wanted = plain(inet.remote), plain(inet.local)
-        if any(other.remote and (plain(other.local), plain(other.remote)) == wanted for other in others):
+        if (plain(inet.remote), plain(inet.local)) in self._connections:
             return False
-        return any(other.state == TCP_LISTEN and _reaches(other, inet.remote) for other in others)
+        return any(_reaches(listener, inet.remote) for listener in self._listeners)
 
 
 def _fill(sock: socket.socket, inet: InetSocket) -> None:

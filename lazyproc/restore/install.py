@@ -47,9 +47,7 @@ def messages(descriptors: Sequence[Descriptor]) -> list[list[int]]:
 
 
 def install_plan(descriptors: Sequence[Descriptor]) -> list[Op]:
-    """Move what the messages brought, at 0, 1, 2, ..., to the numbers it had; close-on-exec is set
-    explicitly.
-    """
+    """Move what the messages brought, at 0, 1, 2, ..., to the numbers it had; sets close-on-exec."""
     ops: list[Op] = []
     for arrived, descriptor in reversed(list(enumerate(_ordered(descriptors)))):
         if arrived == descriptor.fd:

@@ -34,9 +34,7 @@ def make_memfd(workshop: Workshop, file: OpenFile, resource: MemFd) -> int:
 
 
 def finish_memfd(fd: int, memory: SharedMemory) -> None:
-    """Apply the seals; its pages must have come. F_SEAL_WRITE is EBUSY while it is mapped shared and
-    writable.
-    """
+    """Apply the seals, when its pages have come. EBUSY: F_SEAL_WRITE, and it is mapped writable."""
     if memory.seals and memory.seals != fcntl.F_SEAL_SEAL:
         with words(f"memfd {memory.name}", "cannot be sealed", "report it with the seals it had"):
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, memory.seals)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,23 @@ def new_pidns(checkpoint: Checkpoint, pidns: Pidns) -> bool:
             remedy="use --pidns new or auto",
         )
     return pidns == "new"
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """What a restore measured, in the words of MigrateReport. Without a pager every page was eager: None."""
+
+    root_pid: int
+    root_vpid: int
+    total_ms: float  # until every page was there, or the root had ended
+    ended: bool
+    pages_total: int | None = None
+    pages_zero: int | None = None
+    pages_eager: int | None = None
+    pages_urgent: int | None = None
+    pages_bulk: int | None = None
+    pages_dropped: int | None = None
+    fault_us: Mapping[str, float] | None = None
 
 
 @dataclass(slots=True)
@@ -72,6 +89,17 @@ class Restored:
 
     def forward(self, sig: signal.Signals) -> None:
         os.kill(self.root_pid, sig)
+
+    def report(self) -> RestoreReport:
+        """The figures so far."""
+        total_ms = (time.monotonic() - self.started) * 1e3
+        report = RestoreReport(self.root_pid, self.root_vpid, total_ms, ended=self._status is not None)
+        counters = self.counters()
+        if counters is None:
+            return report
+        names = ("total", "zero", "eager", "urgent", "bulk", "dropped")
+        pages = {f"pages_{name}": getattr(counters, name) for name in names}
+        return replace(report, **pages, fault_us=counters.fault_us._asdict())
 
 
 @contextmanager

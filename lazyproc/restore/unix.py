@@ -9,11 +9,12 @@ when their queues are full, since a connected one takes packets from its peer al
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 import struct
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from lazyproc.errors import RestoreError
@@ -53,13 +54,16 @@ class UnixSockets:
         waiting = {inode for unix in self.sockets.values() for inode in unix.pending}
         for unix in self.sockets.values():
             if unix.state != TCP_ESTABLISHED:
-                self._make_single(unix)
+                with _words(unix):
+                    self._make_single(unix)
         for unix in self.sockets.values():
             if unix.state == TCP_ESTABLISHED and unix.inode not in waiting and unix.inode not in self.made:
-                self._make_connected(unix)
+                with _words(unix):
+                    self._make_connected(unix)
         for unix in self.sockets.values():
             if unix.state == TCP_LISTEN:
-                self._queue_connections(unix)
+                with _words(unix):
+                    self._queue_connections(unix)
 
     def fill(self, files: Mapping[int, int], pids: Mapping[int, int]) -> None:
         """Put the queued packets back, with their descriptors (`files`, by file id) and their senders'
@@ -213,7 +217,7 @@ class UnixSockets:
             except BlockingIOError:
                 raise RestoreError(
                     "the queue of a unix socket does not take what lay in it",
-                    where=os.fsdecode(unix.name) or f"socket {unix.inode}",
+                    where=_where(unix),
                     remedy="raise sysctl net.unix.max_dgram_qlen to the source's value",
                 ) from None
             sender.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, size)
@@ -272,3 +276,19 @@ def _send_all(
     credentials = [row for row in ancillary if row[1] == _SCM_CREDENTIALS]
     while sent < len(packet.data):
         sent += sender.sendmsg([packet.data[sent:]], credentials, socket.MSG_DONTWAIT)
+
+
+def _where(unix: UnixSocket) -> str:
+    name = os.fsdecode(unix.name)
+    return f"unix socket {name.replace(chr(0), '@', 1)}" if name else f"unnamed unix socket {unix.inode}"
+
+
+@contextmanager
+def _words(unix: UnixSocket) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        remedy = "stop the program that has the name: ss -lxp" if taken else "see `lazyproc check`"
+        what = f"cannot be made again ({error.strerror})"
+        raise RestoreError(what, where=_where(unix), remedy=remedy) from error

@@ -55,9 +55,7 @@ class Workshop:
 
 
 def reopen(fd: int, flags: int) -> int:
-    """A new open file description of the same file, deleted or not. With O_PATH also of what cannot be
-    opened.
-    """
+    """A new open file description of the same file, deleted or not."""
     return os.open(f"/proc/self/fd/{fd}", flags & REOPEN_FLAGS | os.O_CLOEXEC)
 
 

@@ -24,7 +24,9 @@ def event_text(event: Event) -> str:
         case Note(text):
             return f"note: {text}"
         case PagesMoved(total, installed, zero, urgent, bulk, dropped):
-            return f"pages: {installed} of {total}, {urgent} urgent, {bulk} bulk, {zero} zero, {dropped} dropped"
+            return (
+                f"pages: {installed} of {total}, {urgent} urgent, {bulk} bulk, {zero} zero, {dropped} dropped"
+            )
 
 
 def bar(event: PagesMoved) -> str:

@@ -1,6 +1,4 @@
-"""Processes with open files, and their files gathered and made again: shared by the test_descriptors_*
-modules.
-"""
+"""Processes with open files, gathered and made again: shared by test_descriptors_*."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,34 +174,34 @@ class Server:
 
     def hang_up(self) -> None:
         for ours in self._sockets:
-            ours.close() if ours.fileno() < 0 else ours.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # it has hung up itself
+                ours.shutdown(socket.SHUT_RDWR)
 
     def _serve(self, name: str, ours: socket.socket) -> None:
         with ours, ours.makefile("rb") as stream:
-            while len(header := stream.read(HEADER.size)) == HEADER.size:
-                kind, _, _, count, key, addr, tag, _ = HEADER.unpack(header)
-                assert kind == GET
-                asked = Asked(name, key, addr, count)
-                self.log.append(asked)
-                self.asked.put(asked)
-                for index in range(count):
-                    event = self._held.get((name, addr + index * PAGE))
-                    if event:
-                        event.wait(DEADLINE)
-                try:
-                    for index in range(count):
-                        ours.sendall(self.frames(key, addr + index * PAGE, tag, index == count - 1))
-                except OSError:
-                    return
+            try:
+                while len(header := stream.read(HEADER.size)) == HEADER.size:
+                    self._answer(name, ours, header)
+            except OSError:  # the pager hung up
+                return
+
+    def _answer(self, name: str, ours: socket.socket, header: bytes) -> None:
+        kind, _, _, count, key, addr, tag, _ = HEADER.unpack(header)
+        assert kind == GET
+        asked = Asked(name, key, addr, count)
+        self.log.append(asked)
+        self.asked.put(asked)
+        pages = [addr + index * PAGE for index in range(count)]
+        for page in pages:
+            if (name, page) in self._held:
+                self._held[name, page].wait(DEADLINE)
+        for page in pages:
+            ours.sendall(self.frames(key, page, tag, page == pages[-1]))
 
     def close(self) -> None:
         for event in self._held.values():
             event.set()
-        for ours in self._sockets:
-            try:
-                ours.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
+        self.hang_up()
         for thread in self._threads:
             thread.join(DEADLINE)
 
@@ -278,6 +278,3 @@ def rig(pages: int = 16, *, zero: frozenset[int] = frozenset(), **options: Any) 
             space = made.add_space(process.register((addr, pages * PAGE)))
             made.add_region(space, addr, pages * PAGE, TASK, addr)
             yield Rig(process, source, made, space, addr, pages, data)
-
-
-Answer = Callable[[int, int, int, bool], bytes]

@@ -91,9 +91,7 @@ def test_close_on_exec_belongs_to_the_descriptor(tmp_path: Path) -> None:
 
 
 def test_many_descriptors_of_many_descriptions(tmp_path: Path) -> None:
-    """Descriptions are found by binary search: every one of 300 is told from the others and joined with its
-    dup.
-    """
+    """Descriptions are found by binary search: each of 300 is told from the others, and has its dup."""
     path = tmp_path / "file"
     path.write_bytes(bytes(1000))
 

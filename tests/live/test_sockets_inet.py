@@ -552,3 +552,16 @@ def test_an_address_in_use_and_one_that_is_not_here() -> None:
                 made_sockets(checkpoint),
             ):
                 pass
+
+
+def test_datagrams_of_one_interface() -> None:
+    def body() -> None:
+        sock = put(10, socket.socket(INET, DGRAM))
+        sock.setsockopt(SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+        sock.bind(("127.0.0.1", 5000))
+        sock.sendto(b"x", ("127.0.0.1", 5000))
+        keep(sock)
+
+    with stopped(body) as tasks, gather_descriptors(tasks).sockets as table:
+        (found,) = table.registry.obstacles
+    assert found.why == "holds unread datagrams that came to a group or by one interface"

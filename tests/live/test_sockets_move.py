@@ -20,7 +20,6 @@ import pytest
 from lazyproc.dump.descriptors import gather_descriptors
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import PermissionDenied
-from lazyproc.kernel import netfilter
 from lazyproc.kernel.netfilter import Flow, held, hold, leftovers, release
 from lazyproc.migrate.address import announce
 from lazyproc.model import Checkpoint
@@ -151,7 +150,9 @@ def _run_at_target(
 
 def _held_back(table: str) -> int:
     """How many packets a table has dropped."""
-    listing = subprocess.run(["nft", "list", "table", "inet", table], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        ["nft", "list", "table", "inet", table], capture_output=True, text=True, check=True
+    )
     return sum(int(count) for count in re.findall(r"counter packets (\d+)", listing.stdout))
 
 
@@ -248,10 +249,12 @@ def test_a_bad_session_name_reaches_no_shell() -> None:
 def test_without_privilege_it_says_what_to_do() -> None:
     pid = os.fork()
     if pid == 0:
-        os.setuid(65534)
+        status = 1
         try:
-            netfilter.hold("nobody", [])
+            os.setuid(65534)
+            hold("nobody", [])
         except PermissionDenied as error:
-            os._exit(0 if "CAP_NET_ADMIN" in str(error) else 1)
-        os._exit(2)
+            status = "CAP_NET_ADMIN" not in str(error)
+        finally:
+            os._exit(status)
     assert os.waitpid(pid, 0)[1] == 0

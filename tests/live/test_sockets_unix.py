@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import socket
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from lazyproc.dump.descriptors import Gathered, gather_descriptors
+from lazyproc.dump.descriptors import Gathered, explain_descriptors, gather_descriptors
 from lazyproc.errors import RestoreError
 from lazyproc.kernel.sockopt import SO_PASSCRED, SO_PEEK_OFF, disconnect
 from lazyproc.model import Checkpoint, UnixSocket
+from lazyproc.restore.names import acting_as
 from tests.live.descriptors import stopped
 from tests.live.sockets import dumped, keep, made_sockets, obstacle_words, put, remade
 
@@ -503,3 +505,65 @@ def test_another_file_or_a_live_socket_in_the_place(tmp_path: Path) -> None:
         missing = pytest.raises(RestoreError, match=r"the directory of socket .* is missing")
         with missing, made_sockets(checkpoint):
             pass
+
+
+def test_an_abstract_name_that_is_taken() -> None:
+    def body() -> None:
+        sock = put(10, socket.socket(Unix, DGRAM))
+        sock.bind("\0taken name")
+        keep(sock)
+
+    taken = pytest.raises(RestoreError, match="unix socket @taken name: cannot be made again")
+    with dumped(body) as checkpoint, socket.socket(Unix, DGRAM) as other:
+        other.bind("\0taken name")
+        with taken, made_sockets(checkpoint):
+            pass
+
+
+def test_a_user_connects_to_roots_socket_file(tmp_path: Path) -> None:
+    """SO_PEERCRED shows the user, though the user could not open the file now."""
+
+    def body() -> None:
+        listener = put(10, socket.socket(Unix, STREAM))
+        listener.bind(str(tmp_path / "listen"))
+        listener.listen()
+        client = put(11, socket.socket(Unix, STREAM))
+        os.chmod(tmp_path / "listen", 0o777)
+        with acting_as((0, 1234, 1235)):
+            client.connect(str(tmp_path / "listen"))
+        os.chmod(tmp_path / "listen", 0o600)
+        keep(listener, client, put(12, listener.accept()[0]))
+
+    with remade(body) as socks:
+        found = [socks[n].getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[4:] for n in (11, 12)]
+        assert found == [struct.pack("2i", 0, 0), struct.pack("2i", 1234, 1235)]
+
+
+def test_nobody_but_root_may_look_for_socket_files(tmp_path: Path) -> None:
+    def body() -> None:
+        sock = put(10, socket.socket(Unix, DGRAM))
+        sock.bind(str(tmp_path / "sock"))
+        keep(sock)
+
+    with stopped(body) as tasks:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                _drop_net_admin()
+                (found,) = explain_descriptors(tasks)
+                status = "fd 10: is a socket that only root may look into" not in str(found)
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def _drop_net_admin() -> None:
+    """Effective capabilities without CAP_NET_ADMIN (bit 12)."""
+    header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
+    data = ctypes.create_string_buffer(24)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.capget(header, data) == 0
+    low = struct.unpack_from("=I", data)[0] & ~(1 << 12)
+    struct.pack_into("=I", data, 0, low)
+    assert libc.capset(header, data) == 0

@@ -220,7 +220,8 @@ static void finish(struct pager *p)
     }
     pager_counters(p, &c);
     check(c.total == c.zero + c.eager + c.urgent + c.bulk + c.dropped, "each page counts once");
-    check(pager_finish(p) == 0, "pager_finish");
+    errno = -pager_finish(p);
+    check(errno == 0, "pager_finish");
     pager_free(p);
 }
 

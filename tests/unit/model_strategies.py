@@ -68,6 +68,7 @@ from lazyproc.model import (
 u16 = st.integers(0, 2**16 - 1)
 u31 = st.integers(0, 2**31 - 1)
 u32 = st.integers(0, 2**32 - 1)
+ids = st.integers(1, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
 nanoseconds = st.integers(0, 2**62)
 # What the kernel allows in a name: any bytes but NUL, as os.fsdecode shows them.
@@ -82,7 +83,7 @@ def tuples_of(elements: st.SearchStrategy[Any], size: int = 3) -> st.SearchStrat
     return st.lists(elements, max_size=size).map(tuple)
 
 
-def numbers(layout: str) -> st.SearchStrategy[tuple[int, ...]]:
+def numbers(layout: str) -> st.SearchStrategy[tuple[Any, ...]]:
     """As many integers as a struct has, in one draw: what has many fields is quick to make."""
     size = struct.calcsize(layout)
     return st.binary(min_size=size, max_size=size).map(lambda raw: struct.unpack(layout, raw))
@@ -91,7 +92,7 @@ def numbers(layout: str) -> st.SearchStrategy[tuple[int, ...]]:
 # --- threads ------------------------------------------------------------------------------------------------
 
 credentials = st.tuples(numbers("<8I"), tuples_of(u32), numbers("<5QI"), st.booleans()).map(
-    lambda drawn: Credentials(*drawn[0], drawn[1], *drawn[2], drawn[3])
+    lambda drawn: Credentials(*[*drawn[0], drawn[1], *drawn[2], drawn[3]])
 )
 filters = st.builds(SeccompFilter, st.binary(max_size=2).map(lambda raw: raw * 8), st.integers(0, 15))
 
@@ -349,6 +350,12 @@ def vmas(draw: st.DrawFn, start: int, files: tuple[int, ...], objects: tuple[int
     )
 
 
+_MM_NUMBERS = (
+    "start_code", "end_code", "start_data", "end_data", "start_brk", "brk", "arg_start", "arg_end", "env_start",
+    "env_end",
+)  # fmt: skip
+
+
 @st.composite
 def address_spaces(
     draw: st.DrawFn, files: tuple[int, ...], regular: tuple[int, ...], objects: tuple[int, ...]
@@ -359,9 +366,9 @@ def address_spaces(
         mapped.append(draw(vmas(start, regular, objects)))
         start = mapped[-1].end
     fields = draw(numbers("<10Q"))
-    stack = draw(st.sampled_from([0x10000, 0x11000, 0x13000]))
     return Mm(
-        *fields[:6], stack, *fields[6:],
+        **dict(zip(_MM_NUMBERS, fields, strict=True)),
+        start_stack=draw(st.sampled_from([0x10000, 0x11000, 0x13000])),
         auxv=draw(tuples_of(u64, 6)),
         exe_id=draw(st.sampled_from(files)),
         dumpable=draw(st.integers(0, 2)),
@@ -456,8 +463,10 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
         file_ids=file_ids,
         pipes={number: draw(pipes(number)) for number in draw(st.lists(u32, unique=True, max_size=2))},
         shared=shared,
-        contents={number: draw(contents_of(number)) for number in draw(st.lists(st.integers(1, 2**32 - 1), unique=True, max_size=2))},
-    )  # fmt: skip
+        contents={
+            number: draw(contents_of(number)) for number in draw(st.lists(ids, unique=True, max_size=2))
+        },
+    )
     files = {number: draw(open_files(number, pools)) for number in file_ids}
     used = {file.resource.pipe_id for file in files.values() if isinstance(file.resource, PipeEnd)}
     regular = tuple(number for number, file in files.items() if isinstance(file.resource, RegularFile))

@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_no_pages_behind(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300 * PAGE, limits[1]))
     try:
-        with pytest.raises(ImageError, match="pages-2.img"):
+        with pytest.raises(ImageError, match=r"pages-2\.img"):
             folder_with(tmp_path, {SHARED: (Extent(0, 4, True),), OTHER: (Extent(0, 400, True),)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

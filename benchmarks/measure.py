@@ -1,0 +1,83 @@
+"""Rounds of interleaved samples, and what is said of them: medians with spread, never a single run."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Runner = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Readings of one quantity in one unit, in the order they were taken."""
+
+    unit: str
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def fields(self) -> dict[str, object]:
+        """For JSON: the summary, and the raw samples."""
+        return {
+            "unit": self.unit,
+            "median": self.median,
+            "min": min(self.values),
+            "max": max(self.values),
+            "samples": list(self.values),
+        }
+
+    def __str__(self) -> str:
+        return f"{self.median:10.2f} {self.unit} ({min(self.values):.2f} .. {max(self.values):.2f})"
+
+
+def interleaved(runners: Mapping[str, Runner], rounds: int, unit: str) -> dict[str, Samples]:
+    """Every runner once a round, in turn, so that what the machine does else hits all of them alike."""
+    values: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, run in runners.items():
+            values[name].append(run())
+    return {name: Samples(unit, tuple(samples)) for name, samples in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A ratio of two medians and the most it may be; a missed goal is shown, not hidden."""
+
+    name: str
+    ratio: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        return self.ratio <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.ratio:.2f}, goal at most {self.limit:g}: {'met' if self.met else 'MISSED'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one scene found."""
+
+    scene: str
+    samples: Mapping[str, Samples]
+    goals: Sequence[Goal]
+
+    def fields(self) -> dict[str, object]:
+        return {
+            "scene": self.scene,
+            "samples": {name: samples.fields() for name, samples in self.samples.items()},
+            "goals": [
+                {"name": goal.name, "ratio": goal.ratio, "limit": goal.limit, "met": goal.met} for goal in self.goals
+            ],
+        }
+
+
+def load() -> tuple[float, float, float]:
+    """The load average, to be read beside every figure."""
+    return os.getloadavg()

@@ -1,0 +1,160 @@
+"""What would stop a dump, said before anything is stopped: which process, what of it, why, and the way out.
+
+Reading (survey.py) and deciding are apart: the decisions here are pure functions of what was seen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+from lazyproc.dump.descriptors import explain_descriptors
+from lazyproc.dump.memory import refused_mappings
+from lazyproc.dump.registry import Registry, TaskRef
+from lazyproc.dump.survey import ProcessFacts, ThreadFacts, TreeFacts, survey
+from lazyproc.errors import Obstacle
+from lazyproc.events import Listener, Note, ignore
+from lazyproc.kernel.sys import pidfd_open
+
+SCHED_DEADLINE = 6
+ELF_32 = 1
+# Namespaces in which a tree may live without being moved with them; of pid and time the dump takes care.
+BORROWED = ("mnt", "net", "ipc", "uts", "cgroup")
+FOR_CHILDREN = "_for_children"
+
+
+def explain(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -> tuple[Obstacle, ...]:
+    """Everything that would stop a checkpoint or a move of the tree under `pid`; empty when nothing would.
+
+    It only reads, within milliseconds, and the tree runs on: what a process does afterwards is not in it. What the
+    user should know and nothing can be done about goes to `listener` as Note. Raises NoSuchProcess, UsageError (the
+    number of a thread), PermissionDenied.
+    """
+    facts = survey(pid)
+    for text in notes(facts):
+        listener(Note(text))
+    return (*obstacles(facts), *_resources(facts, tcp_close))
+
+
+def obstacles(facts: TreeFacts) -> Iterator[Obstacle]:
+    """What of the processes and threads stands in the way. Pure."""
+    if facts.root.zombie:
+        yield Obstacle(facts.root.pid, "process", "has ended (zombie)", "nothing is left to move")
+    for process in facts.processes:
+        yield from _of_process(process, facts)
+        if process.alive:
+            yield from _of_namespaces(process, facts)
+            for thread in process.threads:
+                yield from _of_thread(process, thread)
+    for pid, other, what in facts.sharing:
+        remedy = "wait until it has called exec (vfork), or start the processes with fork(2)"
+        yield Obstacle(pid, "process", f"shares {what} with process {other}", remedy)
+    for pid, kind, number in facts.ipc_uses:
+        yield Obstacle(
+            pid, "process", f"used System V {kind} {number}, which stays on this host",
+            "let the program remove it, or use what lives in its own memory (sem_init(3), pipes)",
+        )  # fmt: skip
+
+
+def _of_process(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
+    def obstacle(why: str, remedy: str) -> Obstacle:
+        return Obstacle(process.pid, "process", why, remedy)
+
+    if process.kernel_thread:
+        yield obstacle("is a kernel thread", "name a process")
+    if process.zombie and process.stat.num_threads > 1:
+        yield obstacle(
+            "its first thread has ended and others run on", "start it so that main() joins its threads"
+        )
+    if not process.alive:
+        return
+    if process.pid == facts.our_pid:
+        yield obstacle("is lazyproc itself", "start lazyproc outside of the tree")
+    if process.elf_class == ELF_32:
+        yield obstacle("is a 32-bit program", "use its 64-bit build")
+    if process.stat.tty:
+        yield obstacle(
+            f"has a controlling terminal ({os.major(process.stat.tty)}:{os.minor(process.stat.tty)})",
+            "start it without: setsid prog </dev/null >log 2>&1",
+        )
+    if process.stat.policy == SCHED_DEADLINE:
+        yield obstacle(
+            "runs under SCHED_DEADLINE, whose budget cannot be promised elsewhere", "chrt --other 0 -p PID"
+        )
+    if not any(entry.entry.path == "[vdso]" for entry in process.smaps):
+        yield obstacle(
+            "has no [vdso] mapping", "start it without unmapping it, and the kernel without vdso=0"
+        )
+
+
+def _of_namespaces(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
+    """A tree lives in one set of namespaces."""
+    root = facts.root.namespaces
+    for name, inode in process.namespaces.items():
+        of = name.removesuffix(FOR_CHILDREN)
+        if name == "user" and inode != facts.our_namespaces[name]:
+            yield Obstacle(
+                process.pid, "process", "is in another user namespace than lazyproc",
+                "start lazyproc in it: nsenter --target PID --user …",
+            )  # fmt: skip
+        elif inode != root.get(of, inode) and (name != of or process is not facts.root):
+            whose = "its future children are" if name != of else "is"
+            yield Obstacle(
+                process.pid, "process", f"{whose} in another {of} namespace than the root of the tree",
+                "name a process whose whole tree is in one, such as the first one in there",
+            )  # fmt: skip
+
+
+def _of_thread(process: ProcessFacts, thread: ThreadFacts) -> Iterator[Obstacle]:
+    def obstacle(why: str, remedy: str) -> Obstacle:
+        return Obstacle(process.pid, f"thread {thread.tid}", why, remedy)
+
+    if thread.tracer:
+        yield obstacle(
+            f"is traced by process {thread.tracer}", "detach it (a debugger, strace, another lazyproc)"
+        )
+    if thread.stuck_in is not None:
+        yield obstacle(
+            f"sleeps in the kernel without taking signals (state D, in {thread.stuck_in})",
+            "wait until its I/O is done, or its vfork child has called exec, and try again",
+        )
+    for what in thread.apart:
+        yield obstacle(
+            f"does not share its process's {what}", "start the program without unshare(2) in threads"
+        )
+    for name, inode in thread.namespaces.items():
+        if not name.endswith(FOR_CHILDREN) and process.namespaces.get(name, inode) != inode:
+            yield obstacle(f"is in another {name} namespace than its process", "wait until it has come back")
+
+
+def notes(facts: TreeFacts) -> Iterator[str]:
+    """What changes with a move and is no obstacle. Pure."""
+    pids = {process.pid for process in facts.processes}
+    for process in facts.processes:
+        for what, number in (("process group", process.stat.pgrp), ("session", process.stat.session)):
+            if number not in pids:
+                yield f"pid {process.pid}: the leader of its {what}, {number}, is not in the tree"
+    apart = [n for n in BORROWED if facts.root.namespaces.get(n) not in (None, facts.our_namespaces[n])]
+    if apart:
+        yield (
+            f"pid {facts.root.pid}: its namespaces ({', '.join(apart)}) stay here; "
+            "it is restored in those of the command that restores it"
+        )
+
+
+def _resources(facts: TreeFacts, tcp_close: bool) -> list[Obstacle]:
+    """Descriptors and mappings, by the rules of the dump itself."""
+    with ExitStack() as stack:
+        refs = []
+        for process in filter(lambda process: process.alive, facts.processes):
+            with suppress(ProcessLookupError):
+                pidfd = pidfd_open(process.pid)
+                stack.callback(os.close, pidfd)
+                refs.append(TaskRef(process.pid, process.vpid, pidfd))
+        if not refs:
+            return []
+        registry = Registry(tuple(refs), contents_wanted=False)
+        for process in facts.processes:
+            refused_mappings(registry, process.pid, process.smaps)
+        return [*registry.obstacles, *explain_descriptors(refs, tcp_close=tcp_close)]

@@ -1,0 +1,211 @@
+"""What can be seen of a process tree from outside while it runs. Nothing is stopped, nothing is decided here."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cmp_to_key, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from lazyproc.dump.before import tree_of
+from lazyproc.errors import NoSuchProcess, PermissionDenied, UsageError
+from lazyproc.kernel import proc
+from lazyproc.kernel.sys import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, kcmp
+from lazyproc.kernel.sysvipc import LastUse, last_uses
+
+SHARED = {KCMP_VM: "its memory (CLONE_VM)", KCMP_FS: "its directories (CLONE_FS)",
+          KCMP_SIGHAND: "its signal handlers (CLONE_SIGHAND)"}  # fmt: skip
+APART = {KCMP_FS: "directories (CLONE_FS)", KCMP_FILES: "descriptor table (CLONE_FILES)"}
+PF_KTHREAD = 0x200000  # include/linux/sched.h
+DISK_SLEEP_S = 0.05  # I/O ends within this, mostly
+EI_CLASS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadFacts:
+    """One thread, by its number in our pid namespace."""
+
+    tid: int
+    tracer: int  # pid, 0 nobody
+    stuck_in: (
+        str | None
+    )  # the kernel function in which it sleeps without taking signals, None when it takes them
+    namespaces: Mapping[str, int]
+    apart: tuple[str, ...]  # what it does not share with its process's first thread
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFacts:
+    """One process of the tree. A zombie and a kernel thread have no mappings and no namespaces."""
+
+    stat: proc.Stat
+    vpid: int
+    kernel_thread: bool
+    smaps: tuple[proc.SmapsEntry, ...]
+    threads: tuple[ThreadFacts, ...]  # the first one first
+    namespaces: Mapping[str, int]
+    elf_class: int  # 1: 32 bits, 2: 64 bits, 0: unknown
+
+    @property
+    def pid(self) -> int:
+        return self.stat.pid
+
+    @property
+    def zombie(self) -> bool:
+        return self.stat.state == "Z"
+
+    @property
+    def alive(self) -> bool:
+        return not self.zombie and not self.kernel_thread
+
+
+class Sharing(NamedTuple):
+    """Two processes with one kernel object that fork(2) would have copied."""
+
+    pid: int
+    other: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class TreeFacts:
+    """A tree, parents before children, and who looks at it."""
+
+    processes: tuple[ProcessFacts, ...]
+    our_pid: int
+    our_namespaces: Mapping[str, int]
+    sharing: tuple[Sharing, ...]
+    ipc_uses: tuple[LastUse, ...]  # of System V IPC, by processes of the tree
+
+    @property
+    def root(self) -> ProcessFacts:
+        return self.processes[0]
+
+
+def survey(root: int) -> TreeFacts:
+    """Look at the tree under `root`. Processes and threads that end meanwhile are left out.
+
+    Raises NoSuchProcess for the root itself, UsageError when it is a thread's number, PermissionDenied for a process
+    that we may not trace.
+    """
+    _demand_process(root)
+    processes = []
+    for pid in tree_of(root):
+        try:
+            processes.append(_process(pid))
+        except NoSuchProcess:
+            if pid == root:
+                raise
+    uses = {use for use in last_uses() if any(use.pid == process.pid for process in processes)}
+    return TreeFacts(
+        processes=tuple(processes),
+        our_pid=os.getpid(),
+        our_namespaces=proc.namespaces(os.getpid()),
+        sharing=tuple(_shared([process.pid for process in processes if process.alive])),
+        ipc_uses=tuple(sorted(uses)),
+    )
+
+
+def _demand_process(pid: int) -> None:
+    try:
+        status = proc.status(proc.read(pid, "status"))
+    except NoSuchProcess:
+        raise NoSuchProcess(
+            "there is no such process",
+            where=f"pid {pid}",
+            remedy="check the number, and in which pid namespace it counts",
+        ) from None
+    if status.tgid != pid:
+        raise UsageError("is a thread", where=f"pid {pid}", remedy=f"name its process, {status.tgid}")
+
+
+def _process(pid: int) -> ProcessFacts:
+    stat, status = proc.stat(proc.read(pid, "stat")), proc.status(proc.read(pid, "status"))
+    kernel_thread = status.kernel_thread or bool(stat.flags & PF_KTHREAD)
+    alive = stat.state != "Z" and not kernel_thread
+    if alive:
+        _demand_access(pid, status)
+    return ProcessFacts(
+        stat=stat,
+        vpid=status.ns_pid[-1],
+        kernel_thread=kernel_thread,
+        smaps=proc.smaps(proc.read(pid, "smaps")) if alive else (),
+        threads=tuple(_threads(pid)) if alive else (),
+        namespaces=proc.namespaces(pid) if alive else {},
+        elf_class=_elf_class(pid) if alive else 0,
+    )
+
+
+def _demand_access(pid: int, status: proc.Status) -> None:
+    """Opening mem takes what ptrace(2) takes (fs/proc/base.c, PTRACE_MODE_ATTACH), Yama's opinion included."""
+    try:
+        os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            raise NoSuchProcess("it has ended", where=f"pid {pid}") from error
+        raise PermissionDenied(
+            f"belongs to uid {status.uid.real} and may not be traced by uid {os.geteuid()}",
+            where=f"pid {pid}",
+            remedy="run lazyproc as root (CAP_SYS_PTRACE)" + _yama(),
+        ) from error
+
+
+def _yama() -> str:
+    try:
+        scope = Path("/proc/sys/kernel/yama/ptrace_scope").read_text().strip()
+    except OSError:
+        return ""
+    return f"; kernel.yama.ptrace_scope is {scope}" if scope != "0" else ""
+
+
+def _threads(pid: int) -> Iterator[ThreadFacts]:
+    for tid in proc.task_ids(pid):
+        with suppress(NoSuchProcess, ProcessLookupError):
+            status = proc.status(proc.read(pid, f"task/{tid}/status"))
+            yield ThreadFacts(
+                tid=tid,
+                tracer=status.tracer_pid,
+                stuck_in=_stuck_in(pid, tid) if status.state == "D" else None,
+                namespaces=proc.namespaces(tid),
+                apart=tuple(words for kind, words in APART.items() if tid != pid and kcmp(pid, tid, kind)),
+            )
+
+
+def _elf_class(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as program:
+            return program.read(EI_CLASS + 1)[EI_CLASS]
+    except (OSError, IndexError):
+        return 0
+
+
+def _stuck_in(pid: int, tid: int) -> str | None:
+    """Where a thread in state D sleeps, None when it wakes up shortly: it may just be reading from a disk."""
+    until = time.monotonic() + DISK_SLEEP_S
+    while proc.stat(proc.read(pid, f"task/{tid}/stat")).state == "D":
+        if time.monotonic() > until:
+            return proc.read(pid, f"task/{tid}/wchan").decode()
+        time.sleep(DISK_SLEEP_S / 10)
+    return None
+
+
+def _shared(pids: Sequence[int]) -> Iterator[Sharing]:
+    """kcmp(2) gives an order of kernel objects: sorted by it, those who share one stand side by side."""
+    for kind, words in SHARED.items():
+        ordered = sorted(pids, key=cmp_to_key(partial(_compare, kind)))
+        for one, other in pairwise(ordered):
+            if _compare(kind, one, other) == 0:
+                yield Sharing(max(one, other), min(one, other), words)
+
+
+def _compare(kind: int, one: int, other: int) -> int:
+    try:
+        return (0, -1, 1)[kcmp(one, other, kind)]
+    except ProcessLookupError:
+        return one - other

@@ -1,0 +1,240 @@
+/* Drives the page server from C, for the sanitizers: server.sh builds and runs it. Exit status 0: all is well. */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "_server.h"
+#include "crc32c.h"
+#include "native.h"
+
+#define AREA_PAGES 600u
+#define OBJECT (42u << 8 | 1u)
+
+#define CHECK(condition)                                                     \
+    do {                                                                     \
+        if (!(condition)) {                                                  \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            _exit(1);                                                        \
+        }                                                                    \
+    } while (0)
+
+static unsigned char *area;
+
+/* A third of the pages is zero, in runs of every length up to 7. */
+static void fill_area(void)
+{
+    area = mmap(NULL, AREA_PAGES * PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(area != MAP_FAILED);
+    for (unsigned page = 0; page < AREA_PAGES; page++)
+        for (unsigned i = 0; page % 21 >= 7 && i < PAGE_BYTES; i++)
+            area[page * PAGE_BYTES + i] = (unsigned char)(page * 31 + i * 7);
+}
+
+/* A stopped copy of this process in which page 5 is unmapped and page 6 has lost its permissions. */
+static pid_t stopped_child(void)
+{
+    pid_t pid = fork();
+    int status;
+
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        CHECK(munmap(area + 5 * PAGE_BYTES, PAGE_BYTES) == 0);
+        CHECK(mprotect(area + 6 * PAGE_BYTES, PAGE_BYTES, PROT_NONE) == 0);
+        raise(SIGSTOP);
+        _exit(1);
+    }
+    CHECK(waitpid(pid, &status, WUNTRACED) == pid && WIFSTOPPED(status));
+    return pid;
+}
+
+static void end_child(pid_t pid)
+{
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+}
+
+static struct server *new_server(pid_t pid, struct server_segment *segment)
+{
+    struct server *server;
+    char path[64];
+
+    snprintf(path, sizeof(path), "/proc/%d/mem", pid);
+    *segment = (struct server_segment){
+        .object = OBJECT,
+        .start = (uint64_t)area,
+        .end = (uint64_t)area + AREA_PAGES * PAGE_BYTES,
+        .where = (uint64_t)area,
+        .pid = pid,
+        .pidfd = (int)syscall(SYS_pidfd_open, pid, 0),
+        .fd = open(path, O_RDONLY),
+    };
+    CHECK(segment->pidfd >= 0 && segment->fd >= 0);
+    CHECK(server_new(segment, 1, &server) == 0);
+    return server;
+}
+
+static void free_server(struct server *server, const struct server_segment *segment)
+{
+    server_free(server);
+    close(segment->pidfd);
+    close(segment->fd);
+}
+
+static int connect_to(struct server *server, int *number)
+{
+    int ends[2];
+
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+    *number = server_serve(server, ends[1]);
+    CHECK(*number >= 0);
+    return ends[0];
+}
+
+static void ask(int fd, uint64_t addr, uint32_t pages)
+{
+    struct page_frame get = {.type = FRAME_GET, .count = pages, .object = OBJECT, .addr = addr, .tag = pages};
+
+    CHECK(send(fd, &get, sizeof(get), MSG_NOSIGNAL) == sizeof(get));
+}
+
+static void check_answer(int fd, uint64_t addr, uint32_t pages)
+{
+    static _Thread_local unsigned char data[FRAME_MAX_PAGES * PAGE_BYTES];
+    struct page_frame frame;
+
+    for (uint64_t end = addr + (uint64_t)pages * PAGE_BYTES; addr < end; addr += (uint64_t)frame.count * PAGE_BYTES) {
+        size_t length;
+
+        CHECK(recv(fd, &frame, sizeof(frame), MSG_WAITALL) == sizeof(frame));
+        CHECK(frame.type == FRAME_PAGES && frame.tag == pages && frame.addr == addr);
+        length = (size_t)frame.count * PAGE_BYTES;
+        CHECK(addr + length <= end && !!(frame.flags & FRAME_LAST) == (addr + length == end));
+        if (frame.flags & FRAME_ABSENT) {
+            CHECK(frame.count == 1 && addr == (uint64_t)area + 5 * PAGE_BYTES);
+            continue;
+        }
+        memset(data, 0, length);
+        if (!(frame.flags & FRAME_ZERO)) {
+            CHECK(recv(fd, data, length, MSG_WAITALL) == (ssize_t)length);
+            CHECK(frame.crc == crc32c_pages(data, frame.count));
+        }
+        CHECK(memcmp(data, (void *)addr, length) == 0);
+    }
+}
+
+static void *stream(void *argument)
+{
+    int fd = *(int *)argument;
+
+    for (unsigned round = 0; round < 50; round++) {
+        ask(fd, (uint64_t)area, AREA_PAGES);
+        check_answer(fd, (uint64_t)area, AREA_PAGES);
+    }
+    return NULL;
+}
+
+/* Bulk and urgent at once, with somebody reading the counters. */
+static void serve_pages(struct server *server)
+{
+    int bulk_number, urgent_number;
+    int bulk = connect_to(server, &bulk_number), urgent = connect_to(server, &urgent_number);
+    struct server_status status;
+    pthread_t thread;
+
+    CHECK(pthread_create(&thread, NULL, stream, &bulk) == 0);
+    for (unsigned page = 10; page < AREA_PAGES - 10; page++) {
+        for (unsigned i = 0; i < 10; i++)
+            ask(urgent, (uint64_t)area + (page + i) * PAGE_BYTES, 1);
+        for (unsigned i = 0; i < 10; i++)
+            check_answer(urgent, (uint64_t)area + (page + i) * PAGE_BYTES, 1);
+        CHECK(server_status(server, bulk_number, &status) == 0 && status.cause == SERVER_RUNNING);
+    }
+    CHECK(pthread_join(thread, NULL) == 0);
+    CHECK(server_status(server, bulk_number, &status) == 0 && status.requests == 50 && status.absent == 50);
+    close(bulk);
+    close(urgent);
+}
+
+static void expect_end(struct server *server, int fd, int number, enum server_cause cause)
+{
+    struct server_status status;
+    char byte;
+
+    CHECK(recv(fd, &byte, 1, 0) == 0);
+    CHECK(server_status(server, number, &status) == 0 && status.cause == (int32_t)cause);
+    close(fd);
+}
+
+/* Frames of noise; each ends its connection or is answered, and the table of connections grows and shrinks. */
+static void serve_bad_requests(struct server *server)
+{
+    unsigned seed = 1;
+
+    for (unsigned round = 0; round < 200; round++) {
+        struct page_frame frame;
+        int number, fd = connect_to(server, &number);
+
+        for (size_t i = 0; i < sizeof(frame); i++)
+            ((unsigned char *)&frame)[i] = (unsigned char)(rand_r(&seed) >> 8);
+        frame.type = FRAME_GET;
+        CHECK(send(fd, &frame, sizeof(frame), MSG_NOSIGNAL) == sizeof(frame));
+        expect_end(server, fd, number, SERVER_BAD_FRAME);
+    }
+}
+
+static void serve_a_dead_process(struct server *server, pid_t pid)
+{
+    int number, fd = connect_to(server, &number);
+
+    end_child(pid);
+    ask(fd, (uint64_t)area, AREA_PAGES);
+    expect_end(server, fd, number, SERVER_SOURCE_GONE);
+}
+
+/* While one client waits and another has stopped reading. */
+static void stop_in_the_middle(struct server *server)
+{
+    int idle_number, number, idle = connect_to(server, &idle_number), fd = connect_to(server, &number);
+    char byte;
+
+    for (unsigned i = 0; i < 20; i++)
+        ask(fd, (uint64_t)area, AREA_PAGES);
+    CHECK(recv(fd, &byte, 1, 0) == 1);
+    server_stop(server);
+    expect_end(server, idle, idle_number, SERVER_HUNG_UP);
+    close(fd);
+}
+
+int main(int argc, char **argv)
+{
+    const char *what = argc > 1 ? argv[1] : "";
+    struct server_segment segment;
+    struct server *server;
+    pid_t pid;
+
+    fill_area();
+    pid = stopped_child();
+    server = new_server(pid, &segment);
+    if (!strcmp(what, "pages"))
+        serve_pages(server);
+    else if (!strcmp(what, "bad"))
+        serve_bad_requests(server);
+    else if (!strcmp(what, "gone"))
+        serve_a_dead_process(server, pid);
+    else if (!strcmp(what, "stop"))
+        stop_in_the_middle(server);
+    else
+        CHECK(!"one of pages, bad, gone, stop");
+    free_server(server, &segment);
+    end_child(pid);
+    return 0;
+}
