@@ -57,7 +57,9 @@ class Goal:
         return self.ratio <= self.limit
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.ratio:.2f}, goal at most {self.limit:g}: {'met' if self.met else 'MISSED'}"
+        return (
+            f"{self.name}: {self.ratio:.2f}, goal at most {self.limit:g}: {'met' if self.met else 'MISSED'}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ class Result:
             "scene": self.scene,
             "samples": {name: samples.fields() for name, samples in self.samples.items()},
             "goals": [
-                {"name": goal.name, "ratio": goal.ratio, "limit": goal.limit, "met": goal.met} for goal in self.goals
+                {"name": goal.name, "ratio": goal.ratio, "limit": goal.limit, "met": goal.met}
+                for goal in self.goals
             ],
         }
 

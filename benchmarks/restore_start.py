@@ -80,7 +80,16 @@ def _criu_once(images: Path, watch: Watch) -> float:
         os.close(write)
         os.read(read, 1)
         os.close(read)
-        restore = [*criu(), "restore", "-D", str(images), "--lazy-pages", "--restore-detached", "-o", "restore.log"]
+        restore = [
+            *criu(),
+            "restore",
+            "-D",
+            str(images),
+            "--lazy-pages",
+            "--restore-detached",
+            "-o",
+            "restore.log",
+        ]
         subprocess.run(restore, check=True)
 
     try:
@@ -108,4 +117,8 @@ def run(rounds: int) -> Result:
             "ms",
         )
     mine, peer = samples.values()
-    return Result("restore to first heartbeat, 512 MiB", samples, [Goal("lazyproc / CRIU", mine.median / peer.median, 1.5)])
+    return Result(
+        "restore to first heartbeat, 512 MiB",
+        samples,
+        [Goal("lazyproc / CRIU", mine.median / peer.median, 1.5)],
+    )

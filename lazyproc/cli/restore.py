@@ -34,8 +34,12 @@ def add(commands: Commands) -> None:
     place.add_argument(
         "--from", dest="peer", metavar=HOST_PORT, type=endpoint, help="where `lazyproc serve` offers a tree"
     )
-    parser.add_argument("--lazy", action="store_true", help="bring pages when they are touched, the rest meanwhile")
-    parser.add_argument("--detach", action="store_true", help="return when every page is there; the tree runs on")
+    parser.add_argument(
+        "--lazy", action="store_true", help="bring pages when they are touched, the rest meanwhile"
+    )
+    parser.add_argument(
+        "--detach", action="store_true", help="return when every page is there; the tree runs on"
+    )
     parser.add_argument("--pidfile", metavar="FILE", help="write the number of the root process to FILE")
     add_pidns(parser)
     add_policy(parser)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lazyproc.dump.registry import Refused
-from lazyproc.dump.tcp import FIN_SENT, read_connection
+from lazyproc.dump.tcp import FIN_SENT, read_connection, read_ended
 from lazyproc.kernel import tcp
 from lazyproc.kernel.netfilter import End, Flow, plain
 from lazyproc.kernel.sockdiag import InetInfo
@@ -28,15 +28,12 @@ from lazyproc.kernel.sockopt import (
     SOL_IPV6,
     TCP_CLOSE,
     TCP_CLOSE_WAIT,
-    TCP_CLOSING,
     TCP_ESTABLISHED,
-    TCP_LAST_ACK,
     TCP_LISTEN,
 )
-from lazyproc.model import InetSocket, Packet, SocketOptions
+from lazyproc.model import InetSocket, Packet, SocketOptions, TcpState
 
 CONNECTED = {TCP_ESTABLISHED, TCP_CLOSE_WAIT, *FIN_SENT}
-_FIN_RECEIVED = {TCP_CLOSE_WAIT, TCP_CLOSING, TCP_LAST_ACK}
 _SHOW_DESTINATION = (
     (SOL_IP, IP_PKTINFO),
     (SOL_IP, IP_RECVORIGDSTADDR),
@@ -90,20 +87,23 @@ def gather_inet(
     udp: Mapping[int, InetInfo],
     touch: bool,
 ) -> InetSocket:
-    """`close`: the connection becomes an unconnected socket. Without `touch` a connection's state is left
-    out.
+    """`close`: the connection becomes one that has ended, with what is unread. Without `touch` a
+    connection's state is left out.
 
     `udp` is sock_diag's view by inode, the only place that shows a UDP socket's shutdown(2).
     """
-    inode = os.fstat(sock.fileno()).st_ino
     state, local, remote = ends.state, ends.local, ends.remote
     if close:
         state, local, remote = TCP_CLOSE, (bytes(len(local[0])), 0), None
-    connection = ends.is_connection and state in CONNECTED
-    listening = state == TCP_LISTEN
     interface = sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0").decode()
     if queue:
         _refuse_unreachable(local[0], interface, options)
+    inode = os.fstat(sock.fileno()).st_ino
+    shutdown = udp[inode].shutdown if inode in udp else 0
+    connection = None
+    if sock.proto == socket.IPPROTO_TCP:
+        shutdown = RCV_SHUTDOWN | SEND_SHUTDOWN if close else _tcp_shutdown(sock, state)
+        connection = _connection(sock, state, shutdown) if touch else None
     return InetSocket(
         inode=inode,
         family=sock.family,
@@ -112,15 +112,21 @@ def gather_inet(
         state=state,
         local=local,
         remote=remote,
-        backlog=tcp.info(sock).backlog if listening else 0,
-        shutdown=_tcp_shutdown(sock, state) if connection else _udp_shutdown(udp, inode),
+        backlog=tcp.info(sock).backlog if state == TCP_LISTEN else 0,
+        shutdown=shutdown,
         options=options,
         v6only=sock.family == socket.AF_INET6
         and bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)),
         interface=interface,
-        tcp=read_connection(sock) if connection and touch else None,
+        tcp=connection,
         queue=queue,
     )
+
+
+def _connection(sock: socket.socket, state: int, shutdown: int) -> TcpState | None:
+    if state in CONNECTED:
+        return read_connection(sock)
+    return read_ended(sock) if state == TCP_CLOSE and shutdown else None
 
 
 def _refuse_unreachable(address: bytes, interface: str, options: SocketOptions) -> None:
@@ -136,16 +142,13 @@ def _refuse_unreachable(address: bytes, interface: str, options: SocketOptions) 
 
 
 def _tcp_shutdown(sock: socket.socket, state: int) -> int:
-    """The FINs of the state; a shutdown(SHUT_RD) sends none and shows only in poll(2)."""
+    """The FINs of the state; a shutdown(SHUT_RD) sends none and shows only in poll(2), and so does an
+    end in both directions, which makes the state CLOSE like that of a socket never used.
+    """
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
-    closed = any(events & select.POLLRDHUP for _fd, events in poll.poll(0))
-    reading = RCV_SHUTDOWN if closed or state in _FIN_RECEIVED else 0
-    return reading | (SEND_SHUTDOWN if state in FIN_SENT else 0)
-
-
-def _udp_shutdown(udp: Mapping[int, InetInfo], inode: int) -> int:
-    return udp[inode].shutdown if inode in udp else 0
+    reading = RCV_SHUTDOWN if any(events & select.POLLRDHUP for _fd, events in poll.poll(0)) else 0
+    return reading | (SEND_SHUTDOWN if state in FIN_SENT or (reading and state == TCP_CLOSE) else 0)
 
 
 def refuse_state(ends: Ends) -> None:

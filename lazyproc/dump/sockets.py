@@ -97,7 +97,8 @@ class _Known:
 class SocketTable:
     """Duplicates of all sockets of a tree. A context manager: leaving it closes the duplicates.
 
-    With `tcp_close` established connections to outside of the tree become unconnected sockets.
+    With `tcp_close` connections to outside of the tree become connections that have ended: what arrived
+    can be read.
     """
 
     registry: Registry
@@ -255,7 +256,9 @@ def _refuse_ulp(sock: socket.socket) -> None:
 
 
 def refuse_urgent(sock: socket.socket) -> None:
-    """MSG_OOB data cannot be peeked in its place; it shows in poll(2)."""
+    """MSG_OOB data cannot be peeked in its place; on a stream it shows in poll(2)."""
+    if sock.type != socket.SOCK_STREAM:
+        return
     poll = select.poll()
     poll.register(sock, select.POLLPRI)
     if any(events & select.POLLPRI for _fd, events in poll.poll(0)):

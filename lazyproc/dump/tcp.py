@@ -41,6 +41,13 @@ def read_connection(sock: socket.socket) -> TcpState:
         )
 
 
+def read_ended(sock: socket.socket) -> TcpState:
+    """What is still to be read from a connection that has come to its end; the rest of its state is gone."""
+    unread = tcp.queued(sock)[0]
+    data = sock.recv(unread, socket.MSG_PEEK | socket.MSG_DONTWAIT) if unread else b""
+    return TcpState(0, 0, b"", data, 0, 0, 0, 0, 0, 0, b"")
+
+
 def silence(connections: Iterable[socket.socket]) -> None:
     """After the hand-over was committed: closing these connections, and killing who has them, sends
     neither FIN nor RST. They never run again.

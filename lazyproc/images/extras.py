@@ -34,11 +34,13 @@ class Extras:
     shared: Mapping[int, own.SharedExtra] = field(default_factory=dict)
     contents: Mapping[int, own.ContentExtra] = field(default_factory=dict)
 
+    flag_sets: tuple[frozenset[str], ...] = ()
+
     def vm_flags(self, index: int) -> frozenset[str]:
         """The set of VmFlags that TaskExtra.vm_flags numbers."""
-        if index >= len(self.message.vm_flag_sets):
+        if index >= len(self.flag_sets):
             raise garbled(EXTRAS, f"there is no set {index} of VmFlags")
-        return frozenset(self.message.vm_flag_sets[index].decode("latin-1").split())
+        return self.flag_sets[index]
 
 
 def read_extras(images: Mapping[str, bytes]) -> Extras:
@@ -61,6 +63,7 @@ def read_extras(images: Mapping[str, bytes]) -> Extras:
         {(extra.file_id, extra.index): extra for extra in message.packets},
         _by_id(message.shared),
         _by_id(message.contents),
+        tuple(frozenset(flags.decode("latin-1").split()) for flags in message.vm_flag_sets),
     )
 
 

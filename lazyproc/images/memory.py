@@ -16,7 +16,6 @@ from lazyproc.images.files import ImageWriter, garbled, record, records, to_byte
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.model import (
-    PAGE,
     Checkpoint,
     Mm,
     OpenFile,
@@ -50,6 +49,14 @@ _SPECIAL = {
     VmaKind.VVAR_VCLOCK: _REGULAR | _VVAR | _ANON_PRIVATE,
     VmaKind.AIO: _AIORING,
 }
+_KINDS = (  # the first that has a bit in the status
+    (_VDSO, VmaKind.VDSO),
+    (_VVAR, VmaKind.VVAR),
+    (_AIORING, VmaKind.AIO),
+    (_MEMFD | _SYSVIPC | _ANON_SHARED, VmaKind.SHARED),
+    (_FILE_PRIVATE | _FILE_SHARED, VmaKind.FILE),
+    (_ANON_PRIVATE, VmaKind.ANON),
+)
 _KNOWN = (
     _REGULAR | _STACK | _VSYSCALL | _VDSO | _HEAP | _FILE_PRIVATE | _FILE_SHARED | _ANON_SHARED
     | _ANON_PRIVATE | _SYSVIPC | _VVAR | _AIORING | _MEMFD
@@ -63,6 +70,7 @@ _S_IFREG = 0o100000
 _ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
 _MAP_FLAGS = {"gd": _MAP_GROWSDOWN, "lo": _MAP_LOCKED, "nr": _MAP_NORESERVE, "ht": _MAP_HUGETLB}
 
+_NO_NOTE = own.VmaExtra(index=0)
 _ANON_NAME = b"/dev/zero"  # CRIU's name of a memfd that stands for shared anonymous memory
 _MM_FIELDS = (
     "start_code", "end_code", "start_data", "end_data", "start_stack", "start_brk", "brk",
@@ -257,22 +265,34 @@ def read_mm(
     name = f"mm-{vpid}.img"
     entry = record(images, name, pb.mm_entry)
     extra = extras.tasks.get(vpid, own.TaskExtra(vpid=vpid))
+    messages = [
+        message for message in _split_vvar(entry.vmas, extra.vvar_vclock) if not message.status & _VSYSCALL
+    ]  # the kernel makes [vsyscall] for everybody
+    if extra.vm_flags and len(extra.vm_flags) != len(messages):
+        raise garbled(name, f"{len(messages)} mappings, and lazyproc.img speaks of {len(extra.vm_flags)}")
+    notes = {note.index: note for note in extra.vmas}
     vmas: list[Vma] = []
     access: dict[int, int] = {}
-    for message in _split_vvar(entry.vmas, extra.vvar_vclock):
-        if message.status & _VSYSCALL:
-            continue  # every x86-64 process has it, made by the kernel
-        vma = _read_vma(message, shared, memfd_files, extra.vvar_vclock, name)
-        if vma.kind is VmaKind.FILE and message.HasField("fdflags"):
-            access[vma.file_id] = max(access.get(vma.file_id, 0), message.fdflags & _O_ACCMODE)
-        vmas.append(replace(vma, name=_implied_name(message, entry)))
+    for index, message in enumerate(messages):
+        kind, file_id, object_id = _backing(message, shared, memfd_files, extra.vvar_vclock, name)
+        flags = extras.vm_flags(extra.vm_flags[index]) if extra.vm_flags else _implied_flags(message)
+        note = notes.get(index, _NO_NOTE)
+        label = to_text(note.name, name) if note.HasField("name") else _implied_name(message, entry)
+        vmas.append(
+            Vma(
+                message.start, message.end, message.prot, message.flags, kind, message.pgoff, file_id, object_id,
+                flags, label, note.huge_pages,
+            )
+        )  # fmt: skip
+        if kind is VmaKind.FILE and message.HasField("fdflags"):
+            access[file_id] = max(access.get(file_id, 0), message.fdflags & _O_ACCMODE)
     mm = Mm(
         **{field: getattr(entry, f"mm_{field}") for field in _MM_FIELDS},
         auxv=tuple(entry.mm_saved_auxv),
         exe_id=entry.exe_file_id,
         dumpable=entry.dumpable if entry.HasField("dumpable") else 1,
         thp_disabled=entry.thp_disabled,
-        vmas=_annotate(vmas, extra, extras, name),
+        vmas=tuple(vmas),
         vdso_build_id=extra.vdso_build_id,
     )
     return mm, access
@@ -292,35 +312,28 @@ def _split_vvar(entries: Iterable[pb.vma_entry], vclocks: Iterable[int]) -> Iter
         yield entry
 
 
-def _read_vma(
+def _backing(
     entry: pb.vma_entry,
     shared: SharedTable,
     memfd_files: Mapping[int, int],
     vclocks: Iterable[int],
     name: str,
-) -> Vma:
-    if entry.start >= entry.end or (entry.start | entry.end) % PAGE:
-        raise garbled(name, f"a mapping from {entry.start:#x} to {entry.end:#x}")
-    kind, file_id, object_id = _kind(entry, name), 0, 0
+) -> tuple[VmaKind, int, int]:
+    """The kind of a mapping, and the file or the shared object behind it."""
+    kind = _kind(entry, name)
     if kind is VmaKind.VVAR and entry.start in vclocks:
-        kind = VmaKind.VVAR_VCLOCK
+        return VmaKind.VVAR_VCLOCK, 0, 0
     if kind is VmaKind.FILE:
-        file_id = entry.shmid
-    elif kind is VmaKind.SHARED:
-        object_id = _object_of(entry, shared, memfd_files, name)
+        return kind, entry.shmid, 0
+    if kind is VmaKind.SHARED:
+        return kind, 0, _object_of(entry, shared, memfd_files, name)
+    return kind, 0, 0
+
+
+def _implied_flags(entry: pb.vma_entry) -> frozenset[str]:
+    """The VmFlags as far as CRIU's fields tell them."""
     flags = {flag for flag, number in _ADVICE.items() if entry.madv >> number & 1}
-    flags |= {flag for flag, bit in _MAP_FLAGS.items() if entry.flags & bit}
-    return Vma(
-        entry.start,
-        entry.end,
-        entry.prot,
-        entry.flags,
-        kind,
-        entry.pgoff,
-        file_id,
-        object_id,
-        frozenset(flags),
-    )
+    return frozenset(flags | {flag for flag, bit in _MAP_FLAGS.items() if entry.flags & bit})
 
 
 def _kind(entry: pb.vma_entry, name: str) -> VmaKind:
@@ -331,14 +344,7 @@ def _kind(entry: pb.vma_entry, name: str) -> VmaKind:
             where=name,
             remedy="restore it with criu",
         )
-    for bits, kind in (
-        (_VDSO, VmaKind.VDSO),
-        (_VVAR, VmaKind.VVAR),
-        (_AIORING, VmaKind.AIO),
-        (_MEMFD | _SYSVIPC | _ANON_SHARED, VmaKind.SHARED),
-        (_FILE_PRIVATE | _FILE_SHARED, VmaKind.FILE),
-        (_ANON_PRIVATE, VmaKind.ANON),
-    ):
+    for bits, kind in _KINDS:
         if status & bits:
             return kind
     raise garbled(name, f"the mapping {entry.start:#x}-{entry.end:#x} has status {status:#x}")
@@ -372,20 +378,6 @@ def _implied_name(entry: pb.vma_entry, mm: pb.mm_entry) -> str:
     if entry.flags & _MAP_GROWSDOWN and entry.start <= mm.mm_start_stack < entry.end:
         return "[stack]"
     return ""
-
-
-def _annotate(vmas: list[Vma], extra: own.TaskExtra, extras: Extras, name: str) -> tuple[Vma, ...]:
-    """The mappings with what lazyproc.img knows about them."""
-    if not extra.vm_flags:
-        return tuple(vmas)
-    if len(extra.vm_flags) != len(vmas) or any(note.index >= len(vmas) for note in extra.vmas):
-        raise garbled(name, f"{len(vmas)} mappings, and lazyproc.img speaks of {len(extra.vm_flags)}")
-    for index, number in enumerate(extra.vm_flags):
-        vmas[index] = replace(vmas[index], vm_flags=extras.vm_flags(number))
-    for note in extra.vmas:
-        given = to_text(note.name, name) if note.HasField("name") else vmas[note.index].name
-        vmas[note.index] = replace(vmas[note.index], name=given, huge_pages=note.huge_pages)
-    return tuple(vmas)
 
 
 def mapping_access(file: OpenFile, mode: int) -> OpenFile:

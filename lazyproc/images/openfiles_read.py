@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lazyproc.errors import ImageError
@@ -81,10 +81,9 @@ class FileReader:
 
     def read_files(self, tables: Sequence[tuple[Descriptor, ...]]) -> dict[int, OpenFile]:
         """Every open file by id, but for the helpers: paths of FIFOs, memfds that only mappings hold."""
+        helpers = {entry.fifo.regf_id for entry in self._entries.values() if entry.type == pb.FIFO}
         files = {
-            entry.id: self._read_file(entry)
-            for entry in self._entries.values()
-            if entry.id not in self._helpers()
+            entry.id: self._read_file(entry) for entry in self._entries.values() if entry.id not in helpers
         }
         files = _resolve_epolls(files, tables, self._extras)
         files = _resolve_pending(files, self._extras)
@@ -108,9 +107,6 @@ class FileReader:
                 number = self._fifo_ids[entry.fifo.pipe_id]
                 pipes[number] = self._pipe("fifo-data.img", entry.fifo.pipe_id, number, path)
         return pipes
-
-    def _helpers(self) -> Collection[int]:
-        return {entry.fifo.regf_id for entry in self._entries.values() if entry.type == pb.FIFO}
 
     def _number_fifos(self) -> dict[int, int]:
         """A FIFO's pipe_id is an inode of its file system, which may be a pipe's inode too."""

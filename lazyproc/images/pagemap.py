@@ -88,6 +88,9 @@ def _alike(one: Extent, other: Extent) -> bool:
 def split(extents: Iterable[Extent], limit: int = MAX_PAGES) -> Iterator[Extent]:
     """The same pages in extents of at most `limit` pages, in the order given."""
     for extent in extents:
+        if extent.count <= limit:
+            yield extent
+            continue
         for done in range(0, extent.count, limit):
             yield replace(extent, addr=extent.addr + done * PAGE, count=min(limit, extent.count - done))
 

@@ -38,6 +38,14 @@ from lazyproc.wire.native import (
 DOOR_S = 0.2
 
 
+def serve(target: int | Path, address: str, order: Order, *, insecure: bool, listener: Listener) -> None:
+    """A process tree by the pid of its root, or a folder of images; see `serve_process` and `serve_folder`."""
+    if isinstance(target, int):
+        serve_process(target, address, order, insecure=insecure, listener=listener)
+    else:
+        serve_folder(target, address, order, insecure=insecure, listener=listener)
+
+
 def serve_process(pid: int, address: str, order: Order, *, insecure: bool, listener: Listener) -> None:
     """Hand the tree under `pid` to the first client; it is frozen when that has come, not before.
 

@@ -19,11 +19,12 @@ from lazyproc.kernel.sockopt import (
     SO_MEMINFO,
     SO_RCVBUFFORCE,
     SOL_SOCKET,
+    TCP_CLOSE,
     TCP_LISTEN,
 )
 from lazyproc.model import InetSocket, Packet
 from lazyproc.restore.options import apply
-from lazyproc.restore.tcp import connect_repaired, leave_repair
+from lazyproc.restore.tcp import connect_repaired, end, leave_repair
 
 _AMPLE = 1 << 28
 _MOMENT = 5.0  # seconds for a packet to pass the loopback interface
@@ -55,7 +56,7 @@ class InetSockets:
 
     def leave_repair(self) -> None:
         for inet in self.sockets.values():
-            if inet.tcp is not None and not self._is_waiting(inet):
+            if self._is_repaired(inet):
                 leave_repair(self.made[inet.inode], inet)
 
     def _make(self, inet: InetSocket) -> None:
@@ -64,26 +65,24 @@ class InetSockets:
         apply(sock, inet.options, EARLY)
         if inet.interface:
             sock.setsockopt(SOL_SOCKET, socket.SO_BINDTODEVICE, inet.interface.encode())
-        repaired = inet.tcp is not None and not self._is_waiting(inet)
-        if repaired:
-            tcp.enter(sock)
-        if inet.local[1]:
-            sock.bind(address(inet, inet.local))
-        if repaired:
-            assert inet.remote is not None
-            connect_repaired(sock, inet, address(inet, inet.remote))
-        elif inet.state == TCP_LISTEN:
-            sock.listen(inet.backlog)
-        elif inet.queue:
-            _fill(sock, inet)
-        if not repaired and inet.remote is not None:
-            sock.connect(address(inet, inet.remote))
-        if not repaired:
-            apply(sock, inet.options, LATE)
-        if repaired and inet.shutdown & RCV_SHUTDOWN:
+        if self._is_repaired(inet):
+            self._make_connection(sock, inet)
+        elif inet.tcp is not None and inet.state == TCP_CLOSE:
+            _make_ended(sock, inet)
+        else:
+            _make_other(sock, inet)
+
+    @staticmethod
+    def _make_connection(sock: socket.socket, inet: InetSocket) -> None:
+        assert inet.remote is not None
+        tcp.enter(sock)
+        sock.bind(address(inet, inet.local))
+        connect_repaired(sock, inet, address(inet, inet.remote))
+        if inet.shutdown & RCV_SHUTDOWN:
             _shut_down(sock, socket.SHUT_RD)
-        elif not repaired and inet.shutdown:
-            _shut_down(sock, inet.shutdown - 1)  # SHUT_RD, SHUT_WR, SHUT_RDWR count from 0
+
+    def _is_repaired(self, inet: InetSocket) -> bool:
+        return inet.tcp is not None and inet.state != TCP_CLOSE and not self._is_waiting(inet)
 
     def _is_waiting(self, inet: InetSocket) -> bool:
         """A connection to a listening socket of the tree that nobody has accepted: its other end is in
@@ -96,9 +95,33 @@ class InetSockets:
         return any(_reaches(listener, inet.remote) for listener in self._listeners)
 
 
+def _make_ended(sock: socket.socket, inet: InetSocket) -> None:
+    """Repair mode for bind(2): a listening socket may have the port, whose connections share it."""
+    assert inet.tcp is not None
+    if any(inet.local[0]):
+        with tcp.repaired(sock):
+            sock.bind(address(inet, inet.local))
+    end(sock, inet.tcp.recv_queue)
+    apply(sock, inet.options, LATE)
+
+
+def _make_other(sock: socket.socket, inet: InetSocket) -> None:
+    if inet.local[1]:
+        sock.bind(address(inet, inet.local))
+    if inet.state == TCP_LISTEN:
+        sock.listen(inet.backlog)
+    _fill(sock, inet)
+    if inet.remote is not None:
+        sock.connect(address(inet, inet.remote))
+    apply(sock, inet.options, LATE)
+    if inet.shutdown:
+        _shut_down(sock, inet.shutdown - 1)  # SHUT_RD, SHUT_WR, SHUT_RDWR count from 0
+
+
 def _fill(sock: socket.socket, inet: InetSocket) -> None:
     """Datagrams, each from its sender's address, before the socket is connected to one sender only."""
-    sock.setsockopt(SOL_SOCKET, SO_RCVBUFFORCE, _AMPLE)
+    if inet.queue:
+        sock.setsockopt(SOL_SOCKET, SO_RCVBUFFORCE, _AMPLE)
     for packet in inet.queue:
         sender = _sender(packet)
         before = _memory(sock)
@@ -132,18 +155,18 @@ def _target(inet: InetSocket, sender: End) -> End:
     return host if any(host) else _LOOPBACK[len(sender[0])], port
 
 
-def _reaches(listener: InetSocket, end: End) -> bool:
-    port_is_same = listener.local[1] == end[1]
-    return port_is_same and (not any(listener.local[0]) or plain(listener.local) == plain(end))
+def _reaches(listener: InetSocket, target: End) -> bool:
+    port_is_same = listener.local[1] == target[1]
+    return port_is_same and (not any(listener.local[0]) or plain(listener.local) == plain(target))
 
 
-def address(inet: InetSocket, end: End) -> tuple[str, int] | tuple[str, int, int, int]:
+def address(inet: InetSocket, where: End) -> tuple[str, int] | tuple[str, int, int, int]:
     """As Python's bind and connect take it; a link-local IPv6 address needs its interface."""
-    host = socket.inet_ntop(inet.family, end[0])
+    host = socket.inet_ntop(inet.family, where[0])
     if inet.family != socket.AF_INET6:
-        return host, end[1]
-    link_local = end[0][0] == 0xFE and end[0][1] & 0xC0 == 0x80
-    return host, end[1], 0, socket.if_nametoindex(inet.interface) if link_local and inet.interface else 0
+        return host, where[1]
+    link_local = where[0][0] == 0xFE and where[0][1] & 0xC0 == 0x80
+    return host, where[1], 0, socket.if_nametoindex(inet.interface) if link_local and inet.interface else 0
 
 
 def _shut_down(sock: socket.socket, how: int) -> None:

@@ -104,9 +104,16 @@ class Restored:
 
 @contextmanager
 def restore(
-    directory: Path, *, lazy: bool, pidns: Pidns, policy: str, trace: bool, listener: Listener
+    directory: Path,
+    *,
+    lazy: bool,
+    pidns: Pidns,
+    policy: str,
+    listener: Listener,
+    trace: bool = False,
+    bulk: bool = True,
 ) -> Iterator[Restored]:
-    """Restore the tree in `directory`; it runs when the context is entered.
+    """Restore the tree in `directory`; it runs when the context is entered. Without `bulk` only what is touched comes.
 
     Leaving the context before `wait_drained` leaves missing pages parked: whoever touches one waits. Raises
     ImageError, RestoreError, HostLacks; then nothing half-built is left.
@@ -117,7 +124,7 @@ def restore(
     with ExitStack() as stack:
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
         with built_tree(checkpoint, source, listener, lazy=lazy, pidns=new_pidns(checkpoint, pidns)) as tree:
-            pager = stack.enter_context(_started_pager(tree, source, policy, trace)) if lazy else None
+            pager = stack.enter_context(_started_pager(tree, source, policy, trace, bulk)) if lazy else None
             tree.release()
             listener(StateChanged("running", time.monotonic()))
         root = tree.root_pid
@@ -125,11 +132,13 @@ def restore(
 
 
 @contextmanager
-def _started_pager(tree: BuiltTree, source: ImagePages, policy: str, trace: bool) -> Iterator[Pager]:
+def _started_pager(
+    tree: BuiltTree, source: ImagePages, policy: str, trace: bool, bulk: bool
+) -> Iterator[Pager]:
     with pager_of(tree, trace=trace) as pager:
         pager.serve_segments(PagerSegment(*segment) for segment in source.segments())
         lazy = {obj: [e for e in runs if e.lazy] for obj, runs in tree.checkpoint.memory.items()}
         pager.apply_map(lazy)
         pager.plan(POLICIES[policy](lazy))
-        pager.start()
+        pager.start(bulk=bulk)
         yield pager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 
 from lazyproc.errors import RestoreError
 from lazyproc.kernel import inject, tcp
@@ -21,6 +22,7 @@ from lazyproc.kernel.sockopt import (
     SO_SNDBUF,
     SO_SNDBUFFORCE,
     SOL_SOCKET,
+    TCP_CLOSE,
     TCP_CLOSE_WAIT,
     TCP_CLOSING,
     TCP_ESTABLISHED,
@@ -85,15 +87,38 @@ def _receive_fin(sock: socket.socket, inet: InetSocket, state: TcpState) -> None
     unacknowledged = (state.send_seq - len(state.send_queue) - sent_fin) & 0xFFFFFFFF
     window = tcp.WINDOW.unpack(state.window)[1] >> state.send_wscale if state.window else 0xFFFF
     inject.fin(plain(inet.remote), plain(inet.local), seq, unacknowledged, min(window, 0xFFFF))
+    _await(sock, lambda now: now != TCP_ESTABLISHED)
+
+
+def _await(sock: socket.socket, reached: Callable[[int], bool]) -> None:
     deadline = time.monotonic() + _MOMENT
-    while tcp.info(sock).state == TCP_ESTABLISHED:
+    while not reached(tcp.info(sock).state):
         if time.monotonic() > deadline:
             raise RestoreError(
                 "the end of a TCP connection cannot be received again",
-                where=f"local port {inet.local[1]}",
+                where=f"local port {sock.getsockname()[1]}",
                 remedy="let the host's firewall accept packets on the loopback interface",
             )
         time.sleep(0.0005)
+
+
+def end(sock: socket.socket, unread: bytes) -> None:
+    """Bring a socket to where a connection has ended in both directions: `unread` can be read, then the end.
+
+    By a real connection within this host, since nothing of it shows afterwards: such a socket has no peer.
+    """
+    with socket.socket(sock.family, socket.SOCK_STREAM) as listener:
+        listener.bind((sock.getsockname()[0], 0))
+        listener.listen(1)
+        sock.setsockopt(SOL_SOCKET, SO_RCVBUFFORCE, _AMPLE)
+        sock.connect(listener.getsockname())
+        peer = listener.accept()[0]
+    with peer:
+        peer.sendall(unread)
+        peer.shutdown(socket.SHUT_WR)
+        _await(sock, lambda state: state == TCP_CLOSE_WAIT)
+        sock.shutdown(socket.SHUT_RDWR)
+        _await(sock, lambda state: state == TCP_CLOSE)
 
 
 def leave_repair(sock: socket.socket, inet: InetSocket) -> None:

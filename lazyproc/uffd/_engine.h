@@ -124,11 +124,13 @@ void check_done(struct pager *p);
 int watch_space(struct pager *p, uint32_t space);
 /* The pages go into every process that waits for them, as zeros when data is NULL. 0, or -EAGAIN: call again; what was
  * placed already is skipped then. */
-int place_pages(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages, const uint8_t *data, enum page_class as);
+int place_pages(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages, const uint8_t *data,
+                enum page_class as);
 int place_zero(struct pager *p, const struct fault *f); /* under a fault that needs no content */
 void wake(const struct pager *p, uint32_t space, uint64_t va, uint64_t pages);
 void retire_space(struct pager *p, uint32_t space);
-int64_t probe_space(const struct pager *p, uint32_t space); /* -ENOENT it lives, -EAGAIN it is changing, -ESRCH it is gone */
+/* -ENOENT: it lives. -EAGAIN: its mappings are changing. -ESRCH: it is gone. */
+int64_t probe_space(const struct pager *p, uint32_t space);
 void reap_dead(struct pager *p);
 int faults_push(struct faults *list, const struct fault *f);
 void requeue(struct pager *p, int64_t space); /* waiting faults are looked at anew; space < 0: all */

@@ -17,7 +17,8 @@
 #define TRACE_BYTES (LEDGER_TRACE * sizeof(struct pager_fault))
 #define REGION_BYTES (1ull * LEDGER_SPACES * LEDGER_REGIONS * sizeof(struct region))
 #define SPAN_BYTES (1ull * LEDGER_INSTANCES * LEDGER_SPANS * sizeof(struct span))
-#define LEDGER_BYTES (HEAD_BYTES + SPACE_BYTES + INSTANCE_BYTES + TRACE_BYTES + REGION_BYTES + SPAN_BYTES + LEDGER_STATES)
+#define TABLE_BYTES (SPACE_BYTES + INSTANCE_BYTES + TRACE_BYTES + REGION_BYTES + SPAN_BYTES)
+#define LEDGER_BYTES (HEAD_BYTES + TABLE_BYTES + LEDGER_STATES)
 
 _Static_assert(sizeof(struct ledger_head) <= HEAD_BYTES, "the head fits before the tables");
 
@@ -272,7 +273,8 @@ static int cover(struct ledger *l, uint32_t instance, uint64_t addr, uint64_t pa
     return 0;
 }
 
-int ledger_add_region(struct ledger *l, uint32_t space, uint64_t start, uint64_t length, uint64_t object, uint64_t addr)
+int ledger_add_region(struct ledger *l, uint32_t space, uint64_t start, uint64_t length, uint64_t object,
+                      uint64_t addr)
 {
     uint32_t after = region_above(l, space, start);
     int instance, error;
@@ -475,7 +477,8 @@ void ledger_remove(struct ledger *l, uint32_t space, uint64_t start, uint64_t en
 }
 
 /* The first region at or after `from`, clipped to [from, end) and moved by `shift`. */
-static bool shifted(const struct ledger *l, uint32_t space, uint64_t from, uint64_t end, uint64_t shift, struct region *out)
+static bool shifted(const struct ledger *l, uint32_t space, uint64_t from, uint64_t end, uint64_t shift,
+                    struct region *out)
 {
     uint32_t i = region_above(l, space, from);
     struct region r = ledger_regions(l, space)[i];
@@ -574,8 +577,10 @@ static int child_instance(struct ledger *l, uint32_t parent, uint32_t space)
     for (uint32_t i = l->instances[primary].kin; i != NO_KIN; i = l->instances[i].kin)
         if (l->instances[i].home == space)
             return (int)i;
-    child = new_instance(
-        l, (struct instance){.object = mother->object, .primary = primary, .kin = l->instances[primary].kin, .home = space});
+    child = new_instance(l, (struct instance){.object = mother->object,
+                                              .primary = primary,
+                                              .kin = l->instances[primary].kin,
+                                              .home = space});
     if (child < 0)
         return child;
     error = copy_spans(l, parent, (uint32_t)child);
@@ -625,11 +630,13 @@ static bool overlap(const struct region *r, uint32_t instance, uint64_t addr, ui
 }
 
 /* Private memory is nearly always where its object says: address by address. One look instead of a search. */
-static bool mapped_at_home(const struct ledger *l, uint32_t instance, uint64_t addr, uint64_t end, struct mapping *found)
+static bool mapped_at_home(const struct ledger *l, uint32_t instance, uint64_t addr, uint64_t end,
+                           struct mapping *found)
 {
     const struct region *r = ledger_region_at(l, l->instances[instance].home, addr);
 
-    return r && overlap(r, instance, addr, end, found) && found->addr == addr && found->addr + (found->pages << PAGE_SHIFT) == end;
+    return r && overlap(r, instance, addr, end, found) && found->addr == addr &&
+           addr + (found->pages << PAGE_SHIFT) == end;
 }
 
 bool ledger_next_mapping(const struct ledger *l, uint32_t instance, uint64_t addr, uint64_t pages, struct cursor *at,

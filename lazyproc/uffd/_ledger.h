@@ -145,7 +145,8 @@ int ledger_open(struct ledger *l, int fd); /* fd < 0: a new one */
 void ledger_close(struct ledger *l);
 
 int ledger_add_space(struct ledger *l, int uffd);
-int ledger_add_region(struct ledger *l, uint32_t space, uint64_t start, uint64_t length, uint64_t object, uint64_t addr);
+int ledger_add_region(struct ledger *l, uint32_t space, uint64_t start, uint64_t length, uint64_t object,
+                      uint64_t addr);
 int64_t ledger_primary(const struct ledger *l, uint64_t object); /* index or -ENOENT */
 
 /* What the events of userfaultfd(2) mean for the tables. */

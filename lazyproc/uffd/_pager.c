@@ -550,3 +550,8 @@ const struct pager_fault *pager_trace(struct pager *p, uint64_t *written, uint64
     *slots = LEDGER_TRACE;
     return p->ledger.trace;
 }
+
+uint32_t pager_crc32c(const void *pages, size_t count)
+{
+    return crc32c_pages(pages, count);
+}

@@ -14,11 +14,11 @@
 struct pager;
 
 enum pager_status {
-    PAGER_IDLE,    /* not started */
+    PAGER_IDLE, /* not started */
     PAGER_RUNNING,
-    PAGER_DONE,    /* the map is known and no page waits for its content */
-    PAGER_LOST,    /* the source is gone or talks garbage: missing pages stay missing, who touches them waits */
-    PAGER_FAILED,  /* the kernel refused something: as LOST, and for good */
+    PAGER_DONE,   /* the map is known and no page waits for its content */
+    PAGER_LOST,   /* the source is gone or talks garbage: missing pages stay missing, who touches them waits */
+    PAGER_FAILED, /* the kernel refused something: as LOST, and for good */
     PAGER_STOPPED,
 };
 
@@ -37,9 +37,9 @@ struct pager_run {
 };
 
 struct pager_counters {
-    uint64_t total, zero, eager, urgent, bulk, dropped; /* pages of the map; the first is the sum of the others at the end */
+    uint64_t total, zero, eager, urgent, bulk, dropped; /* pages of the map; at the end total is the sum of the rest */
     uint64_t remaining;                                 /* pages of all processes, forked ones included */
-    uint64_t outcomes[3][4];                            /* zero, urgent, bulk × installed, present, deferred, gone */
+    uint64_t outcomes[3][4];                            /* zero, urgent, bulk x installed, present, deferred, gone */
     uint64_t bytes_in, bytes_out, reconnects;
     uint64_t faults, fault_max_ns;
     uint64_t fault_ns[1024]; /* log-linear, 16 buckets to the octave, 0 to 15 ns one each */
@@ -51,8 +51,9 @@ struct pager_fault {
     uint32_t tid, space, outcome, page_class;
 };
 
-int pager_new(int ledger_fd, bool trace, struct pager **result); /* ledger_fd < 0: a new ledger; else go on with that one */
-void pager_free(struct pager *p);                                 /* stops; closes no userfaultfd */
+/* ledger_fd < 0: a new ledger; else goes on with that one, whose pager must have ended. */
+int pager_new(int ledger_fd, bool trace, struct pager **result);
+void pager_free(struct pager *p); /* stops; closes no userfaultfd */
 int pager_ledger_fd(const struct pager *p);
 
 int pager_add_space(struct pager *p, int uffd); /* owns uffd until pager_spaces after a stop hands it back */
@@ -73,12 +74,13 @@ const struct pager_fault *pager_trace(struct pager *p, uint64_t *written, uint64
 void pager_stop(struct pager *p);
 
 int pager_spaces(struct pager *p, int *uffds, size_t count); /* userfaultfds of the processes that live */
-/* DONE: registrations end, so later faults are the kernel's own. The threads go on for what the tables do not know (memory
- * that grew). -EBUSY: not DONE. -ETIMEDOUT: a process is stopped in the middle of a fork, mremap... -ENOMEM: too many
- * mappings. */
+/* DONE: registrations end, so later faults are the kernel's own. The threads go on for what the tables do not know
+ * (memory that grew). -EBUSY: not DONE. -ETIMEDOUT: a process is stopped in the middle of a fork, mremap...
+ * -ENOMEM: too many mappings. */
 int pager_release(struct pager *p);
 int pager_finish(struct pager *p); /* the same, then stops and closes the userfaultfds */
 
 int pager_collapse(int pidfd, uint64_t start, uint64_t length); /* process_madvise(MADV_COLLAPSE) */
+uint32_t pager_crc32c(const void *pages, size_t count);         /* as the page protocol has it */
 
 #endif

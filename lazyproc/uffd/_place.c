@@ -127,7 +127,8 @@ static void record(struct pager *p, const struct fault *f, enum outcome outcome,
 }
 
 /* These pages have been placed and woken: whoever waited for one runs again. */
-static void release(struct pager *p, uint32_t instance, uint64_t addr, uint64_t pages, enum outcome outcome, enum page_class as)
+static void release(struct pager *p, uint32_t instance, uint64_t addr, uint64_t pages, enum outcome outcome,
+                    enum page_class as)
 {
     for (uint32_t i = 0; i < p->waiting.count;) {
         struct fault *f = &p->waiting.items[i];
@@ -206,7 +207,8 @@ static void wake_mappings(const struct pager *p, uint32_t instance, uint64_t add
             wake(p, m.space, m.va, m.pages);
 }
 
-static void settle(struct pager *p, uint32_t instance, uint64_t addr, uint64_t pages, enum outcome outcome, enum page_class as)
+static void settle(struct pager *p, uint32_t instance, uint64_t addr, uint64_t pages, enum outcome outcome,
+                   enum page_class as)
 {
     enum page_state state = outcome == OUTCOME_GONE ? PAGE_DROPPED : PAGE_INSTALLED;
     uint64_t run;
@@ -260,7 +262,8 @@ static int64_t place_run(struct pager *p, uint32_t instance, uint64_t addr, uint
     return 1;
 }
 
-static int place_in(struct pager *p, uint32_t instance, uint64_t addr, uint64_t pages, const uint8_t *data, enum page_class as)
+static int place_in(struct pager *p, uint32_t instance, uint64_t addr, uint64_t pages, const uint8_t *data,
+                    enum page_class as)
 {
     for (uint64_t i = 0; i < pages;) {
         uint64_t run, n = 0;
@@ -282,7 +285,8 @@ static int place_in(struct pager *p, uint32_t instance, uint64_t addr, uint64_t 
     return 0;
 }
 
-int place_pages(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages, const uint8_t *data, enum page_class as)
+int place_pages(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages, const uint8_t *data,
+                enum page_class as)
 {
     for (uint32_t i = primary, next; i != NO_INSTANCE; i = next) {
         int error;

@@ -45,7 +45,8 @@ class Segment(NamedTuple):
     offset: int
 
 
-class FaultTimes(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class FaultTimes:
     """How long faults waited, from the message's arrival to the wake, in microseconds."""
 
     count: int
@@ -145,7 +146,7 @@ def _check(result: int, what: str) -> int:
 
 
 def _runs(chunks: Sequence[Chunk]) -> Any:
-    return ffi.new("struct pager_run[]", [(chunk.obj.key, chunk.addr, chunk.count) for chunk in chunks])
+    return ffi.new("struct pager_run[]", [(chunk.obj.key, chunk.addr, chunk.pages) for chunk in chunks])
 
 
 class Pager:
@@ -345,7 +346,9 @@ class Pager:
         if result == -errno.EBUSY:
             raise UsageError("pages are still missing", where="pager", remedy="wait for the state DONE first")
         if result == -errno.ETIMEDOUT:
-            raise Parked("a process is stopped while its mappings change", remedy="let it go on, then try again")
+            raise Parked(
+                "a process is stopped while its mappings change", remedy="let it go on, then try again"
+            )
         _check(result, "cannot release the memory (vm.max_map_count?)")
 
     def finish(self, collapse: Iterable[tuple[int, int, int]] = ()) -> int:

@@ -1,8 +1,8 @@
 """What to fetch next: pure functions from what has content to the order in which bulk brings it over.
 
 A policy is any callable that takes the map and yields chunks; the pager walks them in order, skips what is there
-already, and fetches what no chunk names at the end. A new one is added with `POLICIES[name] = function`; `around` makes a plan
-for a place that has just become interesting, to be given to Pager.plan while it runs.
+already, and fetches what no chunk names at the end. A new policy is added with `POLICIES[name] = function`. `around`
+makes a plan for a place that has just become interesting, to be given to Pager.plan while it runs.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lazyproc.model import PAGE, Extent, MemoryObject
 
 
 class Chunk(NamedTuple):
-    """`count` pages of `obj` from `addr`."""
+    """`pages` pages of `obj` from `addr`."""
 
     obj: MemoryObject
     addr: int
-    count: int
+    pages: int
 
 
 Extents = Mapping[MemoryObject, Sequence[Extent]]
@@ -34,7 +34,7 @@ def sequential(extents: Extents) -> Iterator[Chunk]:
 
 def smallest_first(extents: Extents) -> Iterator[Chunk]:
     """Short runs before long ones: stacks, globals and allocator metadata are touched first, arenas last."""
-    yield from sorted(sequential(extents), key=lambda chunk: chunk.count)
+    yield from sorted(sequential(extents), key=lambda chunk: chunk.pages)
 
 
 def around(chunks: Iterable[Chunk], obj: MemoryObject, addr: int) -> Iterator[Chunk]:
@@ -46,11 +46,11 @@ def around(chunks: Iterable[Chunk], obj: MemoryObject, addr: int) -> Iterator[Ch
         if chunk.obj != obj:
             rest.append(chunk)
             continue
-        split = min(chunk.count, max(0, (addr - chunk.addr) // PAGE))
+        split = min(chunk.pages, max(0, (addr - chunk.addr) // PAGE))
         if split:
             below.append(Chunk(obj, chunk.addr, split))
-        if split < chunk.count:
-            above.append(Chunk(obj, chunk.addr + split * PAGE, chunk.count - split))
+        if split < chunk.pages:
+            above.append(Chunk(obj, chunk.addr + split * PAGE, chunk.pages - split))
     yield from sorted(above, key=lambda chunk: chunk.addr)
     yield from sorted(below, key=lambda chunk: chunk.addr, reverse=True)
     yield from rest

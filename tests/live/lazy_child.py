@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from lazyproc.uffd.device import Feature, Userfaultfd, PAGER_FEATURES
+from lazyproc.uffd.device import PAGER_FEATURES, Feature, Userfaultfd
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p

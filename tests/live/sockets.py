@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -138,3 +139,13 @@ class Network:
 
 def ip(arguments: str) -> None:
     subprocess.run(["ip", *arguments.split()], check=True)
+
+
+def eventually(condition: Callable[[], bool], deadline: float = 10.0) -> bool:
+    """Whether the condition comes true before the deadline, in seconds."""
+    until = time.monotonic() + deadline
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.005)
+    return True

@@ -27,6 +27,7 @@ from lazyproc.kernel.sockopt import (
     SOL_IP,
     SOL_SOCKET,
     SOL_TCP,
+    TCP_CLOSE,
     TCP_CLOSE_WAIT,
     TCP_CLOSING,
     TCP_CONGESTION,
@@ -44,6 +45,7 @@ from tests.live.sockets import (
     SYS_UNSHARE,
     Network,
     dumped,
+    eventually,
     handed_over,
     ip,
     keep,
@@ -431,18 +433,41 @@ def test_a_rolled_back_dump_leaves_the_connection_as_it_was(network: Network) ->
                 assert _read(peer, 27) == b"unread by the peer and more"
 
 
-def test_a_connection_to_outside_becomes_an_unconnected_socket() -> None:
+def test_a_connection_that_has_ended_in_both_directions() -> None:
+    """What was not read yet is read, then the end; the listener on the same port is none of its business."""
+
+    def body() -> None:
+        listener = _listener(INET, 5000, 10)
+        with socket.create_connection(("127.0.0.1", 5000)) as peer:
+            sock = put(11, listener.accept()[0])
+            peer.send(b"last words")
+            peer.shutdown(socket.SHUT_WR)
+            sock.shutdown(socket.SHUT_WR)
+            assert eventually(lambda: tcp.info(sock).state == TCP_CLOSE)
+        keep(listener, sock)
+
+    with remade(body) as socks:
+        assert socks[11].recv(99) == b"last words"
+        assert socks[11].recv(99) == b""
+        with pytest.raises(BrokenPipeError):
+            socks[11].send(b"x")
+        assert tcp.info(socks[10]).pending == 0
+
+
+def test_a_connection_to_outside_ends_when_asked_for() -> None:
     with _outside() as listener:
 
         def body() -> None:
-            keep(_connected(INET, 5000, 10), *socket.socketpair())
+            keep(_connected(INET, 5000, 10))
 
-        with remade(body, tcp_close=True) as socks:
+        with stopped(body) as tasks:
             peer, _ = listener.accept()
-            with peer:
-                assert socks[10].getsockname() == ("0.0.0.0", 0)
-                with pytest.raises(OSError, match="not connected"):
-                    socks[10].recv(1)
+            peer.send(b"arrived")
+            checkpoint = handed_over(tasks, tcp_close=True)
+        with peer, made_sockets(checkpoint) as socks:
+            assert _read(socks[10], 99) == b"arrived"
+            with pytest.raises(BrokenPipeError):
+                socks[10].send(b"x")
 
 
 # --- what cannot be done

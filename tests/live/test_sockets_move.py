@@ -10,7 +10,6 @@ import re
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from lazyproc.migrate.address import announce
 from lazyproc.model import Checkpoint
 from lazyproc.restore.sockets import flows_to_hold, make_sockets
 from tests.live.descriptors import checkpoint_of, stopped
-from tests.live.sockets import Network, ip, keep, put
+from tests.live.sockets import Network, eventually, ip, keep, put
 
 PORT = 5000
 
@@ -154,15 +153,6 @@ def _held_back(table: str) -> int:
         ["nft", "list", "table", "inet", table], capture_output=True, text=True, check=True
     )
     return sum(int(count) for count in re.findall(r"counter packets (\d+)", listing.stdout))
-
-
-def eventually(condition: Callable[[], bool], deadline: float = 10.0) -> bool:
-    until = time.monotonic() + deadline
-    while not condition():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 def _in_background(sock: socket.socket, length: int) -> Callable[[], bytes]:

@@ -123,8 +123,9 @@ static void *lazy(int uffd, size_t length)
 int main(int argc, char **argv)
 {
     struct uffdio_api api = {.api = UFFD_API,
-                             .features = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE |
-                                         UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_THREAD_ID};
+                             .features = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP |
+                                         UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP |
+                                         UFFD_FEATURE_THREAD_ID};
     int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC), uffd, threads = argc > 2 ? atoi(argv[2]) : 1;
     pthread_t ids[16], disturber;
 

@@ -111,7 +111,8 @@ static int answer(struct channel *c, const struct page_frame *get)
 
         if (c->answers == 0 && !c->garbage)
             return -1;
-        out.frame = (struct page_frame){.type = FRAME_PAGES, .count = 1, .object = get->object, .addr = addr, .tag = get->tag};
+        out.frame = (struct page_frame){
+            .type = FRAME_PAGES, .count = 1, .object = get->object, .addr = addr, .tag = get->tag};
         if (!fill(c->target, addr, out.page)) {
             out.frame.flags = FRAME_ABSENT;
             bytes = sizeof(out.frame);
@@ -149,7 +150,8 @@ static int open_channel(struct channel *c, const struct target *t, int answers, 
     return ends[1];
 }
 
-static void connect_server(struct pager *p, struct channel channels[2], const struct target *t, int answers, int garbage)
+static void connect_server(struct pager *p, struct channel channels[2], const struct target *t, int answers,
+                           int garbage)
 {
     int urgent = open_channel(&channels[0], t, -1, 0), bulk = open_channel(&channels[1], t, answers, garbage);
 
@@ -171,7 +173,8 @@ static void serve_file(struct pager *p, const struct target *t)
     int fd = memfd_create("pages", 0);
 
     for (int r = 0; r < 2; r++) {
-        segments[r] = (struct pager_segment){OBJECT, t->ranges[r].addr, t->ranges[r].addr + t->ranges[r].length, offset, fd};
+        segments[r] = (struct pager_segment){
+            OBJECT, t->ranges[r].addr, t->ranges[r].addr + t->ranges[r].length, offset, fd};
         for (uint64_t at = 0; at < t->ranges[r].length; at += sizeof(page)) {
             fill(t, t->ranges[r].addr + at, page);
             check(write(fd, page, sizeof(page)) == (ssize_t)sizeof(page), "write");
@@ -200,8 +203,10 @@ static struct pager *make_pager(const struct target *t)
     space = pager_add_space(p, t->uffd);
     check(space == 0, "pager_add_space");
     for (int r = 0; r < 2; r++) {
-        map[r] = (struct pager_run){OBJECT, t->ranges[r].addr, t->ranges[r].length / 4096};
-        check(pager_add_region(p, space, t->ranges[r].addr, t->ranges[r].length, OBJECT, t->ranges[r].addr) == 0, "add_region");
+        const struct range *range = &t->ranges[r];
+
+        map[r] = (struct pager_run){OBJECT, range->addr, range->length / 4096};
+        check(pager_add_region(p, space, range->addr, range->length, OBJECT, range->addr) == 0, "add_region");
     }
     check(pager_apply_map(p, map, 2) == 0, "pager_apply_map");
     check(pager_set_plan(p, map, 2) == 0, "pager_set_plan");

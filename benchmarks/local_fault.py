@@ -1,0 +1,138 @@
+"""What a first touch costs when the page lies in a local image, beside a plain C loop that does no more than that;
+and how much memory the pager takes for it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+from benchmarks.measure import Goal, Result, Samples
+
+PAGES = 64 << 8  # 64 MiB
+MEMORY_PAGES = 1 << 18  # 1 GiB, for the pager's own memory
+BOARD = struct.Struct("<IIQQ")  # go, done, median, p99: first_touch.c
+HERE = Path(__file__).parent
+
+# Runs in a process of its own, as `restore --lazy` does; prints the pager process's own memory when told to.
+RESTORE = """
+import sys, time
+from pathlib import Path
+from lazyproc.events import ignore
+from lazyproc.restore.run import restore
+with restore(Path(sys.argv[1]), lazy=True, bulk=sys.argv[2] == "bulk", pidns="auto", policy="sequential",
+             listener=ignore) as restored:
+    print(restored.root_pid, flush=True)
+    if sys.argv[2] == "bulk":
+        restored.wait_drained()
+        print(Path("/proc/self/status").read_text(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def compiled(name: str, folder: Path) -> Path:
+    binary = folder / name
+    command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", binary, HERE / f"{name}.c", "-lpthread"]
+    subprocess.run(command, check=True)
+    return binary
+
+
+class Cargo:
+    """first_touch in images, ready to be restored any number of times."""
+
+    def __init__(self, folder: Path, binary: Path, pages: int) -> None:
+        self.images, self._board = folder / f"images-{pages}", folder / f"board-{pages}"
+        self._board.write_bytes(bytes(mmap.PAGESIZE))
+        process = subprocess.Popen(
+            [binary, self._board, str(pages)],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._wait_done(1)
+        dump = [sys.executable, "-m", "lazyproc.cli.main", "checkpoint", str(process.pid), "-D", self.images]
+        subprocess.run(dump, check=True, stdout=subprocess.DEVNULL)
+        process.wait()
+
+    def _read(self) -> tuple[int, int, int, int]:
+        go, done, median, p99 = BOARD.unpack_from(self._board.read_bytes())
+        return go, done, median, p99
+
+    def _wait_done(self, value: int) -> None:
+        while self._read()[1] != value:
+            time.sleep(0.001)
+
+    def _set_go(self, value: int) -> None:
+        with open(self._board, "r+b") as file, closing(mmap.mmap(file.fileno(), mmap.PAGESIZE)) as board:
+            board[:4] = struct.pack("<I", value)
+
+    def touch_all(self) -> float:
+        """Median cost of a first touch in µs, nothing coming but what is touched."""
+        self._set_go(0)
+        with subprocess.Popen(
+            [sys.executable, "-c", RESTORE, self.images, "demand"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as pager:
+            assert pager.stdout is not None
+            root = int(pager.stdout.readline())
+            self._set_go(1)
+            self._wait_done(2)
+            os.kill(root, signal.SIGKILL)
+            pager.communicate("")
+        return self._read()[2] / 1e3
+
+    def pager_kib(self) -> float:
+        """Memory of the pager's process that no file backs, after it has moved everything."""
+        with subprocess.Popen(
+            [sys.executable, "-c", RESTORE, self.images, "bulk"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as pager:
+            assert pager.stdout is not None
+            root = int(pager.stdout.readline())
+            text = "".join(iter(pager.stdout.readline, "\n"))
+            os.kill(root, signal.SIGKILL)
+            pager.communicate("")
+        return float(sum(int(kib) for kib in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", text)))
+
+
+def run(rounds: int) -> Result:
+    with tempfile.TemporaryDirectory(prefix="lazyproc-bench-", dir="/var/tmp") as name:
+        folder = Path(name)
+        binary, floor = compiled("first_touch", folder), compiled("floor", folder)
+        cargo = Cargo(folder, binary, PAGES)
+        image = folder / "random"
+        image.write_bytes(os.urandom(PAGES * mmap.PAGESIZE))
+        ours, plain = [], []
+        for _ in range(rounds):
+            done = subprocess.run([floor, image, str(PAGES)], check=True, capture_output=True, text=True)
+            plain.append(int(done.stdout.split()[0]) / 1e3)
+            ours.append(cargo.touch_all())
+        memory = Cargo(folder, binary, MEMORY_PAGES).pager_kib()
+    samples = {
+        "first touch, lazyproc": Samples("us", tuple(ours)),
+        "first touch, plain C": Samples("us", tuple(plain)),
+        "pager memory, 1 GiB": Samples("KiB", (memory,)),
+    }
+    allowed_kib = (64 << 10) + MEMORY_PAGES * mmap.PAGESIZE / 1024 / 1000
+    goals = [
+        Goal(
+            "median first touch, lazyproc / plain C",
+            samples["first touch, lazyproc"].median / samples["first touch, plain C"].median,
+            2,
+        ),
+        Goal("pager memory / (64 MiB + 1/1000)", memory / allowed_kib, 1),
+    ]
+    return Result("faults from a local image", samples, goals)

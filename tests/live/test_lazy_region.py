@@ -1,0 +1,80 @@
+"""Lazy memory in our own process: the test itself is who faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from lazyproc.errors import UsageError
+from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
+from lazyproc.uffd.region import LazyRegion
+from tests.live.lazy_rig import DEADLINE, content
+
+DATA = content(64)
+
+
+def source(offset: int, length: int) -> bytes:
+    return DATA[offset : offset + length]
+
+
+def test_memory_is_filled_when_touched() -> None:
+    region = LazyRegion(len(DATA), source)
+    with region as memory:
+        assert memory[5 * PAGE + 7] == DATA[5 * PAGE + 7]
+        assert region.counters().urgent == 1
+        memory[9 * PAGE] = 1
+        assert bytes(memory[9 * PAGE : 10 * PAGE]) == b"\1" + DATA[9 * PAGE + 1 : 10 * PAGE]
+        assert region.counters().urgent == 2
+
+
+def test_bulk_fills_it_in_the_background() -> None:
+    region = LazyRegion(len(DATA), source, bulk=True)
+    with region as memory:
+        assert region.wait(DEADLINE)
+        assert bytes(memory) == DATA
+
+
+def test_a_forked_process_sees_it_too() -> None:
+    with LazyRegion(len(DATA), source) as memory:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if bytes(memory) == DATA else 1)
+        assert os.waitpid(pid, 0) == (pid, 0)
+
+
+def test_pages_of_a_page_source() -> None:
+    obj = MemoryObject(ObjectKind.TASK, 9)
+
+    class Pages:
+        def extents(self) -> dict[MemoryObject, tuple[Extent, ...]]:
+            return {obj: (Extent(0x10000, 64, lazy=True),)}
+
+        def read(self, obj: MemoryObject, addr: int, count: int) -> bytes:
+            return DATA[addr - 0x10000 : addr - 0x10000 + count * PAGE]
+
+    with LazyRegion.of_pages(Pages(), obj, 0x11000, 8) as memory:
+        assert bytes(memory) == DATA[PAGE : 9 * PAGE]
+
+
+def test_a_source_that_fails_is_told_and_nobody_reads_zeros() -> None:
+    def short(_offset: int, length: int) -> bytes:
+        return bytes(length - 1)
+
+    region = LazyRegion(len(DATA), short)
+    with region as memory:
+        pid = os.fork()  # who touches it waits for ever, so not us
+        if pid == 0:
+            os._exit(memory[0])
+        assert not region.wait(DEADLINE)
+        assert "connection broke" in region.lost
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("length", [0, -PAGE, PAGE + 1])
+def test_odd_lengths(length: int) -> None:
+    with pytest.raises(UsageError, match="multiple of 4096"):
+        LazyRegion(length, source)
