@@ -71,13 +71,13 @@ class Cargo:
         while self._read()[1] != value:
             time.sleep(0.001)
 
-    def _set_go(self, value: int) -> None:
+    def _set(self, go: int, done: int) -> None:
         with open(self._board, "r+b") as file, closing(mmap.mmap(file.fileno(), mmap.PAGESIZE)) as board:
-            board[:4] = struct.pack("<I", value)
+            board[:8] = struct.pack("<II", go, done)
 
     def touch_all(self) -> float:
         """Median cost of a first touch in µs, nothing coming but what is touched."""
-        self._set_go(0)
+        self._set(go=0, done=1)
         with subprocess.Popen(
             [sys.executable, "-c", RESTORE, self.images, "demand"],
             stdin=subprocess.PIPE,
@@ -86,7 +86,7 @@ class Cargo:
         ) as pager:
             assert pager.stdout is not None
             root = int(pager.stdout.readline())
-            self._set_go(1)
+            self._set(go=1, done=1)
             self._wait_done(2)
             os.kill(root, signal.SIGKILL)
             pager.communicate("")

@@ -25,7 +25,7 @@ DEADLINE_S = 20.0
 def _checkpoint(directory: Path, engine: list[str]) -> Watch:
     """A stopped program in images; its status block shows the restored one's heartbeat."""
     with running("memory_random", MIB, 2, PACE_US, directory=directory) as program:
-        subprocess.run([*engine, str(program.pid)], check=True, capture_output=True)
+        subprocess.run([*engine, str(program.pid)], check=True, stdout=subprocess.DEVNULL)
         program.process.wait()
         return program.watch
 

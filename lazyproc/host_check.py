@@ -82,12 +82,22 @@ CAPABILITIES = (
 )
 
 
+FEATURES = {
+    Feature.EVENT_FORK: "learns of forks while memory is missing",
+    Feature.EVENT_REMAP: "learns of mremap(2)",
+    Feature.EVENT_REMOVE: "learns of madvise(2) that discards memory",
+    Feature.EVENT_UNMAP: "learns of munmap(2)",
+    Feature.MISSING_SHMEM: "brings shared memory when it is touched",
+    Feature.THREAD_ID: "knows which thread waits",
+}
+
+
 def check_host() -> tuple[Finding, ...]:
     """Try everything; takes some milliseconds and changes nothing."""
     return (
         _kernel(),
         _userfaultfd(),
-        *(_feature(feature) for feature in Feature if feature in PAGER_FEATURES),
+        *(_feature(feature, FEATURES.get(feature, "")) for feature in Feature if feature in PAGER_FEATURES),
         *(_tried(probe) for probe in PROBES),
         *_capabilities(),
         _memory(),
@@ -111,7 +121,7 @@ def _userfaultfd() -> Finding:
     return Finding("userfaultfd", State.OK, f"brings pages when they are touched (by {way})")
 
 
-def _feature(feature: Feature) -> Finding:
+def _feature(feature: Feature, detail: str) -> Finding:
     """The kernel refuses a feature that it does not have with the first ioctl (UFFDIO_API)."""
     name = f"userfaultfd {feature.name}"
     try:
@@ -119,7 +129,7 @@ def _feature(feature: Feature) -> Finding:
             userfaultfd.api(feature)
     except LazyprocError as error:
         return Finding(name, State.MISSING, error.what, error.remedy)
-    return Finding(name, State.OK, "")
+    return Finding(name, State.OK, detail)
 
 
 def _tried(probe: Probe) -> Finding:

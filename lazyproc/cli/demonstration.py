@@ -24,7 +24,7 @@ PORT = 7070
 LISTEN_S = 20.0
 MORE_VISITS = 10_000  # after the move, before the last check
 LAZYPROC = (sys.executable, "-m", "lazyproc.cli.main")
-QUIET = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+QUIET: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
 _LISTENING = "0A"  # include/net/tcp_states.h
 
 

@@ -20,12 +20,19 @@ def tree_of(pid: int) -> list[int]:
     """The processes of the running tree, parents first; it may change at any time."""
     found = [pid]
     for parent in found:
-        for tid in proc.task_ids(parent):
+        for tid in _task_ids(parent):
             try:
                 found += [child for child in proc.children_of(parent, tid) if child not in found]
             except NoSuchProcess:
                 continue
     return found
+
+
+def _task_ids(pid: int) -> tuple[int, ...]:
+    try:
+        return proc.task_ids(pid)
+    except NoSuchProcess:
+        return ()
 
 
 def look_before(pid: int) -> Before:

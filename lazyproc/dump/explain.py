@@ -39,6 +39,9 @@ def explain(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -
 
 def obstacles(facts: TreeFacts) -> Iterator[Obstacle]:
     """What of the processes and threads stands in the way. Pure."""
+    if facts.root.kernel_thread:
+        yield Obstacle(facts.root.pid, "process", "is a kernel thread", "name a process")
+        return
     if facts.root.zombie:
         yield Obstacle(facts.root.pid, "process", "has ended (zombie)", "nothing is left to move")
     for process in facts.processes:
@@ -61,8 +64,6 @@ def _of_process(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
     def obstacle(why: str, remedy: str) -> Obstacle:
         return Obstacle(process.pid, "process", why, remedy)
 
-    if process.kernel_thread:
-        yield obstacle("is a kernel thread", "name a process")
     if process.zombie and process.stat.num_threads > 1:
         yield obstacle(
             "its first thread has ended and others run on", "start it so that main() joins its threads"
@@ -131,10 +132,10 @@ def _of_thread(process: ProcessFacts, thread: ThreadFacts) -> Iterator[Obstacle]
 def notes(facts: TreeFacts) -> Iterator[str]:
     """What changes with a move and is no obstacle. Pure."""
     pids = {process.pid for process in facts.processes}
-    for process in facts.processes:
+    for process in filter(lambda process: process.alive, facts.processes):
         for what, number in (("process group", process.stat.pgrp), ("session", process.stat.session)):
             if number not in pids:
-                yield f"pid {process.pid}: the leader of its {what}, {number}, is not in the tree"
+                yield f"pid {process.pid}: the leader of its {what} ({number or 'unknown here'}) is not in the tree"
     apart = [n for n in BORROWED if facts.root.namespaces.get(n) not in (None, facts.our_namespaces[n])]
     if apart:
         yield (
@@ -147,7 +148,9 @@ def _resources(facts: TreeFacts, tcp_close: bool) -> list[Obstacle]:
     """Descriptors and mappings, by the rules of the dump itself."""
     with ExitStack() as stack:
         refs = []
-        for process in filter(lambda process: process.alive, facts.processes):
+        for process in facts.processes:
+            if not process.alive or process.pid == facts.our_pid:
+                continue
             with suppress(ProcessLookupError):
                 pidfd = pidfd_open(process.pid)
                 stack.callback(os.close, pidfd)

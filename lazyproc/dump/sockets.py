@@ -213,13 +213,12 @@ class SocketTable:
         return self.registry.intern(os.getpid(), fd)[0]
 
     def _same_namespace(self, sock: socket.socket) -> None:
-        for other in self._taken.values():
-            if netns.cookie(other.sock) != netns.cookie(sock):
-                raise Refused(
-                    "is in another network namespace than the tree's other sockets",
-                    "start the whole tree in one network namespace",
-                )
-            return
+        other = next(iter(self._taken.values()), None)
+        if other is not None and netns.cookie(other.sock) != netns.cookie(sock):
+            raise Refused(
+                "is in another network namespace than the tree's other sockets",
+                "start the whole tree in one network namespace",
+            )
 
     def _refuse(self, place: Place, refused: Refused) -> None:
         self.registry.refuse(place.pid, f"fd {place.fd}", refused)
@@ -235,14 +234,15 @@ def _has_queue(sock: socket.socket) -> bool:
 def refuse_kind(sock: socket.socket) -> None:
     """Raise Refused for every kind of socket that is not unix, TCP or UDP."""
     if sock.family == socket.AF_UNIX and sock.type in _UNIX_TYPES:
-        return None
+        return
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         if sock.type == socket.SOCK_RAW:
             raise Refused("is a raw IP socket", _CLOSE)
         if (sock.type, sock.proto) == (socket.SOCK_DGRAM, socket.IPPROTO_UDP):
-            return None
+            return
         if (sock.type, sock.proto) == (socket.SOCK_STREAM, socket.IPPROTO_TCP):
-            return _refuse_ulp(sock)
+            _refuse_ulp(sock)
+            return
         why, remedy = _PROTOCOLS.get(sock.proto, (f"an IP socket of protocol {sock.proto}", _CLOSE))
     else:
         why, remedy = _FAMILIES.get(sock.family, (f"a socket of address family {int(sock.family)}", _CLOSE))

@@ -24,6 +24,7 @@ from lazyproc.images.files import (
     M,
     garbled,
     kind_of,
+    open_image,
     record,
     records,
     to_bytes,
@@ -43,6 +44,7 @@ from lazyproc.model import (
     MemoryObject,
     Mm,
     ObjectKind,
+    SharedMemory,
     Task,
     TaskState,
 )
@@ -93,14 +95,21 @@ def to_images(checkpoint: Checkpoint, *, lazy_elsewhere: bool = False) -> dict[s
         TIMENS,
         pb.timens_entry(monotonic=_timespec(clocks.monotonic_ns), boottime=_timespec(clocks.boottime_ns)),
     )
+    images = writer.finish() | pagemap_images(checkpoint, lazy_elsewhere=lazy_elsewhere)
+    extras.images.extend(name.encode() for name in images)
     writer.add(EXTRAS, extras)
-    return writer.finish() | pagemap_images(checkpoint, lazy_elsewhere=lazy_elsewhere)
+    return images | writer.finish()
 
 
 def memory_objects(checkpoint: Checkpoint) -> list[MemoryObject]:
     """Everything that has a pagemap; the pages of the first are in pages-1.img and so on."""
-    objects = [MemoryObject(ObjectKind.TASK, task.vpid) for task in checkpoint.tasks if task.mm is not None]
-    return objects + [MemoryObject(ObjectKind.SHARED, number) for number in checkpoint.shared]
+    return _objects(checkpoint.tasks, checkpoint.shared)
+
+
+def _objects(found: Sequence[Task], shared: Mapping[int, SharedMemory]) -> list[MemoryObject]:
+    objects = [MemoryObject(ObjectKind.TASK, task.vpid) for task in found if task.mm is not None]
+    # CRIU has no pagemap for a memfd of size 0.
+    return objects + [MemoryObject(ObjectKind.SHARED, number) for number, held in shared.items() if held.size]
 
 
 def pagemap_images(checkpoint: Checkpoint, *, lazy_elsewhere: bool = False) -> dict[str, bytes]:
@@ -203,6 +212,8 @@ def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
         )
     _refuse_foreign(images)
     extras = read_extras(images)
+    for name in extras.message.images:
+        open_image(images, to_text(name, EXTRAS))
     shared = memory.read_shared(images, extras)
     files = FileReader(images, extras, shared)
     reader = _TaskReader(images, extras, inventory, files, shared)
@@ -220,7 +231,7 @@ def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
         pipes=files.read_pipes(),
         shared=shared.objects,
         contents=read_contents(images, extras),
-        memory=_read_memory(images, found, shared),
+        memory=_read_memory(images, found, shared.objects),
         clocks=_read_clocks(images, extras),
         hostname=to_text(extras.message.hostname, EXTRAS),
     )
@@ -348,14 +359,12 @@ def _only(images: Mapping[str, bytes], name: str, kind: type[M]) -> M:
 
 
 def _read_memory(
-    images: Mapping[str, bytes], found: Sequence[Task], shared: memory.SharedTable
+    images: Mapping[str, bytes], found: Sequence[Task], shared: Mapping[int, SharedMemory]
 ) -> dict[MemoryObject, tuple[Extent, ...]]:
-    objects = [MemoryObject(ObjectKind.TASK, task.vpid) for task in found if task.mm is not None]
-    objects += [MemoryObject(ObjectKind.SHARED, number) for number in shared.objects]
     extents = {}
-    for obj in objects:
-        name = pagemap_name(obj)
-        if name in images and (runs := to_extents(read_pagemap(ImageReader(name, images[name]))[1])):
+    for obj in _objects(found, shared):
+        # A pagemap that is missing must not read as memory full of zeros.
+        if runs := to_extents(read_pagemap(open_image(images, pagemap_name(obj)))[1]):
             extents[obj] = runs
     return extents
 

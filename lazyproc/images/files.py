@@ -25,6 +25,7 @@ M = TypeVar("M", bound=Message)
 COMMON_MAGIC = 0x54564319
 INVENTORY_MAGIC = 0x58313116  # the only image without COMMON_MAGIC in front
 INVENTORY = "inventory.img"
+FILES = "files.img"
 EXTRAS = "lazyproc.img"
 
 MAGICS = {

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable, Mapping
 
 from lazyproc.images import sockets
-from lazyproc.images.files import ImageWriter, to_bytes
+from lazyproc.images.files import FILES, ImageWriter, to_bytes
 from lazyproc.images.pb import files_pb2 as pb
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.tasks import SECOND_NS
@@ -31,7 +31,6 @@ from lazyproc.model import (
     UnixSocket,
 )
 
-FILES = "files.img"
 _O_RDWR_LARGEFILE = 0o100002
 FD_CLOEXEC = 1
 _TYPES = {

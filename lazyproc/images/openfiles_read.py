@@ -10,9 +10,9 @@ from lazyproc.errors import ImageError
 from lazyproc.images import sockets
 from lazyproc.images.contents import REMAPS, read_remaps
 from lazyproc.images.extras import Extras
-from lazyproc.images.files import garbled, records, to_text
+from lazyproc.images.files import FILES, garbled, records, to_text
 from lazyproc.images.memory import SharedTable
-from lazyproc.images.openfiles import FD_CLOEXEC, FILES, MEMBERS
+from lazyproc.images.openfiles import FD_CLOEXEC, MEMBERS
 from lazyproc.images.pb import files_pb2 as pb
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.tasks import SECOND_NS

@@ -20,9 +20,7 @@ PE_PARENT = 1  # the content lies in the parent image
 PE_LAZY = 2  # may come after the process runs
 PE_PRESENT = 4  # the content lies in the pages image next to this pagemap
 
-MAX_PAGES = (
-    1024  # of one entry: CRIU's lazy client has a buffer for the longest entry, clipped to 4 MiB pipes
-)
+MAX_PAGES = 1024  # of one entry: CRIU's lazy client has a buffer for the longest one, its server 4 MiB pipes
 _ADDRESS_LIMIT = 1 << 64
 
 

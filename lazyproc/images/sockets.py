@@ -10,12 +10,11 @@ from google.protobuf.message import Message
 
 from lazyproc.errors import ImageError
 from lazyproc.images.extras import Extras
-from lazyproc.images.files import ImageReader, ImageWriter, garbled, records, to_bytes, to_text
+from lazyproc.images.files import FILES, ImageReader, ImageWriter, garbled, records, to_bytes, to_text
 from lazyproc.images.pb import files_pb2 as pb
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.model import InetSocket, OpenFile, Packet, SocketOptions, TcpState, UnixSocket
 
-FILES = "files.img"
 QUEUES = "sk-queues.img"
 _SCM_RIGHTS = 1
 _ESTABLISHED, _LISTEN = 1, 10

@@ -1,4 +1,4 @@
-"""Trying what this kernel lets us do. Each probe does the thing itself, changes nothing, and raises OSError if it fails.
+"""Trying what this kernel lets us do. Each probe does the thing itself, changes nothing, raises OSError when it fails.
 
 What has another errno when it works than when it is refused is told apart as the comments say.
 """

@@ -107,7 +107,11 @@ def pagemap_scan(
         )
         for index in range(got):
             yield int(regions[3 * index]), int(regions[3 * index + 1]), int(regions[3 * index + 2])
-        start = int(walked[0])
+        # walk_end can lie before the last region given (seen on 6.18 with more than 1,000 regions in a walk).
+        reached = max(int(walked[0]), int(regions[3 * got - 2]) if got else start)
+        if reached == start:
+            return
+        start = reached
 
 
 def cpuid(leaf: int, sub: int = 0) -> tuple[int, int, int, int]:

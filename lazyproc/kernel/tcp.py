@@ -76,9 +76,7 @@ def enter(sock: socket.socket) -> None:
 
 
 def is_repaired(sock: socket.socket) -> bool:
-    """Whether repair mode is on: so is every connection of a process whose dumper was killed in the
-    middle.
-    """
+    """Whether repair mode is on."""
     return sock.getsockopt(SOL_TCP, TCP_REPAIR) == REPAIR_ON
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
@@ -152,7 +152,7 @@ class Arrival:
                 return not pager.spaces()
 
     def _say_drained(self, counters: Counters, ended: bool) -> None:
-        faults = counters.fault_us._asdict()
+        faults: dict[str, JsonValue] = asdict(counters.fault_us)
         names = ("total", "zero", "eager", "urgent", "bulk", "dropped")
         pages: dict[str, JsonValue] = {f"pages_{name}": getattr(counters, name) for name in names}
         self.report = {**pages, "fault_us": faults, "ended": ended}

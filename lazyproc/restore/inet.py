@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from lazyproc.errors import RestoreError
 from lazyproc.kernel import inject, tcp
-from lazyproc.kernel.netfilter import End, plain
+from lazyproc.kernel.netfilter import End, Flow, plain
 from lazyproc.kernel.sockopt import (
     EARLY,
     LATE,
@@ -59,6 +59,14 @@ class InetSockets:
             if self._is_repaired(inet):
                 leave_repair(self.made[inet.inode], inet)
 
+    def flows(self) -> list[Flow]:
+        """The connections to outside of the tree."""
+        return [
+            Flow(inet.protocol, inet.local, inet.remote)
+            for inet in self.sockets.values()
+            if inet.remote and self._is_repaired(inet) and not self._is_inside(inet)
+        ]
+
     def _make(self, inet: InetSocket) -> None:
         sock = self.stack.enter_context(socket.socket(inet.family, inet.type, inet.protocol))
         self.made[inet.inode] = sock
@@ -88,11 +96,13 @@ class InetSockets:
         """A connection to a listening socket of the tree that nobody has accepted: its other end is in
         no table.
         """
-        if inet.remote is None or inet.protocol != socket.IPPROTO_TCP:
-            return False
-        if (plain(inet.remote), plain(inet.local)) in self._connections:
+        if inet.remote is None or inet.protocol != socket.IPPROTO_TCP or self._is_inside(inet):
             return False
         return any(_reaches(listener, inet.remote) for listener in self._listeners)
+
+    def _is_inside(self, inet: InetSocket) -> bool:
+        """Whether the other end of a connection is in the tree."""
+        return inet.remote is not None and (plain(inet.remote), plain(inet.local)) in self._connections
 
 
 def _make_ended(sock: socket.socket, inet: InetSocket) -> None:
@@ -112,7 +122,9 @@ def _make_other(sock: socket.socket, inet: InetSocket) -> None:
         sock.listen(inet.backlog)
     _fill(sock, inet)
     if inet.remote is not None:
+        sock.settimeout(_MOMENT)
         sock.connect(address(inet, inet.remote))
+        sock.settimeout(None)
     apply(sock, inet.options, LATE)
     if inet.shutdown:
         _shut_down(sock, inet.shutdown - 1)  # SHUT_RD, SHUT_WR, SHUT_RDWR count from 0

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,6 @@ from lazyproc.pages.images import ImagePages
 from lazyproc.restore.lazy import finish, pager_of
 from lazyproc.restore.tree import BuiltTree, built_tree, needs_new_pidns
 from lazyproc.uffd.pager import Counters, Pager
-from lazyproc.uffd.pager import Segment as PagerSegment
 from lazyproc.uffd.policy import POLICIES
 
 Pidns = Literal["auto", "host", "new"]
@@ -99,7 +98,7 @@ class Restored:
             return report
         names = ("total", "zero", "eager", "urgent", "bulk", "dropped")
         pages = {f"pages_{name}": getattr(counters, name) for name in names}
-        return replace(report, **pages, fault_us=counters.fault_us._asdict())
+        return replace(report, **pages, fault_us=asdict(counters.fault_us))
 
 
 @contextmanager
@@ -136,7 +135,7 @@ def _started_pager(
     tree: BuiltTree, source: ImagePages, policy: str, trace: bool, bulk: bool
 ) -> Iterator[Pager]:
     with pager_of(tree, trace=trace) as pager:
-        pager.serve_segments(PagerSegment(*segment) for segment in source.segments())
+        pager.serve_segments(source.segments())
         lazy = {obj: [e for e in runs if e.lazy] for obj, runs in tree.checkpoint.memory.items()}
         pager.apply_map(lazy)
         pager.plan(POLICIES[policy](lazy))

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lazyproc.kernel.netfilter import Flow, plain
+from lazyproc.kernel.netfilter import Flow
 from lazyproc.kernel.sockopt import LATE, TCP_LISTEN
 from lazyproc.model import Checkpoint, InetSocket, OpenFile, Task, UnixSocket
 from lazyproc.restore.inet import InetSockets
@@ -94,15 +94,11 @@ def listen_rows(checkpoint: Checkpoint, task: Task) -> list[tuple[int, int]]:
 
 
 def flows_to_hold(checkpoint: Checkpoint) -> list[Flow]:
-    """What the destination holds back (kernel/netfilter) from before `make_sockets` until after
-    `leave_repair`: the connections to outside of the tree. Without it their peers' packets would be answered
-    with RST.
+    """What the destination holds back (kernel/netfilter) from before `make_sockets` until just before
+    `leave_repair`: the connections to outside of the tree.
+
+    Their peers' packets would be answered with RST while there is no socket. One in repair mode takes
+    them; and what `leave_repair` sends into a hold is sent again only when TCP's timer runs out (0.2 s
+    and more).
     """
-    sockets = _by_inode(checkpoint, InetSocket).values()
-    connections = [inet for inet in sockets if inet.tcp is not None and inet.remote is not None]
-    ends = {(plain(inet.local), inet.remote and plain(inet.remote)) for inet in connections}
-    return [
-        Flow(inet.protocol, inet.local, inet.remote)
-        for inet in connections
-        if (inet.remote and plain(inet.remote), plain(inet.local)) not in ends
-    ]
+    return InetSockets(_by_inode(checkpoint, InetSocket), ExitStack()).flows()

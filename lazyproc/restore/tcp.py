@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from lazyproc.errors import RestoreError
 from lazyproc.kernel import inject, tcp
@@ -17,6 +18,7 @@ from lazyproc.kernel.netfilter import plain
 from lazyproc.kernel.sockopt import (
     LATE,
     SEND_SHUTDOWN,
+    SO_BUF_LOCK,
     SO_RCVBUFFORCE,
     SO_REUSEADDR,
     SO_SNDBUF,
@@ -111,7 +113,9 @@ def end(sock: socket.socket, unread: bytes) -> None:
         listener.bind((sock.getsockname()[0], 0))
         listener.listen(1)
         sock.setsockopt(SOL_SOCKET, SO_RCVBUFFORCE, _AMPLE)
+        sock.settimeout(_MOMENT)
         sock.connect(listener.getsockname())
+        sock.settimeout(None)
         peer = listener.accept()[0]
     with peer:
         peer.sendall(unread)
@@ -131,13 +135,18 @@ def leave_repair(sock: socket.socket, inet: InetSocket) -> None:
     reuse = inet.options.values.get((SOL_SOCKET, SO_REUSEADDR))
     if reuse is not None:
         sock.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuse)
-    if state.unsent:
-        sock.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, _AMPLE)
-        rest = state.send_queue[-state.unsent :]
-        while rest:
-            rest = rest[sock.send(rest, socket.MSG_DONTWAIT) :]
-        size = inet.options.values.get((SOL_SOCKET, SO_SNDBUF))
-        if size is not None:
-            set_raw(sock, SOL_SOCKET, SO_SNDBUF, size)
+    with suppress(ConnectionError):  # the peer has ended it meanwhile: the program will see
+        _send_rest(sock, inet, state.send_queue[len(state.send_queue) - state.unsent :])
     if inet.shutdown & SEND_SHUTDOWN:
-        sock.shutdown(socket.SHUT_WR)
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+
+
+def _send_rest(sock: socket.socket, inet: InetSocket, rest: bytes) -> None:
+    sock.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, _AMPLE)
+    while rest:
+        rest = rest[sock.send(rest, socket.MSG_DONTWAIT) :]
+    size = inet.options.values.get((SOL_SOCKET, SO_SNDBUF))
+    if size is not None:
+        set_raw(sock, SOL_SOCKET, SO_SNDBUF, size)
+    apply(sock, inet.options, ((SOL_SOCKET, SO_BUF_LOCK),))

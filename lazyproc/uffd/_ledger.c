@@ -308,6 +308,19 @@ static void count_page(struct ledger_head *head, uint8_t *byte, enum page_class 
         head->counted[class]++;
 }
 
+/* Does any process still want this page? */
+static bool kin_waits(const struct ledger *l, uint32_t primary, uint64_t addr)
+{
+    for (uint32_t i = primary; i != NO_KIN; i = l->instances[i].kin) {
+        uint64_t pages;
+        const uint8_t *byte = ledger_states(l, i, addr, &pages);
+
+        if (byte && page_waits(*byte))
+            return true;
+    }
+    return false;
+}
+
 void ledger_settle(struct ledger *l, uint32_t instance, uint64_t addr, uint8_t *byte, enum page_state state,
                    enum page_class class)
 {
@@ -319,6 +332,9 @@ void ledger_settle(struct ledger *l, uint32_t instance, uint64_t addr, uint8_t *
     if (!waited)
         return;
     l->head->remaining--;
+    /* What one process discards may still come for another, and is counted as that then. */
+    if (class == CLASS_DROPPED && l->instances[primary].kin != NO_KIN && kin_waits(l, primary, addr))
+        return;
     if (primary != instance)
         byte = ledger_states(l, primary, addr, &pages);
     if (byte)

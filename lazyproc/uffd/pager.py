@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from lazyproc.errors import HostLacks, LazyprocError, Parked, UsageError
 from lazyproc.events import PagesMoved
@@ -35,14 +35,8 @@ class PagerState(enum.IntEnum):
     STOPPED = 5
 
 
-class Segment(NamedTuple):
-    """Pages [start, end) of an object, at `offset` of the file open as `fd`. All in bytes."""
-
-    key: int
-    start: int
-    end: int
-    fd: int
-    offset: int
+Segment = tuple[int, int, int, int, int]
+"""Pages of an object in a file: MemoryObject.key, start and end address, descriptor, offset in the file. In bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,15 +199,13 @@ class Pager:
         """
         _check(lib.pager_mark_installed(self._pager, obj.key, addr, count), f"{obj} at {addr:#x}")
 
-    def serve_segments(self, segments: Iterable[tuple[int, int, int, int, int]]) -> None:
+    def serve_segments(self, segments: Iterable[Segment]) -> None:
         """Pages that lie in local files. Once, before `start`; the descriptors stay the caller's.
 
         Raises UsageError when segments overlap or a file is shorter than they say.
         """
-        rows = sorted(Segment(*row) for row in segments)
-        table = ffi.new(
-            "struct pager_segment[]", [(row.key, row.start, row.end, row.offset, row.fd) for row in rows]
-        )
+        rows = [(key, start, end, offset, fd) for key, start, end, fd, offset in sorted(segments)]
+        table = ffi.new("struct pager_segment[]", rows)
         result = lib.pager_set_segments(self._pager, table, len(rows))
         if result < 0:
             raise UsageError(f"the segments cannot be served: {os.strerror(-result)}", where="pager")

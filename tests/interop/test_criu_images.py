@@ -58,20 +58,22 @@ shared = mmap.mmap(-1, 8 * 4096); shared[4096:4106] = b"anonymous!"
 private = mmap.mmap(-1, 64 * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 for page in range(0, 64, 2):
     private[page * 4096] = page + 1
+# Blocked and waited for: a handler of Python's could be due just when pause() begins.
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 done = threading.Event()
 def report(*_):
     fd = os.open(answer, os.O_WRONLY)
     pages = bytes(private[page * 4096] for page in range(64))
     os.write(fd, b"|".join([os.read(100, 99), os.read(103, 99), os.read(104, 8), os.pread(106, 99, 0),
         os.pread(107, 12, 4096), shared[4096:4106], pages]))
-    done.set()
 signal.signal(signal.SIGUSR1, report)
 threading.Thread(target=done.wait, daemon=True).start()
 if os.fork() == 0:
     while True: signal.pause()
 if os.fork() == 0: os._exit(3)
 os.write(ready, b"x"); os.close(ready)
-while not done.is_set(): signal.pause()
+signal.sigwait([signal.SIGUSR1])
+report()
 os._exit(0)
 """
 _EXPECTED = [

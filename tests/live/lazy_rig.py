@@ -21,7 +21,7 @@ from typing import Any
 
 from lazyproc.kernel import sys as kernel
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
-from lazyproc.pages._server import ffi, lib
+from lazyproc.pages.server import crc32c
 from lazyproc.uffd.pager import Pager
 
 ROOT = Path(__file__).parents[2]
@@ -40,10 +40,6 @@ def content(pages: int, seed: int = 1) -> bytes:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def crc32c(data: bytes) -> int:
-    return int(lib.server_crc32c(ffi.from_buffer(data), len(data) // PAGE))
 
 
 class Child:

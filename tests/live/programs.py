@@ -171,7 +171,10 @@ def running(
     """
     watch = Watch.create(directory / f"{name}.status", exclusive=exclusive)
     argv = [str(word) for word in (compile_program(name), watch.path, *arguments)]
-    process = host.popen(argv) if host else subprocess.Popen(argv, start_new_session=True)
+    with (directory / f"{name}.log").open("w") as log:  # no terminal, which cannot be moved
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        start = host.popen if host else subprocess.Popen
+        process = start(argv, start_new_session=True, **streams)
     try:
         wait_until(
             lambda: process.poll() is not None or watch.read().phase >= Phase.RUNNING, f"{name}: set up"

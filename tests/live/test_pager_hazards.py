@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from lazyproc.model import PAGE
+from lazyproc.pages.server import crc32c
 from lazyproc.uffd.device import Outcome
 from lazyproc.uffd.pager import PagerState
 from tests.live.lazy_rig import (
@@ -23,7 +24,6 @@ from tests.live.lazy_rig import (
     balanced,
     child,
     content,
-    crc32c,
     digest,
     pager,
     rig,
@@ -216,7 +216,7 @@ def test_the_parent_discards_what_its_child_still_needs() -> None:
         assert forked.result(DEADLINE) == r.expect(0, 4)
         assert r.child.call("digest", addr=r.addr, length=r.length) == digest(bytes(r.length))
         r.finish_in_bulk()
-        assert r.pager.counters().total == 4
+        assert (r.pager.counters().urgent, r.pager.counters().dropped) == (4, 0)
 
 
 def test_a_child_that_is_gone_is_not_waited_for() -> None:
@@ -225,6 +225,7 @@ def test_a_child_that_is_gone_is_not_waited_for() -> None:
         assert r.child.call("fork_digest", addr=r.at(1), length=PAGE) == r.expect(1, 1)
         assert r.child.call("digest", addr=r.addr, length=r.length) == r.expect(0, 600)
         r.finish_in_bulk()
+        assert (r.pager.counters().urgent, r.pager.counters().dropped) == (600, 0)
 
 
 def test_a_process_that_ends_drops_its_pages() -> None:

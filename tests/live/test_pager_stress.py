@@ -96,7 +96,9 @@ def test_random_access_while_memory_moves(toucher: Path, bulk: bool) -> None:
             assert balanced(made)
             counters = made.counters()
             assert counters.total == sum(length for _, length in target.ranges) // PAGE
-            assert counters.dropped > 0
+            side = target.ranges[1][1] // PAGE
+            assert counters.dropped <= side  # nothing of what was only verified
+            assert counters.dropped or bulk
         finally:
             source.close()
 

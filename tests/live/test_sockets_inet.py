@@ -39,6 +39,7 @@ from lazyproc.kernel.sockopt import (
     classic_filter,
 )
 from lazyproc.kernel.sys import syscall
+from lazyproc.restore.sockets import flows_to_hold
 from tests.live.descriptors import stopped
 from tests.live.sockets import (
     CLONE_NEWNET,
@@ -284,7 +285,8 @@ def test_a_connection_of_the_tree_that_nobody_has_accepted() -> None:
     def body() -> None:
         keep(_listener(INET, 5000, 10), _connected(INET, 5000, 11))
 
-    with remade(body) as socks:
+    with dumped(body) as checkpoint, made_sockets(checkpoint) as socks:
+        assert flows_to_hold(checkpoint) == [], "it is made by a handshake within the host"
         socks[11].send(b"finally")
         server, address = socks[10].accept()
         with server:

@@ -134,8 +134,8 @@ def _run_at_target(
     files: dict[int, int] = {}
     with ethernet.target.inside(), make_sockets(checkpoint, files) as sockets:
         sockets.fill_queues(files, {})
-        sockets.leave_repair()
         release("lazyproc_move_target")
+        sockets.leave_repair()
         number = next(row.file_id for row in checkpoint.root.descriptors if row.fd == 10)
         with socket.socket(fileno=os.dup(files[number])) as sock:
             received = _in_background(peer, len(upstream))

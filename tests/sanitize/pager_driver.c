@@ -245,7 +245,7 @@ int main(int argc, char **argv)
     if (local)
         serve_file(p, &target);
     else
-        connect_server(p, first, &target, lost || garbage ? 1000 : -1, garbage);
+        connect_server(p, first, &target, lost || garbage ? 32 : -1, garbage);
     check(pager_start(p, strcmp(what, "demand") != 0, takeover ? 16 << 20 : 0) == 0, "pager_start");
     check(write(target.go, "\n", 1) == 1, "write");
     close(target.go);

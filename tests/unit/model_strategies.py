@@ -315,7 +315,7 @@ def shared_memory(draw: st.DrawFn, number: int) -> SharedMemory:
     return SharedMemory(
         id=number,
         kind=kind,
-        size=draw(nanoseconds),
+        size=draw(st.integers(1, 2**62)),
         name=draw(names | st.just("/dev/zero")) if kind is SharedKind.MEMFD else "",
         seals=0 if sysv else draw(st.integers(0, 31)),
         mode=draw(st.integers(0, 0o7777)),

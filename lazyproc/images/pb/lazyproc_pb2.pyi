@@ -37,6 +37,7 @@ class Extras(_message.Message):
     PACKETS_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
     CONTENTS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     realtime_ns: _builtins.int
     hostname: _builtins.bytes
@@ -58,6 +59,10 @@ class Extras(_message.Message):
     def shared(self) -> _containers.RepeatedCompositeFieldContainer[Global___SharedExtra]: ...
     @_builtins.property
     def contents(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentExtra]: ...
+    @_builtins.property
+    def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The names of all images of the checkpoint but this one and the pages: CRIU's absent image means "nothing"."""
+
     def __init__(
         self,
         *,
@@ -72,10 +77,11 @@ class Extras(_message.Message):
         packets: _abc.Iterable[Global___PacketExtra] | None = ...,
         shared: _abc.Iterable[Global___SharedExtra] | None = ...,
         contents: _abc.Iterable[Global___ContentExtra] | None = ...,
+        images: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hostname", b"hostname", "realtime_ns", b"realtime_ns", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contents", b"contents", "files", b"files", "hostname", b"hostname", "packets", b"packets", "pipes", b"pipes", "realtime_ns", b"realtime_ns", "shared", b"shared", "tasks", b"tasks", "threads", b"threads", "version", b"version", "vm_flag_sets", b"vm_flag_sets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contents", b"contents", "files", b"files", "hostname", b"hostname", "images", b"images", "packets", b"packets", "pipes", b"pipes", "realtime_ns", b"realtime_ns", "shared", b"shared", "tasks", b"tasks", "threads", b"threads", "version", b"version", "vm_flag_sets", b"vm_flag_sets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,192 @@
+"""Moving processes between two hosts by the public command line, and what must be true after every move."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import select
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lazyproc.hosts import Host
+from lazyproc.kernel import proc
+from tests.live.programs import Watch, wait_until
+
+CLI = (sys.executable, "-m", "lazyproc.cli.main")
+MOVE_S = 15
+END_S = 30
+PAGE_KINDS = ("zero", "eager", "urgent", "bulk", "dropped")
+
+# include/uapi/linux/pidfd.h of Linux 6.15
+_PIDFD_GET_INFO = 3 << 30 | 64 << 16 | 0xFF << 8 | 11
+_PIDFD_INFO_EXIT = 1 << 3
+_INFO = struct.Struct("<QQ11Ii")  # mask, cgroupid, pids and ids, exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What belongs to a process and must be the same before and after: by number, and by address."""
+
+    descriptors: dict[int, str]
+    mappings: tuple[tuple[int, int, str, str], ...]  # start, end, permissions, name
+
+
+def look(pid: int) -> Seen:
+    """Descriptors without the numbers of inodes, mappings with equal neighbours as one."""
+    links = {fd: os.readlink(f"/proc/{pid}/fd/{fd}") for fd in proc.descriptor_numbers(pid)}
+    found: list[tuple[int, int, str, str]] = []
+    for entry in proc.maps(proc.read(pid, "maps")):
+        if found and found[-1][1:] == (entry.start, entry.perms, entry.path):
+            found[-1] = (found[-1][0], entry.end, entry.perms, entry.path)
+        else:
+            found.append((entry.start, entry.end, entry.perms, entry.path))
+    return Seen({fd: re.sub(r"\[\d+\]", "[]", link) for fd, link in links.items()}, tuple(found))
+
+
+def tree_of(pid: int) -> dict[int, int]:
+    """The processes under `pid` that have not ended, by the number they give themselves."""
+    found: dict[int, int] = {}
+    waiting = [pid]
+    while waiting:
+        status = proc.status(proc.read(waiting[-1], "status"))
+        pid = waiting.pop()
+        if status.state != "Z":
+            found[status.ns_pid[-1]] = pid
+            for tid in proc.task_ids(pid):
+                waiting += proc.children_of(pid, tid)
+    return found
+
+
+def look_at_tree(pid: int) -> dict[int, Seen]:
+    return {vpid: look(each) for vpid, each in tree_of(pid).items()}
+
+
+def registered(pid: int) -> list[str]:
+    """The mappings of a process that are registered with a userfaultfd."""
+    entries = proc.smaps(proc.read(pid, "smaps"))
+    return [f"{e.entry.start:#x} {e.entry.path}" for e in entries if e.vm_flags & {"um", "uw", "ui"}]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A tree at the destination; `pid` is its root as the caller sees it, `notes` what either command said."""
+
+    pid: int
+    report: dict[str, Any]
+    notes: str
+
+    def end(self, watch: Watch, signal: int = 15) -> None:
+        """Ask for the last check; it and the exit status, which its parent in there has taken, must be good."""
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            os.kill(self.pid, signal)
+            ready, _, _ = select.select([pidfd], [], [], END_S)
+            assert ready, f"still runs: {watch.read()}"
+            watch.wait_ended()
+            assert exit_status(pidfd) == 0, str(watch.read())
+        finally:
+            os.close(pidfd)
+
+
+def exit_status(pidfd: int) -> int:
+    """The wait status of a process that somebody else has reaped (PIDFD_GET_INFO, Linux 6.15)."""
+    info = bytearray()
+
+    def reaped() -> bool:
+        info[:] = _INFO.pack(_PIDFD_INFO_EXIT, *[0] * 13)
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+        return bool(_INFO.unpack(info)[0] & _PIDFD_INFO_EXIT)
+
+    wait_until(reaped, "its parent reaps it")
+    return int(_INFO.unpack(info)[13])
+
+
+@dataclass(slots=True)
+class Receiver:
+    """A running `lazyproc receive` on `host`."""
+
+    host: Host
+    process: subprocess.Popen[Any]
+    log: Path
+    address: str
+    moved: list[Moved] = field(default_factory=list)
+
+    def notes(self) -> str:
+        return self.log.read_text()
+
+
+@contextmanager
+def receiving(host: Host, *options: str) -> Iterator[Receiver]:
+    """`lazyproc receive` on a port of its own choice; interrupted at the end, which must be exit 0."""
+    log = host.outside / "receive.log"
+    log.write_text("")
+    with log.open("w") as file:
+        argv = [*CLI, "receive", "--listen", f"{host.address}:0", "--insecure", "-v", *options]
+        process = host.popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        wait_until(
+            lambda: process.poll() is not None or "listening on port" in log.read_text(), "receive listens"
+        )
+        port = re.search(r"listening on port (\d+)", log.read_text())
+        assert port, log.read_text()
+        yield Receiver(host, process, log, f"{host.address}:{port[1]}")
+        process.send_signal(2)
+        assert process.wait(END_S) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def migrate(
+    source: Host, receiver: Receiver, pid: int, *options: str, expected: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """`lazyproc migrate` on `source` of a process whose pid the caller knows; its exit code must be `expected`."""
+    argv = [*CLI, "migrate", str(source.vpid(pid)), receiver.address, "--insecure", "--json", "-v", *options]
+    try:
+        done = source.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MOVE_S)
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"not moved in {MOVE_S} s: {error.stderr!r}\nreceiver:\n{receiver.notes()}") from None
+    assert done.returncode == expected, f"{done.stderr}\nreceiver:\n{receiver.notes()}"
+    return done
+
+
+def move(
+    source: Host, receiver: Receiver, pid: int, *options: str, same_maps: bool = True, whole_tree: bool = True
+) -> Moved:
+    """Move a tree. Its pages must add up, nothing of it may be left behind and nothing of ours be left in it."""
+    before = look_at_tree(pid)
+    olds = tree_of(pid).values()
+    done = migrate(source, receiver, pid, *options)
+    report = json.loads(done.stdout)
+    assert report["pages_total"] == sum(report[f"pages_{kind}"] for kind in PAGE_KINDS), report
+    assert not any(_lives(old) for old in olds)
+    new = receiver.host.pid(report["root_pid"])
+    if whole_tree:
+        check_nothing_left(before, new, same_maps=same_maps)
+    return Moved(new, report, done.stderr)
+
+
+def check_nothing_left(before: dict[int, Seen], pid: int, *, same_maps: bool) -> None:
+    now = tree_of(pid)
+    assert now.keys() == before.keys()
+    for vpid, each in now.items():
+        wait_until(lambda each=each: not registered(each), f"pid {vpid} is released: {registered(each)}")
+        seen = look(each)
+        assert seen.descriptors == before[vpid].descriptors
+        if same_maps:
+            assert set(seen.mappings) ^ set(before[vpid].mappings) == set()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return proc.status(proc.read(pid, "status")).state != "Z"
+    except Exception:
+        return False

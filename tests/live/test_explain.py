@@ -1,0 +1,447 @@
+"""Obstacles of real processes: each is found and named before anything is stopped, with a way out."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lazyproc.dump.explain import explain
+from lazyproc.dump.survey import survey
+from lazyproc.errors import LazyprocError, NoSuchProcess, Obstacle, PermissionDenied, UsageError
+from lazyproc.events import Event, Note
+from lazyproc.kernel import fds, proc
+from lazyproc.kernel.sys import syscall
+from lazyproc.kernel.tracee import Tracee
+from lazyproc.uffd.device import Feature, Userfaultfd
+from tests.live.descriptors import stopped
+from tests.needs import lacking, require, require_root
+
+SYS_MUNMAP, SYS_CLONE, SYS_MSGGET, SYS_MSGSND, SYS_MSGCTL = 11, 56, 68, 69, 71
+SYS_SEMGET, SYS_SEMOP, SYS_SEMCTL, SYS_SCHED_SETATTR = 64, 65, 66, 314
+CLONE_FS, CLONE_NEWUTS, CLONE_NEWUSER, CLONE_NEWPID = 0x200, 0x4000000, 0x10000000, 0x20000000
+MAP_NORESERVE, MAP_HUGETLB = 0x4000, 0x40000
+NOBODY = 65534
+
+
+def found(*bodies: Callable[[], object]) -> list[Obstacle]:
+    """What stands in the way of a chain of processes, each the child of the one before."""
+    with stopped(*bodies) as tasks:
+        return list(explain(tasks[0].pid))
+
+
+def whys(obstacles: list[Obstacle]) -> list[str]:
+    return [f"{o.where.split(' ')[0]}: {o.why}" for o in obstacles]
+
+
+def unshare(flags: int) -> None:
+    syscall(fds.SYS_UNSHARE, flags)
+
+
+def test_a_plain_tree_has_no_obstacle() -> None:
+    assert found(os.setsid, lambda: None) == []
+
+
+def test_what_is_looked_at_runs_on(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"], start_new_session=True, **_SILENT) as process:
+        try:
+            assert explain(process.pid) == ()
+            status = proc.status(proc.read(process.pid, "status"))
+            assert (status.state, status.tracer_pid) == ("S", 0)
+        finally:
+            process.kill()
+
+
+def test_a_leader_outside_is_a_note_and_no_obstacle() -> None:
+    events: list[Event] = []
+    with stopped(lambda: os.setsid(), lambda: None) as tasks:
+        child = tasks[1].pid
+        assert explain(child, listener=events.append) == ()
+    assert [type(event) for event in events] == [Note, Note]
+    assert f"pid {child}: the leader of its process group ({tasks[0].pid}) is not in the tree" in str(
+        events[0]
+    )
+
+
+# --- who may not be asked ---------------------------------------------------------------------------------
+
+
+def test_nobody_by_that_number() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+        with pytest.raises(
+            NoSuchProcess, match=f"pid {process.pid}: there is no such process; check the number"
+        ):
+            explain(process.pid)
+
+
+def test_a_threads_number_is_wrong_usage() -> None:
+    ending, started = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: (started.set(), ending.wait()))
+    thread.start()
+    started.wait()
+    try:
+        with pytest.raises(UsageError, match=f"is a thread; name its process, {os.getpid()}"):
+            explain(thread.native_id or 0)
+    finally:
+        ending.set()
+        thread.join()
+
+
+def test_somebody_elses_process_is_refused_with_both_uids() -> None:
+    require_root()
+    with stopped(os.setsid) as tasks:
+        words = _as_nobody(lambda: explain(tasks[0].pid))
+    assert words == "PermissionDenied: belongs to uid 0 and may not be traced by uid 65534"
+
+
+def test_a_kernel_thread() -> None:
+    if Path("/proc/2/comm").read_text() != "kthreadd\n":
+        lacking("kernel threads cannot be seen from this pid namespace", "run the tests outside of it")
+    assert whys(list(explain(2))) == ["process: is a kernel thread"]
+
+
+def test_what_has_ended_is_nothing_to_move() -> None:
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert whys(list(explain(process.pid))) == ["process: has ended (zombie)"]
+
+
+def test_lazyproc_itself() -> None:
+    assert "process: is lazyproc itself" in whys(list(explain(os.getpid())))
+
+
+# --- processes and threads --------------------------------------------------------------------------------
+
+
+def test_a_controlling_terminal() -> None:
+    ours, theirs = pty.openpty()
+    name = os.ttyname(theirs)
+
+    def take_terminal() -> None:
+        os.setsid()
+        os.close(os.open(name, os.O_RDWR))
+
+    try:
+        (why,) = whys(found(take_terminal))
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert why.startswith("process: has a controlling terminal (136:")
+
+
+def test_somebody_traces_it() -> None:
+    with stopped(os.setsid) as tasks:
+        tracee = Tracee(tasks[0].pid)
+        tracee.seize()
+        try:
+            obstacles = list(explain(tasks[0].pid))
+        finally:
+            tracee.interrupt()
+            tracee.wait_stop(1000)
+            tracee.detach()
+    assert whys(obstacles) == [f"thread: is traced by process {os.getpid()}"]
+    assert "strace" in obstacles[0].remedy
+
+
+VFORK = """
+#include <unistd.h>
+int main(void)
+{
+    setsid();
+    if (vfork() == 0) {
+        (void)!write(1, "x", 1);
+        pause();
+        _exit(0);
+    }
+}
+"""
+ENDED_LEADER = """
+#include <pthread.h>
+#include <unistd.h>
+static void *other(void *leader)
+{
+    pthread_join(*(pthread_t *)leader, NULL);
+    (void)!write(1, "x", 1);
+    pause();
+    return NULL;
+}
+int main(void)
+{
+    static pthread_t leader, thread;
+    leader = pthread_self();
+    pthread_create(&thread, NULL, other, &leader);
+    pthread_exit(NULL);
+}
+"""
+
+
+@contextmanager
+def compiled(source: str, directory: Path) -> Iterator[int]:
+    """The pid of a program that has written its one byte; killed with its group at the end."""
+    program = directory / "program"
+    subprocess.run(
+        [require("gcc"), "-xc", "-", "-o", program, "-pthread"], input=source, text=True, check=True
+    )
+    with subprocess.Popen([program], start_new_session=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"x"
+        try:
+            yield process.pid
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_vfork_parent_sleeps_without_signals_and_shares_its_memory(tmp_path: Path) -> None:
+    with compiled(VFORK, tmp_path) as pid:
+        (child,) = proc.children_of(pid, pid)
+        obstacles = list(explain(pid))
+    words = whys(obstacles)
+    assert any(
+        why.startswith("thread: sleeps in the kernel without taking signals (state D, in") for why in words
+    )
+    assert f"process: shares its memory (CLONE_VM) with process {pid}" in words
+    assert next(o.pid for o in obstacles if "CLONE_VM" in o.why) == child
+    assert "exec" in next(o.remedy for o in obstacles if "state D" in o.why)
+
+
+def test_a_first_thread_that_has_ended(tmp_path: Path) -> None:
+    with compiled(ENDED_LEADER, tmp_path) as pid:
+        assert "process: its first thread has ended and others run on" in whys(list(explain(pid)))
+
+
+def test_directories_shared_with_another_process() -> None:
+    def share() -> None:
+        os.setsid()
+        if syscall(SYS_CLONE, CLONE_FS | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os._exit(0)
+
+    (why,) = whys(found(share))
+    assert why.startswith("process: shares its directories (CLONE_FS) with process ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (fds.CLONE_FILES, "thread: does not share its process's descriptor table (CLONE_FILES)"),
+        (CLONE_FS, "thread: does not share its process's directories (CLONE_FS)"),
+        (CLONE_NEWUTS, "thread: is in another uts namespace than its process"),
+    ],
+)
+def test_threads_that_live_apart(flags: int, why: str) -> None:
+    def apart() -> None:
+        os.setsid()
+        done = threading.Event()
+
+        def live() -> None:
+            unshare(flags)
+            done.set()
+            signal.pause()
+
+        threading.Thread(target=live, daemon=True).start()
+        done.wait()
+
+    assert why in whys(found(apart))
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (CLONE_NEWUTS, "process: is in another uts namespace than the root of the tree"),
+        (CLONE_NEWUSER, "process: is in another user namespace than lazyproc"),
+        (CLONE_NEWPID, "process: its future children are in another pid namespace than the root of the tree"),
+    ],
+)
+def test_namespaces_of_a_childs_own(flags: int, why: str) -> None:
+    require_root()
+    with stopped(os.setsid, lambda: unshare(flags)) as tasks:
+        obstacles = list(explain(tasks[0].pid))
+        assert [o.pid for o in obstacles if f"process: {o.why}" == why] == [tasks[1].pid]
+
+
+def test_a_whole_tree_in_other_namespaces_is_a_note() -> None:
+    require_root()
+    events: list[Event] = []
+    with stopped(lambda: (os.setsid(), unshare(CLONE_NEWUTS)), lambda: None) as tasks:
+        assert explain(tasks[0].pid, listener=events.append) == ()
+    (note,) = events
+    assert isinstance(note, Note)
+    assert "its namespaces (uts) stay here" in note.text
+
+
+def test_a_deadline_policy() -> None:
+    def promise() -> None:
+        os.setsid()
+        attributes = bytearray(struct.pack("<IIQiIQQQ", 48, 6, 0, 0, 0, 1_000_000, 100_000_000, 100_000_000))
+        address = ctypes.addressof(ctypes.c_char.from_buffer(attributes))
+        try:
+            syscall(SYS_SCHED_SETATTR, 0, address, 0)
+        except PermissionError:
+            os.environ["REFUSED"] = "1"
+
+    with stopped(promise) as tasks:
+        if os.sched_getscheduler(tasks[0].pid) != 6:
+            pytest.skip("the kernel promises no budget here")
+        words = whys(list(explain(tasks[0].pid)))
+    assert words == ["process: runs under SCHED_DEADLINE, whose budget cannot be promised elsewhere"]
+
+
+def _elf32() -> bytes:
+    """A 32-bit program that calls pause(2) for ever: mov eax, 29; int 0x80; jmp."""
+    code = b"\xb8\x1d\x00\x00\x00\xcd\x80\xeb\xf7"
+    base, head = 0x8048000, 52 + 32
+    size = head + len(code)
+    header = b"\x7fELF\x01\x01\x01" + bytes(9)
+    header += struct.pack("<HHIIIIIHHHHHH", 2, 3, 1, base + head, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+    return header + struct.pack("<IIIIIIII", 1, 0, base, base, size, size, 5, 0x1000) + code
+
+
+def test_a_32_bit_program(tmp_path: Path) -> None:
+    program = tmp_path / "old"
+    program.write_bytes(_elf32())
+    program.chmod(0o755)
+    try:
+        process = subprocess.Popen([program], start_new_session=True, **_SILENT)
+    except OSError as error:
+        assert error.errno == errno.ENOEXEC
+        pytest.skip("this kernel runs no 32-bit programs")
+    with process:
+        try:
+            words = whys(list(explain(process.pid)))
+        finally:
+            process.kill()
+    assert "process: is a 32-bit program" in words
+
+
+# --- memory and what outlives processes -------------------------------------------------------------------
+
+
+def test_no_vdso() -> None:
+    def unmap() -> None:
+        os.setsid()
+        with open("/proc/self/maps") as maps:
+            spans = [line.split()[0].split("-") for line in maps if line.rstrip().endswith("[vdso]")]
+        ((start, end),) = ((int(first, 16), int(last, 16)) for first, last in spans)
+        syscall(SYS_MUNMAP, start, end - start)
+
+    assert whys(found(unmap)) == ["process: has no [vdso] mapping"]
+
+
+def test_huge_pages() -> None:
+    kept = []
+
+    def map_huge() -> None:
+        os.setsid()
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_HUGETLB
+        kept.append(mmap.mmap(-1, 2 << 20, flags=flags))
+
+    (why,) = whys(found(map_huge))
+    assert why == "mapping: is a huge page mapping (hugetlbfs)"
+
+
+def test_a_userfaultfd_of_its_own() -> None:
+    require_root()
+    kept = []
+
+    def serve_itself() -> None:
+        os.setsid()
+        memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        userfaultfd = Userfaultfd.open()
+        userfaultfd.api(Feature(0))
+        userfaultfd.register(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 4096)
+        kept.append((memory, userfaultfd))
+
+    words = whys(found(serve_itself))
+    assert "mapping: is registered with a userfaultfd of the program's own" in words
+    assert any("userfaultfd" in why and why.startswith("fd:") for why in words)
+
+
+def test_descriptors_are_asked_too(tmp_path: Path) -> None:
+    def lock() -> None:
+        os.setsid()
+        fcntl.flock(os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
+
+    (why,) = whys(found(lock))
+    assert why.startswith("fd: it holds a file lock (FLOCK WRITE)")
+
+
+def test_a_semaphore_set_that_it_used() -> None:
+    number = syscall(SYS_SEMGET, 0, 1, 0o600)
+    operation = ctypes.create_string_buffer(struct.pack("<HhH", 0, 1, 0))
+
+    def post() -> None:
+        os.setsid()
+        syscall(SYS_SEMOP, number, ctypes.addressof(operation), 1)
+
+    try:
+        assert whys(found(post)) == [
+            f"process: used System V semaphore set {number}, which stays on this host"
+        ]
+    finally:
+        syscall(SYS_SEMCTL, number, 0, 0)  # IPC_RMID
+
+
+def test_a_message_queue_that_it_used() -> None:
+    number = syscall(SYS_MSGGET, 0, 0o600)
+    message = ctypes.create_string_buffer(struct.pack("<q", 1) + b"hello")
+
+    def send() -> None:
+        os.setsid()
+        syscall(SYS_MSGSND, number, ctypes.addressof(message), 5, 0)
+
+    try:
+        assert whys(found(send)) == [
+            f"process: used System V message queue {number}, which stays on this host"
+        ]
+    finally:
+        syscall(SYS_MSGCTL, number, 0, 0)
+
+
+def test_a_child_that_ends_meanwhile_is_left_out() -> None:
+    """Every process of a tree that comes and goes is either there or not; nothing is raised."""
+    churn = "while :; do true & true & wait; done"
+    with subprocess.Popen(["sh", "-c", churn], start_new_session=True, **_SILENT) as process:
+        try:
+            for _ in range(30):
+                assert survey(process.pid).root.pid == process.pid
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+_SILENT = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def _as_nobody(work: Callable[[], object]) -> str:
+    """The name and words of the LazyprocError that `work` raises for an unprivileged user."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            work()
+        except LazyprocError as error:
+            os.write(writing, f"{type(error).__name__}: {error.what}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading) as words:
+        text = words.read()
+    os.waitpid(child, 0)
+    return text

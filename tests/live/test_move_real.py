@@ -1,0 +1,386 @@
+"""Six real programs, each moved while it is in use, its memory following; and interrupts at awkward moments.
+
+Promised for every move: each page is counted once, nothing of the tree is left behind, nothing of lazyproc stays in
+it, and it does not need `lazyproc receive` once its pages are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazyproc.hosts import Host, Pair, Trio
+from lazyproc.migrate.address import announce
+from tests.live.moving import CLI, receiving
+from tests.live.programs import SOURCES, running, wait_until
+from tests.live.real import (
+    check_clean,
+    dialled,
+    ending,
+    migrating,
+    move_now,
+    network_of,
+    processes_of,
+    runs,
+)
+from tests.live.real_redis import PORT, Connection, asking, loaded, redis_server
+from tests.needs import lacking, require
+
+KEYS = 200_000
+SERVICE = "10.77.0.77"  # an address that moves with the process
+HTTP = 8080
+
+
+@contextmanager
+def service(host: Host, argv: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process on a host, its output in the host's directory; killed with its group at the end."""
+    with (host.outside / "service.log").open("w") as log:
+        process = host.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def give(host: Host, verb: str) -> None:
+    """Add or delete the address that moves."""
+    host.run(["ip", "address", verb, f"{SERVICE}/24", "dev", "eth0"], check=True)
+
+
+def test_redis_and_a_connection_that_is_never_idle(trio: Trio) -> None:
+    """The address moves along: the client keeps its connection, and every write is done exactly once."""
+    with ExitStack() as stack:
+        give(trio.source, "add")
+        redis, digest = stack.enter_context(redis_server(trio.source, KEYS))
+        connection = Connection(dialled(trio.client, SERVICE, PORT))
+        stack.callback(connection.close)
+        with receiving(trio.destination) as receiver:
+            with loaded(connection) as load:
+                wait_until(lambda: load.acknowledged > 20, "the client works")
+                give(trio.destination, "add")
+                with migrating(trio.source, receiver, redis.pid, "--max-rate", "30000000") as journey:
+                    journey.wait_running()
+                    give(trio.source, "del")
+                    with network_of(trio.destination):
+                        announce("eth0", socket.inet_aton(SERVICE))
+                    at_handover = load.acknowledged
+                    wait_until(lambda: load.acknowledged > at_handover + 20, "the client goes on")
+                    assert journey.still_lazy()
+                    new, report = journey.arrive()
+                stack.enter_context(ending(new))
+                at_end = load.acknowledged
+                wait_until(lambda: load.acknowledged > at_end + 20, "the client goes on")
+            assert report["pages_urgent"] > 0
+        load.check_all()
+        assert connection.call("DBSIZE") == KEYS
+        assert connection.call("DEBUG", "DIGEST") == digest
+
+
+def test_a_connection_whose_address_stays_is_refused_and_lives_on(pair: Pair) -> None:
+    """Without the address the connection cannot be held: said before anything is lost, and nobody notices."""
+    with redis_server(pair.source, 10) as (redis, _), receiving(pair.destination) as receiver:
+        address = str(pair.source.address)
+        connection = Connection(dialled(pair.destination, address, PORT))
+        with loaded(connection) as load:
+            wait_until(lambda: load.acknowledged > 20, "the client works")
+            with migrating(pair.source, receiver, redis.pid) as journey:
+                journey.finish(expected=1)
+            assert f"{address} port {PORT}" in journey.log()
+            assert f"ip address add {address} dev INTERFACE" in journey.log()
+            at_end = load.acknowledged
+            wait_until(lambda: load.acknowledged > at_end + 20, "the client goes on")
+        load.check_all()
+        connection.close()
+
+
+NGINX = """
+daemon off; worker_processes 2; pid {folder}/nginx.pid; error_log {folder}/error.log; user root;
+events {{ worker_connections 64; }}
+http {{
+  access_log off; client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
+  uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
+  server {{ listen {port} reuseport; root {folder}/www; }}
+}}
+"""
+
+
+def nginx_files(folder: Path) -> dict[str, str]:
+    """Files to serve, from a byte to some MiB: name and hash."""
+    hashes = {}
+    (folder / "www").mkdir()
+    for size in (1, 5000, 300_000, 3_000_000):
+        content = os.urandom(size)
+        (folder / "www" / str(size)).write_bytes(content)
+        hashes[str(size)] = hashlib.sha256(content).hexdigest()
+    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=HTTP))
+    return hashes
+
+
+@contextmanager
+def browser(host: Host, address: str) -> Iterator[http.client.HTTPConnection]:
+    """A keep-alive connection from a host."""
+    client = http.client.HTTPConnection(address, HTTP)
+    client.sock = dialled(host, address, HTTP)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def fetch_all(client: http.client.HTTPConnection, hashes: dict[str, str]) -> None:
+    used = client.sock
+    for name, expected in hashes.items():
+        client.request("GET", f"/{name}")
+        answer = client.getresponse()
+        assert answer.status == 200
+        assert hashlib.sha256(answer.read()).hexdigest() == expected, name
+    assert client.sock is used, "the connection was not kept"
+
+
+def test_nginx_with_two_workers(pair: Pair) -> None:
+    """The same files from the new address, over one connection that lives from the first moment on."""
+    program = require("nginx")
+    with ExitStack() as stack:
+        hashes = nginx_files(pair.shared)
+        argv = [program, "-c", pair.shared / "nginx.conf", "-p", pair.shared]
+        nginx = stack.enter_context(service(pair.source, argv))
+        with browser(pair.destination, str(pair.source.address)) as client:
+            fetch_all(client, hashes)
+        with receiving(pair.destination) as receiver:
+            with migrating(pair.source, receiver, nginx.pid, "--max-rate", "1500000") as journey:
+                journey.wait_running()
+                client = stack.enter_context(browser(pair.source, str(pair.destination.address)))
+                fetch_all(client, hashes)
+                assert journey.still_lazy()
+                new, _ = journey.arrive()
+            stack.enter_context(ending(new))
+            fetch_all(client, hashes)
+        fetch_all(client, hashes)
+
+
+POSTGRES = """
+set -e
+bin=$1 folder=$2
+$bin/postgres -D $folder/data -k /tmp -c listen_addresses= -c fsync=off & server=$!
+until $bin/pg_isready -q -h /tmp; do :; done
+$bin/pgbench -q -i -h /tmp postgres
+$bin/pgbench -n -c 4 -j 2 -T 5 -P 1 -h /tmp postgres
+$bin/psql -h /tmp -At postgres -c "select (select sum(abalance) from pgbench_accounts),
+  (select sum(bbalance) from pgbench_branches), (select sum(tbalance) from pgbench_tellers),
+  (select sum(delta) from pgbench_history), (select count(*) from pgbench_history)" > $folder/totals
+kill -INT $server
+wait $server
+touch $folder/done
+"""
+
+
+def as_postgres(*argv: str | Path) -> list[str | Path]:
+    return ["setpriv", "--reuid", "postgres", "--regid", "postgres", "--init-groups", *argv]
+
+
+def test_postgres_and_pgbench_in_one_tree(pair: Pair) -> None:
+    """Both ends of every connection move: no transaction fails and the books balance."""
+    binaries = require("postgres").parent
+    try:
+        user = pwd.getpwnam("postgres")
+    except KeyError:
+        lacking("there is no user postgres", "apt install postgresql")
+    folder = pair.shared / "postgres"
+    folder.mkdir()
+    os.chown(folder, user.pw_uid, user.pw_gid)
+    initdb = as_postgres(binaries / "initdb", "-N", "-D", folder / "data")
+    pair.source.run(initdb, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    argv = as_postgres("sh", "-c", POSTGRES, "sh", binaries, folder)
+    with ExitStack() as stack:
+        tree = stack.enter_context(service(pair.source, argv, cwd="/"))
+        log = pair.source.outside / "service.log"
+        wait_until(lambda: "progress: 1.0 s" in log.read_text(), "pgbench works", 30)
+        with receiving(pair.destination) as receiver:
+            new, _ = move_now(pair.source, receiver, tree.pid)
+            stack.enter_context(ending(new))
+            assert "pgbench" in processes_of(pair.destination).values(), "pgbench had already ended"
+        wait_until(lambda: not runs(new), "pgbench and the server end", 30)
+        words = log.read_text()
+        assert (folder / "done").exists(), words
+        accounts, branches, tellers, history, count = map(int, (folder / "totals").read_text().split("|"))
+        assert accounts == branches == tellers == history
+        assert f"transactions actually processed: {count}\n" in words
+        assert "number of failed transactions: 0 (" in words
+        assert "aborted" not in words
+
+
+def test_eight_threads_over_numpy_arrays(pair: Pair) -> None:
+    """Sums and matrix products stay right, and the heartbeat goes on in its file."""
+    heartbeat = pair.shared / "heartbeat"
+    heartbeat.touch()
+    argv = [sys.executable, SOURCES / "numpy_threads.py", heartbeat]
+    with ExitStack() as stack:
+        cargo = stack.enter_context(service(pair.source, argv))
+        lines = _lines(heartbeat)
+        wait_until(lambda: len(lines()) > 5, "all threads work")
+        with receiving(pair.destination) as receiver:
+            with migrating(pair.source, receiver, cargo.pid, "--max-rate", "30000000") as journey:
+                journey.wait_running()
+                at_handover = len(lines())
+                wait_until(lambda: len(lines()) > at_handover + 2, "all threads go on")
+                assert journey.still_lazy()
+                new, report = journey.arrive()
+            stack.enter_context(ending(new))
+        at_end = len(lines())
+        wait_until(lambda: len(lines()) > at_end + 5, "all threads go on")
+        os.kill(new, signal.SIGTERM)
+        wait_until(lambda: not runs(new), "the last round")
+        *beats, verdict = lines()
+        assert verdict == "ok"
+        assert beats == sorted(set(beats), key=int)
+        assert report["pages_urgent"] > 0
+
+
+def _lines(path: Path) -> Any:
+    return lambda: path.read_text().splitlines()
+
+
+PIPELINE = r"""
+(i=0; while [ ! -e stop ]; do echo $i; i=$((i + 1)); done) | sed -u 's/.*/<&>/' | cat > output
+touch complete
+"""
+
+
+def test_a_pipeline_of_three_processes(pair: Pair) -> None:
+    """Everything the producer says arrives, in order, nothing twice."""
+    folder = pair.shared
+    output = folder / "output"
+    with ExitStack() as stack:
+        shell = stack.enter_context(service(pair.source, ["sh", "-c", PIPELINE], cwd=folder))
+        wait_until(lambda: output.exists() and output.stat().st_size > 10_000, "it flows")
+        with receiving(pair.destination) as receiver:
+            new, _ = move_now(pair.source, receiver, shell.pid)
+            stack.enter_context(ending(new))
+        size = output.stat().st_size
+        wait_until(lambda: output.stat().st_size > size + 10_000, "it flows on")
+        (folder / "stop").touch()
+        wait_until((folder / "complete").exists, "the end of the pipeline")
+        wait_until(lambda: not runs(new), "the shell ends")
+    lines = output.read_text().splitlines()
+    assert lines == [f"<{number}>" for number in range(len(lines))]
+
+
+def test_fork_mremap_and_munmap_while_the_pages_are_missing(pair: Pair) -> None:
+    with ExitStack() as stack:
+        program = stack.enter_context(
+            running("fork_lazy", "24", directory=pair.shared, host=pair.source, exclusive=True)
+        )
+        program.watch.wait_beats()
+        with receiving(pair.destination) as receiver:
+            with migrating(pair.source, receiver, program.pid, "--max-rate", "4000000") as journey:
+                journey.wait_running()
+                stack.enter_context(ending(pair.destination.pid(pair.source.vpid(program.pid))))
+                program.watch.wait_beats(rounds=1)
+                assert journey.still_lazy()
+                new, report = journey.arrive()
+        assert report["pages_urgent"] > 0
+        assert report["pages_dropped"] > 0
+        program.watch.wait_beats()
+        check_clean(new)
+        os.kill(new, signal.SIGTERM)
+        program.watch.wait_ended()
+
+
+@pytest.mark.slow
+def test_redis_there_and_back_five_times(pair: Pair) -> None:
+    with (
+        redis_server(pair.source, KEYS) as (redis, digest),
+        receiving(pair.destination) as there,
+        receiving(pair.source) as back,
+        ExitStack() as stack,
+    ):
+        pid = redis.pid
+        for _ in range(5):
+            for source, receiver in ((pair.source, there), (pair.destination, back)):
+                pid, _ = move_now(source, receiver, pid)
+                stack.enter_context(ending(pid))
+                with asking(receiver.host) as connection:
+                    assert connection.call("DEBUG", "DIGEST") == digest
+                    assert connection.call("DBSIZE") == KEYS
+
+
+def test_a_second_receiver_at_the_same_address(pair: Pair) -> None:
+    with receiving(pair.destination) as receiver:
+        argv = [*CLI, "receive", "--listen", receiver.address, "--insecure"]
+        second = pair.destination.run(argv, capture_output=True, text=True, timeout=20)
+    assert second.returncode == 1
+    assert receiver.address in second.stderr
+    assert "in use" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+@pytest.mark.parametrize("moment", ["start", "prepared", "frozen"])
+def test_interrupt_before_the_hand_over(pair: Pair, moment: str) -> None:
+    """The source goes on as if nothing had happened, and nothing of the tree stays at the destination."""
+    with ExitStack() as stack:
+        program = stack.enter_context(
+            running("memory_random", "64", "2", directory=pair.shared, host=pair.source, exclusive=True)
+        )
+        program.watch.wait_beats()
+        receiver = stack.enter_context(receiving(pair.destination))
+        idle = processes_of(pair.destination)
+        if moment == "start":
+            receiver.process.send_signal(signal.SIGSTOP)
+        with migrating(pair.source, receiver, program.pid) as journey:
+            if moment != "start":
+                wait_until(lambda: moment in journey.log().splitlines(), moment)
+                receiver.process.send_signal(signal.SIGSTOP)
+            else:
+                wait_until(lambda: _is_connected(pair.source, receiver.address), "it waits for the receiver")
+            assert "committed" not in receiver.notes().splitlines(), "the receiver was not stopped in time"
+            journey.process.send_signal(signal.SIGINT)
+            assert journey.process.wait(10) == 1, journey.log()
+        assert "interrupted; the process runs here as before" in journey.log()
+        assert "Traceback" not in journey.log()
+        program.watch.wait_beats()
+        receiver.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: processes_of(pair.destination) == idle, "the half-built tree is gone")
+        new, _ = move_now(pair.source, receiver, program.pid)
+        stack.enter_context(ending(new))
+        program.watch.wait_beats()
+        os.kill(new, signal.SIGTERM)
+        program.watch.wait_ended()
+
+
+def _is_connected(host: Host, address: str) -> bool:
+    connections = host.run(["ss", "-Htn", "state", "established"], capture_output=True, text=True).stdout
+    return address in connections
+
+
+def test_interrupt_after_the_hand_over(pair: Pair) -> None:
+    """The destination needs the pages that are still here: it is completed, whoever presses what."""
+    with ExitStack() as stack:
+        program = stack.enter_context(
+            running("memory_random", "64", "2", directory=pair.shared, host=pair.source, exclusive=True)
+        )
+        program.watch.wait_beats()
+        receiver = stack.enter_context(receiving(pair.destination))
+        with migrating(pair.source, receiver, program.pid, "--max-rate", "40000000") as journey:
+            journey.wait_running()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                journey.process.send_signal(number)
+            program.watch.wait_beats()
+            assert journey.still_lazy()
+            new, _ = journey.arrive()
+        stack.enter_context(ending(new))
+        os.kill(new, signal.SIGTERM)
+        program.watch.wait_ended()
