@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.server import serve as serve
     from lazyproc.migrate.source import migrate as migrate
+    from lazyproc.restore.run import Restored as Restored
     from lazyproc.restore.run import restore as restore
     from lazyproc.uffd.region import LazyRegion as LazyRegion
 
 _MODULES = {
     "LazyRegion": "lazyproc.uffd.region",
+    "Restored": "lazyproc.restore.run",
     "checkpoint": "lazyproc.dump.checkpoint",
     "explain": "lazyproc.dump.explain",
     "receive": "lazyproc.migrate.destination",
@@ -22,7 +24,17 @@ _MODULES = {
 }
 _PACKAGES = ("errors", "migrate", "restore")  # the last two are callable, see callables.py
 
-__all__ = ["LazyRegion", "checkpoint", "errors", "explain", "migrate", "receive", "restore", "serve"]
+__all__ = [
+    "LazyRegion",
+    "Restored",
+    "checkpoint",
+    "errors",
+    "explain",
+    "migrate",
+    "receive",
+    "restore",
+    "serve",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -73,6 +73,10 @@ class RestoreError(LazyprocError):
     """A step of a restore failed; the half-built tree has been killed."""
 
 
+class PidTaken(RestoreError):
+    """A process or thread cannot be made with its number in this pid namespace."""
+
+
 class Parked(LazyprocError):
     """The work is parked or goes on without this command and can be resumed."""
 

@@ -173,6 +173,11 @@ class Vma:
     def length(self) -> int:
         return self.end - self.start
 
+    @property
+    def may_be_lazy(self) -> bool:
+        """Whether pages of its own may come after the process runs. What mlock(2) holds must be there before."""
+        return self.kind is VmaKind.ANON and "lo" not in self.vm_flags
+
 
 class ObjectKind(enum.IntEnum):
     """The low byte of an object's number, as CRIU numbers them (page-xfer.c)."""

@@ -6,6 +6,11 @@ import argparse
 
 from lazyproc.cli.options import Commands, add_json, command
 
+TYPE_CHECKING = False  # typing itself costs 5 ms of every start
+if TYPE_CHECKING:
+    from lazyproc.cli.outcome import Outcome
+    from lazyproc.events import Listener
+
 CANNOT_BE_DONE = 3
 
 
@@ -13,15 +18,12 @@ def add(commands: Commands) -> None:
     add_json(command(commands, run, "check", "say what this host can do, and how to mend what it cannot"))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     """Exit 0 when nothing that the main job needs is missing."""
+    from lazyproc.cli.outcome import Outcome
     from lazyproc.host_check import State, check_host
     from lazyproc.show.findings import findings_fields, findings_text
-    from lazyproc.show.text import print_json
 
     findings = check_host()
-    if args.json:
-        print_json(findings_fields(findings))
-    else:
-        print(findings_text(findings))
-    return CANNOT_BE_DONE if any(finding.state is State.MISSING for finding in findings) else 0
+    missing = any(finding.state is State.MISSING for finding in findings)
+    return Outcome(findings_text(findings), findings_fields(findings), CANNOT_BE_DONE if missing else 0)

@@ -6,6 +6,11 @@ import argparse
 
 from lazyproc.cli.options import Commands, add_directory, add_json, add_pid, command
 
+TYPE_CHECKING = False  # typing itself costs 5 ms of every start
+if TYPE_CHECKING:
+    from lazyproc.cli.outcome import Outcome
+    from lazyproc.events import Listener
+
 
 def add(commands: Commands) -> None:
     parser = command(commands, run, "checkpoint", "write a process tree into CRIU-format images and end it")
@@ -19,24 +24,18 @@ def add(commands: Commands) -> None:
     parser.set_defaults(when_interrupted="interrupted; the process runs on as before")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     from pathlib import Path
 
     import lazyproc
-    from lazyproc.cli.listening import listening
+    from lazyproc.cli.outcome import Outcome
     from lazyproc.show.reports import checkpoint_text, report_fields
-    from lazyproc.show.text import print_json
 
-    with listening(args) as listener:
-        report = lazyproc.checkpoint(
-            args.pid,
-            Path(args.directory),
-            leave_running=args.leave_running,
-            tcp_close=args.tcp_close,
-            listener=listener,
-        )
-    if args.json:
-        print_json(report_fields(report))
-    else:
-        print(checkpoint_text(report, args.directory))
-    return 0
+    report = lazyproc.checkpoint(
+        args.pid,
+        Path(args.directory),
+        leave_running=args.leave_running,
+        tcp_close=args.tcp_close,
+        listener=listener,
+    )
+    return Outcome(checkpoint_text(report, args.directory), report_fields(report))

@@ -6,6 +6,11 @@ import argparse
 
 from lazyproc.cli.options import Commands, add_json, add_pid, command
 
+TYPE_CHECKING = False  # typing itself costs 5 ms of every start
+if TYPE_CHECKING:
+    from lazyproc.cli.outcome import Outcome
+    from lazyproc.events import Listener
+
 OBSTACLES = 3
 
 
@@ -15,26 +20,22 @@ def add(commands: Commands) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     import lazyproc
-    from lazyproc.cli.listening import listening
+    from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Event, Stats
     from lazyproc.show.failures import obstacle_fields, obstacles_text
-    from lazyproc.show.text import print_json
 
     stats = Stats()
-    with listening(args) as listener:
 
-        def listen(event: Event) -> None:
-            stats(event)
-            listener(event)
+    def listen(event: Event) -> None:
+        stats(event)
+        listener(event)
 
-        obstacles = lazyproc.explain(args.pid, listener=listen)
-    if args.json:
-        fields = [obstacle_fields(obstacle) for obstacle in obstacles]
-        print_json({"pid": args.pid, "obstacles": fields, "notes": stats.notes})
-    elif obstacles:
-        print(obstacles_text(obstacles))
-    else:
-        print(f"nothing stops a checkpoint or a move of pid {args.pid}")
-    return OBSTACLES if obstacles else 0
+    obstacles = lazyproc.explain(args.pid, listener=listen)
+    fields = [obstacle_fields(obstacle) for obstacle in obstacles]
+    return Outcome(
+        obstacles_text(obstacles) or f"nothing stops a checkpoint or a move of pid {args.pid}",
+        {"pid": args.pid, "obstacles": fields, "notes": stats.notes},
+        OBSTACLES if obstacles else 0,
+    )

@@ -12,6 +12,10 @@ from collections.abc import Sequence
 
 from lazyproc.cli import check, checkpoint, demo, explain, migrate, receive, restore, serve, show
 
+TYPE_CHECKING = False  # typing itself costs 5 ms of every start
+if TYPE_CHECKING:
+    from lazyproc.cli.outcome import Outcome
+
 COMMANDS = (check, explain, checkpoint, restore, serve, receive, migrate, show, demo)
 FAILED = 1
 EPILOG = (
@@ -38,17 +42,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name. Returns the exit code."""
     args = parser().parse_args(argv)
     try:
-        status: int = args.run(args)
-        sys.stdout.flush()
+        return _run(args)
     except KeyboardInterrupt:
-        print(f"lazyproc: {args.when_interrupted}", file=sys.stderr)
-        return FAILED
+        return _interrupted(args)
     except BrokenPipeError:  # whoever read our output has gone; what remains in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
     except Exception as error:
         return _failed(error, args)
-    return status
+
+
+def _interrupted(args: argparse.Namespace) -> int:
+    from lazyproc.show.text import print_json
+
+    print(f"lazyproc: {args.when_interrupted}", file=sys.stderr)
+    if args.json:
+        print_json({"error": args.when_interrupted, "exit_code": FAILED})
+    return FAILED
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The result is printed when the progress bar is out of the way."""
+    from lazyproc.cli.listening import listening
+    from lazyproc.show.text import print_json
+
+    with listening(args) as listener:
+        outcome: Outcome = args.run(args, listener)
+    if args.json:
+        print_json(outcome.fields)
+    elif outcome.text:
+        print(outcome.text, flush=True)
+    return outcome.status
 
 
 def _failed(error: Exception, args: argparse.Namespace) -> int:

@@ -16,6 +16,11 @@ from lazyproc.cli.options import (
     endpoint,
 )
 
+TYPE_CHECKING = False  # typing itself costs 5 ms of every start
+if TYPE_CHECKING:
+    from lazyproc.cli.outcome import Outcome
+    from lazyproc.events import Listener
+
 
 def add(commands: Commands) -> None:
     parser = command(
@@ -43,21 +48,13 @@ def add(commands: Commands) -> None:
     parser.set_defaults(when_interrupted="interrupted; the process runs here as before")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     """Returns when every page is at the destination."""
     import lazyproc
-    from lazyproc.cli.listening import listening
+    from lazyproc.cli.outcome import Outcome
     from lazyproc.migrate.source import Order
     from lazyproc.show.reports import migrate_text, report_fields
-    from lazyproc.show.text import print_json
 
-    order = Order(
-        mode=args.mode, policy=args.policy, bulk=not args.no_bulk, max_rate=args.max_rate, trace=False
-    )
-    with listening(args) as listener:
-        report = lazyproc.migrate(args.pid, args.target, order, insecure=args.insecure, listener=listener)
-    if args.json:
-        print_json(report_fields(report))
-    else:
-        print(migrate_text(report, args.pid, args.target))
-    return 0
+    order = Order(mode=args.mode, policy=args.policy, bulk=not args.no_bulk, max_rate=args.max_rate)
+    report = lazyproc.migrate(args.pid, args.target, order, insecure=args.insecure, listener=listener)
+    return Outcome(migrate_text(report, args.pid, args.target), report_fields(report))

@@ -7,16 +7,18 @@ from collections.abc import Callable
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
+    from lazyproc.cli.outcome import Outcome
+    from lazyproc.events import Listener
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Run = Callable[[argparse.Namespace, Listener], Outcome]
 else:
     Commands = argparse._SubParsersAction
 
 HOST_PORT = "HOST:PORT"
 
 
-def command(
-    commands: Commands, run: Callable[[argparse.Namespace], int], name: str, words: str
-) -> argparse.ArgumentParser:
+def command(commands: Commands, run: Run, name: str, words: str) -> argparse.ArgumentParser:
     """A command with the options that all have. `words` say in the list of commands what it does."""
     description = words[0].upper() + words[1:] + "."
     parser = commands.add_parser(name, help=words, description=description, allow_abbrev=False)

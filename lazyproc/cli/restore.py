@@ -19,8 +19,9 @@ TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from lazyproc import Restored
+    from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Listener
-    from lazyproc.restore.run import Restored
 
 POLL_S = 0.1
 # What a shell or a supervisor sends to the command is meant for the tree.
@@ -48,18 +49,17 @@ def add(commands: Commands) -> None:
     parser.set_defaults(when_interrupted="interrupted; nothing has been restored")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     """Without --detach signals go to the root process, and its exit status is the command's."""
     import signal
     from pathlib import Path
 
-    from lazyproc.cli.listening import handling, listening
+    from lazyproc.cli.listening import handling
+    from lazyproc.cli.outcome import Outcome
     from lazyproc.show.reports import report_fields, restore_text
-    from lazyproc.show.text import print_json
 
     signals = [signal.Signals[name] for name in FORWARDED]
     with (
-        listening(args) as listener,
         _restored(args, listener) as restored,
         handling(lambda number, _: restored.forward(signal.Signals(number)), *signals),
     ):
@@ -67,11 +67,7 @@ def run(args: argparse.Namespace) -> int:
             Path(args.pidfile).write_text(f"{restored.root_pid}\n")
         status = _wait(restored, args.detach, listener)
         report = restored.report()
-    if args.json:
-        print_json(report_fields(report))
-    elif args.detach:
-        print(restore_text(report))
-    return status
+    return Outcome(restore_text(report) if args.detach else "", report_fields(report), status)
 
 
 def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextManager[Restored]:

@@ -6,6 +6,11 @@ import argparse
 
 from lazyproc.cli.options import Commands, add_insecure, add_listen, add_policy, command, pid
 
+TYPE_CHECKING = False  # typing itself costs 5 ms of every start
+if TYPE_CHECKING:
+    from lazyproc.cli.outcome import Outcome
+    from lazyproc.events import Listener
+
 
 def add(commands: Commands) -> None:
     parser = command(
@@ -23,20 +28,17 @@ def add(commands: Commands) -> None:
     add_insecure(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    """A tree until it has moved, images until interrupted, which is the ordinary end: exit 0."""
+def run(args: argparse.Namespace, listener: Listener) -> Outcome:
+    """A tree until it has moved, images until interrupted; an interrupt is an ordinary end: exit 0."""
+    from contextlib import suppress
     from pathlib import Path
 
     import lazyproc
-    from lazyproc.cli.listening import listening
+    from lazyproc.cli.outcome import Outcome
     from lazyproc.migrate.source import Order
 
     target = args.pid if args.directory is None else Path(args.directory)
-    with listening(args) as listener:
-        try:
-            lazyproc.serve(
-                target, args.listen, Order(policy=args.policy), insecure=args.insecure, listener=listener
-            )
-        except KeyboardInterrupt:
-            return 0
-    return 0
+    order = Order(policy=args.policy)
+    with suppress(KeyboardInterrupt):
+        lazyproc.serve(target, args.listen, order, insecure=args.insecure, listener=listener)
+    return Outcome()

@@ -6,6 +6,11 @@ import argparse
 
 from lazyproc.cli.options import Commands, add_json, command
 
+TYPE_CHECKING = False  # typing itself costs 5 ms of every start
+if TYPE_CHECKING:
+    from lazyproc.cli.outcome import Outcome
+    from lazyproc.events import Listener
+
 
 def add(commands: Commands) -> None:
     parser = command(commands, run, "show", "list the tasks, mappings, files and pages in a folder of images")
@@ -13,15 +18,11 @@ def add(commands: Commands) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     from pathlib import Path
 
+    from lazyproc.cli.outcome import Outcome
     from lazyproc.show.checkpoints import checkpoint_fields, checkpoint_text, read_checkpoint
-    from lazyproc.show.text import print_json
 
     checkpoint = read_checkpoint(Path(args.directory))
-    if args.json:
-        print_json(checkpoint_fields(checkpoint))
-    else:
-        print(checkpoint_text(checkpoint))
-    return 0
+    return Outcome(checkpoint_text(checkpoint), checkpoint_fields(checkpoint))

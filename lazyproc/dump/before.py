@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from lazyproc.errors import LazyprocError, NoSuchProcess
-from lazyproc.kernel import proc
+from lazyproc.dump.descriptors import bound_flows
+from lazyproc.dump.registry import TaskRef
+from lazyproc.dump.walk import thread_ids, tree_of
+from lazyproc.errors import LazyprocError
+from lazyproc.kernel import proc, sleeps
+from lazyproc.kernel.netfilter import Flow
+from lazyproc.kernel.sys import pidfd_open
 
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """`smaps` by pid: reading it walks all memory, so it is kept and only compared with maps after the freeze."""
+    """`smaps` by pid: reading it walks all memory, so it is kept and only compared with maps after the freeze.
+
+    `flows` are the packets that will have to be held back.
+    """
 
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]
+    flows: tuple[Flow, ...]
 
 
-def tree_of(pid: int) -> list[int]:
-    """The processes of the running tree, parents first; it may change at any time."""
-    found = [pid]
-    for parent in found:
-        for tid in _task_ids(parent):
-            try:
-                found += [child for child in proc.children_of(parent, tid) if child not in found]
-            except NoSuchProcess:
-                continue
-    return found
-
-
-def _task_ids(pid: int) -> tuple[int, ...]:
-    try:
-        return proc.task_ids(pid)
-    except NoSuchProcess:
-        return ()
+def observed_sleeps(pid: int) -> dict[int, sleeps.SleepBefore]:
+    """What the threads of the running tree sleep in, by our tid: for `frozen_tree`, and right before it."""
+    seen: dict[int, sleeps.SleepBefore] = {}
+    for member in tree_of(pid):
+        seen |= sleeps.observe(member, thread_ids(member))
+    return seen
 
 
 def look_before(pid: int) -> Before:
@@ -43,4 +43,15 @@ def look_before(pid: int) -> Before:
             smaps[other] = proc.smaps(proc.read(other, "smaps"))
         except LazyprocError:
             continue
-    return Before(smaps)
+    return Before(smaps, _flows(smaps))
+
+
+def _flows(pids: Iterable[int]) -> tuple[Flow, ...]:
+    with ExitStack() as stack:
+        refs = []
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                pidfd = pidfd_open(pid)
+                stack.callback(os.close, pidfd)
+                refs.append(TaskRef(pid, pid, pidfd))
+        return tuple(bound_flows(refs))

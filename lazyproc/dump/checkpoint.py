@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.explain import explain
 from lazyproc.dump.freeze import frozen_tree
 from lazyproc.dump.gather import dumped
@@ -41,13 +42,14 @@ def checkpoint(
     obstacles, ImageError (a full disk), NoSuchProcess, PermissionDenied, TraceeError.
     """
     started = time.monotonic()
-    obstacles = explain(pid)
+    obstacles = explain(pid, tcp_close=tcp_close, listener=listener)
     if obstacles:
         raise CannotBeDone(obstacles)
     folder = Folder(directory)
     folder.create()
+    asleep = observed_sleeps(pid)
     frozen_at = time.monotonic()
-    with frozen_tree(pid) as tree:
+    with frozen_tree(pid, asleep=asleep) as tree:
         listener(StateChanged("frozen", frozen_at))
         with dumped(tree, tcp_close=tcp_close) as dump, dump_pages(dump) as pages:
             whole = dump.whole()

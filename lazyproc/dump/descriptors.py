@@ -17,6 +17,7 @@ from lazyproc.dump.look import Look, attempt, look_at, unless_closed
 from lazyproc.dump.refusals import refusal
 from lazyproc.dump.registry import Refused, Registry, TaskRef
 from lazyproc.dump.sockets import SocketTable
+from lazyproc.dump.walk import thread_ids
 from lazyproc.errors import NoSuchProcess, Obstacle
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.netfilter import Flow
@@ -71,6 +72,17 @@ def gather_descriptors(
         registry=registry,
         sockets=sockets,
     )
+
+
+def bound_flows(tasks: Sequence[TaskRef]) -> list[Flow]:
+    """What `gather_descriptors` would hold back, of a tree that runs: known before the freeze, it costs none of it."""
+    registry = Registry(tuple(tasks), contents_wanted=False)
+    with SocketTable(registry) as sockets:
+        for task in tasks:
+            with suppress(NoSuchProcess):
+                _table(registry, task, {})
+        _add_sockets(registry, sockets, {})
+        return sockets.flows()
 
 
 def explain_descriptors(tasks: Sequence[TaskRef], *, tcp_close: bool = False) -> list[Obstacle]:
@@ -206,8 +218,13 @@ def _refuse_odd_tables(registry: Registry) -> None:
                 if kcmp(other.pid, task.pid, KCMP_FILES) == 0:
                     why = f"it shares its descriptor table with pid {other.pid} (CLONE_FILES)"
                     raise Refused(why, "start the processes without CLONE_FILES")
-        for tid in proc.task_ids(task.pid):
-            with attempt(registry, task.pid, f"thread {tid}"):
-                if kcmp(task.pid, tid, KCMP_FILES) != 0:
-                    why = "it has a descriptor table of its own, apart from the process's other threads"
-                    raise Refused(why, "run the program without unshare(CLONE_FILES) in a thread")
+        with suppress(NoSuchProcess):
+            _refuse_apart(registry, task.pid)
+
+
+def _refuse_apart(registry: Registry, pid: int) -> None:
+    for tid in proc.task_ids(pid):
+        with attempt(registry, pid, f"thread {tid}"):
+            if kcmp(pid, tid, KCMP_FILES) != 0:
+                why = "it has a descriptor table of its own, apart from the process's other threads"
+                raise Refused(why, "run the program without unshare(CLONE_FILES) in a thread")

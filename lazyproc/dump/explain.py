@@ -92,7 +92,8 @@ def _of_process(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
 def _of_namespaces(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
     """A tree lives in one set of namespaces."""
     root = facts.root.namespaces
-    for name, inode in process.namespaces.items():
+    # A pid namespace for children has no inode before the first of them is born.
+    for name, inode in {"pid" + FOR_CHILDREN: 0, **process.namespaces}.items():
         of = name.removesuffix(FOR_CHILDREN)
         if name == "user" and inode != facts.our_namespaces[name]:
             yield Obstacle(

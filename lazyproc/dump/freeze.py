@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from lazyproc.dump.settle import Stopped, settle, settle_again
+from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, TraceeError
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
+from lazyproc.kernel import tracee as ptrace
+from lazyproc.kernel.sleeps import SleepBefore
 from lazyproc.kernel.tracee import Tracee
 
-FREEZE_MS = 2000  # bounded: a task in D state or a vfork parent does not stop for PTRACE_INTERRUPT
+FREEZE_MS = 2000
 ROUNDS = 64  # a tree that still grows after so many rounds forks faster than it can be stopped
+GRACE_MS = 100  # for the others when one has failed
+LOOK_S = 0.001
+WALL = 0x40000000  # __WALL
 
 
 @dataclass(slots=True)
@@ -22,8 +30,9 @@ class FrozenTask:
     """One process of the tree: its stopped threads (leader first), or none for a zombie."""
 
     pid: int  # in our pid namespace
-    stat: proc.Stat
+    stat: proc.Stat = field(init=False)
     threads: list[Tracee] = field(default_factory=list)
+    stopped: list[Stopped] = field(default_factory=list)  # the same threads as they were stopped
     pidfd: int = -1
 
     @property
@@ -33,9 +42,10 @@ class FrozenTask:
 
 @dataclass(slots=True)
 class FrozenTree:
-    """A tree in ptrace stops, parents before children."""
+    """A tree in ptrace stops, parents before children. `frozen_at_ns` is CLOCK_MONOTONIC after the last stop."""
 
     tasks: dict[int, FrozenTask] = field(default_factory=dict)
+    frozen_at_ns: int = 0
 
     def tracees(self) -> Iterator[Tracee]:
         for task in self.tasks.values():
@@ -56,92 +66,159 @@ class FrozenTree:
             for tracee in (*task.threads[1:], *task.threads[:1]):
                 _wait_gone(tracee.tid)
             task.threads.clear()
+            task.stopped.clear()
 
 
 def _wait_gone(tid: int) -> None:
-    while True:
-        try:
-            _, status = os.waitpid(tid, 0x40000000)  # __WALL
-        except ChildProcessError:
-            return
-        if not os.WIFSTOPPED(status):
-            return
+    with suppress(ChildProcessError):
+        while os.WIFSTOPPED(os.waitpid(tid, WALL)[1]):
+            continue
 
 
 @contextmanager
-def frozen_tree(pid: int, *, timeout_ms: int = FREEZE_MS) -> Iterator[FrozenTree]:
+def frozen_tree(
+    pid: int, *, asleep: Mapping[int, SleepBefore] | None = None, timeout_ms: int = FREEZE_MS
+) -> Iterator[FrozenTree]:
     """Freeze the tree under `pid`; on leaving, what has not been killed runs on.
 
-    Raises NoSuchProcess, PermissionDenied (traced already, not ours), TraceeError (a thread that does not stop);
-    in each case everything stopped so far runs on.
+    `asleep` is what `observed_sleeps` saw right before; without it sleeps start anew. Raises NoSuchProcess,
+    PermissionDenied (traced already, not ours), TraceeError (a thread that does not stop); in each case everything
+    stopped so far runs on.
+    A thread that has fallen into uninterruptible sleep since we looked can only be let go by the end of the
+    tracing thread (kernel/exit.c, exit_ptrace): call this in a thread that ends soon.
     """
     tree = FrozenTree()
     try:
+        for member in tree_of(pid):
+            _wait_interruptible(member, timeout_ms)
         _freeze(tree, pid, timeout_ms)
+        tree.frozen_at_ns = time.monotonic_ns()
+        for task in tree.tasks.values():
+            _settle(task, asleep or {}, tree.frozen_at_ns)
         yield tree
     finally:
         _let_go(tree)
 
 
+def _wait_interruptible(pid: int, timeout_ms: int) -> None:
+    """Wait, before anything is stopped, until no thread is in D state: once asked to stop it could not be let go."""
+    until = time.monotonic() + timeout_ms / 1000
+    with suppress(NoSuchProcess):
+        for tid in proc.task_ids(pid):
+            while proc.stat(proc.read(pid, f"task/{tid}/stat")).state == "D":
+                if time.monotonic() > until:
+                    raise TraceeError(
+                        f"cannot be stopped within {timeout_ms} ms: {ptrace.UNINTERRUPTIBLE}",
+                        where=f"thread {tid} of pid {pid}",
+                        remedy="try again when it is over",
+                    )
+                time.sleep(LOOK_S)
+
+
 def _freeze(tree: FrozenTree, root: int, timeout_ms: int) -> None:
     for _ in range(ROUNDS):
-        grown = _stop_threads(tree, root, timeout_ms)
+        grown = _stop_process(tree, root, timeout_ms)
         for task in list(tree.tasks.values()):
             for tracee in task.threads:
                 for child in proc.children_of(task.pid, tracee.tid):
-                    grown |= child not in tree.tasks and _stop_threads(tree, child, timeout_ms)
+                    if child not in tree.tasks:
+                        grown |= _stop_child(tree, child, timeout_ms)
         for task in list(tree.tasks.values()):
-            grown |= not task.zombie and _stop_threads(tree, task.pid, timeout_ms)
+            grown |= not task.zombie and _stop_process(tree, task.pid, timeout_ms)
         if not grown:
             return
     raise TraceeError("the tree grows faster than it can be stopped", where=f"pid {root}", remedy="try again")
 
 
-def _stop_threads(tree: FrozenTree, pid: int, timeout_ms: int) -> bool:
+def _stop_child(tree: FrozenTree, pid: int, timeout_ms: int) -> bool:
+    try:
+        return _stop_process(tree, pid, timeout_ms)
+    except NoSuchProcess:  # it has ended and been reaped
+        _close(tree.tasks.pop(pid))
+        return True
+
+
+def _stop_process(tree: FrozenTree, pid: int, timeout_ms: int) -> bool:
     """Stop the threads of `pid` that are not stopped yet; True when there were any."""
     task = tree.tasks.get(pid)
     if task is None:
-        stat = proc.stat(proc.read(pid, "stat"))
-        task = tree.tasks[pid] = FrozenTask(pid, stat)
-        if stat.state == "Z":
-            if stat.num_threads > 1:
-                raise TraceeError(
-                    "its first thread has ended and others run on", where=f"pid {pid}", remedy="cannot be moved"
-                )
+        task = tree.tasks[pid] = FrozenTask(pid)
+        if _is_zombie(task):
             return True
         task.pidfd = kernel.pidfd_open(pid)
     known = {tracee.tid for tracee in task.threads}
-    new = [Tracee(tid) for tid in proc.task_ids(pid) if tid not in known]
-    seized = []
-    for tracee in new:
-        try:
-            tracee.seize()
-        except NoSuchProcess:
-            if tracee.tid == pid:
-                raise
-            continue  # a thread that ended meanwhile
-        seized.append(tracee)
-        task.threads.append(tracee)
-        tracee.interrupt()
-    for tracee in seized:
-        try:
-            tracee.wait_stop(timeout_ms)
-        except NoSuchProcess:
-            task.threads.remove(tracee)
-            if tracee.tid == pid:
-                raise
+    new = [tid for tid in proc.task_ids(pid) if tid not in known]
+    _stop_threads(task, new, timeout_ms)
+    task.threads.sort(key=lambda tracee: tracee.tid != pid)
+    if (not task.threads or task.threads[0].tid != pid) and _is_zombie(task):
+        task.threads.clear()
     return bool(new)
 
 
+def _stop_threads(task: FrozenTask, tids: Sequence[int], timeout_ms: int) -> None:
+    """All are asked to stop before the first is waited for. One that ends meanwhile is none of the task's threads;
+    its leader may be another thread the next time, which exec has made it (execve(2)).
+    """
+    asked: list[Tracee] = []
+    try:
+        for tid in tids:
+            with suppress(NoSuchProcess):
+                tracee = Tracee(tid)
+                tracee.seize()
+                asked.append(tracee)
+                tracee.interrupt()
+        while asked:
+            with suppress(NoSuchProcess):
+                asked[0].wait_stop(timeout_ms)
+                task.threads.append(asked[0])
+            del asked[0]
+    except LazyprocError:
+        for tracee in asked:  # what was asked to stop can only be let go once it has
+            with suppress(LazyprocError):
+                tracee.wait_stop(GRACE_MS)
+                task.threads.append(tracee)
+        raise
+
+
+def _is_zombie(task: FrozenTask) -> bool:
+    """Whether the process has ended. TraceeError when just its first thread has."""
+    task.stat = proc.stat(proc.read(task.pid, "stat"))
+    if task.stat.state == "Z" and task.stat.num_threads > 1:
+        raise TraceeError(
+            "its first thread has ended and others run on",
+            where=f"pid {task.pid}",
+            remedy="it cannot be moved until it ends or executes a program",
+        )
+    return task.stat.state == "Z"
+
+
+def _settle(task: FrozenTask, asleep: Mapping[int, SleepBefore], frozen_at_ns: int) -> None:
+    if task.zombie:
+        return
+    task.stat = proc.stat(
+        proc.read(task.pid, "stat")
+    )  # exec may have come between the first look and the stop
+    statuses = [proc.status(proc.read(task.pid, f"task/{tracee.tid}/status")) for tracee in task.threads]
+    states = ptrace.states(task.threads)
+    with ptrace.memory(task.pid) as memory:
+        for tracee, state, status in zip(task.threads, states, statuses, strict=True):
+            seen = asleep.get(tracee.tid)
+            task.stopped.append(settle(tracee, state, status, memory, seen, frozen_at_ns))
+
+
 def _let_go(tree: FrozenTree) -> None:
-    """Detach everything that is still there. A thread that never stopped cannot be detached: it is let go when
-    the tracing thread ends (kernel/exit.c, exit_ptrace)."""
+    """Detach everything that is still there."""
     for task in tree.tasks.values():
+        for tracee, stopped in zip(task.threads, task.stopped, strict=False):
+            with suppress(LazyprocError):
+                settle_again(task.pid, tracee, stopped)
         for tracee in reversed(task.threads):
-            try:
+            with suppress(LazyprocError):
                 tracee.detach()
-            except LazyprocError:
-                continue
-        if task.pidfd >= 0:
-            os.close(task.pidfd)
-            task.pidfd = -1
+        _close(task)
+
+
+def _close(task: FrozenTask) -> None:
+    if task.pidfd >= 0:
+        os.close(task.pidfd)
+        task.pidfd = -1

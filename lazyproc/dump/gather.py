@@ -14,13 +14,13 @@ from lazyproc.dump.descriptors import Gathered, gather_descriptors
 from lazyproc.dump.files import gather_link
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
 from lazyproc.dump.mappings import Objects, gather_mm, open_memfds
-from lazyproc.dump.memory import eager_pages, may_be_lazy, private_extents, shared_extents
+from lazyproc.dump.memory import eager_pages, private_extents, shared_extents
 from lazyproc.dump.question import ask
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.tasks import gather_task, gather_zombie, process_questions
-from lazyproc.dump.threads import gather_thread, settle, thread_questions, tids_of
+from lazyproc.dump.threads import THREAD_ANSWERS, gather_thread, thread_questions
 from lazyproc.errors import CannotBeDone
-from lazyproc.kernel import proc, remote, tcp
+from lazyproc.kernel import proc, remote
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.model import (
@@ -33,13 +33,10 @@ from lazyproc.model import (
     MemoryObject,
     Mm,
     ObjectKind,
-    Restart,
-    Rseq,
+    SigAction,
     Task,
     Thread,
 )
-
-THREAD_ANSWERS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +59,7 @@ class Dump:
     segments: tuple[Segment, ...]
     pids: Mapping[int, int]  # vpid -> pid
     object_fds: Mapping[int, int]
-    connections: Sequence[socket.socket]
-
-    def close_connections(self) -> None:
-        """In repair mode, so that no FIN or RST leaves when the tree's descriptors are closed (tcp_close())."""
-        for sock in self.connections:
-            if not tcp.is_repaired(sock):
-                tcp.enter(sock)
+    connections: Sequence[socket.socket]  # TCP, to be silenced once the other side has them
 
     def lazy_extents(self) -> dict[MemoryObject, tuple[Extent, ...]]:
         """Every page with content that may come after the process runs. Grows with memory: not for the blackout."""
@@ -79,7 +70,7 @@ class Dump:
                 continue
             obj = MemoryObject(ObjectKind.TASK, task.vpid)
             known = frozenset(page for e in eager.get(obj, ()) for page in range(e.addr, e.end, PAGE))
-            lazy_vmas = [vma for vma in task.mm.vmas if may_be_lazy(vma)]
+            lazy_vmas = [vma for vma in task.mm.vmas if vma.may_be_lazy]
             extents = private_extents(self.pids[task.vpid], lazy_vmas, known)
             found[obj] = tuple(extent for extent in extents if extent.lazy)
         for number, shared in self.checkpoint.shared.items():
@@ -101,19 +92,18 @@ def dumped(
     tree: FrozenTree,
     *,
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]] | None = None,
-    restarts: Mapping[int, Restart] | None = None,
     tcp_close: bool = False,
     hold: Callable[[Sequence[Flow]], None] | None = None,
 ) -> Iterator[Dump]:
     """Describe a frozen tree. The tree is as before on leaving; descriptors of ours into it are closed.
 
     `smaps` (by pid) may have been read before the freeze: its flags are used where the mappings are still the same.
-    `restarts` (by our tid) are sleeps with the time they have left. `hold` is told which packets to hold back
-    before the queues of sockets are read. CannotBeDone lists all obstacles.
+    `hold` is told which packets to hold back before the queues of sockets are read. CannotBeDone lists all
+    obstacles.
     """
-    clocks = _clocks(next(iter(tree.tasks.values())).pid)
+    clocks = _clocks(tree)
     alive = [task for task in tree.tasks.values() if not task.zombie]
-    tids = tids_of({task.pid: task.threads for task in alive})
+    tids = {t.tid: s.status.ns_pid[-1] for task in alive for t, s in zip(task.threads, task.stopped, strict=True)}
     refs = [TaskRef(task.pid, tids[task.pid], task.pidfd) for task in alive]
     with ExitStack() as stack:
         gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold)
@@ -124,7 +114,7 @@ def dumped(
             if frozen.zombie:
                 tasks.append(gather_zombie(frozen, _ids(frozen, tree)))
                 continue
-            task, pages = _one_task(frozen, tree, gathered, objects, tids, smaps or {}, restarts or {})
+            task, pages = _one_task(frozen, tree, gathered, objects, tids, smaps or {})
             tasks.append(task)
             eager[MemoryObject(ObjectKind.TASK, task.vpid)] = pages
         _take_unmapped_memfds(gathered.registry, objects, stack)
@@ -156,15 +146,12 @@ def _one_task(
     objects: Objects,
     tids: Mapping[int, int],
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]],
-    restarts: Mapping[int, Restart],
 ) -> tuple[Task, tuple[Extent, ...]]:
     """One process, and its pages that have to be there before it runs."""
     pid, registry = frozen.pid, gathered.registry
-    status = proc.status(proc.read(pid, "status"))
     maps = proc.maps(proc.read(pid, "maps"))
     with ptrace.memory(pid) as memory:
-        rseqs = [settle(tracee, memory) for tracee in frozen.threads]
-        threads, answers = _ask(frozen, memory, maps, status, rseqs, restarts)
+        threads, answers = _ask(frozen, memory, maps)
         ids = (tids[pid], *_ids(frozen, tree)[1:])
         task = gather_task(frozen, ids, threads, answers, tids)
         entries = _with_flags(pid, maps, smaps.get(pid, ()))
@@ -174,44 +161,34 @@ def _one_task(
         pages = eager_pages(mm, threads, memory)
     cwd, root = gather_link(registry, pid, "cwd"), gather_link(registry, pid, "root")
     task = replace(
-        task, mm=mm, fs=Fs(cwd, root, status.umask or 0), descriptors=gathered.descriptors[task.vpid]
+        task, mm=mm, fs=Fs(cwd, root, frozen.stopped[0].status.umask or 0), descriptors=gathered.descriptors[task.vpid]
     )
     return task, _eager_extents(pid, mm, pages)
 
 
 def _ask(
-    frozen: FrozenTask,
-    memory: ptrace.Memory,
-    maps: Sequence[proc.MapsEntry],
-    status: proc.Status,
-    rseqs: Sequence[Rseq | None],
-    restarts: Mapping[int, Restart],
+    frozen: FrozenTask, memory: ptrace.Memory, maps: Sequence[proc.MapsEntry]
 ) -> tuple[tuple[Thread, ...], list[object]]:
     """Threads, and the process's answers: one remote program in every thread, all at the same time."""
-    pid = frozen.pid
-    pending = status.sig_pending | status.shared_pending
-    timers = proc.timers(proc.read(pid, "timers"))
-    if status.seccomp:
-        for tracee in frozen.threads:
+    timers = proc.timers(proc.read(frozen.pid, "timers"))
+    pending = 0
+    for tracee, stopped in zip(frozen.threads, frozen.stopped, strict=True):
+        pending |= stopped.status.sig_pending | stopped.status.shared_pending
+        if stopped.status.seccomp:
             tracee.set_options(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_SUSPEND_SECCOMP)
-    ending = remote.ending_signal(status.sig_caught, pending)
-    with remote.borrowed(frozen.threads, memory, maps, ending=ending) as (bench, saved, frames):
+    ending = remote.ending_signal(frozen.stopped[0].status.sig_caught, pending)
+    states = [stopped.state for stopped in frozen.stopped]
+    with remote.borrowed(frozen.threads, states, memory, maps, ending=ending) as bench:
         questions = [thread_questions(bench) for _ in frozen.threads]
         questions[0] += process_questions(bench, timers)
-        asked = list(zip(frozen.threads, frames, questions, strict=True))
-        answers = ask(bench, asked)
+        answers = ask(bench, list(zip(frozen.threads, questions, strict=True)))
+    of_process = answers[0][THREAD_ANSWERS:]
+    sigactions = cast(tuple[SigAction, ...], of_process[0])
     threads = tuple(
-        gather_thread(
-            pid,
-            tracee,
-            state,
-            rseq,
-            row[:THREAD_ANSWERS],
-            restarts.get(tracee.tid),
-        )
-        for tracee, state, rseq, row in zip(frozen.threads, saved, rseqs, answers, strict=True)
+        gather_thread(frozen.pid, tracee, stopped, row[:THREAD_ANSWERS], sigactions, memory)
+        for tracee, stopped, row in zip(frozen.threads, frozen.stopped, answers, strict=True)
     )
-    return threads, answers[0][THREAD_ANSWERS:]
+    return threads, of_process
 
 
 def _with_flags(
@@ -225,10 +202,10 @@ def _with_flags(
 
 def _eager_extents(pid: int, mm: Mm, pages: frozenset[int]) -> tuple[Extent, ...]:
     """The eager pages that have content: all own pages of mappings that cannot be lazy, single pages of the others."""
-    eager_vmas = [vma for vma in mm.vmas if not may_be_lazy(vma)]
+    eager_vmas = [vma for vma in mm.vmas if not vma.may_be_lazy]
     found = list(private_extents(pid, eager_vmas))
     for vma in mm.vmas:
-        if may_be_lazy(vma):
+        if vma.may_be_lazy:
             inside = sorted(page for page in pages if vma.start <= page < vma.end)
             singles = [replace(vma, start=page, end=page + PAGE) for page in inside]
             found += private_extents(pid, singles, pages)
@@ -267,12 +244,14 @@ def _segments(
         yield Segment(MemoryObject(ObjectKind.SHARED, number), 0, size, 0, object_fds[number], 0)
 
 
-def _clocks(pid: int) -> Clocks:
-    """The clocks as the tree sees them: ours, moved by the difference of the two time namespaces."""
+def _clocks(tree: FrozenTree) -> Clocks:
+    """The clocks as the tree saw them when it was frozen: ours, moved by the difference of the time namespaces."""
+    root = next(iter(tree.tasks.values())).pid
     ours = proc.timens_offsets(proc.read(os.getpid(), "timens_offsets"))
-    theirs = proc.timens_offsets(proc.read(pid, "timens_offsets"))
+    theirs = proc.timens_offsets(proc.read(root, "timens_offsets"))
+    since = time.monotonic_ns() - tree.frozen_at_ns
     return Clocks(
-        monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + theirs.monotonic_ns - ours.monotonic_ns,
-        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + theirs.boottime_ns - ours.boottime_ns,
-        realtime_ns=time.time_ns(),
+        monotonic_ns=tree.frozen_at_ns + theirs.monotonic_ns - ours.monotonic_ns,
+        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) - since + theirs.boottime_ns - ours.boottime_ns,
+        realtime_ns=time.time_ns() - since,
     )

@@ -83,11 +83,6 @@ def _name(path: str, kind: VmaKind) -> str:
     return path[len(ANON_NAME) : -1] if path.startswith(ANON_NAME) else path
 
 
-def may_be_lazy(vma: Vma) -> bool:
-    """Whether pages of a private mapping may come after the process runs. Locked memory must be there: eager."""
-    return vma.kind is VmaKind.ANON and "lo" not in vma.vm_flags
-
-
 def private_extents(pid: int, vmas: Sequence[Vma], eager: frozenset[int] = frozenset()) -> tuple[Extent, ...]:
     """The pages of private mappings that have content of their own; `eager` are page addresses not to be lazy."""
     fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -96,7 +91,7 @@ def private_extents(pid: int, vmas: Sequence[Vma], eager: frozenset[int] = froze
             extent
             for vma in vmas
             for start, end in _own_pages(fd, vma)
-            for extent in _split(start, end, may_be_lazy(vma), eager)
+            for extent in _split(start, end, vma.may_be_lazy, eager)
         )
     finally:
         os.close(fd)

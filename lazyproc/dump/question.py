@@ -7,28 +7,24 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lazyproc.kernel.remote import Bench, Call
-from lazyproc.kernel.tracee import Memory, Tracee
+from lazyproc.kernel.tracee import Tracee
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Question(Generic[T]):
-    """`answer` gets the results of `calls`, in order, and the memory where the calls have left their output."""
+class Question(Generic[T_co]):
+    """`answer` gets the results of `calls`, in order; what they have written is read from the bench."""
 
     calls: tuple[Call, ...]
-    answer: Callable[[Sequence[int], Memory], T]
+    answer: Callable[[Sequence[int]], T_co]
 
 
-def ask(
-    bench: Bench, asked: Sequence[tuple[Tracee, int, Sequence[Question[object]]]]
-) -> list[list[object]]:
-    """Ask several threads (each with its dead man's frame) at the same time; the answers in the order of asking."""
-    results = bench.run_all(
-        [(tracee, [call for q in questions for call in q.calls], frame) for tracee, frame, questions in asked]
-    )
+def ask(bench: Bench, asked: Sequence[tuple[Tracee, Sequence[Question[object]]]]) -> list[list[object]]:
+    """Ask several threads at the same time; the answers in the order of asking."""
+    programs = [(tracee, [call for q in questions for call in q.calls]) for tracee, questions in asked]
     answers = []
-    for (_, _, questions), row in zip(asked, results, strict=True):
-        taken = iter(row)
-        answers.append([q.answer([next(taken) for _ in q.calls], bench.memory) for q in questions])
+    for (_, questions), results in zip(asked, bench.run_all(programs), strict=True):
+        taken = iter(results)
+        answers.append([q.answer([next(taken) for _ in q.calls]) for q in questions])
     return answers

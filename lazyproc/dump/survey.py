@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from lazyproc.dump.before import tree_of
+from lazyproc.dump.walk import tree_of
 from lazyproc.errors import NoSuchProcess, PermissionDenied, UsageError
 from lazyproc.kernel import proc
 from lazyproc.kernel.sys import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, kcmp
@@ -22,6 +22,7 @@ from lazyproc.kernel.sysvipc import LastUse, last_uses
 SHARED = {KCMP_VM: "its memory (CLONE_VM)", KCMP_FS: "its directories (CLONE_FS)",
           KCMP_SIGHAND: "its signal handlers (CLONE_SIGHAND)"}  # fmt: skip
 APART = {KCMP_FS: "directories (CLONE_FS)", KCMP_FILES: "descriptor table (CLONE_FILES)"}
+PF_EXITING = 0x4
 PF_KTHREAD = 0x200000  # include/linux/sched.h
 DISK_SLEEP_S = 0.05  # I/O ends within this, mostly
 EI_CLASS = 4
@@ -126,6 +127,23 @@ def _demand_process(pid: int) -> None:
 
 
 def _process(pid: int) -> ProcessFacts:
+    """NoSuchProcess also for one that ends while it is looked at: it shows what it has no longer."""
+    try:
+        facts = _facts(pid)
+    except PermissionDenied:  # its namespaces, when it has none any more (proc_ns_get_link, fs/proc/namespaces.c)
+        if not _is_ending(pid):
+            raise
+    else:
+        if not (facts.alive and _is_ending(pid)):
+            return facts
+    raise NoSuchProcess("is ending", where=f"pid {pid}")
+
+
+def _is_ending(pid: int) -> bool:
+    return bool(proc.stat(proc.read(pid, "stat")).flags & PF_EXITING)
+
+
+def _facts(pid: int) -> ProcessFacts:
     stat, status = proc.stat(proc.read(pid, "stat")), proc.status(proc.read(pid, "status"))
     kernel_thread = status.kernel_thread or bool(stat.flags & PF_KTHREAD)
     alive = stat.state != "Z" and not kernel_thread

@@ -11,7 +11,6 @@ from lazyproc.dump.question import Question
 from lazyproc.errors import NoSuchProcess
 from lazyproc.kernel import proc
 from lazyproc.kernel.remote import Bench, Call
-from lazyproc.kernel.tracee import Memory
 from lazyproc.model import IntervalTimer, Limit, PosixTimer, SigAction, Task, TaskState, Thread
 
 PR_GET_DUMPABLE, PR_GET_CHILD_SUBREAPER, PR_GET_THP_DISABLE = 3, 37, 42
@@ -25,22 +24,19 @@ SIGKILL, SIGSTOP = 9, 19
 def process_questions(bench: Bench, timers: Sequence[proc.PosixTimerInfo]) -> list[Question[object]]:
     """Asked of the leader, in the order `gather_task` takes the answers."""
     return [
-        cast(Question[object], question)
-        for question in (
-            _sigactions(bench),
-            _interval_timers(bench),
-            _posix_timers(bench, timers),
-            _flag(bench, PR_GET_CHILD_SUBREAPER),
-            Question((Call("prctl", (PR_GET_DUMPABLE,)),), lambda results, _: results[0]),
-            Question((Call("prctl", (PR_GET_THP_DISABLE,)),), lambda results, _: bool(results[0])),
-            Question((Call("brk", (0,)),), lambda results, _: results[0]),
-        )
+        _sigactions(bench),
+        _interval_timers(bench),
+        _posix_timers(bench, timers),
+        _flag(bench, PR_GET_CHILD_SUBREAPER),
+        Question((Call("prctl", (PR_GET_DUMPABLE,)),), lambda results: results[0]),
+        Question((Call("prctl", (PR_GET_THP_DISABLE,)),), lambda results: bool(results[0])),
+        Question((Call("brk", (0,)),), lambda results: results[0]),
     ]
 
 
 def _flag(bench: Bench, option: int) -> Question[bool]:
     addr = bench.room(4)
-    return Question((Call("prctl", (option, addr)),), lambda _, memory: memory.read(addr, 4) != bytes(4))
+    return Question((Call("prctl", (option, addr)),), lambda _: bench.read(addr, 4) != bytes(4))
 
 
 def _sigactions(bench: Bench) -> Question[tuple[SigAction, ...]]:
@@ -51,8 +47,8 @@ def _sigactions(bench: Bench) -> Question[tuple[SigAction, ...]]:
         for index, sig in enumerate(signals)
     )
 
-    def answer(_: Sequence[int], memory: Memory) -> tuple[SigAction, ...]:
-        rows = KERNEL_SIGACTION.iter_unpack(memory.read(addr, KERNEL_SIGACTION.size * len(signals)))
+    def answer(_: Sequence[int]) -> tuple[SigAction, ...]:
+        rows = KERNEL_SIGACTION.iter_unpack(bench.read(addr, KERNEL_SIGACTION.size * len(signals)))
         return tuple(SigAction(sig, *row) for sig, row in zip(signals, rows, strict=True))
 
     return Question(calls, answer)
@@ -62,8 +58,8 @@ def _interval_timers(bench: Bench) -> Question[tuple[IntervalTimer, ...]]:
     addr = bench.room(ITIMERVAL.size * 3)
     calls = tuple(Call("getitimer", (which, addr + ITIMERVAL.size * which)) for which in range(3))
 
-    def answer(_: Sequence[int], memory: Memory) -> tuple[IntervalTimer, ...]:
-        rows = ITIMERVAL.iter_unpack(memory.read(addr, ITIMERVAL.size * 3))
+    def answer(_: Sequence[int]) -> tuple[IntervalTimer, ...]:
+        rows = ITIMERVAL.iter_unpack(bench.read(addr, ITIMERVAL.size * 3))
         return tuple(
             IntervalTimer(which, value_s * 1_000_000 + value_us, every_s * 1_000_000 + every_us)
             for which, (every_s, every_us, value_s, value_us) in enumerate(rows)
@@ -84,8 +80,8 @@ def _posix_timers(bench: Bench, timers: Sequence[proc.PosixTimerInfo]) -> Questi
         )
     )
 
-    def answer(results: Sequence[int], memory: Memory) -> tuple[PosixTimer, ...]:
-        rows = ITIMERSPEC.iter_unpack(memory.read(addr, ITIMERSPEC.size * len(timers)))
+    def answer(results: Sequence[int]) -> tuple[PosixTimer, ...]:
+        rows = ITIMERSPEC.iter_unpack(bench.read(addr, ITIMERSPEC.size * len(timers)))
         return tuple(
             PosixTimer(
                 timer.id,

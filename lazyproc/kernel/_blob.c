@@ -4,10 +4,10 @@
 
 __asm__(
 	".pushsection .rodata\n"
-	".globl lp_blob_begin_, lp_loop_, lp_ended_, lp_stub_, lp_stub_end_, lp_nursery_, lp_reap_, lp_blob_end_\n"
+	".globl lp_begin_, lp_loop_, lp_syscall_, lp_ended_, lp_nursery_, lp_reap_, lp_end_\n"
 	".p2align 4\n"
-	"lp_blob_begin_:\n"
-	/* r12: rows of 64 bytes, r13: their number (> 0), r15: signal, rsp: frame for rt_sigreturn */
+	"lp_begin_:\n"
+	/* r12: rows of 64 bytes, r13: their number (> 0), r14: the way home, r15: signal */
 	"lp_loop_:\n"
 	"	movl (%r12), %eax\n"
 	"	movq 8(%r12), %rdi\n"
@@ -16,6 +16,7 @@ __asm__(
 	"	movq 32(%r12), %r10\n"
 	"	movq 40(%r12), %r8\n"
 	"	movq 48(%r12), %r9\n"
+	"lp_syscall_:\n"
 	"	syscall\n"
 	"	movq %rax, 56(%r12)\n"
 	"	cmpq $-4095, %rax\n"
@@ -26,8 +27,8 @@ __asm__(
 	"	jmp 3f\n"
 	"2:	testl $1, 4(%r12)\n" /* the row may fail */
 	"	jnz 1b\n"
-	/* The dead man's handle. Traced, the signal is a stop; without a tracer it is ignored and the
-	 * thread cures itself by returning from a signal frame that holds its registers and mask. */
+	/* The dead man's handle. Traced, the signal is a stop; without a tracer it is ignored, and the thread
+	 * goes home by itself: it has its own stack pointer all the time, the rest is loaded there. */
 	"3:	movl $39, %eax\n" /* getpid */
 	"	syscall\n"
 	"	movl %eax, %ebx\n"
@@ -39,16 +40,7 @@ __asm__(
 	"	movl $234, %eax\n" /* tgkill */
 	"	syscall\n"
 	"lp_ended_:\n"
-	"	movl $15, %eax\n" /* rt_sigreturn */
-	"	syscall\n"
-	"	ud2\n"
-	".p2align 4\n"
-	"lp_stub_:\n"
-	"	syscall\n"
-	"	movl $15, %eax\n"
-	"	syscall\n"
-	"	ud2\n"
-	"lp_stub_end_:\n"
+	"	jmpq *%r14\n"
 	".p2align 4\n"
 	"lp_nursery_:\n"
 	"	movl $34, %eax\n" /* pause */
@@ -78,21 +70,19 @@ __asm__(
 	"5:	movl $231, %eax\n" /* exit_group */
 	"	syscall\n"
 	"	ud2\n"
-	"lp_blob_end_:\n"
+	"lp_end_:\n"
 	".popsection\n");
 
-extern const uint8_t lp_blob_begin_[], lp_loop_[], lp_ended_[], lp_stub_[], lp_stub_end_[], lp_nursery_[],
-	lp_reap_[], lp_blob_end_[];
+extern const uint8_t lp_begin_[], lp_loop_[], lp_syscall_[], lp_ended_[], lp_nursery_[], lp_reap_[], lp_end_[];
 
 const uint8_t *lp_blob(size_t *size)
 {
-	*size = (size_t)(lp_blob_end_ - lp_blob_begin_);
-	return lp_blob_begin_;
+	*size = (size_t)(lp_end_ - lp_begin_);
+	return lp_begin_;
 }
 
-size_t lp_blob_loop(void) { return (size_t)(lp_loop_ - lp_blob_begin_); }
-size_t lp_blob_ended(void) { return (size_t)(lp_ended_ - lp_blob_begin_); }
-size_t lp_blob_stub(void) { return (size_t)(lp_stub_ - lp_blob_begin_); }
-size_t lp_blob_stub_end(void) { return (size_t)(lp_stub_end_ - lp_blob_begin_); }
-size_t lp_blob_nursery(void) { return (size_t)(lp_nursery_ - lp_blob_begin_); }
-size_t lp_blob_reap(void) { return (size_t)(lp_reap_ - lp_blob_begin_); }
+size_t lp_blob_loop(void) { return (size_t)(lp_loop_ - lp_begin_); }
+size_t lp_blob_syscall(void) { return (size_t)(lp_syscall_ - lp_begin_); }
+size_t lp_blob_ended(void) { return (size_t)(lp_ended_ - lp_begin_); }
+size_t lp_blob_nursery(void) { return (size_t)(lp_nursery_ - lp_begin_); }
+size_t lp_blob_reap(void) { return (size_t)(lp_reap_ - lp_begin_); }

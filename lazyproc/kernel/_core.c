@@ -3,6 +3,7 @@
 #include "_core.h"
 
 #include <cpuid.h>
+#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -13,7 +14,9 @@
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/user.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -34,38 +37,86 @@ long lp_ptrace(long request, int pid, uint64_t addr, uint64_t data)
 	return result == -1 ? -errno : result;
 }
 
-static int64_t now_ms(void)
+static int64_t now_us(void)
 {
 	struct timespec ts;
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+	return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
 }
 
-/* Waits for `tid` (a thread too: __WALL). A negative timeout waits for ever; 0 when time ran out. */
+#define BRISK_US 1000 /* a stop takes microseconds, or something is amiss */
+
+/* Waits for `tid` (a thread too: __WALL) for `timeout_ms` at most; 0 when time ran out. waitpid(2) knows no
+ * timeout: we look again and again, at first giving up the CPU only to whom it is due. */
 long lp_wait(int tid, int *status, int timeout_ms)
 {
-	int64_t deadline = now_ms() + timeout_ms;
-	struct timespec pause = { 0, 20000 };
+	struct timespec pause = { 0, 100000 };
+	int64_t began = now_us(), passed;
 
 	for (;;) {
-		long got = waitpid(tid, status, __WALL | (timeout_ms < 0 ? 0 : WNOHANG));
+		long got = waitpid(tid, status, __WALL | WNOHANG);
 
 		if (got > 0)
 			return got;
 		if (got < 0 && errno != EINTR)
 			return -errno;
-		if (timeout_ms < 0)
-			continue;
-		if (now_ms() > deadline)
+		passed = now_us() - began;
+		if (passed > (int64_t)timeout_ms * 1000)
 			return 0;
-		nanosleep(&pause, NULL);
+		if (passed < BRISK_US)
+			sched_yield();
+		else
+			nanosleep(&pause, NULL);
 	}
 }
 
-#define EFLAGS_TF 0x100
-#define EFLAGS_DF 0x400
+#define SIGSET_SIZE 8
 
+static long look_at(struct lp_thread *thread, uint8_t *xsave, size_t xsave_max)
+{
+	struct iovec area = { xsave, xsave_max };
+	struct __ptrace_rseq_configuration rseq;
+	long err = lp_ptrace(PTRACE_GETREGS, thread->tid, 0, (uint64_t)thread->registers);
+
+	if (err >= 0)
+		err = lp_ptrace(PTRACE_GETREGSET, thread->tid, NT_X86_XSTATE, (uint64_t)&area);
+	if (err >= 0)
+		err = lp_ptrace(PTRACE_GETSIGMASK, thread->tid, SIGSET_SIZE, (uint64_t)&thread->blocked);
+	if (err >= 0)
+		err = lp_ptrace(PTRACE_GET_RSEQ_CONFIGURATION, thread->tid, sizeof(rseq), (uint64_t)&rseq);
+	if (err >= 0)
+		err = lp_syscall(SYS_get_robust_list, thread->tid, (long)&thread->robust_list,
+				 (long)&thread->robust_list_len, 0, 0, 0);
+	if (err < 0)
+		return err;
+	if (area.iov_len == xsave_max) /* the kernel cuts off in silence what has no room */
+		return -ENOSPC;
+	thread->xsave_size = area.iov_len;
+	thread->rseq_addr = rseq.rseq_abi_pointer;
+	thread->rseq_size = rseq.rseq_abi_size;
+	thread->rseq_signature = rseq.signature;
+	return 0;
+}
+
+/* The state of several stopped threads; `xsave` has `xsave_max` bytes for each. Returns 0, or the first error;
+ * each thread has its own in `error`. */
+long lp_look(struct lp_thread *threads, size_t count, uint8_t *xsave, size_t xsave_max)
+{
+	long first = 0;
+
+	for (size_t i = 0; i < count; i++) {
+		threads[i].error = (int32_t)look_at(&threads[i], xsave + i * xsave_max, xsave_max);
+		if (threads[i].error < 0 && first == 0)
+			first = threads[i].error;
+	}
+	return first;
+}
+
+#define EFLAGS_TF 0x100 /* a single step would be a trap, see below */
+
+/* Registers first, then the mask: a thread that is let go between the two runs its program with its own mask, and
+ * a handler on its own stack; the other way round it would run its own code with all signals blocked. */
 static long job_start(const struct lp_job *job)
 {
 	struct user_regs_struct regs;
@@ -75,51 +126,68 @@ static long job_start(const struct lp_job *job)
 	if (err < 0)
 		return err;
 	regs.rip = job->entry;
-	regs.rsp = job->frame + 8; /* rt_sigreturn takes its frame at rsp - 8 */
 	regs.r12 = job->rows;
 	regs.r13 = job->count;
+	regs.r14 = job->home;
 	regs.r15 = (uint64_t)job->signal;
 	regs.orig_rax = (uint64_t)-1; /* no syscall in progress: nothing is restarted */
-	regs.eflags &= ~(uint64_t)(EFLAGS_TF | EFLAGS_DF);
-	err = lp_ptrace(PTRACE_SETSIGMASK, job->tid, sizeof(blocked), (uint64_t)&blocked);
+	regs.eflags &= ~(uint64_t)EFLAGS_TF;
+	err = lp_ptrace(PTRACE_SETREGS, job->tid, 0, (uint64_t)&regs);
 	if (err < 0)
 		return err;
-	err = lp_ptrace(PTRACE_SETREGS, job->tid, 0, (uint64_t)&regs);
+	err = lp_ptrace(PTRACE_SETSIGMASK, job->tid, SIGSET_SIZE, (uint64_t)&blocked);
 	if (err < 0)
 		return err;
 	return lp_ptrace(PTRACE_CONT, job->tid, 0, 0);
 }
 
-/* Waits until the program's own signal stops the thread; other stops (a group stop, the same signal from
- * somebody else) are passed over: the program is a matter of microseconds. */
+/* A signal-delivery-stop during a program: 1 when it is the program's end, 0 when the signal came from elsewhere
+ * and is kept to be sent again. Nothing but `signal` and SIGSTOP is unblocked: all others are faults. */
+static long job_stopped(struct lp_job *job, int sig)
+{
+	struct user_regs_struct regs;
+	siginfo_t info;
+	int own_thread;
+	long err;
+
+	if (sig == SIGSTOP) {
+		job->stop_again = 1;
+		return 0;
+	}
+	if (sig != job->signal)
+		return -EFAULT;
+	err = lp_ptrace(PTRACE_GETREGS, job->tid, 0, (uint64_t)&regs);
+	if (err < 0)
+		return err;
+	err = lp_ptrace(PTRACE_GETSIGINFO, job->tid, 0, (uint64_t)&info);
+	if (err < 0)
+		return err;
+	own_thread = info.si_code == SI_TKILL;
+	if (own_thread && regs.rip == job->entry - lp_blob_loop() + lp_blob_ended())
+		return 1;
+	job->foreign[own_thread] = 1;
+	memcpy(job->siginfo[own_thread], &info, sizeof(info));
+	return 0;
+}
+
+#define PROGRAM_MS 10000 /* microseconds are usual; a call that does not return must not hang us */
+
+/* Waits until the program's own signal stops the thread. Group stops and the echo of PTRACE_INTERRUPT are passed
+ * over. */
 static long job_finish(struct lp_job *job)
 {
 	for (;;) {
-		struct user_regs_struct regs;
 		int status;
-		long err = lp_wait(job->tid, &status, -1);
+		long err = lp_wait(job->tid, &status, PROGRAM_MS);
 
-		if (err < 0)
-			return err;
-		if (!WIFSTOPPED(status)) {
-			job->status = status;
+		if (err <= 0)
+			return err < 0 ? err : -ETIMEDOUT;
+		if (!WIFSTOPPED(status))
 			return -ESRCH;
-		}
-		err = lp_ptrace(PTRACE_GETREGS, job->tid, 0, (uint64_t)&regs);
-		if (err < 0)
-			return err;
-		if (status >> 8 == job->signal) {
-			siginfo_t info;
-
-			err = lp_ptrace(PTRACE_GETSIGINFO, job->tid, 0, (uint64_t)&info);
-			if (err < 0)
-				return err;
-			if (info.si_code == SI_TKILL && regs.rip == job->entry - lp_blob_loop() + lp_blob_ended())
-				return 0;
-			job->foreign++;
-		} else if (status >> 16 == 0) { /* a fault inside the program */
-			job->status = status;
-			return -EFAULT;
+		if (status >> 16 == 0) {
+			err = job_stopped(job, WSTOPSIG(status));
+			if (err != 0)
+				return err < 0 ? err : 0;
 		}
 		err = lp_ptrace(PTRACE_CONT, job->tid, 0, 0);
 		if (err < 0)
@@ -128,191 +196,124 @@ static long job_finish(struct lp_job *job)
 }
 
 /* Runs the programs of several stopped threads at the same time; every thread is stopped again at the end.
- * Returns 0, or the first error; each job has its own in `status`. */
+ * Returns 0, or the first error; each job has its own in `error`. */
 long lp_run(struct lp_job *jobs, size_t count)
 {
 	long first = 0;
 
+	for (size_t i = 0; i < count; i++)
+		jobs[i].error = (int32_t)job_start(&jobs[i]);
 	for (size_t i = 0; i < count; i++) {
-		jobs[i].foreign = 0;
-		jobs[i].status = (int32_t)job_start(&jobs[i]);
-	}
-	for (size_t i = 0; i < count; i++) {
-		long err = jobs[i].status;
-
-		if (err == 0)
-			err = job_finish(&jobs[i]);
-		if (err < 0 && jobs[i].status == 0)
-			jobs[i].status = (int32_t)err;
-		if (err < 0 && first == 0)
-			first = err;
+		if (jobs[i].error == 0)
+			jobs[i].error = (int32_t)job_finish(&jobs[i]);
+		if (jobs[i].error < 0 && first == 0)
+			first = jobs[i].error;
 	}
 	return first;
 }
 
 #define SYSCALL_STOP (SIGTRAP | 0x80) /* PTRACE_O_TRACESYSGOOD */
 
+/* Continues to the next syscall stop. Returns 1 when a SIGSTOP was swallowed on the way, else 0. */
 static long stop_at_syscall(int tid)
 {
+	long swallowed = 0;
+
 	for (;;) {
 		int status;
 		long err = lp_ptrace(PTRACE_SYSCALL, tid, 0, 0);
 
 		if (err < 0)
 			return err;
-		err = lp_wait(tid, &status, -1);
-		if (err < 0)
-			return err;
+		err = lp_wait(tid, &status, PROGRAM_MS);
+		if (err <= 0)
+			return err < 0 ? err : -ETIMEDOUT;
 		if (!WIFSTOPPED(status))
 			return -ESRCH;
 		if (status >> 8 == SYSCALL_STOP)
-			return 0;
-		if (status >> 16 == 0) /* not a group stop or the echo of PTRACE_INTERRUPT: a fault */
+			return swallowed;
+		if (status >> 8 == SIGSTOP)
+			swallowed = 1;
+		else if (status >> 16 == 0) /* not a group stop or the echo of PTRACE_INTERRUPT: a fault */
 			return -EFAULT;
 	}
 }
 
-/* Executes the one syscall instruction at ip by its entry and exit stops, and leaves the thread at an event
- * stop behind it (registers put back at a syscall-exit stop would leak -ERESTART* into the program). No trap
- * is taken: a single step would be a forced SIGTRAP, which resets the tracee's own SIGTRAP action. */
-long lp_step(int tid, const void *regs, int64_t *result)
+static long stop_at_event(int tid)
 {
-	struct user_regs_struct after;
 	int status;
-	long err = lp_ptrace(PTRACE_SETREGS, tid, 0, (uint64_t)regs);
+	long err = lp_ptrace(PTRACE_INTERRUPT, tid, 0, 0);
 
-	if (err < 0)
-		return err;
-	for (int stops = 0; stops < 2; stops++) {
-		err = stop_at_syscall(tid);
-		if (err < 0)
-			return err;
-	}
-	err = lp_ptrace(PTRACE_GETREGS, tid, 0, (uint64_t)&after);
-	if (err < 0)
-		return err;
-	*result = (int64_t)after.rax;
-	err = lp_ptrace(PTRACE_INTERRUPT, tid, 0, 0);
 	if (err < 0)
 		return err;
 	err = lp_ptrace(PTRACE_CONT, tid, 0, 0);
 	if (err < 0)
 		return err;
-	err = lp_wait(tid, &status, -1);
-	if (err < 0)
-		return err;
-	return WIFSTOPPED(status) && status >> 16 ? 0 : -EFAULT;
+	err = lp_wait(tid, &status, PROGRAM_MS);
+	if (err <= 0)
+		return err < 0 ? err : -ETIMEDOUT;
+	if (!WIFSTOPPED(status))
+		return -ESRCH;
+	return status >> 16 ? 0 : -EFAULT;
+}
+
+/* To the entry of the syscall instruction at ip, with all signals blocked: after the registers for the reason
+ * given at job_start(). Returns 1 when a SIGSTOP was swallowed, else 0. */
+static long enter_syscall(int tid, const void *regs)
+{
+	const uint64_t all = ~0ULL;
+	long err = lp_ptrace(PTRACE_SETREGS, tid, 0, (uint64_t)regs);
+
+	if (err >= 0)
+		err = lp_ptrace(PTRACE_SETSIGMASK, tid, SIGSET_SIZE, (uint64_t)&all);
+	return err < 0 ? err : stop_at_syscall(tid);
+}
+
+static long returned(int tid, int64_t *result)
+{
+	struct user_regs_struct regs;
+	long err = lp_ptrace(PTRACE_GETREGS, tid, 0, (uint64_t)&regs);
+
+	*result = (int64_t)regs.rax;
+	return err;
+}
+
+/* Executes the one syscall instruction at ip by its entry and exit stops, and leaves the thread at an event
+ * stop behind it (registers put back at a syscall-exit stop would leak -ERESTART* into the program). No trap
+ * is taken: a single step would be a forced SIGTRAP, which resets the tracee's own SIGTRAP action. Returns 1 when
+ * a SIGSTOP was swallowed and has to be sent again, else 0. */
+long lp_step(int tid, const void *regs, int64_t *result)
+{
+	long entered = enter_syscall(tid, regs), left, err;
+
+	if (entered < 0)
+		return entered;
+	left = stop_at_syscall(tid);
+	if (left < 0)
+		return left;
+	err = returned(tid, result);
+	if (err >= 0)
+		err = stop_at_event(tid);
+	return err < 0 ? err : entered | left;
+}
+
+/* The same, with the call interrupted as soon as it sleeps: a sleep then returns -ERESTART_RESTARTBLOCK with its
+ * restart block armed, and anything that needs no sleep its result. */
+long lp_step_interrupted(int tid, const void *regs, int64_t *result)
+{
+	long entered = enter_syscall(tid, regs), err;
+
+	if (entered < 0)
+		return entered;
+	err = stop_at_event(tid);
+	if (err >= 0)
+		err = returned(tid, result);
+	return err < 0 ? err : entered;
 }
 
 int lp_cpuid(uint32_t leaf, uint32_t sub, uint32_t out[4])
 {
 	return __get_cpuid_count(leaf, sub, &out[0], &out[1], &out[2], &out[3]) ? 0 : -ENOSYS;
-}
-
-/* Bytes of a standard-format xsave area that holds `features` (CPUID leaf 0xd: offset and size of each). */
-long lp_xsave_size(uint64_t features)
-{
-	long size = 576; /* legacy area and header */
-
-	for (uint32_t bit = 2; bit < 63; bit++) {
-		uint32_t out[4];
-
-		if (!(features >> bit & 1))
-			continue;
-		if (lp_cpuid(0xd, bit, out) < 0)
-			return -ENOSYS;
-		if ((long)(out[0] + out[1]) > size)
-			size = (long)(out[0] + out[1]);
-	}
-	return size;
-}
-
-#define XFEATURE_AMX (3ULL << 17)
-#define FP_XSTATE_MAGIC1 0x46505853U
-#define FP_XSTATE_MAGIC2 0x46505845U
-
-struct sw_bytes { /* struct _fpx_sw_bytes, arch/x86/include/uapi/asm/sigcontext.h */
-	uint32_t magic1, extended_size;
-	uint64_t xfeatures;
-	uint32_t xstate_size, padding[7];
-};
-
-struct frame { /* struct rt_sigframe, arch/x86/include/asm/sigframe.h */
-	uint64_t pretcode;
-	uint64_t uc_flags, uc_link;
-	uint64_t ss_sp;
-	uint32_t ss_flags, ss_pad;
-	uint64_t ss_size;
-	uint64_t gregs[18]; /* r8-r15 di si bp bx dx ax cx sp ip flags */
-	uint16_t cs, gs, fs, ss;
-	uint64_t err, trapno, oldmask, cr2, fpstate, reserved[8];
-	uint64_t sigmask;
-	uint8_t siginfo[128];
-};
-
-#define UC_FP_XSTATE 1
-#define UC_SIGCONTEXT_SS 2
-#define UC_STRICT_RESTORE_SS 4
-
-/* -ERESTART* in rax: rt_sigreturn disarms restart blocks, so the call is made again from its start. */
-static void rewind_syscall(struct user_regs_struct *regs)
-{
-	int64_t ax = (int64_t)regs->rax;
-
-	if ((int64_t)regs->orig_rax < 0)
-		return;
-	if (ax == -512 || ax == -513 || ax == -514 || ax == -516) {
-		regs->rax = regs->orig_rax;
-		regs->rip -= 2;
-	}
-}
-
-/* Writes into `out` a signal frame that will lie at `addr` (16-byte aligned, `size` bytes) and from which
- * rt_sigreturn resumes with these registers, this xsave area and this mask. Returns its length. */
-long lp_frame(uint8_t *out, size_t size, uint64_t addr, const void *regs, const uint8_t *xsave,
-	      size_t xsave_size, uint64_t blocked)
-{
-	struct user_regs_struct r;
-	struct frame *frame = (struct frame *)out;
-	uint64_t features;
-	uint64_t fp = (addr + sizeof(*frame) + 63) & ~63ULL; /* XRSTOR wants 64-byte alignment */
-	uint32_t magic2 = FP_XSTATE_MAGIC2;
-	struct sw_bytes sw = { 0 };
-	long length;
-
-	if (xsave_size < 576)
-		return -EINVAL;
-	memcpy(&features, xsave + 464 + 8, sizeof(features)); /* XCR0, left there by the kernel's regset */
-	memcpy(&sw.xfeatures, xsave + 512, sizeof(sw.xfeatures));
-	/* A thread without AMX permission has a smaller buffer, and a larger frame would be read as FXSAVE only. */
-	if (!(sw.xfeatures & XFEATURE_AMX))
-		features &= ~XFEATURE_AMX;
-	length = lp_xsave_size(features ? features : sw.xfeatures);
-	if (length < 0)
-		return length;
-	if ((size_t)length > xsave_size || fp - addr + (size_t)length + sizeof(magic2) > size)
-		return -ENOSPC;
-	memcpy(&r, regs, sizeof(r));
-	rewind_syscall(&r);
-	memset(out, 0, fp - addr);
-	frame->uc_flags = UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS;
-	frame->ss_flags = 0x7fffffff; /* invalid on purpose: restore_altstack() then leaves the real one alone */
-	memcpy(frame->gregs,
-	       (uint64_t[]){ r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rdi, r.rsi, r.rbp, r.rbx,
-			     r.rdx, r.rax, r.rcx, r.rsp, r.rip, r.eflags },
-	       sizeof(frame->gregs));
-	frame->cs = (uint16_t)r.cs;
-	frame->ss = (uint16_t)r.ss;
-	frame->fpstate = fp;
-	frame->sigmask = blocked;
-	sw.magic1 = FP_XSTATE_MAGIC1;
-	sw.xfeatures = features ? features : sw.xfeatures;
-	sw.xstate_size = (uint32_t)length;
-	sw.extended_size = (uint32_t)length + (uint32_t)sizeof(magic2);
-	memcpy(out + (fp - addr), xsave, (size_t)length);
-	memcpy(out + (fp - addr) + 464, &sw, sizeof(sw));
-	memcpy(out + (fp - addr) + length, &magic2, sizeof(magic2));
-	return (long)(fp - addr) + length + (long)sizeof(magic2);
 }
 
 struct pm_scan_arg { /* include/uapi/linux/fs.h, newer than Debian 12's headers */
@@ -362,13 +363,48 @@ static int write_text(const char *path, const char *text)
 	return close(fd) < 0 ? -errno : 0;
 }
 
-/* The last steps before the nursery's exec: nothing of ours stays but the one descriptor. */
-static int become(const char *const *argv, int exe_fd, int keep_fd, int keep_as, int report, uint64_t namespaces)
+/* From now on `keep_as` and two descriptors above it, closed by exec, are all: first out of the way of those
+ * numbers, then there. `report` is kept up to date, so that an error still gets through. */
+static int arrange_descriptors(const struct lp_birth *birth, int *report)
 {
-	static const char *const no_environment[] = { NULL };
+	int fds[3] = { birth->keep_fd, birth->exe_fd, *report };
+
+	for (int i = 0; i < 3; i++) {
+		fds[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, birth->keep_as + 3);
+		if (fds[i] < 0)
+			return -errno;
+	}
+	*report = fds[2];
+	for (int i = 0; i < 3; i++)
+		if (dup3(fds[i], birth->keep_as + i, i ? O_CLOEXEC : 0) < 0)
+			return -errno;
+	*report = birth->keep_as + 2;
+	if (syscall(SYS_close_range, 0, birth->keep_as - 1, 0) < 0 ||
+	    syscall(SYS_close_range, birth->keep_as + 3, ~0U, 0) < 0)
+		return -errno;
+	return 0;
+}
+
+/* Dispositions and mask of ours must not be inherited; 32 and 33 are glibc's own, and never ignored. */
+static int forget_signals(void)
+{
 	sigset_t none;
 
-	if (namespaces & CLONE_NEWPID) {
+	for (int sig = 1; sig <= 64; sig++)
+		if (sig != SIGKILL && sig != SIGSTOP && sig != 32 && sig != 33)
+			if (signal(sig, SIG_DFL) == SIG_ERR)
+				return -errno;
+	sigemptyset(&none);
+	return sigprocmask(SIG_SETMASK, &none, NULL) < 0 ? -errno : 0;
+}
+
+/* The last steps before exec. Returns only when one of them failed. */
+static int become(const struct lp_birth *birth, int *report)
+{
+	static const char *const no_environment[] = { NULL };
+	int err;
+
+	if (birth->namespaces & CLONE_NEWPID) {
 		if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
 			return -errno;
 		if (mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0)
@@ -376,92 +412,115 @@ static int become(const char *const *argv, int exe_fd, int keep_fd, int keep_as,
 	}
 	if (setsid() < 0)
 		return -errno;
-	if (dup3(keep_fd, keep_as, 0) < 0)
-		return -errno;
-	if (dup3(exe_fd, keep_as + 1, O_CLOEXEC) < 0 || dup3(report, keep_as + 2, O_CLOEXEC) < 0)
-		return -errno;
-	if (syscall(SYS_close_range, 0, keep_as - 1, 0) < 0 || syscall(SYS_close_range, keep_as + 3, ~0U, 0) < 0)
-		return -errno;
-	for (int sig = 1; sig <= 64; sig++) /* dispositions of ours must not be inherited */
-		if (sig != SIGKILL && sig != SIGSTOP && sig != 32 && sig != 33)
-			if (signal(sig, SIG_DFL) == SIG_ERR)
-				return -errno;
-	sigemptyset(&none);
-	if (sigprocmask(SIG_SETMASK, &none, NULL) < 0)
-		return -errno;
-	syscall(SYS_execveat, keep_as + 1, "", argv, no_environment, AT_EMPTY_PATH);
+	err = arrange_descriptors(birth, report);
+	if (err == 0)
+		err = forget_signals();
+	if (err < 0)
+		return err;
+	syscall(SYS_execveat, birth->keep_as + 1, "", birth->argv, no_environment, AT_EMPTY_PATH);
 	return -errno;
 }
 
-static void report_and_exit(int report, int err)
+static void report_and_exit(int report, int32_t message)
 {
-	ssize_t got = write(report, &err, sizeof(err));
+	ssize_t got = write(report, &message, sizeof(message));
 
-	_exit(got == sizeof(err) ? 1 : 2);
+	_exit(got == sizeof(message) ? 0 : 1);
+}
+
+/* `keep_as` may lie above our soft limit. */
+static int raise_descriptor_limit(void)
+{
+	struct rlimit limit;
+
+	if (getrlimit(RLIMIT_NOFILE, &limit) < 0)
+		return -errno;
+	limit.rlim_cur = limit.rlim_max;
+	return setrlimit(RLIMIT_NOFILE, &limit) < 0 ? -errno : 0;
 }
 
 /* The middle process: it moves its children into the new namespaces and goes; CLONE_PARENT makes the nursery
  * the caller's own child. */
-static void middle(const char *const *argv, int exe_fd, int keep_fd, int keep_as, uint64_t namespaces,
-		   const char *timens_offsets, int report)
+static void middle(const struct lp_birth *birth, int report)
 {
+	int err = raise_descriptor_limit();
 	long pid;
 
-	if (namespaces && unshare((int)namespaces) < 0)
-		report_and_exit(report, -errno);
-	if (timens_offsets) {
-		int err = write_text("/proc/self/timens_offsets", timens_offsets);
-
-		if (err < 0)
-			report_and_exit(report, err);
-	}
+	if (err == 0 && birth->namespaces && unshare((int)birth->namespaces) < 0)
+		err = -errno;
+	if (err == 0 && birth->timens_offsets)
+		err = write_text("/proc/self/timens_offsets", birth->timens_offsets);
+	if (err < 0)
+		report_and_exit(report, err);
 	pid = syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
 	if (pid < 0)
 		report_and_exit(report, -errno);
-	if (pid == 0)
-		report_and_exit(report, become(argv, exe_fd, keep_fd, keep_as, report + 0, namespaces));
-	report_and_exit(report, (int)pid);
+	if (pid == 0) {
+		err = become(birth, &report);
+		report_and_exit(report, err);
+	}
+	report_and_exit(report, (int32_t)pid);
+}
+
+/* Reads what the middle process and its child report, in either order, up to the end of file: exec has closed
+ * the pipe, or both have ended. Returns the first error, else 0; `nursery` is the child's pid, 0 without one. */
+static int read_reports(int report, long *nursery)
+{
+	int err = 0;
+	int32_t message;
+
+	*nursery = 0;
+	for (;;) {
+		ssize_t got = read(report, &message, sizeof(message));
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got < 0)
+			return -errno;
+		if (got != sizeof(message))
+			return err < 0 || *nursery ? err : -EIO;
+		if (message > 0)
+			*nursery = message;
+		else if (err == 0)
+			err = message;
+	}
+}
+
+static void reap(long pid)
+{
+	while (waitpid((pid_t)pid, NULL, __WALL) < 0 && errno == EINTR)
+		continue;
 }
 
 /* Starts the executable `exe_fd` as a child of the caller in new `namespaces` (CLONE_NEW* bits), with an empty
  * environment and no descriptor but `keep_fd` as number `keep_as`. Returns its pid once exec has happened. */
-long lp_spawn(const char *const *argv, int exe_fd, int keep_fd, int keep_as, uint64_t namespaces,
-	      const char *timens_offsets, int *pidfd)
+long lp_spawn(const struct lp_birth *birth, int *pidfd)
 {
-	int report[2], status, err = 0;
-	long pid, nursery = 0;
-	ssize_t got;
+	int report[2], err;
+	long pid, nursery;
 
 	if (pipe2(report, O_CLOEXEC) < 0)
 		return -errno;
 	pid = fork();
-	if (pid < 0) {
-		err = -errno;
-		close(report[0]);
-		close(report[1]);
-		return err;
-	}
+	err = pid < 0 ? -errno : 0;
 	if (pid == 0)
-		middle(argv, exe_fd, keep_fd, keep_as, namespaces, timens_offsets, report[1]);
+		middle(birth, report[1]);
 	close(report[1]);
-	/* A negative number is an error; the pid is seen from the middle process, which shares our pid
-	 * namespace; end of file means that exec closed the pipe. */
-	while ((got = read(report[0], &err, sizeof(err))) == sizeof(err)) {
-		if (err < 0)
-			break;
-		nursery = err;
-		err = 0;
-	}
+	if (err == 0)
+		err = read_reports(report[0], &nursery);
 	close(report[0]);
-	if (waitpid((pid_t)pid, &status, 0) < 0 && err == 0)
-		err = -errno;
-	if (err == 0 && (got != 0 || nursery == 0))
-		err = -EIO;
-	if (err < 0) {
-		if (nursery > 0)
-			waitpid((pid_t)nursery, &status, __WALL);
+	if (pid < 0)
 		return err;
+	reap(pid);
+	if (err == 0) {
+		*pidfd = (int)syscall(SYS_pidfd_open, nursery, 0);
+		if (*pidfd >= 0)
+			return nursery;
+		err = -errno;
 	}
-	*pidfd = (int)syscall(SYS_pidfd_open, nursery, 0);
-	return *pidfd < 0 ? -errno : nursery;
+	if (nursery > 0) {
+		kill((pid_t)nursery, SIGKILL);
+		reap(nursery);
+	}
+	return err;
 }

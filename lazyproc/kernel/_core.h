@@ -14,38 +14,57 @@ struct lp_row {
 	int64_t result;
 };
 
-/* One thread that runs a program: rows at `rows` (an address in the tracee), dead man's frame at `frame`. */
+/* One thread that runs a program: rows at `rows`, code that takes it home at `home` (addresses in the tracee). */
 struct lp_job {
 	int32_t tid;
 	int32_t signal; /* ends the program, see remote.py */
 	uint64_t entry; /* address of lp_loop in the tracee */
-	uint64_t frame;
+	uint64_t home;
 	uint64_t rows;
 	uint64_t count;
-	int32_t status; /* out: 0, or a negative errno, or the wait status of an unexpected end */
-	int32_t foreign; /* out: how often `signal` came from elsewhere and has to be sent again */
+	int32_t error; /* out: 0 or a negative errno */
+	int32_t stop_again; /* out: 1 when a SIGSTOP came meanwhile and has to be sent again */
+	int32_t foreign[2]; /* out: 1 when `signal` came from elsewhere, to the process [0], to the thread [1] */
+	uint8_t siginfo[2][128];
+};
+
+/* A stopped thread as ptrace(2) shows it. */
+struct lp_thread {
+	int32_t tid;
+	int32_t error; /* out: 0 or a negative errno */
+	uint64_t registers[27]; /* user_regs_struct */
+	uint64_t blocked;
+	uint64_t rseq_addr; /* 0: not registered */
+	uint32_t rseq_size, rseq_signature;
+	uint64_t robust_list, robust_list_len;
+	uint64_t xsave_size; /* bytes of the NT_X86_XSTATE area */
+};
+
+/* How the nursery is started. */
+struct lp_birth {
+	const char *const *argv;
+	const char *timens_offsets; /* of a new time namespace, or NULL */
+	uint64_t namespaces;
+	int32_t exe_fd, keep_fd, keep_as;
 };
 
 long lp_syscall(long nr, long a, long b, long c, long d, long e, long f);
 long lp_ptrace(long request, int pid, uint64_t addr, uint64_t data);
 long lp_wait(int tid, int *status, int timeout_ms);
+long lp_look(struct lp_thread *threads, size_t count, uint8_t *xsave, size_t xsave_max);
 long lp_run(struct lp_job *jobs, size_t count);
 long lp_step(int tid, const void *regs, int64_t *result);
-long lp_frame(uint8_t *out, size_t size, uint64_t addr, const void *regs, const uint8_t *xsave,
-	      size_t xsave_size, uint64_t blocked);
-long lp_xsave_size(uint64_t features);
+long lp_step_interrupted(int tid, const void *regs, int64_t *result);
 long lp_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded,
 		     uint64_t anyof, void *regions, size_t count, uint64_t *walked);
-long lp_spawn(const char *const *argv, int exe_fd, int keep_fd, int keep_as, uint64_t namespaces,
-	      const char *timens_offsets, int *pidfd);
+long lp_spawn(const struct lp_birth *birth, int *pidfd);
 int lp_cpuid(uint32_t leaf, uint32_t sub, uint32_t out[4]);
 
 /* Position-independent code that runs in tracees: offsets into the blob. */
 const uint8_t *lp_blob(size_t *size);
-size_t lp_blob_loop(void);    /* runs rows r12, count r13, ends by signal r15, then rt_sigreturn at rsp */
+size_t lp_blob_loop(void);    /* runs rows r12, count r13, ends by signal r15, then goes home to r14 */
+size_t lp_blob_syscall(void); /* its `syscall` instruction */
 size_t lp_blob_ended(void);   /* where ip is when the signal of the loop's end is delivered */
-size_t lp_blob_stub(void);    /* one syscall, then rt_sigreturn at rsp */
-size_t lp_blob_stub_end(void);
 size_t lp_blob_nursery(void); /* waits for its tracer */
 size_t lp_blob_reap(void);    /* reaps children until none is left, exits like the child in r12 */
 

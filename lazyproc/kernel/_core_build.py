@@ -8,28 +8,33 @@ HERE = Path("lazyproc/kernel")
 
 ffi = FFI()
 ffi.cdef("""
-struct lp_row { int64_t nr; int64_t args[6]; int64_t result; };
 struct lp_job {
-    int32_t tid; int32_t signal; uint64_t entry; uint64_t frame; uint64_t rows; uint64_t count;
-    int32_t status; int32_t foreign;
+    int32_t tid; int32_t signal; uint64_t entry; uint64_t home; uint64_t rows; uint64_t count;
+    int32_t error; int32_t stop_again; int32_t foreign[2]; uint8_t siginfo[2][128];
+};
+struct lp_thread {
+    int32_t tid; int32_t error; uint64_t registers[27]; uint64_t blocked; uint64_t rseq_addr;
+    uint32_t rseq_size; uint32_t rseq_signature; uint64_t robust_list; uint64_t robust_list_len;
+    uint64_t xsave_size;
+};
+struct lp_birth {
+    const char *const *argv; const char *timens_offsets; uint64_t namespaces;
+    int32_t exe_fd; int32_t keep_fd; int32_t keep_as;
 };
 long lp_syscall(long nr, long a, long b, long c, long d, long e, long f);
 long lp_ptrace(long request, int pid, uint64_t addr, uint64_t data);
 long lp_wait(int tid, int *status, int timeout_ms);
+long lp_look(struct lp_thread *threads, size_t count, uint8_t *xsave, size_t xsave_max);
 long lp_run(struct lp_job *jobs, size_t count);
 long lp_step(int tid, const void *regs, int64_t *result);
-long lp_frame(uint8_t *out, size_t size, uint64_t addr, const void *regs, const uint8_t *xsave,
-              size_t xsave_size, uint64_t blocked);
-long lp_xsave_size(uint64_t features);
+long lp_step_interrupted(int tid, const void *regs, int64_t *result);
 long lp_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded,
                      uint64_t anyof, void *regions, size_t count, uint64_t *walked);
-long lp_spawn(const char *const *argv, int exe_fd, int keep_fd, int keep_as, uint64_t namespaces,
-              const char *timens_offsets, int *pidfd);
+long lp_spawn(const struct lp_birth *birth, int *pidfd);
 int lp_cpuid(uint32_t leaf, uint32_t sub, uint32_t *out);
 const uint8_t *lp_blob(size_t *size);
 size_t lp_blob_loop(void);
-size_t lp_blob_stub(void);
-size_t lp_blob_stub_end(void);
+size_t lp_blob_syscall(void);
 size_t lp_blob_nursery(void);
 size_t lp_blob_reap(void);
 """)

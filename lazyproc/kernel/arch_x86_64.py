@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 
 from lazyproc.model import PAGE, Registers
@@ -10,6 +11,7 @@ REGISTERS = struct.Struct("<27Q")  # user_regs_struct
 TASK_SIZE = (1 << 47) - PAGE
 RED_ZONE = 128  # bytes below the stack pointer that belong to the function (System V ABI)
 SYSCALL_INSTRUCTION = b"\x0f\x05"
+USER_CS = 0x33  # __USER_CS, 64-bit code
 MASK64 = (1 << 64) - 1
 
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
@@ -17,23 +19,22 @@ EINTR = 4
 
 # arch/x86/entry/syscalls/syscall_64.tbl
 SYS = {
+    "close": 3,
+    "poll": 7,
     "mmap": 9,
     "mprotect": 10,
     "munmap": 11,
     "brk": 12,
     "rt_sigaction": 13,
-    "rt_sigprocmask": 14,
-    "ioctl": 16,
     "madvise": 28,
     "shmat": 30,
-    "dup": 32,
+    "nanosleep": 35,
     "getitimer": 36,
     "setitimer": 38,
+    "getpid": 39,
     "recvmsg": 47,
     "listen": 50,
-    "exit": 60,
     "fcntl": 72,
-    "chdir": 80,
     "fchdir": 81,
     "umask": 95,
     "setpgid": 109,
@@ -47,46 +48,34 @@ SYS = {
     "rt_sigqueueinfo": 129,
     "sigaltstack": 131,
     "personality": 135,
-    "setpriority": 141,
-    "sched_setscheduler": 144,
-    "mlock": 149,
     "prctl": 157,
     "arch_prctl": 158,
-    "setrlimit": 160,
     "chroot": 161,
     "gettid": 186,
-    "io_setup": 206,
+    "futex": 202,
     "set_tid_address": 218,
+    "restart_syscall": 219,
     "timer_create": 222,
     "timer_settime": 223,
     "timer_gettime": 224,
     "timer_getoverrun": 225,
-    "timer_delete": 226,
+    "clock_nanosleep": 230,
+    "exit_group": 231,
+    "epoll_wait": 232,
     "epoll_ctl": 233,
-    "open": 2,
-    "close": 3,
-    "shmdt": 67,
     "set_robust_list": 273,
-    "mlock2": 325,
+    "epoll_pwait": 281,
     "dup3": 292,
     "rt_tgsigqueueinfo": 297,
     "seccomp": 317,
     "userfaultfd": 323,
+    "mlock2": 325,
     "rseq": 334,
-    "close_range": 436,
     "clone3": 435,
-    "exit_group": 231,
-    "waitid": 247,
-    "restart_syscall": 219,
-    "nanosleep": 35,
-    "clock_nanosleep": 230,
-    "poll": 7,
-    "futex": 202,
-    "epoll_wait": 232,
-    "epoll_pwait": 281,
+    "close_range": 436,
     "epoll_pwait2": 441,
 }
-SLEEPS_OF_EPOLL = {SYS["epoll_wait"], SYS["epoll_pwait"], SYS["epoll_pwait2"]}
+SLEEPS_OF_EPOLL = frozenset((SYS["epoll_wait"], SYS["epoll_pwait"], SYS["epoll_pwait2"]))
 
 ARCH_MAP_VDSO_64 = 0x2003
 
@@ -131,14 +120,93 @@ def number_in_code(code: bytes) -> int | None:
     return int.from_bytes(code[1:5], "little")
 
 
-def rewind(registers: Registers) -> Registers:
-    """Registers that make the interrupted call again when the thread runs."""
+def rewind(registers: Registers, nr: int | None = None) -> Registers:
+    """Registers that make the interrupted call again when the thread runs, or call `nr` in its place."""
     return registers._replace(
-        ax=registers.orig_ax, ip=registers.ip - len(SYSCALL_INSTRUCTION), orig_ax=MASK64
+        ax=registers.orig_ax if nr is None else nr,
+        ip=registers.ip - len(SYSCALL_INSTRUCTION),
+        orig_ax=MASK64,
     )
 
 
-def calling(registers: Registers, ip: int, sp: int, nr: int, args: tuple[int, ...]) -> Registers:
-    """Registers that make one system call at the `syscall` instruction `ip`; segments are kept from `registers`."""
+def calling(registers: Registers, ip: int, nr: int, args: tuple[int, ...]) -> Registers:
+    """Registers that make one system call at the `syscall` instruction `ip`; all others are kept."""
     di, si, dx, r10, r8, r9 = (*(arg & MASK64 for arg in args), 0, 0, 0, 0, 0, 0)[:6]
-    return registers._replace(ip=ip, sp=sp, ax=nr, orig_ax=MASK64, di=di, si=si, dx=dx, r10=r10, r8=r8, r9=r9)
+    return registers._replace(ip=ip, ax=nr, orig_ax=MASK64, di=di, si=si, dx=dx, r10=r10, r8=r8, r9=r9)
+
+
+def is_64bit(registers: Registers) -> bool:
+    return registers.cs == USER_CS
+
+
+# --- the way home ----------------------------------------------------------------------------------------------
+
+_LOADS = {  # movabs $imm64, %register
+    "ax": b"\x48\xb8",
+    "cx": b"\x48\xb9",
+    "dx": b"\x48\xba",
+    "bx": b"\x48\xbb",
+    "si": b"\x48\xbe",
+    "di": b"\x48\xbf",
+    "r8": b"\x49\xb8",
+    "r9": b"\x49\xb9",
+    "r10": b"\x49\xba",
+    "r11": b"\x49\xbb",
+    "r12": b"\x49\xbc",
+    "r13": b"\x49\xbd",
+    "r14": b"\x49\xbe",
+    "r15": b"\x49\xbf",
+}
+_RT_SIGPROCMASK, _SIG_SETMASK = 14, 2
+_CF_TO_SF, _OF = 0xD5, 0x800  # carry, parity, adjust, zero, sign; overflow
+
+
+def way_home(registers: Registers, blocked: int) -> bytes:
+    """Code that gives a thread these registers and this signal mask, and goes on at registers.ip.
+
+    It neither uses the stack nor changes sp and bp, which it expects to be the thread's own; vector state is not
+    touched. A system call that was interrupted is continued, a sleep to its own deadline: no signal frame is
+    returned from, so the kernel's restart block is still there.
+    """
+    return b"".join(fixed + varying for fixed, varying in _way_home(continued(registers), blocked))
+
+
+def continued(registers: Registers) -> Registers:
+    """The same, with an interrupted system call made again as the kernel itself would (arch/x86/kernel/signal.c)."""
+    code = restart_code(registers)
+    if not code:
+        return registers
+    return rewind(registers, SYS["restart_syscall"] if code == ERESTART_RESTARTBLOCK else None)
+
+
+def _way_home(registers: Registers, blocked: int) -> list[tuple[bytes, bytes]]:
+    """Instructions as (what is always the same, what varies)."""
+    overflow = 0x7F if registers.flags & _OF else 0
+    no_old_mask_8_bytes = b"\xba\0\0\0\0" + b"\x41\xba\x08\0\0\0"  # mov $0, %edx; mov $8, %r10d
+    after = [
+        (no_old_mask_8_bytes + SYSCALL_INSTRUCTION, b""),
+        # mov $flags:overflow, %eax; add $1, %al, which overflows from 0x7f only; sahf sets the other flags
+        (b"\xb8", struct.pack("<BBH", overflow, registers.flags & _CF_TO_SF, 0)),
+        (b"\x04\x01" + b"\x9e", b""),
+        *((code, struct.pack("<Q", getattr(registers, name))) for name, code in _LOADS.items()),
+        (b"\xff\x25\0\0\0\0", struct.pack("<Q", registers.ip)),  # jmp *(%rip)
+    ]
+    mask = sum(len(fixed) + len(varying) for fixed, varying in after)
+    return [
+        (b"\xb8" + struct.pack("<I", _RT_SIGPROCMASK), b""),  # mov $nr, %eax
+        (b"\xbf" + struct.pack("<I", _SIG_SETMASK), b""),  # mov $how, %edi
+        (b"\x48\x8d\x35" + struct.pack("<i", mask), b""),  # lea mask(%rip), %rsi
+        *after,
+        (b"", struct.pack("<Q", blocked)),
+    ]
+
+
+def _pattern() -> re.Pattern[bytes]:
+    parts = _way_home(Registers(*[0] * len(Registers._fields)), 0)
+    return re.compile(
+        b"".join(re.escape(fixed) + b".{%d}" % len(varying) for fixed, varying in parts), re.DOTALL
+    )
+
+
+HOME_SIZE = len(way_home(Registers(*[0] * len(Registers._fields)), 0))
+HOME = _pattern()  # matches any way home, whosever it was

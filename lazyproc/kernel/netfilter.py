@@ -15,7 +15,7 @@ import socket
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from lazyproc.errors import HostLacks, PermissionDenied
 
@@ -96,14 +96,39 @@ def release(table: str) -> None:
     _nft(f"add table inet {table}\ndelete table inet {table}\n")
 
 
+class Hold:
+    """A growing set of flows that are held back until `release`, or the end of the context."""
+
+    def __init__(self, session: str) -> None:
+        self._session = session
+        self._flows: frozenset[Flow] = frozenset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.release()
+
+    def add(self, flows: Iterable[Flow]) -> None:
+        """Hold these back too. nft(8) costs 15-25 ms, so it is called only for flows that are new."""
+        wanted = self._flows.union(flows)
+        if wanted != self._flows:
+            hold(self._session, wanted)
+            self._flows = wanted
+
+    def release(self) -> None:
+        """Let everything through again."""
+        if self._flows:
+            release(PREFIX + self._session)
+            self._flows = frozenset()
+
+
 @contextmanager
 def held(session: str, flows: Iterable[Flow]) -> Iterator[str]:
     """`hold` for the length of a block."""
-    table = hold(session, flows)
-    try:
-        yield table
-    finally:
-        release(table)
+    with Hold(session) as kept:
+        kept.add(flows)
+        yield PREFIX + session
 
 
 def leftovers() -> list[str]:

@@ -75,17 +75,22 @@ class Nursery:
         self.tracee.detach()
 
 
-def _spawn(transport: socket.socket, transport_fd: int, *, pidns: bool, timens: str | None) -> tuple[int, int]:
+def _spawn(
+    transport: socket.socket, transport_fd: int, *, pidns: bool, timens: str | None
+) -> tuple[int, int]:
+    """Start it: its pid and a pidfd. HostLacks."""
     image = os.memfd_create("lazyproc-nursery", os.MFD_CLOEXEC)
     try:
         os.write(image, elf())
-        namespaces = (CLONE_NEWPID | CLONE_NEWNS if pidns else 0) | (CLONE_NEWTIME if timens is not None else 0)
-        argv = ffi.new("const char *[2]", [name := ffi.new("char[]", b"lazyproc-nursery"), ffi.NULL])
-        offsets = ffi.new("char[]", timens.encode()) if timens is not None else ffi.NULL
+        name = ffi.new("char[]", b"lazyproc-nursery")
+        argv = ffi.new("const char *[2]", [name, ffi.NULL])
+        birth = ffi.new("struct lp_birth *")
+        birth.argv, birth.exe_fd, birth.keep_fd, birth.keep_as = argv, image, transport.fileno(), transport_fd
+        birth.namespaces = (CLONE_NEWPID | CLONE_NEWNS if pidns else 0) | (CLONE_NEWTIME if timens else 0)
+        offsets = ffi.new("char[]", (timens or "").encode())  # cffi frees what no name of ours refers to
+        birth.timens_offsets = offsets if timens else ffi.NULL
         pidfd = ffi.new("int *")
-        pid = check(lib.lp_spawn(argv, image, transport.fileno(), transport_fd, namespaces, offsets, pidfd))
-        del name
-        return pid, int(pidfd[0])
+        return check(lib.lp_spawn(birth, pidfd)), int(pidfd[0])
     except OSError as error:
         raise HostLacks(
             f"could not start the nursery: {error.strerror}",

@@ -1,22 +1,22 @@
 """System calls inside a tracee: one at a time, or as a program of many run in one stop.
 
-A *bench* is a spare mapping in the tracee: one page of code (a loop that walks a table of calls) and a data area
-(tables, arguments, results, one signal frame per thread). Whatever a thread runs there ends in rt_sigreturn from
-its frame, so that a tracer killed at any instruction leaves the thread with its own registers, vector state and
-mask, and the process with at worst one spare mapping. While the tracer lives, the end of a program is a signal
-(not a trap: a forced SIGTRAP would reset the process's own action) that stops the thread and is swallowed.
+A *bench* is a spare mapping in the tracee: code (a loop that walks a table of calls, and each thread's way home)
+and a data area (tables, arguments, results). A program uses no stack and leaves the stack pointer alone; it ends by
+a signal, not by a trap: a forced SIGTRAP would reset the process's own action. While the tracer lives, the signal
+stops the thread and is swallowed. Were the tracer killed, at any instruction, the signal is ignored and the thread
+goes home by itself: code that loads its own mask and registers and jumps back (docs/adr/0001-remote-programs.md).
 
-The bench itself is mapped by a *stub*: `syscall; rt_sigreturn` in the zero padding behind the vdso's code, with its
-frame in dead stack. Both places are put back afterwards.
+The bench itself is mapped by a *stub*: `syscall` and the way home, in the zero padding behind the vdso's code.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import signal
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,15 +25,13 @@ from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel._core import ffi, lib
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.proc import MapsEntry
-from lazyproc.kernel.tracee import Memory, Tracee
+from lazyproc.kernel.tracee import Memory, State, Tracee
 from lazyproc.model import PAGE, Registers
 
 MAP_FIXED_NOREPLACE = 0x100000
 MAY_FAIL = 1 << 32
 ROW = struct.Struct("<q6Qq")
-FRAME_SIZE = 16384  # a signal frame with AMX state is 12.4 KiB
 STACK_GAP = 1 << 20  # kernel's stack_guard_gap: 256 pages
-ENTER_MS = 1000
 ENDINGS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default
 
 
@@ -45,7 +43,9 @@ def _blob() -> bytes:
 
 BLOB = _blob()
 LOOP = int(lib.lp_blob_loop())
-STUB = BLOB[lib.lp_blob_stub() : lib.lp_blob_stub_end()]
+SYSCALL = int(lib.lp_blob_syscall())  # a `syscall` instruction in the blob
+HOME_ALIGN = 16
+HOME_ROOM = -(-arch.HOME_SIZE // HOME_ALIGN) * HOME_ALIGN
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +55,6 @@ class Call:
     name: str
     args: tuple[int, ...] = ()
     may_fail: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A thread as it was frozen."""
-
-    registers: Registers
-    xsave: bytes
-    blocked: int
-
-
-def save(tracee: Tracee) -> Saved:
-    return Saved(tracee.registers(), tracee.xsave(), tracee.blocked())
-
-
-def put_back(tracee: Tracee, saved: Saved) -> None:
-    """Registers and mask as they were. Vector state is untouched by a program, which is integer code only."""
-    tracee.set_registers(saved.registers)
-    tracee.set_blocked(saved.blocked)
 
 
 def ending_signal(caught: int, pending: int) -> int:
@@ -102,14 +83,19 @@ def find_hole(maps: Sequence[tuple[int, int]], size: int) -> int:
 
 @dataclass(slots=True)
 class Bench:
-    """Code and data mapped into a tracee, and programs run there."""
+    """Code and data mapped into a tracee, and programs run there.
+
+    `homes` are the addresses of the threads' ways home, by tid; a process that dies with its tracer needs none.
+    """
 
     memory: Memory
     code: int  # address of the blob
     data: int  # address of the data area
     size: int  # bytes of the data area
     ending: int
+    homes: Mapping[int, int] = field(default_factory=dict)
     _image: bytearray = field(default_factory=bytearray)
+    _after: bytes = b""
 
     def place(self, content: bytes, align: int = 16) -> int:
         """Put bytes (or room for results) into the data area; the address is valid until the next run."""
@@ -118,7 +104,7 @@ class Bench:
         self._image += content
         if len(self._image) > self.size:
             raise TraceeError(
-                f"program of {len(self._image)} bytes is larger than the bench",
+                f"a program of {len(self._image)} bytes is larger than the bench",
                 where=f"{addr:#x}",
                 remedy="report it",
             )
@@ -127,227 +113,243 @@ class Bench:
     def room(self, length: int, align: int = 16) -> int:
         return self.place(bytes(length), align)
 
-    def run(self, tracee: Tracee, calls: Sequence[Call], frame: int | None = None) -> list[int]:
-        """Run one thread's program; the results in order. TraceeError names the first call that failed."""
-        return self.run_all([(tracee, calls, frame)])[0]
+    def read(self, addr: int, length: int) -> bytes:
+        """What the last run left at a place of its own."""
+        return self._after[addr - self.data : addr - self.data + length]
 
-    def run_all(self, programs: Sequence[tuple[Tracee, Sequence[Call], int | None]]) -> list[list[int]]:
-        """Run the programs of several threads at the same time, each with its dead man's frame (None: it has none)."""
+    def run(self, tracee: Tracee, calls: Sequence[Call]) -> list[int]:
+        """Run one thread's program; the results in order. TraceeError names the first call that failed."""
+        return self.run_all([(tracee, calls)])[0]
+
+    def run_all(self, programs: Sequence[tuple[Tracee, Sequence[Call]]]) -> list[list[int]]:
+        """Run the programs of several threads at the same time.
+
+        A signal that arrives meanwhile stays pending with what came along with it.
+        """
         jobs = ffi.new("struct lp_job[]", len(programs))
-        tables = []
-        for job, (tracee, calls, frame) in zip(jobs, programs, strict=True):
-            table = b"".join(_row(call) for call in calls)
-            tables.append((self.place(table), len(table)))
-            job.tid, job.signal, job.entry = tracee.tid, self.ending, self.code + LOOP
-            job.frame, job.rows, job.count = frame or self.data, tables[-1][0], len(calls)
+        for job, (tracee, calls) in zip(jobs, programs, strict=True):
+            job.tid, job.signal, job.count = tracee.tid, self.ending, len(calls)
+            job.entry, job.home = self.code + LOOP, self.homes.get(tracee.tid, 0)
+            job.rows = self.place(b"".join([_row(call) for call in calls]))
         self.memory.write(self.data, bytes(self._image))
-        self._image.clear()
         failed = int(lib.lp_run(jobs, len(programs)))
-        self._resend(jobs)
+        self._after = self.memory.read(self.data, len(self._image))
+        self._image.clear()
         if failed < 0:
             raise _ended_badly(jobs)
-        return [
-            _results(tracee, calls, self.memory.read(addr, length))
-            for (tracee, calls, _), (addr, length) in zip(programs, tables, strict=True)
+        results = [
+            _results(tracee, calls, self.read(job.rows, ROW.size * len(calls)))
+            for job, (tracee, calls) in zip(jobs, programs, strict=True)
         ]
+        self._send_again([tracee for tracee, _ in programs], jobs)
+        return results
 
-    def _resend(self, jobs: Sequence[ffi.CData]) -> None:
-        """The ending signal that somebody else sent during the program was swallowed: send it again."""
-        for job in jobs:
-            if job.foreign:
-                os.kill(job.tid, self.ending)
+    def _send_again(self, tracees: Sequence[Tracee], jobs: Sequence[ffi.CData]) -> None:
+        """Make pending again what was swallowed: SIGSTOP, and the ending signal when it came from elsewhere."""
+        after = self._after
+        for tracee, job in zip(tracees, jobs, strict=True):
+            if job.stop_again:
+                os.kill(tracee.tid, signal.SIGSTOP)
+            if job.foreign[0]:
+                self._queue_again(tracees[0], bytes(job.siginfo[0]), to_process=True)
+            if job.foreign[1]:
+                self._queue_again(tracee, bytes(job.siginfo[1]), to_process=False)
+        self._after = after
+
+    def _queue_again(self, tracee: Tracee, siginfo: bytes, *, to_process: bool) -> None:
+        """Only the process itself can give a signal any sender, and to itself as a whole only its leader
+        (rt_sigqueueinfo(2)): so this is one more program, with another end.
+        """
+        sig = self.ending
+        self.ending = next(other for other in ENDINGS if other != sig)
+        try:
+            tgid, tid = self.run(tracee, [Call("getpid"), Call("gettid")])
+            info = self.place(siginfo)
+            if to_process and tgid == tid:
+                self.run(tracee, [Call("rt_sigqueueinfo", (tgid, sig, info))])
+            else:
+                self.run(tracee, [Call("rt_tgsigqueueinfo", (tgid, tid, sig, info))])
+        finally:
+            self.ending = sig
+
+
+_NO_ARGS = (0, 0, 0, 0, 0, 0)
 
 
 def _row(call: Call) -> bytes:
     nr = SYS[call.name] | (MAY_FAIL if call.may_fail else 0)
-    args = (*(arg & arch.MASK64 for arg in call.args), 0, 0, 0, 0, 0, 0)[:6]
-    return ROW.pack(nr, *args, 0)
+    args = [arg & arch.MASK64 for arg in call.args]
+    return ROW.pack(nr, *args, *_NO_ARGS[len(args) :], 0)
 
 
 def _results(tracee: Tracee, calls: Sequence[Call], table: bytes) -> list[int]:
     results = [row[7] for row in ROW.iter_unpack(table)]
     for call, result in zip(calls, results, strict=True):
         if -4096 < result < 0 and not call.may_fail:
-            args = ", ".join(f"{arg:#x}" for arg in call.args)
-            raise TraceeError(
-                f"{call.name}({args}) failed: {os.strerror(-result)}",
-                where=f"thread {tracee.tid}",
-                remedy="see dmesg",
-            )
+            raise _call_failed(tracee, call.name, call.args, result)
     return results
 
 
-def _ended_badly(jobs: Sequence[ffi.CData]) -> TraceeError | NoSuchProcess:
-    for job in jobs:
-        if job.status > 0 and not os.WIFSTOPPED(job.status):
-            return NoSuchProcess(
-                "ended during a remote program", where=f"thread {job.tid}", remedy="look why"
-            )
-        if job.status:
-            return TraceeError(
-                f"remote program ended with status {job.status:#x}",
-                where=f"thread {job.tid}",
-                remedy="report it",
-            )
-    raise AssertionError("a program failed and no job says so")
-
-
-def frame_bytes(saved: Saved, addr: int) -> bytes:
-    """The signal frame for `addr` from which rt_sigreturn resumes the thread as it was saved."""
-    out = ffi.new("uint8_t[]", FRAME_SIZE)
-    length = lib.lp_frame(
-        out,
-        FRAME_SIZE,
-        addr,
-        ffi.from_buffer(arch.pack_registers(saved.registers)),
-        ffi.from_buffer(saved.xsave),
-        len(saved.xsave),
-        saved.blocked,
+def _call_failed(tracee: Tracee, name: str, args: Sequence[int], result: int) -> TraceeError:
+    words = ", ".join(f"{arg:#x}" for arg in args)
+    return TraceeError(
+        f"{name}({words}) failed: {os.strerror(-result)}",
+        where=f"thread {tracee.tid}",
+        remedy=f"see {name}(2) and the limits of the process",
     )
-    if length < 0:
-        raise TraceeError(
-            f"no signal frame for {len(saved.xsave)} bytes of xsave: {os.strerror(-length)}",
-            where=f"{addr:#x}",
-            remedy="report it",
+
+
+_UNFINISHED = {
+    errno.ETIMEDOUT: "does not return",
+    errno.EFAULT: "ended in a fault",
+}
+
+
+def _unfinished(tid: int, error: int) -> TraceeError | NoSuchProcess:
+    """Why a remote call or program did not come to its end; `error` is a positive errno."""
+    if error in (errno.ESRCH, errno.ECHILD):
+        return NoSuchProcess(
+            "ended during a remote call",
+            where=f"thread {tid}",
+            remedy="see who killed it (dmesg, its parent)",
         )
-    return bytes(ffi.buffer(out, length))
+    why = _UNFINISHED.get(error, f"could not be made: {os.strerror(error)}")
+    return TraceeError(f"a remote call {why}", where=f"thread {tid}", remedy="report it")
 
 
-def step(tracee: Tracee, registers: Registers) -> int:
-    """Execute the one `syscall` instruction at registers.ip; the thread is at an event stop behind it."""
+def _ended_badly(jobs: Sequence[ffi.CData]) -> TraceeError | NoSuchProcess:
+    return next(_unfinished(job.tid, -job.error) for job in jobs if job.error < 0)
+
+
+def step(tracee: Tracee, registers: Registers, *, interrupted: bool = False) -> int:
+    """Execute the one `syscall` instruction at registers.ip; the thread is at an event stop behind it.
+
+    All its signals are blocked from then on. `interrupted`: as soon as it sleeps, so that a sleep returns
+    -ERESTART_RESTARTBLOCK with its restart block armed, and anything that needs no sleep its result.
+    """
     result = ffi.new("int64_t *")
-    failed = int(lib.lp_step(tracee.tid, ffi.from_buffer(arch.pack_registers(registers)), result))
-    if failed < 0:
-        raise TraceeError(
-            f"could not make a system call: {os.strerror(-failed)}",
-            where=f"thread {tracee.tid}",
-            remedy="report it",
-        )
+    run = lib.lp_step_interrupted if interrupted else lib.lp_step
+    done = int(run(tracee.tid, ffi.from_buffer(arch.pack_registers(registers)), result))
+    if done < 0:
+        raise _unfinished(tracee.tid, -done)
+    if done:
+        os.kill(tracee.tid, signal.SIGSTOP)
     return int(result[0])
 
 
 # --- a bench in a process that must survive us -------------------------------------------------------------------
 
 
-def _padding(maps: Sequence[MapsEntry], memory: Memory) -> int:
-    """An executable place for the stub whose bytes mean nothing: zeros at the end of the vdso or of a code segment."""
+def put_back(tracee: Tracee, state: State) -> None:
+    """Mask and registers as they were, in this order: between the two a dead tracer's thread is on its way home."""
+    tracee.set_blocked(state.blocked)
+    tracee.set_registers(state.registers)
+
+
+STUB_ROOM = len(arch.SYSCALL_INSTRUCTION) + arch.HOME_SIZE
+
+
+def _padding(maps: Sequence[MapsEntry], states: Sequence[State], memory: Memory) -> int:
+    """An executable place for the stub whose bytes mean nothing: zeros at the end of the vdso or of a code segment.
+
+    A stub that a killed tracer has left there, and that no thread stands in any more, means nothing either.
+    """
     executable = [m for m in maps if "x" in m.perms and m.path != "[vsyscall]"]
     for entry in sorted(executable, key=lambda m: m.path != "[vdso]"):
-        addr = entry.end - 64
-        if memory.read(addr, 64) == bytes(64):
+        addr = entry.end - STUB_ROOM
+        content = memory.read(addr, STUB_ROOM)
+        occupied = any(addr <= state.registers.ip < entry.end for state in states)
+        if not any(content) or (_is_stub(content) and not occupied):
             return addr
     raise TraceeError(
         "no executable padding for a remote call", where="process", remedy="report it with its maps"
     )
 
 
-def _dead_stack(maps: Sequence[MapsEntry], saved: Sequence[Saved]) -> int:
-    """Room for one frame below everything that lives on the main stack.
-
-    Below the red zone of the lowest stack pointer nothing lives (System V ABI); where no thread stands on the main
-    stack now (coroutines, an alternate stack), its lowest pages serve, which only the deepest recursion ever uses.
-    """
-    stack = next((m for m in maps if m.path == "[stack]"), None)
-    if stack is None:
-        raise TraceeError("has no [stack] mapping", where="process", remedy="report it with its maps")
-    pointers = [s.registers.sp for s in saved if stack.start <= s.registers.sp < stack.end]
-    if not pointers:
-        return stack.start
-    addr = (min(pointers) - arch.RED_ZONE - FRAME_SIZE) & ~63
-    if addr < stack.start:
-        raise TraceeError(
-            "its main stack is used to the last page",
-            where=f"{stack.start:#x}",
-            remedy="try again a moment later",
-        )
-    return addr
+def _is_stub(content: bytes) -> bool:
+    return content.startswith(arch.SYSCALL_INSTRUCTION) and bool(
+        arch.HOME.fullmatch(content, len(arch.SYSCALL_INSTRUCTION))
+    )
 
 
 @dataclass(slots=True)
 class _Stub:
-    """The one-call stub in a process, with what lay there before."""
+    """The one-call stub at `addr`, run by one thread."""
 
     tracee: Tracee
-    memory: Memory
-    saved: Saved
+    state: State
     addr: int
-    frame: int
-    before: tuple[bytes, bytes]
 
-    def call(self, name: str, *args: int) -> int:
-        registers = arch.calling(self.saved.registers, self.addr, self.frame + 8, SYS[name], args)
-        result = step(self.tracee, registers)
+    def call(self, name: str, *args: int) -> None:
+        result = step(self.tracee, arch.calling(self.state.registers, self.addr, SYS[name], args))
         if -4096 < result < 0:
-            raise TraceeError(
-                f"{name} failed: {os.strerror(-result)}",
-                where=f"pid {self.tracee.tid}",
-                remedy="see its limits",
-            )
-        return result
+            raise _call_failed(self.tracee, name, args, result)
 
 
 @contextmanager
 def _stub(
-    tracee: Tracee, memory: Memory, maps: Sequence[MapsEntry], saved: Sequence[Saved]
+    tracee: Tracee, states: Sequence[State], memory: Memory, maps: Sequence[MapsEntry]
 ) -> Iterator[_Stub]:
-    addr, frame = _padding(maps, memory), _dead_stack(maps, saved)
-    content = frame_bytes(saved[0], frame)
-    before = memory.read(addr, len(STUB)), memory.read(frame, len(content))
-    # The frame first: once the stub stands, a dead tracer's tracee may return through it.
-    memory.write(frame, content)
-    memory.write(addr, STUB)
-    tracee.set_blocked(arch.MASK64)
+    """`states` are those of all threads, the first one's being `tracee`'s."""
+    state, addr = states[0], _padding(maps, states, memory)
+    memory.write(addr, arch.SYSCALL_INSTRUCTION + arch.way_home(state.registers, state.blocked))
     try:
-        yield _Stub(tracee, memory, saved[0], addr, frame, before)
+        yield _Stub(tracee, state, addr)
     finally:
-        put_back(tracee, saved[0])
-        memory.write(addr, before[0])
-        memory.write(frame, before[1])
+        put_back(tracee, state)
+        memory.write(addr, bytes(STUB_ROOM))
 
 
 @contextmanager
 def borrowed(
     tracees: Sequence[Tracee],
+    states: Sequence[State],
     memory: Memory,
     maps: Sequence[MapsEntry],
     *,
     ending: int,
     size: int = 1 << 18,
-) -> Iterator[tuple[Bench, list[Saved], list[int]]]:
-    """Borrow a frozen process: a bench in it, its threads' saved state and dead man's frames (in their order).
+) -> Iterator[Bench]:
+    """Borrow a frozen process, whose threads are in these states (the leader's first): a bench in it.
 
-    On leaving everything is as it was: mapping gone, registers and masks back. `tracees[0]` is the leader.
+    On leaving everything is as it was: mapping gone, registers and masks back.
     """
-    saved = [save(tracee) for tracee in tracees]
-    frames_size = FRAME_SIZE * len(tracees)
-    hole = find_hole([(m.start, m.end) for m in maps], PAGE + frames_size + size)
-    with _stub(tracees[0], memory, maps, saved) as stub:
+    _refuse_32bit(tracees, states)
+    code = len(BLOB) + -len(BLOB) % HOME_ALIGN + HOME_ROOM * len(tracees)
+    code_size = (code + PAGE - 1) & -PAGE
+    hole = find_hole([(m.start, m.end) for m in maps], code_size + size)
+    with _stub(tracees[0], states, memory, maps) as stub:
         # Two mappings, since a process may forbid itself memory that is writable and executable (PR_SET_MDWE).
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
-        stub.call("mmap", hole, PAGE, mmap.PROT_READ | mmap.PROT_EXEC, flags, -1, 0)
+        stub.call("mmap", hole, code_size, mmap.PROT_READ | mmap.PROT_EXEC, flags, -1, 0)
         try:
-            stub.call("mmap", hole + PAGE, frames_size + size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-            frames = [hole + PAGE + FRAME_SIZE * index for index in range(len(tracees))]
-            memory.write(hole, BLOB)
-            for state, frame in zip(saved, frames, strict=True):
-                memory.write(frame, frame_bytes(state, frame))
-            yield Bench(memory, hole, hole + PAGE + frames_size, size, ending), saved, frames
+            stub.call("mmap", hole + code_size, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+            homes = _write_code(hole, tracees, states, memory)
+            yield Bench(memory, hole, hole + code_size, size, ending, homes)
         finally:
             # Others first: until they are put back their way home leads through the bench.
-            for tracee, state in zip(tracees[1:], saved[1:], strict=True):
+            for tracee, state in zip(tracees[1:], states[1:], strict=True):
                 put_back(tracee, state)
-            stub.call("munmap", hole, PAGE + frames_size + size)
+            stub.call("munmap", hole, code_size + size)
 
 
-def enter_and_interrupt(tracee: Tracee, registers: Registers) -> int:
-    """Make the system call at registers.ip and interrupt it at once; what it left in ax, as an unsigned number.
+def _refuse_32bit(tracees: Sequence[Tracee], states: Sequence[State]) -> None:
+    for tracee, state in zip(tracees, states, strict=True):
+        if not arch.is_64bit(state.registers):
+            raise TraceeError(
+                "runs 32-bit code", where=f"thread {tracee.tid}", remedy="use a 64-bit build of the program"
+            )
 
-    The interrupt is already pending when the call begins to sleep, so a sleep returns -ERESTART_RESTARTBLOCK with
-    its restart block armed, and anything that needs no sleep returns its result.
-    """
-    tracee.set_registers(registers)
-    tracee.to_syscall_entry()
-    tracee.interrupt()
-    tracee.cont()
-    tracee.wait_stop(ENTER_MS)
-    return tracee.registers().ax
+
+def _write_code(
+    at: int, tracees: Sequence[Tracee], states: Sequence[State], memory: Memory
+) -> dict[int, int]:
+    """The blob and each thread's way home; the addresses of these, by tid."""
+    code = bytearray(BLOB)
+    homes = {}
+    for tracee, state in zip(tracees, states, strict=True):
+        code += bytes(-len(code) % HOME_ALIGN)
+        homes[tracee.tid] = at + len(code)
+        code += arch.way_home(state.registers, state.blocked)
+    memory.write(at, bytes(code))
+    return homes

@@ -26,6 +26,7 @@ ReadMemory = Callable[[int, int], bytes]  # address, length
 
 _NANOSLEEP, _CLOCK_NANOSLEEP = arch.SYS["nanosleep"], arch.SYS["clock_nanosleep"]
 _POLL, _FUTEX, _AGAIN = arch.SYS["poll"], arch.SYS["futex"], arch.SYS["restart_syscall"]
+_EPOLL_IN_MS = frozenset((arch.SYS["epoll_wait"], arch.SYS["epoll_pwait"]))
 _RESTARTED = frozenset((_NANOSLEEP, _CLOCK_NANOSLEEP, _POLL, _FUTEX, _AGAIN))
 
 _TIMESPEC = struct.Struct("<qq")
@@ -145,7 +146,7 @@ def remaining(
     frozen_at_ns: int,
     read_memory: ReadMemory,
 ) -> Restart | None:
-    """How long a thread stopped with ERESTART_RESTARTBLOCK has still to sleep.
+    """How long a thread stopped with ERESTART_RESTARTBLOCK, or in an epoll_wait, has still to sleep.
 
     `before` is what `observe` saw of it, `registers` and `voluntary_switches` (proc.status) are those at the
     stop, before any remote call; `frozen_at_ns` is CLOCK_MONOTONIC after it. None when re-issuing
@@ -176,8 +177,8 @@ def _timeout(nr: int, args: tuple[int, ...]) -> _Timeout | None:
         return _Timeout(args[0], rest_addr=args[1])
     if nr == _CLOCK_NANOSLEEP and not args[1] & _TIMER_ABSTIME:
         return _Timeout(args[2], rest_addr=args[3], wall=not _counts_cpu_time(args[0]))
-    if nr == _POLL:
-        milliseconds = args[2] & 0xFFFFFFFF  # an int: negative is for ever
+    if nr == _POLL or nr in _EPOLL_IN_MS:
+        milliseconds = args[2 if nr == _POLL else 3] & 0xFFFFFFFF  # an int: negative is for ever
         return None if milliseconds >> 31 else _Timeout(ns=milliseconds * 10**6)
     if nr == _FUTEX and args[1] & _FUTEX_COMMAND == _FUTEX_WAIT and args[3]:
         return _Timeout(args[3])

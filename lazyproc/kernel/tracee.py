@@ -9,11 +9,13 @@ import errno
 import os
 import signal
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from lazyproc.errors import NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.kernel import arch_x86_64 as arch
+from lazyproc.kernel import proc
 from lazyproc.kernel._core import ffi, lib
 from lazyproc.kernel.sys import check
 from lazyproc.model import Registers, Rseq, SeccompFilter
@@ -25,28 +27,35 @@ from lazyproc.model import Registers, Rseq, SeccompFilter
     PTRACE_CONT,
     PTRACE_DETACH,
     PTRACE_SETOPTIONS,
-    PTRACE_GETREGSET,
     PTRACE_SETREGSET,
     PTRACE_SEIZE,
     PTRACE_INTERRUPT,
     PTRACE_PEEKSIGINFO,
-    PTRACE_GETSIGMASK,
     PTRACE_SETSIGMASK,
     PTRACE_SECCOMP_GET_FILTER,
     PTRACE_SECCOMP_GET_METADATA,
-    PTRACE_GET_RSEQ_CONFIGURATION,
-) = (12, 13, 7, 17, 0x4200, 0x4204, 0x4205, 0x4206, 0x4207, 0x4209, 0x420A, 0x420B, 0x420C, 0x420D, 0x420F)
+) = (12, 13, 7, 17, 0x4200, 0x4205, 0x4206, 0x4207, 0x4209, 0x420B, 0x420C, 0x420D)
 PTRACE_O_TRACESYSGOOD = 1
 PTRACE_O_EXITKILL = 1 << 20
 PTRACE_O_SUSPEND_SECCOMP = 1 << 21
-PTRACE_SYSCALL = 24
-SYSCALL_STOP = signal.SIGTRAP | 0x80
 PTRACE_EVENT_STOP = 128
 PTRACE_PEEKSIGINFO_SHARED = 1
 NT_X86_XSTATE = 0x202
 SIGINFO = 128
 XSAVE_MAX = 16384
-SECCOMP_FILTER_FLAG_LOG = 2
+UNINTERRUPTIBLE = "it is in uninterruptible sleep (I/O, a vfork child, a page fault that nobody serves)"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What ptrace(2) shows of a stopped thread, and puts back."""
+
+    registers: Registers
+    xsave: bytes  # NT_X86_XSTATE; its size is the kernel's answer (AMX: 11008 bytes), not a constant
+    blocked: int  # bit n-1 is signal n
+    rseq: Rseq | None
+    robust_list: int
+    robust_list_len: int
 
 
 class Tracee:
@@ -59,9 +68,7 @@ class Tracee:
     def _ptrace(self, request: int, addr: int = 0, data: int = 0) -> int:
         result = int(lib.lp_ptrace(request, self.tid, addr, data))
         if result == -errno.ESRCH:
-            raise NoSuchProcess(
-                "the thread is gone", where=f"thread {self.tid}", remedy="look whether it has ended"
-            )
+            raise NoSuchProcess("the thread is gone", where=f"thread {self.tid}", remedy="check the pid")
         if result < 0:
             raise TraceeError(
                 f"ptrace request {request:#x} failed: {os.strerror(-result)}",
@@ -75,15 +82,33 @@ class Tracee:
     def seize(self, options: int = PTRACE_O_TRACESYSGOOD) -> None:
         """PTRACE_SEIZE; PermissionDenied names who traces it already or what is missing."""
         result = int(lib.lp_ptrace(PTRACE_SEIZE, self.tid, 0, options))
-        if result == -errno.ESRCH:
-            raise NoSuchProcess("no such thread", where=f"thread {self.tid}", remedy="check the pid")
-        if result == -errno.EPERM:
-            raise PermissionDenied(
-                "may not be traced",
-                where=f"thread {self.tid}",
-                remedy="run as root or its owner with CAP_SYS_PTRACE, and detach any debugger (TracerPid)",
+        if result < 0:
+            raise self._not_seized(-result)
+
+    def _not_seized(self, error: int) -> NoSuchProcess | PermissionDenied | TraceeError:
+        where = f"thread {self.tid}"
+        if error == errno.ESRCH:
+            return NoSuchProcess("no such thread", where=where, remedy="check the pid")
+        if error != errno.EPERM:
+            return TraceeError(f"cannot be traced: {os.strerror(error)}", where=where, remedy="see ptrace(2)")
+        try:
+            status = proc.status(proc.read(self.tid, "status"))
+        except NoSuchProcess as gone:
+            return gone
+        if (
+            status.state in "ZX"
+        ):  # the kernel's answer for these is EPERM, too (kernel/ptrace.c, ptrace_attach)
+            return NoSuchProcess("has ended", where=where, remedy="check the pid")
+        if status.tracer_pid:
+            remedy = f"detach that one first: see ps {status.tracer_pid}"
+            return PermissionDenied(
+                f"is traced by pid {status.tracer_pid} already", where=where, remedy=remedy
             )
-        check(result)
+        if status.kernel_thread:
+            return PermissionDenied("is a kernel thread", where=where, remedy="give the pid of a program")
+        return PermissionDenied(
+            "may not be traced", where=where, remedy="run as root, or as its owner with CAP_SYS_PTRACE"
+        )
 
     def interrupt(self) -> None:
         self._ptrace(PTRACE_INTERRUPT)
@@ -95,15 +120,13 @@ class Tracee:
             got = int(lib.lp_wait(self.tid, status, timeout_ms))
             if got == 0:
                 raise TraceeError(
-                    f"did not stop within {timeout_ms} ms (uninterruptible sleep?)",
+                    f"did not stop within {timeout_ms} ms: {UNINTERRUPTIBLE}",
                     where=f"thread {self.tid}",
-                    remedy="wait for its I/O and try again",
+                    remedy="try again when it is over",
                 )
             if got < 0 or not os.WIFSTOPPED(status[0]):
                 raise NoSuchProcess(
-                    "ended while it was being frozen",
-                    where=f"thread {self.tid}",
-                    remedy="nothing is left to move",
+                    "ended while it was being stopped", where=f"thread {self.tid}", remedy="check the pid"
                 )
             if status[0] >> 16 == PTRACE_EVENT_STOP:
                 self.stop_signal = _group_stop(os.WSTOPSIG(status[0]))
@@ -113,19 +136,6 @@ class Tracee:
 
     def cont(self, sig: int = 0) -> None:
         self._ptrace(PTRACE_CONT, 0, sig)
-
-    def to_syscall_entry(self) -> None:
-        """Continue up to the entry of the next system call (PTRACE_O_TRACESYSGOOD)."""
-        status = ffi.new("int *")
-        while True:
-            self._ptrace(PTRACE_SYSCALL)
-            check(lib.lp_wait(self.tid, status, -1))
-            if not os.WIFSTOPPED(status[0]):
-                raise NoSuchProcess(
-                    "ended at a remote call", where=f"thread {self.tid}", remedy="look why"
-                )
-            if status[0] >> 8 == SYSCALL_STOP:
-                return
 
     def set_options(self, options: int) -> None:
         self._ptrace(PTRACE_SETOPTIONS, 0, options)
@@ -145,22 +155,9 @@ class Tracee:
         raw = arch.pack_registers(registers)
         self._ptrace(PTRACE_SETREGS, 0, _address(raw))
 
-    def xsave(self) -> bytes:
-        """The whole NT_X86_XSTATE area; its size is the kernel's answer (AMX: 11008 bytes), not a constant."""
-        buffer = bytearray(XSAVE_MAX)
-        iov = ffi.new("uint64_t[2]", [_address(buffer), len(buffer)])
-        self._ptrace(PTRACE_GETREGSET, NT_X86_XSTATE, _address(iov))
-        return bytes(buffer[: iov[1]])
-
     def set_xsave(self, xsave: bytes) -> None:
         iov = ffi.new("uint64_t[2]", [_address(xsave), len(xsave)])
         self._ptrace(PTRACE_SETREGSET, NT_X86_XSTATE, _address(iov))
-
-    def blocked(self) -> int:
-        """The signal mask; bit n-1 is signal n."""
-        mask = ffi.new("uint64_t *")
-        self._ptrace(PTRACE_GETSIGMASK, 8, _address(mask))
-        return int(mask[0])
 
     def set_blocked(self, mask: int) -> None:
         value = ffi.new("uint64_t *", mask)
@@ -179,13 +176,6 @@ class Tracee:
             if got < batch:
                 return tuple(found)
 
-    def rseq(self) -> Rseq | None:
-        """The rseq registration, None when there is none (include/uapi/linux/ptrace.h ptrace_rseq_configuration)."""
-        out = bytearray(24)
-        self._ptrace(PTRACE_GET_RSEQ_CONFIGURATION, len(out), _address(out))
-        addr, size, signature = struct.unpack_from("<QII", out)
-        return Rseq(addr, size, signature) if addr else None
-
     def seccomp_filters(self, count_limit: int = 32768) -> tuple[SeccompFilter, ...]:
         """The classic BPF filters, oldest first. The kernel numbers them from the oldest."""
         found: list[SeccompFilter] = []
@@ -200,6 +190,34 @@ class Tracee:
             self._ptrace(PTRACE_SECCOMP_GET_METADATA, len(metadata), _address(metadata))
             found.append(SeccompFilter(bytes(program), struct.unpack("<QQ", metadata)[1]))
         return tuple(found)
+
+
+def states(tracees: Sequence[Tracee]) -> list[State]:
+    """The state of several stopped threads, in their order; one call, since this is done while they stand still."""
+    threads = ffi.new("struct lp_thread[]", len(tracees))
+    for thread, tracee in zip(threads, tracees, strict=True):
+        thread.tid = tracee.tid
+    xsave = bytearray(XSAVE_MAX * len(tracees))
+    if lib.lp_look(threads, len(tracees), ffi.from_buffer(xsave), XSAVE_MAX) < 0:
+        raise next(_not_seen(thread.tid, -thread.error) for thread in threads if thread.error < 0)
+    return [
+        _state(thread, bytes(xsave[start : start + thread.xsave_size]))
+        for thread, start in zip(threads, range(0, len(xsave), XSAVE_MAX), strict=True)
+    ]
+
+
+def _state(thread: ffi.CData, xsave: bytes) -> State:
+    rseq = Rseq(thread.rseq_addr, thread.rseq_size, thread.rseq_signature) if thread.rseq_addr else None
+    registers = Registers(*thread.registers)
+    return State(registers, xsave, thread.blocked, rseq, thread.robust_list, thread.robust_list_len)
+
+
+def _not_seen(tid: int, error: int) -> NoSuchProcess | TraceeError:
+    if error == errno.ESRCH:
+        return NoSuchProcess("the thread is gone", where=f"thread {tid}", remedy="check the pid")
+    return TraceeError(
+        f"its state cannot be read: {os.strerror(error)}", where=f"thread {tid}", remedy="see ptrace(2)"
+    )
 
 
 def _group_stop(sig: int) -> int:

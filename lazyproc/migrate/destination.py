@@ -23,8 +23,7 @@ from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import RemotePages
 from lazyproc.pages.transport import listen
 from lazyproc.restore.lazy import finish, pager_of
-from lazyproc.restore.run import Pidns, new_pidns
-from lazyproc.restore.tree import BuiltTree, built_tree
+from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.uffd.pager import Counters, Pager
 from lazyproc.uffd.policy import POLICIES
 from lazyproc.wire.jsonobject import JsonValue
@@ -95,10 +94,9 @@ class Arrival:
         images = unpack(expect(self.link.control, Images, FREEZE_S).data)
         source = BundledPages(images.pop(NAME, b""), RemotePages(self.link.urgent, {}))
         checkpoint = from_images(images)
-        pidns = new_pidns(checkpoint, self.terms.pidns)
         lazy = order["mode"] == "postcopy"
         with (
-            built_tree(checkpoint, source, self.listener, lazy=lazy, pidns=pidns) as tree,
+            built_tree(checkpoint, source, self.listener, lazy=lazy, pidns=self.terms.pidns) as tree,
             pager_of(tree, trace=order.get("trace") is True) as pager,
         ):
             self._commit(tree)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lazyproc.dump.walk import thread_ids
 from lazyproc.errors import ProtocolError
 from lazyproc.kernel import cpu, elf, proc
 from lazyproc.model import PAGE
@@ -43,7 +44,7 @@ class Offer:
 def offer_of(tree: Mapping[int, Sequence[proc.SmapsEntry]]) -> Offer:
     """What the running tree will ask for; `tree` has the mappings of each process by pid."""
     pages = sum((entry.rss + entry.swap) // PAGE for entries in tree.values() for entry in entries)
-    threads = sum(len(proc.task_ids(pid)) for pid in tree)
+    threads = sum(len(thread_ids(pid)) for pid in tree)
     return Offer(pages, threads, cpu.features(), vdso_build_id().hex())
 
 

@@ -11,20 +11,21 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from lazyproc.dump.before import Before, look_before
+from lazyproc.dump.before import Before, look_before, observed_sleeps
 from lazyproc.dump.explain import explain
 from lazyproc.dump.freeze import FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
 from lazyproc.dump.source import DumpPages, dump_pages
+from lazyproc.dump.tcp import silence
 from lazyproc.errors import CannotBeDone, ConnectionLost, LostAfterCommit, Parked, ProtocolError
 from lazyproc.events import Listener, PagesMoved, StateChanged
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
-from lazyproc.kernel.netfilter import Flow, held
+from lazyproc.kernel.netfilter import Hold
 from lazyproc.migrate.link import Link, dialled
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.report import MigrateReport
@@ -94,10 +95,12 @@ def hand_over(
     link.control.send(Prepare({**offer_of(before.smaps).fields(), **order.fields()}))
     expect(link.control, Prepared, PREPARE_S)
     listener(StateChanged("prepared", time.monotonic()))
-    frozen = time.monotonic()
     with ExitStack() as stack:
-        hold = stack.enter_context(_holding(link.session.id))
-        tree = stack.enter_context(frozen_tree(pid))
+        hold = stack.enter_context(Hold(link.session.id))
+        hold.add(before.flows)
+        asleep = observed_sleeps(pid)
+        frozen = time.monotonic()
+        tree = stack.enter_context(frozen_tree(pid, asleep=asleep))
         listener(StateChanged("frozen", time.monotonic()))
         dump, pages = stack.enter_context(_described(tree, before, hold))
         server = stack.enter_context(PageServer(pages.segments()))
@@ -109,7 +112,7 @@ def hand_over(
         blackout_ms = milliseconds(frozen)
         listener(StateChanged("running", time.monotonic()))
         drained = _serve(link, dump, server, order, listener).fields
-        dump.close_connections()
+        silence(dump.connections)
         tree.kill()
         link.control.send(Released())
     listener(StateChanged("released", time.monotonic()))
@@ -136,18 +139,6 @@ def hand_over(
 
 
 @contextmanager
-def _holding(session: str) -> Iterator[Callable[[Sequence[Flow]], None]]:
-    """Packets for the tree are dropped, not answered, from the freeze until its sockets here are gone."""
-    with ExitStack() as stack:
-
-        def hold(flows: Sequence[Flow]) -> None:
-            if flows:
-                stack.enter_context(held(session, flows))
-
-        yield hold
-
-
-@contextmanager
 def _deaf() -> Iterator[None]:
     """Ctrl-C and a closed terminal end nothing after COMMIT: the other side needs the pages that are here."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -164,9 +155,9 @@ def _deaf() -> Iterator[None]:
 
 @contextmanager
 def _described(
-    tree: FrozenTree, before: Before, hold: Callable[[Sequence[Flow]], None]
+    tree: FrozenTree, before: Before, hold: Hold
 ) -> Iterator[tuple[Dump, DumpPages]]:
-    with dumped(tree, smaps=before.smaps, hold=hold) as dump, dump_pages(dump) as pages:
+    with dumped(tree, smaps=before.smaps, hold=hold.add) as dump, dump_pages(dump) as pages:
         yield dump, pages
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 import struct
 from contextlib import ExitStack
 
-from lazyproc.errors import RestoreError, TraceeError
+from lazyproc.errors import PidTaken, RestoreError
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel import tracee as ptrace
-from lazyproc.kernel._core import lib
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.nursery import STOP_MS, Nursery
-from lazyproc.kernel.remote import ENDINGS, Bench, Call
+from lazyproc.kernel.remote import ENDINGS, SYSCALL, Bench, Call
 from lazyproc.kernel.tracee import Tracee
 from lazyproc.model import Checkpoint, Task
 from lazyproc.restore.plan import Exit, Fork, JoinGroup, NewSession, creation_steps
@@ -42,6 +42,18 @@ def _clone_args(bench: Bench, flags: int, tid: int, *, exit_signal: int = 0, cle
     flags |= CLONE_CHILD_CLEARTID if clear_tid else 0
     args = CLONE_ARGS.pack(flags, 0, clear_tid, 0, exit_signal, 0, 0, 0, set_tid, 1, 0)
     return bench.place(args), len(args)
+
+
+def _check_made(number: int, result: int) -> None:
+    """A number is also taken while a process group or session has it, though nothing in /proc shows it."""
+    if result == -errno.EEXIST:
+        raise PidTaken("its number is taken on this host", where=f"pid {number}", remedy="use --pidns auto or new")
+    if result < 0:
+        raise RestoreError(
+            f"could not be created: {os.strerror(-result)}",
+            where=f"pid {number}",
+            remedy="look at the limits of processes (ulimit -u, pids.max)",
+        )
 
 
 class Maker:
@@ -76,14 +88,7 @@ class Maker:
         if task.vpid == 1:
             return self._site(task, tracee)
         args = _clone_args(bench, CLONE_PTRACE, task.vpid, exit_signal=task.exit_signal)
-        try:
-            bench.run(tracee, [Call("clone3", args)])
-        except TraceeError as error:
-            raise RestoreError(
-                f"could not be created with its number: {error.what}",
-                where=f"pid {task.vpid}",
-                remedy="use --pidns new when the number is taken",
-            ) from error
+        _check_made(task.vpid, *bench.run(tracee, [Call("clone3", args, may_fail=True)]))
         child = Tracee(self._host_pid(tracee.tid, task.vpid))
         child.wait_stop(STOP_MS)
         return self._site(task, child)
@@ -118,9 +123,9 @@ class Maker:
             os.waitpid(site.pid, WALL)  # stopped with the signal, which is now delivered
             leader.cont(sig)
         else:
-            stub = site.bench.code + int(lib.lp_blob_stub())
+            stub = site.bench.code + SYSCALL
             call = (SYS["exit_group"], (status >> 8,))
-            leader.set_registers(arch.calling(leader.registers(), stub, site.bench.data, *call))
+            leader.set_registers(arch.calling(leader.registers(), stub, *call))
             leader.cont()
         os.waitpid(site.pid, WALL)
         if site.task.exit_signal:
@@ -139,10 +144,15 @@ def make_threads(site: Site) -> None:
     if not others:
         return
     calls = [
-        Call("clone3", _clone_args(site.bench, THREAD_FLAGS, thread.tid, clear_tid=thread.clear_child_tid))
+        Call(
+            "clone3",
+            _clone_args(site.bench, THREAD_FLAGS, thread.tid, clear_tid=thread.clear_child_tid),
+            may_fail=True,
+        )
         for thread in others
     ]
-    site.run(*calls)
+    for thread, result in zip(others, site.run(*calls), strict=True):
+        _check_made(thread.tid, result)
     known = host_tids(site.pid, [thread.tid for thread in others], {site.task.vpid: site.pid})
     for thread in others:
         tracee = site.threads[thread.tid] = Tracee(known[thread.tid])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from lazyproc.errors import RestoreError
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel.nursery import DATA, DATA_SIZE, TEXT
-from lazyproc.kernel.remote import BLOB, FRAME_SIZE, MAP_FIXED_NOREPLACE, Bench, Call, find_hole
+from lazyproc.kernel.remote import BLOB, MAP_FIXED_NOREPLACE, Bench, Call, find_hole
 from lazyproc.model import PAGE, Checkpoint, Mm, SharedKind, SharedMemory, Vma, VmaKind
 from lazyproc.restore.site import Site
 
@@ -22,6 +22,7 @@ MLOCK_ONFAULT = 1
 SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000
 ROWS_PER_VMA = 6
 ROW_BYTES = 64
+BYTES_PER_THREAD = 8192  # its calls and their arguments
 
 # VmFlags -> madvise(2) advice that sets them. Those of huge pages may be unknown to the kernel.
 ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
@@ -61,7 +62,7 @@ def _stack_of(site: Site) -> tuple[int, int]:
 
 
 def _bench_size(site: Site, mm: Mm) -> int:
-    size = len(mm.vmas) * ROWS_PER_VMA * ROW_BYTES + len(site.task.threads) * (FRAME_SIZE // 2) + (1 << 18)
+    size = len(mm.vmas) * ROWS_PER_VMA * ROW_BYTES + len(site.task.threads) * BYTES_PER_THREAD + (1 << 18)
     return (size + PAGE - 1) & -PAGE
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lazyproc.errors import RestoreError
+from lazyproc.errors import ImageError, RestoreError
 from lazyproc.kernel.remote import Call
 from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject, ObjectKind, Vma, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.restore.site import Site
-from lazyproc.uffd.device import Userfaultfd
+from lazyproc.uffd.device import Outcome, Userfaultfd
 
 O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 PIECE = 256  # pages read and written at a time: 1 MiB
@@ -32,11 +33,43 @@ class LazyRange:
     huge: bool
 
 
+def arranged(checkpoint: Checkpoint, *, lazy: bool) -> Checkpoint:
+    """The checkpoint with extents that end where a mapping ends, lazy only in memory that can be.
+
+    Images join neighbours of different mappings, and CRIU marks pages lazy by another rule than ours. Raises
+    ImageError for a page that lies in no mapping.
+    """
+    mappings = {task.vpid: task.mm.vmas for task in checkpoint.tasks if task.mm}
+    memory = {}
+    for obj, extents in checkpoint.memory.items():
+        if obj.kind is ObjectKind.SHARED:
+            may_be = lazy and checkpoint.shared[obj.id].lazy
+            memory[obj] = tuple(replace(extent, lazy=extent.lazy and may_be) for extent in extents)
+        else:
+            memory[obj] = tuple(_cut(extents, mappings.get(obj.id, ()), lazy, f"pid {obj.id}"))
+    return replace(checkpoint, memory=memory)
+
+
+def _cut(extents: Sequence[Extent], vmas: Sequence[Vma], lazy: bool, where: str) -> Iterator[Extent]:
+    starts = [vma.start for vma in vmas]
+    for extent in extents:
+        addr = extent.addr
+        while addr < extent.end:
+            at = bisect_right(starts, addr) - 1
+            vma = vmas[at] if at >= 0 else None
+            if vma is None or addr >= vma.end:
+                raise ImageError(f"a page at {addr:#x} lies in no mapping", where=where, remedy="dump it again")
+            end = min(extent.end, vma.end)
+            is_lazy = extent.lazy and lazy and vma.may_be_lazy
+            yield replace(extent, addr=addr, count=(end - addr) // PAGE, lazy=is_lazy)
+            addr = end
+
+
 def lazy_ranges(checkpoint: Checkpoint) -> Iterator[LazyRange]:
     """What can be lazy: private anonymous memory that is not locked, and shared objects marked so."""
     for task in checkpoint.tasks:
         for vma in task.mm.vmas if task.mm else ():
-            if vma.kind is VmaKind.ANON and "lo" not in vma.vm_flags:
+            if vma.may_be_lazy:
                 obj = MemoryObject(ObjectKind.TASK, task.vpid)
                 yield LazyRange(task.vpid, vma.start, vma.length, obj, vma.start, vma.huge_pages > 0)
             elif vma.kind is VmaKind.SHARED and checkpoint.shared[vma.object_id].lazy:
@@ -72,9 +105,9 @@ def fill(
     userfaultfds: Mapping[int, int],
     objects: Mapping[int, int],
 ) -> None:
-    """Put the eager pages in place; without userfaultfds that is every page there is."""
+    """Put the eager pages in place."""
     for obj, extents in checkpoint.memory.items():
-        wanted = [extent for extent in extents if not extent.lazy or not userfaultfds]
+        wanted = [extent for extent in extents if not extent.lazy]
         if obj.kind is ObjectKind.SHARED:
             _fill_object(obj, wanted, source, objects[obj.id])
         else:
@@ -105,8 +138,14 @@ def _fill_task(site: Site, obj: MemoryObject, extents: Sequence[Extent], source:
     device = Userfaultfd.from_fd(uffd) if uffd >= 0 else None
     for addr, data in _pieces(extents, source, obj):
         vma = _vma_at(site.task.mm.vmas, addr)
-        if device is not None and vma.kind is VmaKind.ANON and "lo" not in vma.vm_flags:
-            device.copy(addr, data)
+        if device is not None and vma.may_be_lazy:
+            placed = device.copy(addr, data)
+            if placed.outcome is not Outcome.INSTALLED:
+                raise RestoreError(
+                    f"pages at {addr:#x} could not be put in place ({placed.outcome.value})",
+                    where=f"pid {obj.id}",
+                    remedy="report it",
+                )
         elif data != ZERO_PAGE * (len(data) // PAGE) or vma.kind is not VmaKind.ANON:
             site.memory.write(addr, data)
 

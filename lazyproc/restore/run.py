@@ -9,34 +9,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-from lazyproc.errors import RestoreError
 from lazyproc.events import Listener, StateChanged
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
-from lazyproc.model import Checkpoint
 from lazyproc.pages.images import ImagePages
 from lazyproc.restore.lazy import finish, pager_of
-from lazyproc.restore.tree import BuiltTree, built_tree, needs_new_pidns
+from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.uffd.pager import Counters, Pager
-from lazyproc.uffd.policy import POLICIES
-
-Pidns = Literal["auto", "host", "new"]
-
-
-def new_pidns(checkpoint: Checkpoint, pidns: Pidns) -> bool:
-    """Whether the tree goes into a new pid namespace. RestoreError when it must stay and a number is taken."""
-    if pidns == "auto":
-        return needs_new_pidns(checkpoint)
-    if pidns == "host" and needs_new_pidns(checkpoint):
-        raise RestoreError(
-            "a pid of the tree is taken on this host",
-            where=f"pid {checkpoint.root.vpid}",
-            remedy="use --pidns new or auto",
-        )
-    return pidns == "new"
-
+from lazyproc.uffd.policy import Policy, named
 
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
@@ -115,15 +96,16 @@ def restore(
     """Restore the tree in `directory`; it runs when the context is entered. Without `bulk` only what is touched comes.
 
     Leaving the context before `wait_drained` leaves missing pages parked: whoever touches one waits. Raises
-    ImageError, RestoreError, HostLacks; then nothing half-built is left.
+    ImageError, RestoreError, HostLacks, UsageError (no such policy); then nothing half-built is left.
     """
     started = time.monotonic()
+    order = named(policy)
     folder = Folder(directory)
     checkpoint = from_images(folder.read())
     with ExitStack() as stack:
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
-        with built_tree(checkpoint, source, listener, lazy=lazy, pidns=new_pidns(checkpoint, pidns)) as tree:
-            pager = stack.enter_context(_started_pager(tree, source, policy, trace, bulk)) if lazy else None
+        with built_tree(checkpoint, source, listener, lazy=lazy, pidns=pidns) as tree:
+            pager = stack.enter_context(_started_pager(tree, source, order, trace, bulk)) if lazy else None
             tree.release()
             listener(StateChanged("running", time.monotonic()))
         root = tree.root_pid
@@ -132,12 +114,12 @@ def restore(
 
 @contextmanager
 def _started_pager(
-    tree: BuiltTree, source: ImagePages, policy: str, trace: bool, bulk: bool
+    tree: BuiltTree, source: ImagePages, order: Policy, trace: bool, bulk: bool
 ) -> Iterator[Pager]:
     with pager_of(tree, trace=trace) as pager:
         pager.serve_segments(source.segments())
         lazy = {obj: [e for e in runs if e.lazy] for obj, runs in tree.checkpoint.memory.items()}
         pager.apply_map(lazy)
-        pager.plan(POLICIES[policy](lazy))
+        pager.plan(order(lazy))
         pager.start(bulk=bulk)
         yield pager

@@ -115,7 +115,15 @@ def thread_calls(thread: Thread, bench: Bench, available: int) -> Iterator[Call]
 
 
 def credential_calls(creds: Credentials, bench: Bench, available: int) -> Iterator[Call]:
-    """Ids first with capabilities kept (SECBIT_NO_SETUID_FIXUP), then the sets: capabilities(7)."""
+    """Ids first with capabilities kept (SECBIT_NO_SETUID_FIXUP), then the sets: capabilities(7).
+
+    The inheritable set before the bounding set, which limits what may be added to it; the ambient set while nothing
+    forbids it yet; the last capset takes away what the steps before it needed.
+    """
+    inheritable, permitted, effective, ambient = (
+        bits & available
+        for bits in (creds.cap_inheritable, creds.cap_permitted, creds.cap_effective, creds.cap_ambient)
+    )
     groups = bench.place(struct.pack(f"<{len(creds.groups)}I", *creds.groups), align=4)
     yield Call("prctl", (PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP))
     yield Call("setgroups", (len(creds.groups), groups))
@@ -123,20 +131,23 @@ def credential_calls(creds: Credentials, bench: Bench, available: int) -> Iterat
     yield Call("setfsgid", (creds.fsgid,))
     yield Call("setresuid", (creds.uid, creds.euid, creds.suid))
     yield Call("setfsuid", (creds.fsuid,))
+    yield _capset(available, available, inheritable, bench)
     for cap in range(CAP_LAST + 1):
         if not creds.cap_bounding >> cap & 1:
             yield Call("prctl", (PR_CAPBSET_DROP, cap, 0, 0, 0))
-    inheritable, permitted = creds.cap_inheritable & available, creds.cap_permitted & available
-    sets = (creds.cap_effective & available, permitted, inheritable)
-    yield Call("prctl", (PR_SET_SECUREBITS, creds.securebits))
-    header = bench.place(struct.pack("<Ii", CAPABILITY_VERSION_3, 0))
-    low, high = (value & 0xFFFFFFFF for value in sets), (value >> 32 for value in sets)
-    yield Call("capset", (header, bench.place(struct.pack("<6I", *low, *high))))
-    for cap in range(CAP_LAST + 1):
-        if creds.cap_ambient & available >> cap & 1:
+        if ambient >> cap & 1:
             yield Call("prctl", (PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap, 0, 0))
+    yield Call("prctl", (PR_SET_SECUREBITS, creds.securebits))
+    yield _capset(effective, permitted, inheritable, bench)
     if creds.no_new_privs:
         yield Call("prctl", (PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def _capset(effective: int, permitted: int, inheritable: int, bench: Bench) -> Call:
+    sets = (effective, permitted, inheritable)
+    low, high = (value & 0xFFFFFFFF for value in sets), (value >> 32 for value in sets)
+    header = bench.place(struct.pack("<Ii", CAPABILITY_VERSION_3, 0))
+    return Call("capset", (header, bench.place(struct.pack("<6I", *low, *high))))
 
 
 def pending_calls(task: Task, thread: Thread, bench: Bench) -> Iterator[Call]:

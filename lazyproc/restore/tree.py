@@ -10,16 +10,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Literal
 
-from lazyproc.errors import RestoreError
+from lazyproc.errors import PidTaken, RestoreError
 from lazyproc.events import Listener, StepDone
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
-from lazyproc.kernel.netfilter import held
+from lazyproc.kernel.netfilter import Hold
 from lazyproc.kernel.nursery import Nursery, nursery
 from lazyproc.kernel.remote import Call, step
 from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
@@ -31,6 +32,8 @@ from lazyproc.restore.files import make_files
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, listen_rows, make_sockets
+
+Pidns = Literal["auto", "host", "new"]
 
 
 @dataclass(slots=True)
@@ -44,6 +47,7 @@ class BuiltTree:
     lazy: Sequence[pages.LazyRange]
     _sockets: MadeSockets
     _made: ExitStack  # our descriptors of everything the tasks opened
+    _hold: Hold
     released: bool = field(default=False)
 
     @property
@@ -53,8 +57,10 @@ class BuiltTree:
     def release(self) -> None:
         """Let it run. From here on it is nobody's tracee.
 
-        Our descriptors go first: a pipe end held by us would never let its reader see the end.
+        Packets come through before TCP leaves repair mode: until then they are taken without an answer, and what
+        is sent on leaving it must not be dropped.
         """
+        self._hold.release()
         self._sockets.leave_repair()
         self._made.close()
         self.released = True
@@ -68,7 +74,7 @@ class BuiltTree:
 
 
 def needs_new_pidns(checkpoint: Checkpoint) -> bool:
-    """Whether a number of the tree is taken here, or is 1."""
+    """Whether a number of the tree is 1, or plainly taken here."""
     wanted = {thread.tid for task in checkpoint.tasks for thread in task.threads}
     wanted |= {task.vpid for task in checkpoint.tasks}
     return 1 in wanted or any(os.path.exists(f"/proc/{tid}") for tid in wanted)
@@ -87,23 +93,41 @@ def timens_text(clocks: Clocks) -> str:
 
 @contextmanager
 def built_tree(
-    checkpoint: Checkpoint, source: PageSource, listener: Listener, *, lazy: bool, pidns: bool
+    checkpoint: Checkpoint, source: PageSource, listener: Listener, *, lazy: bool, pidns: Pidns
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
     `source` gives the pages that have to be there at once (all of them unless `lazy`). Raises RestoreError naming
-    the step, and whatever the kernel refuses.
+    the step, PidTaken in pid namespace "host", ImageError, and whatever the kernel refuses.
     """
+    checkpoint = pages.arranged(checkpoint, lazy=lazy)
+    new = pidns == "new" or (pidns == "auto" and needs_new_pidns(checkpoint))
+    with ExitStack() as stack:
+        try:
+            tree = stack.enter_context(_built(checkpoint, source, listener, lazy, new))
+        except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
+            if pidns == "host":
+                raise
+            tree = stack.enter_context(_built(checkpoint, source, listener, lazy, True))
+        yield tree
+
+
+@contextmanager
+def _built(
+    checkpoint: Checkpoint, source: PageSource, listener: Listener, lazy: bool, new_pidns: bool
+) -> Iterator[BuiltTree]:
     with ExitStack() as stack:
         clock = _StepClock(listener)
         birth = stack.enter_context(
-            nursery(pidns=pidns, timens=timens_text(checkpoint.clocks), transport_fd=_free_number(checkpoint))
+            nursery(pidns=new_pidns, timens=timens_text(checkpoint.clocks), transport_fd=_free_number(checkpoint))
         )
         tree: BuiltTree | None = None
         try:
             clock.done("nursery")
             sites = Maker(birth, checkpoint, stack).make()
             clock.done("processes")
+            hold = stack.enter_context(Hold(f"to_{birth.pid}"))
+            hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
             made = stack.enter_context(ExitStack())
             files, shared, sockets = made.enter_context(files_and_objects(checkpoint, birth, listener))
             clock.done("files")
@@ -123,9 +147,9 @@ def built_tree(
             sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
             clock.done("state")
             for site in sites.values():
-                _finish(site)
+                _finish(site, checkpoint.clocks)
             clock.done("registers")
-            tree = BuiltTree(checkpoint, birth, sites, userfaultfds, ranges, sockets, made)
+            tree = BuiltTree(checkpoint, birth, sites, userfaultfds, ranges, sockets, made, hold)
             yield tree
         finally:
             if tree is None or not tree.released:
@@ -138,16 +162,14 @@ def files_and_objects(
 ) -> Iterator[tuple[Mapping[int, int], Mapping[int, int], MadeSockets]]:
     """Everything the tasks will open or map, as descriptors of ours: by OpenFile id and by SharedMemory id.
 
-    While they exist, packets for the tree's connections are held back: nobody would answer them but with RST.
+    They are closed before the tree runs: a pipe end held by us would never let its reader see the end.
     """
     root = f"/proc/{birth.pid}/root"
 
     def open_path(path: str, flags: int, mode: int) -> int:
         return os.open(root + path, flags, mode)
 
-    flows = flows_to_hold(checkpoint)
     with (
-        held(str(birth.pid), flows) if flows else nullcontext(),
         make_files(checkpoint, open_path=open_path, listener=listener) as made,
         objects.made(checkpoint, made.objects) as shared,
     ):
@@ -210,7 +232,7 @@ def _run_in_threads(site: Site, available: int) -> None:
     """The threads' own state, all threads at the same time; then filters, which would forbid what came before."""
     bench = site.bench
     pairs = [(site.threads[thread.tid], thread) for thread in site.task.threads]
-    bench.run_all([(t, list(state.thread_calls(thread, bench, available)), None) for t, thread in pairs])
+    bench.run_all([(t, list(state.thread_calls(thread, bench, available))) for t, thread in pairs])
     for tracee, thread in pairs:
         if thread.seccomp_mode:
             tracee.set_options(
@@ -225,13 +247,13 @@ def _available_capabilities() -> int:
     return proc.status(proc.read(os.getpid(), "status")).cap_permitted
 
 
-def _finish(site: Site) -> None:
+def _finish(site: Site, clocks: Clocks) -> None:
     """Timers run, sleeps are resumed, the bench goes, and every thread gets its registers."""
     task = site.task
     start = list(state.timer_start_calls(task, site.bench))
     if start:
         site.run(*start)
-    resumed = restarts.resume(site)
+    resumed = restarts.resume(site, clocks)
     _unmap_bench(site, task)
     for thread in task.threads:
         tracee = site.threads[thread.tid]
@@ -246,7 +268,7 @@ def _unmap_bench(site: Site, task: Task) -> None:
     at = _syscall_instruction(site, task)
     registers = site.leader.registers()
     site.leader.set_blocked(arch.MASK64)
-    result = step(site.leader, arch.calling(registers, at, registers.sp, SYS["munmap"], (start, length)))
+    result = step(site.leader, arch.calling(registers, at, SYS["munmap"], (start, length)))
     if result != 0:
         raise RestoreError(
             f"could not unmap the bench: {os.strerror(-result)}", where=f"pid {task.vpid}", remedy="report it"

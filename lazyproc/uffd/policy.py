@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from lazyproc.errors import UsageError
 from lazyproc.model import PAGE, Extent, MemoryObject
 
 
@@ -57,3 +58,10 @@ def around(chunks: Iterable[Chunk], obj: MemoryObject, addr: int) -> Iterator[Ch
 
 
 POLICIES: dict[str, Policy] = {"sequential": sequential, "smallest-first": smallest_first}
+
+
+def named(name: str) -> Policy:
+    """The policy of that name. Raises UsageError, with all names, when there is none."""
+    if name not in POLICIES:
+        raise UsageError("no such policy", where=f"--policy {name}", remedy=f"there are {', '.join(POLICIES)}")
+    return POLICIES[name]

@@ -176,13 +176,14 @@ def move(
 
 def check_nothing_left(before: dict[int, Seen], pid: int, *, same_maps: bool) -> None:
     now = tree_of(pid)
-    assert now.keys() == before.keys()
+    assert now.keys() == before.keys(), f"processes {sorted(before)} became {sorted(now)}"
     for vpid, each in now.items():
         wait_until(lambda each=each: not registered(each), f"pid {vpid} is released: {registered(each)}")
         seen = look(each)
-        assert seen.descriptors == before[vpid].descriptors
+        assert seen.descriptors == before[vpid].descriptors, f"{before[vpid].descriptors} -> {seen.descriptors}"
         if same_maps:
-            assert set(seen.mappings) ^ set(before[vpid].mappings) == set()
+            gone, new = set(before[vpid].mappings), set(seen.mappings)
+            assert gone == new, f"pid {vpid}: gone {sorted(gone - new)}, new {sorted(new - gone)}"
 
 
 def _lives(pid: int) -> bool:

@@ -40,7 +40,7 @@ class Journey:
         """Until the tree runs at the destination, most of its memory still to come."""
         wait_until(
             lambda: self.process.poll() is not None or self._arrivals() > self.already,
-            f"it runs at the destination\n{self.log()}\n{self.receiver.notes()}",
+            "it runs at the destination",
         )
         assert self.process.poll() in (None, 0), f"{self.log()}\nreceiver:\n{self.receiver.notes()}"
 
@@ -68,12 +68,15 @@ class Journey:
 
 
 @contextmanager
-def migrating(source: Host, receiver: Receiver, pid: int, *options: str) -> Iterator[Journey]:
-    """`lazyproc migrate` under way; killed at the end when it is still there."""
+def migrating(
+    source: Host, receiver: Receiver, pid: int, *options: str, by: str | None = None
+) -> Iterator[Journey]:
+    """`lazyproc migrate` under way, to the receiver `by` another address; killed at the end when still there."""
     folder = source.outside
     journey_log, answer = folder / "migrate.log", folder / "migrate.json"
     already = receiver.notes().splitlines().count("running")
-    argv = [*CLI, "migrate", str(source.vpid(pid)), receiver.address, "--insecure", "--json", "-v", *options]
+    target = by or receiver.address
+    argv = [*CLI, "migrate", str(source.vpid(pid)), target, "--insecure", "--json", "-v", *options]
     with journey_log.open("w") as log, answer.open("w") as out:
         process = source.popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=log)
     try:
@@ -111,15 +114,15 @@ def check_clean(root: int) -> None:
 
 
 def processes_of(host: Host) -> dict[int, str]:
-    """Every process of a host, pid of the caller's, with its command."""
-    home = os.readlink(f"/proc/{host.init_pid}/ns/pid")
+    """The command of every process in the host's network, by the caller's pid."""
+    home = os.readlink(f"/proc/{host.init_pid}/ns/net")
     found = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if os.readlink(f"/proc/{entry}/ns/pid") == home:
+            if os.readlink(f"/proc/{entry}/ns/net") == home:
                 found[int(entry)] = Path(f"/proc/{entry}/comm").read_text().strip()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has ended, or is somebody's whom we may not look at
     return found
 
 

@@ -57,8 +57,12 @@ static void move_chunk(struct chunk *chunk)
 {
     uint8_t *before = chunk->at, *room = map_chunk(NULL);
 
-    chunk->at = mremap(before, CHUNK, CHUNK, MREMAP_MAYMOVE | MREMAP_FIXED, room);
+    /* By halves: memory that is new since the move does not merge with memory whose pages are missing, and
+     * mremap(2) over two mappings of which one has a userfaultfd is EFAULT. */
+    chunk->at = mremap(before, CHUNK / 2, CHUNK / 2, MREMAP_MAYMOVE | MREMAP_FIXED, room);
     EXPECT((uintptr_t)room, (uintptr_t)chunk->at);
+    EXPECT((uintptr_t)room + CHUNK / 2, (uintptr_t)mremap(before + CHUNK / 2, CHUNK / 2, CHUNK / 2,
+                                                          MREMAP_MAYMOVE | MREMAP_FIXED, room + CHUNK / 2));
     check_chunk_page(chunk, 0);
 }
 

@@ -1,0 +1,130 @@
+"""What a stop has interrupted in a thread, and how that goes on: here when it is let go, or in a copy of it.
+
+A freeze should not be seen. Three things would show it: a critical section of rseq(2) that is not aborted, an
+epoll_wait(2) that ends with EINTR, and, in a copy, a sleep that starts anew (docs/adr/0003-sleep-restarts.md).
+"""
+
+from __future__ import annotations
+
+import signal
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lazyproc.kernel import arch_x86_64 as arch
+from lazyproc.kernel import proc, sleeps
+from lazyproc.kernel.tracee import Memory, State, Tracee
+from lazyproc.model import Registers, Restart, Rseq, SigAction
+
+RSEQ_CS_OFFSET = 8  # struct rseq: cpu_id_start, cpu_id, rseq_cs
+RSEQ_CS = struct.Struct("<IIQQQ")  # version, flags, start_ip, post_commit_offset, abort_ip
+SA_RESTART = 0x10000000
+MILLISECOND_NS = 10**6
+
+
+def _mask(*signals: int) -> int:
+    return sum(1 << (sig - 1) for sig in signals)
+
+
+IGNORED_BY_DEFAULT = _mask(signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH)
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A stopped thread, fit for remote calls. `status` is of the stop, before anything was done to the thread."""
+
+    state: State
+    status: proc.Status
+    restart: Restart | None  # a sleep, with what is left of it
+    interrupted_epoll: Registers | None  # with EINTR, as the stop has left them
+
+
+def settle(
+    tracee: Tracee,
+    state: State,
+    status: proc.Status,
+    memory: Memory,
+    before: sleeps.SleepBefore | None,
+    frozen_at_ns: int,
+) -> Stopped:
+    """Make a thread that was just stopped fit for remote calls; `before` and `frozen_at_ns` as in kernel/sleeps.py.
+
+    A thread inside an rseq critical section goes to its abort address now: the kernel forgets the section at the
+    first remote call, and the abort would be lost with the registers put back (tried: silent corruption).
+    An epoll_wait that the stop ended with EINTR is made again, with the time that is left.
+    """
+    registers = _aborted(state.registers, state.rseq, memory) if state.rseq else state.registers
+    restart, interrupted = None, None
+    if arch.restart_code(registers) == arch.ERESTART_RESTARTBLOCK:
+        restart = sleeps.remaining(before, registers, status.voluntary_switches, frozen_at_ns, memory.read)
+    elif arch.interrupted_epoll(registers) and not waiting_signals(status, state.blocked):
+        left = sleeps.remaining(before, registers, status.voluntary_switches, frozen_at_ns, memory.read)
+        interrupted, registers = registers, _epoll_again(registers, left)
+    if registers != state.registers:
+        tracee.set_registers(registers)
+        state = replace(state, registers=registers)
+    return Stopped(state, status, restart, interrupted)
+
+
+def _aborted(registers: Registers, rseq: Rseq, memory: Memory) -> Registers:
+    (pointer,) = struct.unpack("<Q", memory.read(rseq.addr + RSEQ_CS_OFFSET, 8))
+    if not pointer:
+        return registers
+    _, _, start, length, abort = RSEQ_CS.unpack(memory.read(pointer, RSEQ_CS.size))
+    inside = (registers.ip - start) & arch.MASK64 < length
+    return registers._replace(ip=abort) if inside else registers
+
+
+def _epoll_again(registers: Registers, left: Restart | None) -> Registers:
+    again = arch.rewind(registers)
+    if left is None:
+        return again
+    return again._replace(r10=-(-left.remaining_ns // MILLISECOND_NS))
+
+
+def waiting_signals(status: proc.Status, blocked: int) -> int:
+    """The pending signals, as a mask, that will interrupt the thread when it runs: neither blocked nor ignored."""
+    ignored = status.sig_ignored | (IGNORED_BY_DEFAULT & ~status.sig_caught)
+    return (status.sig_pending | status.shared_pending) & ~blocked & ~ignored
+
+
+def settle_again(pid: int, tracee: Tracee, stopped: Stopped) -> None:
+    """Before the thread is let go: a signal that came during the freeze ends its epoll_wait with EINTR after all.
+
+    Else its handler would run before a call that then waits for ever; programs rely on it to notice a flag.
+    """
+    if stopped.interrupted_epoll is not None and _waiting_now(pid, tracee, stopped):
+        tracee.set_registers(stopped.interrupted_epoll)
+
+
+def _waiting_now(pid: int, tracee: Tracee, stopped: Stopped) -> int:
+    status = proc.status(proc.read(pid, f"task/{tracee.tid}/status"))
+    return waiting_signals(status, stopped.state.blocked)
+
+
+def resumed(
+    pid: int, tracee: Tracee, stopped: Stopped, sigactions: Sequence[SigAction], memory: Memory
+) -> tuple[Registers, Restart | None]:
+    """How a copy of the thread runs on: its system call made again, or ended by a signal.
+
+    The copy gets its pending signals before it runs, so what the kernel would decide at their delivery
+    (arch/x86/kernel/signal.c, handle_signal) is decided here.
+    """
+    registers = stopped.state.registers
+    code = arch.restart_code(registers)
+    if not code and stopped.interrupted_epoll is None:
+        return registers, None
+    waiting = _waiting_now(pid, tracee, stopped)
+    if stopped.interrupted_epoll is not None:
+        return stopped.interrupted_epoll if waiting else registers, None
+    handlers = [action for action in sigactions if waiting >> (action.signal - 1) & 1]
+    if handlers and _ends(code, handlers[0].flags):
+        return registers._replace(ax=arch.MASK64 - arch.EINTR + 1, orig_ax=arch.MASK64), None
+    return arch.rewind(registers, sleeps.interrupted_number(registers, memory.read)), stopped.restart
+
+
+def _ends(code: int, handler_flags: int) -> bool:
+    """Whether a handler ends the system call with EINTR."""
+    if code == arch.ERESTARTSYS:
+        return not handler_flags & SA_RESTART
+    return code in (arch.ERESTARTNOHAND, arch.ERESTART_RESTARTBLOCK)

@@ -1,0 +1,252 @@
+"""The commands as a user gives them, on real processes: results, exit codes, what runs on and what does not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.live.programs import Program, Watch, running, wait_until
+from tests.needs import require_root
+
+LAZYPROC = (sys.executable, "-m", "lazyproc.cli.main")
+PACED = ("memory_random", 8, 2, 1000)  # a guest on a machine with few cores
+
+
+@pytest.fixture(autouse=True)
+def _root() -> None:
+    require_root()
+
+
+def lazyproc(*argv: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs a command, which must end with `code`."""
+    words = [*LAZYPROC, *map(str, argv)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, f"exit {done.returncode}: {done.stderr}"
+    return done
+
+
+def result(*argv: object, code: int = 0) -> dict[str, Any]:
+    """The one object that --json prints, on the last line of standard output."""
+    (line,) = lazyproc(*argv, "--json", code=code).stdout.splitlines()
+    fields: dict[str, Any] = json.loads(line)
+    return fields
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    with running(*PACED, directory=tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def images(tmp_path: Path, program: Program) -> Path:
+    """A checkpoint of the program, which is gone."""
+    lazyproc("checkpoint", program.pid, "-D", tmp_path / "images")
+    assert program.process.wait(10) == -signal.SIGKILL
+    return tmp_path / "images"
+
+
+@contextlib.contextmanager
+def killed_at_the_end(pid: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def stop_and_verify(pid: int, watch: Watch) -> None:
+    """It beats, and its last check finds nothing wrong."""
+    with killed_at_the_end(pid):
+        watch.wait_beats()
+        os.kill(pid, signal.SIGTERM)
+        watch.wait_ended()
+
+
+# --- checkpoint and show ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_ends_the_tree_and_says_what_it_wrote(tmp_path: Path, program: Program) -> None:
+    fields = result("checkpoint", program.pid, "-D", tmp_path / "images")
+    assert (fields["root_pid"], fields["root_vpid"]) == (program.pid, program.pid)
+    assert (fields["tasks"], fields["threads"]) == (1, 2)
+    assert fields["bytes"] > fields["pages_total"] * 4096 > 7 << 20
+    assert 0 < fields["frozen_ms"] < fields["total_ms"]
+    assert program.process.wait(10) == -signal.SIGKILL
+
+
+def test_left_running_it_runs(tmp_path: Path, program: Program) -> None:
+    done = lazyproc("checkpoint", program.pid, "-D", tmp_path / "images", "--leave-running")
+    assert done.stdout.startswith("1 task with 2 threads and 8")
+    program.watch.wait_beats()
+    program.stop_and_verify()
+
+
+def test_an_obstacle_is_exit_3_and_nothing_has_happened(tmp_path: Path) -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True) as process:
+        fields = result("checkpoint", process.pid, "-D", tmp_path / "images", code=3)
+        assert fields["exit_code"] == 3
+        assert {"pid": process.pid, "where": "fd 0"}.items() <= fields["obstacles"][0].items()
+        assert not (tmp_path / "images").exists()
+        done = lazyproc("explain", process.pid, code=3)
+        assert f"pid {process.pid}: fd 0: " in done.stdout
+        assert process.poll() is None
+
+
+def test_explain_says_so_when_nothing_stands_in_the_way(program: Program) -> None:
+    assert (
+        lazyproc("explain", program.pid).stdout
+        == f"nothing stops a checkpoint or a move of pid {program.pid}\n"
+    )
+    assert result("explain", program.pid) == {"pid": program.pid, "obstacles": [], "notes": []}
+
+
+def test_show_lists_what_is_in_the_images(images: Path, program: Program) -> None:
+    fields = result("show", images)
+    (task,) = fields["tasks"]
+    assert (task["vpid"], task["comm"], task["state"]) == (program.pid, "memory_random", "alive")
+    assert task["threads"] == [program.pid, *task["threads"][1:]]
+    assert task["mappings"]["anon"]["bytes"] > 8 << 20
+    assert fields["pages_lazy"] == task["pages_lazy"] > 1900
+    text = lazyproc("show", images).stdout
+    assert text.startswith("1 task, 2 threads")
+    assert f"{program.pid} memory_random (alive)" in text
+
+
+def test_show_of_no_images_is_exit_1(tmp_path: Path) -> None:
+    assert "inventory.img: missing" in lazyproc("show", tmp_path, code=1).stderr
+
+
+# --- restore ----------------------------------------------------------------------------------------------
+
+
+def test_a_detached_restore_runs_on(images: Path, program: Program, tmp_path: Path) -> None:
+    fields = result("restore", "-D", images, "--lazy", "--detach", "--pidfile", tmp_path / "pid")
+    assert (tmp_path / "pid").read_text() == f"{fields['root_pid']}\n"
+    ways = ("zero", "eager", "urgent", "bulk", "dropped")
+    assert fields["pages_total"] == sum(fields[f"pages_{way}"] for way in ways) > 1900
+    assert fields["ended"] is False
+    with killed_at_the_end(fields["root_pid"]):
+        lazyproc("explain", fields["root_pid"])  # it could be moved again
+        stop_and_verify(fields["root_pid"], program.watch)
+
+
+def test_an_attached_restore_passes_signals_and_the_status_on(images: Path, program: Program) -> None:
+    command = [*LAZYPROC, "restore", "-D", str(images)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as restoring:
+        try:
+            before = program.watch.read().beats
+            wait_until(lambda: program.watch.read().beats > before or restoring.poll() is not None, "it runs")
+            program.watch.wait_beats()
+            restoring.send_signal(signal.SIGTERM)
+            assert restoring.wait(20) == 0
+            program.watch.wait_ended()
+        finally:
+            restoring.kill()
+
+
+def test_a_restore_that_cannot_be_is_exit_1(tmp_path: Path) -> None:
+    fields = result("restore", "-D", tmp_path, code=1)
+    assert fields["error"] == "missing"
+    assert fields["where"] == "inventory.img"
+    fields = result("restore", "-D", tmp_path, "--policy", "no-such", code=2)
+    assert "smallest-first" in fields["remedy"]
+
+
+# --- migrate, receive, serve ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listening(*argv: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A command with --listen on a free port: the process, and HOST:PORT once it listens."""
+    command = [*LAZYPROC, argv[0], "--listen", "127.0.0.1:0", *argv[1:]]
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stderr is not None
+            words = server.stderr.readline()
+            assert "listening on port" in words, words
+            yield server, f"127.0.0.1:{words.split()[-1]}"
+        finally:
+            server.kill()
+
+
+def test_a_migration_counts_each_page_once(program: Program) -> None:
+    with listening("receive", "--once", "--json") as (receiver, target):
+        fields = result("migrate", program.pid, target)
+        assert program.process.wait(10) == -signal.SIGKILL
+        stop_and_verify(fields["root_pid"], program.watch)
+        assert json.loads(receiver.communicate(timeout=20)[0]) == {"committed": 1}
+        assert receiver.returncode == 0
+    ways = ("zero", "eager", "urgent", "bulk", "dropped")
+    assert fields["pages_total"] == sum(fields[f"pages_{way}"] for way in ways) > 1900
+    assert 0 < fields["frozen_ms"] <= fields["blackout_ms"] <= fields["total_ms"]
+    assert fields["bytes_wire"] > 1900 * 4096
+    assert fields["fault_us"].keys() == {"count", "p50", "p90", "p99", "max"}
+    assert fields["mode"] == "postcopy"
+
+
+def test_nobody_there_is_exit_1_and_it_runs_on(program: Program) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    fields = result("migrate", program.pid, f"127.0.0.1:{port}", code=1)
+    assert fields["exit_code"] == 1
+    program.watch.wait_beats()
+    program.stop_and_verify()
+
+
+def test_an_interrupted_receiver_is_exit_0() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with listening("receive", "--json") as (receiver, _):
+            receiver.send_signal(number)
+            assert json.loads(receiver.communicate(timeout=20)[0]) == {"committed": 0}
+            assert receiver.returncode == 0
+
+
+def test_serve_and_restore_from_it(program: Program) -> None:
+    with listening("serve", program.pid) as (server, target):
+        program.watch.wait_beats()  # frozen only for a client
+        fields = result("restore", "--from", target, "--detach")
+        assert program.process.wait(10) == -signal.SIGKILL
+        stop_and_verify(fields["root_pid"], program.watch)
+        assert server.wait(20) == 0
+
+
+def test_an_interrupted_server_lets_the_tree_run(program: Program) -> None:
+    with listening("serve", program.pid) as (server, _):
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+    program.watch.wait_beats()
+    program.stop_and_verify()
+
+
+# --- everywhere -------------------------------------------------------------------------------------------
+
+
+def test_the_log_file_has_events_and_the_failure_and_is_private(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    lazyproc("restore", "-D", tmp_path, "--log-file", log, code=1)
+    with running(*PACED, directory=tmp_path) as program:
+        lazyproc("checkpoint", program.pid, "-D", tmp_path / "images", "--leave-running", "--log-file", log)
+    lines = log.read_text().splitlines()
+    assert "failed: ImageError: inventory.img: missing" in lines[0]
+    assert any(line.endswith("Z frozen") for line in lines)
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_the_demo_moves_and_verifies() -> None:
+    done = lazyproc("demo")
+    assert done.stdout.splitlines()[-1] == "verified"
+    assert "it moved from host source to host destination" in done.stdout

@@ -1,0 +1,127 @@
+"""The decisions of explain, on facts that need no process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyproc.dump.explain import BORROWED, notes, obstacles
+from lazyproc.dump.survey import ProcessFacts, Sharing, ThreadFacts, TreeFacts
+from lazyproc.kernel import proc
+from lazyproc.kernel.sysvipc import LastUse
+
+NAMESPACES = {
+    name: 100 + at for at, name in enumerate(("mnt", "net", "ipc", "uts", "user", "pid", "cgroup", "time"))
+}
+NAMESPACES |= {f"{name}_for_children": NAMESPACES[name] for name in ("pid", "time")}
+VDSO = proc.SmapsEntry(
+    proc.MapsEntry(0x7000, 0x8000, "r-xp", 0, (0, 0), 0, "[vdso]", False), 4096, 0, 0, 0, 0, 0, 0, frozenset()
+)
+STAT = replace(
+    proc.stat((Path(__file__).parent / "proc/stat").read_bytes()), state="S", tty=0, policy=0, flags=0
+)
+
+
+def process(pid: int, **changes: object) -> ProcessFacts:
+    stat = replace(STAT, pid=pid, pgrp=10, session=10, num_threads=1)
+    plain = ProcessFacts(
+        stat=stat,
+        vpid=pid,
+        kernel_thread=False,
+        smaps=(VDSO,),
+        threads=(ThreadFacts(pid, tracer=0, stuck_in=None, namespaces=NAMESPACES, apart=()),),
+        namespaces=NAMESPACES,
+        elf_class=2,
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def tree(*processes: ProcessFacts, **changes: object) -> TreeFacts:
+    plain = TreeFacts(processes, our_pid=1, our_namespaces=NAMESPACES, sharing=(), ipc_uses=())
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 20))
+def test_an_ordinary_tree_has_neither_obstacles_nor_notes(count: int) -> None:
+    facts = tree(*(process(10 + at) for at in range(count)))
+    assert list(obstacles(facts)) == []
+    assert list(notes(facts)) == []
+
+
+@given(st.sampled_from(sorted(NAMESPACES)), st.integers(1, 5), st.data())
+def test_each_namespace_of_a_childs_own_is_one_obstacle_of_that_child(
+    name: str, count: int, data: st.DataObject
+) -> None:
+    odd = data.draw(st.integers(1, count))
+    children = [process(10 + at) for at in range(count + 1)]
+    own = {**NAMESPACES, name: 7}
+    thread = replace(children[odd].threads[0], namespaces=own)
+    children[odd] = replace(children[odd], namespaces=own, threads=(thread,))
+    (obstacle,) = obstacles(tree(*children))
+    assert obstacle.pid == 10 + odd
+    assert name.removesuffix("_for_children") in obstacle.why
+
+
+@given(st.sets(st.sampled_from(BORROWED), min_size=1))
+def test_a_tree_in_other_namespaces_is_one_note_naming_them(names: set[str]) -> None:
+    facts = tree(process(10), our_namespaces={**NAMESPACES, **dict.fromkeys(names, 7)})
+    assert list(obstacles(facts)) == []
+    (note,) = notes(facts)
+    assert set(note[note.index("(") + 1 : note.index(")")].split(", ")) == names
+
+
+def test_a_kernel_without_some_namespaces_is_no_obstacle() -> None:
+    few = {"mnt": 100, "pid": 105, "pid_for_children": 105}
+    thread = ThreadFacts(10, 0, None, few, ())
+    assert list(obstacles(tree(process(10, namespaces=few, threads=(thread,)), our_namespaces=few))) == []
+
+
+@given(st.sampled_from(["Z", "S"]), st.booleans())
+def test_the_dead_are_left_in_peace(state: str, kernel_thread: bool) -> None:
+    """Only a root that cannot be moved is an obstacle; a zombie child travels as one."""
+    stat = replace(process(11).stat, state=state)
+    other = process(
+        11, stat=stat, kernel_thread=kernel_thread, smaps=(), threads=(), namespaces={}, elf_class=0
+    )
+    if state == "Z" or kernel_thread:
+        assert list(obstacles(tree(process(10), other))) == []
+        assert len(list(obstacles(tree(other)))) == 1
+
+
+@given(st.integers(2, 100), st.integers(2, 100))
+def test_what_is_shared_or_left_behind_names_both_sides(other: int, number: int) -> None:
+    facts = tree(
+        process(10),
+        sharing=(Sharing(10, other, "its memory (CLONE_VM)"),),
+        ipc_uses=(LastUse(10, "semaphore set", number),),
+    )
+    shared, left = obstacles(facts)
+    assert shared.why == f"shares its memory (CLONE_VM) with process {other}"
+    assert f"semaphore set {number}," in left.why
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_every_trouble_of_every_thread_is_said(troubles: list[int]) -> None:
+    threads = tuple(
+        ThreadFacts(
+            tid=20 + at,
+            tracer=99 if trouble == 1 else 0,
+            stuck_in="folio_wait" if trouble == 2 else None,
+            namespaces={**NAMESPACES, "net": 7} if trouble == 3 else NAMESPACES,
+            apart=(),
+        )
+        for at, trouble in enumerate(troubles)
+    )
+    said = [obstacle.where for obstacle in obstacles(tree(process(10, threads=threads)))]
+    assert said == [f"thread {20 + at}" for at, trouble in enumerate(troubles) if trouble]
+
+
+def test_every_obstacle_has_a_way_out() -> None:
+    stat = replace(process(10).stat, tty=0x8800, policy=6)
+    facts = tree(process(10, stat=stat, smaps=(), elf_class=1), our_pid=10)
+    found = list(obstacles(facts))
+    assert len(found) == 5
+    assert all(obstacle.remedy and obstacle.where == "process" for obstacle in found)
