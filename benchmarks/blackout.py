@@ -59,7 +59,7 @@ def run(rounds: int) -> Result:
                 report = move(pair, mib, Path(directory))
             frozen[mib].append(float(str(report["frozen_ms"])))
             blackout[mib].append(float(str(report["blackout_ms"])))
-    samples = {}
+    samples: dict[str, Samples] = {}
     for name, values in (("frozen_ms", frozen), ("blackout_ms", blackout)):
         samples |= {f"{name} {mib} MiB": Samples("ms", tuple(values[mib])) for mib in SIZES_MIB}
     small, large = SIZES_MIB

@@ -40,7 +40,17 @@ with restore(Path(sys.argv[1]), lazy=True, bulk=sys.argv[2] == "bulk", pidns="au
 
 def compiled(name: str, folder: Path) -> Path:
     binary = folder / name
-    command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", binary, HERE / f"{name}.c", "-lpthread"]
+    command: list[str | Path] = [
+        "gcc",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-o",
+        binary,
+        HERE / f"{name}.c",
+        "-lpthread",
+    ]
     subprocess.run(command, check=True)
     return binary
 
@@ -59,7 +69,15 @@ class Cargo:
             stderr=subprocess.DEVNULL,
         )
         self._wait_done(1)
-        dump = [sys.executable, "-m", "lazyproc.cli.main", "checkpoint", str(process.pid), "-D", self.images]
+        dump: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "lazyproc.cli.main",
+            "checkpoint",
+            str(process.pid),
+            "-D",
+            self.images,
+        ]
         subprocess.run(dump, check=True, stdout=subprocess.DEVNULL)
         process.wait()
 

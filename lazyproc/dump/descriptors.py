@@ -17,7 +17,6 @@ from lazyproc.dump.look import Look, attempt, look_at, unless_closed
 from lazyproc.dump.refusals import refusal
 from lazyproc.dump.registry import Refused, Registry, TaskRef
 from lazyproc.dump.sockets import SocketTable
-from lazyproc.dump.walk import thread_ids
 from lazyproc.errors import NoSuchProcess, Obstacle
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.netfilter import Flow

@@ -20,7 +20,7 @@ from lazyproc.kernel.tracee import Tracee
 
 FREEZE_MS = 2000
 ROUNDS = 64  # a tree that still grows after so many rounds forks faster than it can be stopped
-GRACE_MS = 100  # for the others when one has failed
+GRACE_MS = 100  # for what is a matter of microseconds
 LOOK_S = 0.001
 WALL = 0x40000000  # __WALL
 
@@ -181,15 +181,19 @@ def _stop_threads(task: FrozenTask, tids: Sequence[int], timeout_ms: int) -> Non
 
 
 def _is_zombie(task: FrozenTask) -> bool:
-    """Whether the process has ended. TraceeError when just its first thread has."""
-    task.stat = proc.stat(proc.read(task.pid, "stat"))
-    if task.stat.state == "Z" and task.stat.num_threads > 1:
-        raise TraceeError(
-            "its first thread has ended and others run on",
-            where=f"pid {task.pid}",
-            remedy="it cannot be moved until it ends or executes a program",
-        )
-    return task.stat.state == "Z"
+    """Whether the process has ended. TraceeError when just its first thread has, and not for the moment of an exec."""
+    until = time.monotonic() + GRACE_MS / 1000
+    while True:
+        task.stat = proc.stat(proc.read(task.pid, "stat"))
+        if task.stat.state != "Z" or task.stat.num_threads == 1:
+            return task.stat.state == "Z"
+        if time.monotonic() > until:
+            raise TraceeError(
+                "its first thread has ended and others run on",
+                where=f"pid {task.pid}",
+                remedy="it cannot be moved until it ends or executes a program",
+            )
+        time.sleep(LOOK_S)
 
 
 def _settle(task: FrozenTask, asleep: Mapping[int, SleepBefore], frozen_at_ns: int) -> None:

@@ -130,7 +130,9 @@ def _process(pid: int) -> ProcessFacts:
     """NoSuchProcess also for one that ends while it is looked at: it shows what it has no longer."""
     try:
         facts = _facts(pid)
-    except PermissionDenied:  # its namespaces, when it has none any more (proc_ns_get_link, fs/proc/namespaces.c)
+    except (
+        PermissionDenied
+    ):  # its namespaces, when it has none any more (proc_ns_get_link, fs/proc/namespaces.c)
         if not _is_ending(pid):
             raise
     else:

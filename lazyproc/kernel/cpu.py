@@ -34,3 +34,10 @@ def missing(wanted: Mapping[str, int], have: Mapping[str, int]) -> dict[str, int
     """Bits of `wanted` that `have` lacks, by word."""
     lacking = {name: bits & ~have.get(name, 0) for name, bits in wanted.items()}
     return {name: bits for name, bits in lacking.items() if bits}
+
+
+def possible_cpus() -> int:
+    """How many processors this host could ever have: num_possible_cpus() of the kernel."""
+    with open("/sys/devices/system/cpu/possible") as file:
+        ranges = [part.partition("-") for part in file.read().strip().split(",")]
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ranges)

@@ -43,6 +43,7 @@ PTRACE_PEEKSIGINFO_SHARED = 1
 NT_X86_XSTATE = 0x202
 SIGINFO = 128
 XSAVE_MAX = 16384
+SEIZE_TRIES = 3  # EPERM also when exec in another thread is just taking this one's number over (fs/exec.c, de_thread)
 UNINTERRUPTIBLE = "it is in uninterruptible sleep (I/O, a vfork child, a page fault that nobody serves)"
 
 
@@ -81,9 +82,11 @@ class Tracee:
 
     def seize(self, options: int = PTRACE_O_TRACESYSGOOD) -> None:
         """PTRACE_SEIZE; PermissionDenied names who traces it already or what is missing."""
-        result = int(lib.lp_ptrace(PTRACE_SEIZE, self.tid, 0, options))
-        if result < 0:
-            raise self._not_seized(-result)
+        for _ in range(SEIZE_TRIES):
+            result = int(lib.lp_ptrace(PTRACE_SEIZE, self.tid, 0, options))
+            if result == 0:
+                return
+        raise self._not_seized(-result)
 
     def _not_seized(self, error: int) -> NoSuchProcess | PermissionDenied | TraceeError:
         where = f"thread {self.tid}"

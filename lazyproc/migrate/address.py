@@ -7,17 +7,49 @@ every cache, and teaches the switches the new port, in one packet.
 
 from __future__ import annotations
 
+import array
 import fcntl
 import socket
 import struct
+from pathlib import Path
 
 from lazyproc.kernel.inject import checksum
+from lazyproc.kernel.netfilter import Flow, plain
 
 _SIOCGIFHWADDR = 0x8927
 _ETH_P_ARP, _ETH_P_IPV6 = 0x0806, 0x86DD
 _ALL_NODES = socket.inet_pton(socket.AF_INET6, "ff02::1")
 _OVERRIDE = 0x20000000
 _TARGET_LINK_ADDRESS = 2
+
+
+_SIOCGIFCONF = 0x8912
+_IFREQ = struct.Struct("16sHH4s16x")  # struct ifreq with a struct sockaddr_in
+_MAX_ADDRESSES = 1024
+
+
+def announce_all(flows: list[Flow]) -> None:
+    """Announce the addresses of moved connections that lie on an interface of this host (not loopback's).
+
+    OSError: no CAP_NET_RAW.
+    """
+    for address in {plain(flow.local)[0] for flow in flows}:
+        interface = interface_of(address)
+        if interface is not None and interface != "lo":
+            announce(interface, address)
+
+
+def interface_of(address: bytes) -> str | None:
+    """The interface that has a packed address, None when no interface has it (netdevice(7), /proc/net/if_inet6)."""
+    if len(address) == 16:
+        rows = (line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines())
+        return next((row[5] for row in rows if bytes.fromhex(row[0]) == address), None)
+    buffer = array.array("B", bytes(_IFREQ.size * _MAX_ADDRESSES))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        asked = struct.pack("ixxxxQ", len(buffer), buffer.buffer_info()[0])
+        (length,) = struct.unpack_from("i", fcntl.ioctl(probe, _SIOCGIFCONF, asked))
+    rows_v4 = _IFREQ.iter_unpack(bytes(buffer[:length]))
+    return next((name.split(b"\0", 1)[0].decode() for name, _, _, ip in rows_v4 if ip == address), None)
 
 
 def announce(interface: str, address: bytes) -> None:

@@ -13,6 +13,7 @@ from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
+from lazyproc.migrate.address import announce_all
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Gathering, Link, dialled
 from lazyproc.migrate.prepare import Offer, available_memory, objections
@@ -23,6 +24,7 @@ from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import RemotePages
 from lazyproc.pages.transport import listen
 from lazyproc.restore.lazy import finish, pager_of
+from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.uffd.pager import Counters, Pager
 from lazyproc.uffd.policy import POLICIES
@@ -103,6 +105,7 @@ class Arrival:
             pager.serve_remote(self.link.urgent.detach(), self.link.bulk.detach())
             pager.start(bulk=order.get("bulk") is not False, max_rate=_number(order, "max_rate"))
             tree.release()
+            announce_all(flows_to_hold(checkpoint))
             self.link.control.send(Running({"root_pid": tree.root_pid}))
             self.listener(StateChanged("running", time.monotonic()))
             ended = self._drain(pager, str(order["policy"]))

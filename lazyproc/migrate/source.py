@@ -52,6 +52,8 @@ from lazyproc.wire.native import (
 PREPARE_S = 30.0
 BUILD_S = 60.0
 POLL_S = 0.1
+LOOKS = 3
+LOOK_AGAIN_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,16 @@ def migrate(pid: int, target: str, order: Order, *, insecure: bool, listener: Li
 
 
 def look(pid: int) -> Before:
-    """What is learned while the tree still runs. Raises CannotBeDone with all obstacles."""
-    obstacles = explain(pid)
-    if obstacles:
-        raise CannotBeDone(obstacles)
-    return look_before(pid)
+    """What is learned while the tree still runs. Raises CannotBeDone with all obstacles.
+
+    What stands in the way may be over in a moment (a child before its exec, or that ends), so it is looked at again.
+    """
+    for _ in range(LOOKS):
+        obstacles = explain(pid)
+        if not obstacles:
+            return look_before(pid)
+        time.sleep(LOOK_AGAIN_S)
+    raise CannotBeDone(obstacles)
 
 
 def hand_over(

@@ -115,7 +115,9 @@ class Maker:
     def _exit(self, site: Site, status: int) -> None:
         """End a process as the original ended. Once its tracer has waited for it, it is its parent's zombie."""
         leader, sig = site.leader, status & 0x7F
-        if sig:
+        if sig == signal.SIGKILL:  # needs no help, and ends a tracee in any stop
+            os.kill(site.pid, sig)
+        elif sig:
             resource.prlimit(site.pid, resource.RLIMIT_CORE, (0, 0))
             os.kill(site.pid, sig)
             leader.set_blocked(0)

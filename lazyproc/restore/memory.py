@@ -12,6 +12,7 @@ from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel.nursery import DATA, DATA_SIZE, TEXT
 from lazyproc.kernel.remote import BLOB, MAP_FIXED_NOREPLACE, Bench, Call, find_hole
 from lazyproc.model import PAGE, Checkpoint, Mm, SharedKind, SharedMemory, Vma, VmaKind
+from lazyproc.restore import aio
 from lazyproc.restore.site import Site
 
 PR_SET_MM, PR_SET_MM_MAP = 35, 14
@@ -83,12 +84,14 @@ def map_all(site: Site, checkpoint: Checkpoint, files: Mapping[int, int], object
         *_mm_calls(mm, site.bench, file_fds[mm.exe_id]),
         Call("close_range", (0, site.transport_fd - 1, 0)),
     )
+    aio.make_rings(site, mm.vmas)
     check_vdso(site, mm)
 
 
 def _map_calls(
     mm: Mm, files: Mapping[int, int], objects: Mapping[int, int], shared: Mapping[int, SharedMemory]
 ) -> Iterator[Call]:
+    yield from aio.reserve_calls(mm.vmas)
     for vma in mm.vmas:
         if vma.kind in VDSO_KINDS or vma.kind is VmaKind.AIO:
             continue

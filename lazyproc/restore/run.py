@@ -19,6 +19,7 @@ from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.uffd.pager import Counters, Pager
 from lazyproc.uffd.policy import Policy, named
 
+
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
     """What a restore measured, in the words of MigrateReport. Without a pager every page was eager: None."""

@@ -206,6 +206,20 @@ def test_nobody_there_is_exit_1_and_it_runs_on(program: Program) -> None:
     program.stop_and_verify()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_before_the_hand_over_it_runs_on(program: Program, number: signal.Signals) -> None:
+    """The receiver takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        command = [*LAZYPROC, "migrate", str(program.pid), f"127.0.0.1:{silent.getsockname()[1]}"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as migrating, silent.accept()[0]:
+            migrating.send_signal(number)
+            _, words = migrating.communicate(timeout=20)
+    assert migrating.returncode == 1
+    assert words == "lazyproc: interrupted; the process runs here as before\n"
+    program.watch.wait_beats()
+    program.stop_and_verify()
+
+
 def test_an_interrupted_receiver_is_exit_0() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         with listening("receive", "--json") as (receiver, _):

@@ -21,7 +21,7 @@ ARGUMENTS = {
     "sleeps": ("5000",),
     "timers": ("5000",),
 }
-RESTLESS = ("fork_lazy", "sock_queues", "threads")  # their mappings, descriptors and processes come and go
+RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")  # their mappings, descriptors and processes come and go
 PROGRAMS = sorted(path.stem for path in SOURCES.glob("*.c"))
 
 

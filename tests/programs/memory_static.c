@@ -130,10 +130,11 @@ static void check_content(const struct region *region)
         EXPECT(0, mprotect(region->at, PAGES * PAGE, PROT_NONE));
 }
 
-/* Flags that come and go with tracking, locking and lazy arrival, not with what the process asked for. */
+/* Flags that come and go with tracking, locking, lazy arrival and accounting (which a mapping that may not be written
+ * is given or not, depending on its past), not with what the process asked for. */
 static void strip_passing_flags(char *flags)
 {
-    static const char *const passing[] = { " sd", " um", " uw", " ui", " lf" };
+    static const char *const passing[] = { " sd", " um", " uw", " ui", " lf", " ac" };
 
     for (size_t i = 0; i < sizeof passing / sizeof *passing; i++) {
         char *found = strstr(flags, passing[i]);

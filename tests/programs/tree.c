@@ -146,6 +146,7 @@ int main(int argc, char **argv)
     wait_for_family();
     check_running();
     while (!check_stopping) {
+        mine.ppid = getppid(); /* the root's parent stays behind when the tree is moved */
         check_kinship(&mine);
         EXPECT(session, getsid(session));
         EXPECT(exited, getpgid(member));

@@ -1,0 +1,289 @@
+"""Freezing trees that resist: what is stopped is all of it, what cannot be stopped is said, and nobody is harmed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lazyproc.dump.before import tree_of
+from lazyproc.dump.freeze import frozen_tree
+from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
+from lazyproc.kernel import proc
+from tests.live.programs import running, wait_until
+from tests.live.tracees import freeze_and_let_go, frozen_and_dumped, state_of, tracee
+
+NOBODY = 65534
+FOREVER = "for (;;) pause();"
+
+
+def tracer_of(pid: int) -> int:
+    return proc.status(proc.read(pid, "status")).tracer_pid
+
+
+# --- words ------------------------------------------------------------------------------------------------------
+
+
+def words_of(pid: int) -> str:
+    with pytest.raises(LazyprocError) as caught, frozen_tree(pid, timeout_ms=100):
+        pytest.fail("was frozen")
+    return str(caught.value)
+
+
+def test_no_such_pid() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    with pytest.raises(NoSuchProcess), frozen_tree(child.pid):
+        pass
+    assert words_of(child.pid) == f"/proc/{child.pid}/stat: it is gone; check that the process is still running"
+
+
+def test_somebody_elses_process_may_not_be_traced(tmp_path: Path) -> None:
+    with tracee('int main(int c, char **v) { (void)c; words = v; say("ready\\n", 0, 0, 0);' + FOREVER + "}", tmp_path) as it:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            try:
+                with frozen_tree(it.pid):
+                    words = b"was frozen"
+            except PermissionDenied as error:
+                words = str(error).encode()
+            os.write(writing, words)
+            os._exit(0)
+        os.close(writing)
+        os.waitpid(child, 0)
+        with open(reading) as pipe:
+            assert pipe.read() == (
+                f"thread {it.pid}: may not be traced; run as root, or as its owner with CAP_SYS_PTRACE"
+            )
+
+
+def test_a_traced_process_names_its_tracer(tmp_path: Path) -> None:
+    with tracee('int main(int c, char **v) { (void)c; words = v; say("ready\\n", 0, 0, 0);' + FOREVER + "}", tmp_path) as it:
+        code = f"import sys\nfrom lazyproc.kernel.tracee import Tracee\nTracee({it.pid}).seize()\nprint(flush=True)\nsys.stdin.read()"
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PYTHONPATH": ":".join(sys.path)}
+        ) as tracer:
+            assert tracer.stdout is not None
+            tracer.stdout.readline()
+            assert words_of(it.pid) == (
+                f"thread {it.pid}: is traced by pid {tracer.pid} already; detach that one first: see ps {tracer.pid}"
+            )
+            assert tracer.stdin is not None
+            tracer.stdin.close()
+        freeze_and_let_go(it.pid)
+
+
+def test_a_process_whose_first_thread_has_ended_is_refused(tmp_path: Path) -> None:
+    source = """
+    static void *stay(void *a) { say("ready\\n", 0, 0, 0); for (;;) pause(); return a; }
+    int main(int c, char **v) { pthread_t t; (void)c; words = v; pthread_create(&t, 0, stay, 0); pthread_exit(0); }
+    """
+    with tracee(source, tmp_path) as it:
+        wait_until(lambda: state_of(it.pid) == "Z", "the first thread ends")
+        assert "its first thread has ended and others run on" in words_of(it.pid)
+
+
+VFORK = """
+int main(int c, char **v)
+{
+    int how;
+    (void)c;
+    words = v;
+    pid_t child = vfork();
+    if (child == 0) {
+        say("%ld\\n", getpid(), 0, 0);
+        execl("/bin/cat", "cat", v[2], NULL);
+        _exit(1);
+    }
+    waitpid(child, &how, 0);
+    say("waited %ld\\n", how, 0, 0);
+    for (;;) pause();
+}
+"""
+
+
+def test_a_vfork_parent_is_awaited(tmp_path: Path) -> None:
+    """Its child is about to execute a program, which ends the wait."""
+    fifo = tmp_path / "input"
+    os.mkfifo(fifo)
+    with tracee(VFORK, tmp_path, str(fifo)) as it:
+        freeze_and_let_go_of_both(it.pid)
+        fifo.write_text("")
+        assert it.hear() == "waited 0"
+
+
+def freeze_and_let_go_of_both(pid: int) -> None:
+    with frozen_tree(pid) as tree:
+        assert len(tree.tasks) == 2
+
+
+STUCK = """
+int main(int c, char **v)
+{
+    (void)c;
+    words = v;
+    pid_t child = vfork();
+    if (child == 0) {
+        say("%ld\\n", getpid(), 0, 0);
+        for (;;) { int fd = open(v[2], O_RDONLY); if (fd >= 0) _exit(0); }
+    }
+    say("returned\\n", 0, 0, 0);
+    for (;;) pause();
+}
+"""
+
+
+def test_uninterruptible_sleep_is_found_before_anything_is_stopped(tmp_path: Path) -> None:
+    """A vfork parent sleeps in D state until its child lets go of it."""
+    fifo = tmp_path / "input"
+    os.mkfifo(fifo)
+    with tracee(STUCK, tmp_path, str(fifo)) as it:
+        wait_until(lambda: state_of(it.pid) == "D", "the parent waits")
+        began = time.monotonic()
+        words = words_of(it.pid)
+        assert time.monotonic() - began < 1
+        assert f"thread {it.pid} of pid {it.pid}: cannot be stopped within 100 ms" in words
+        assert "try again when it is over" in words
+        assert [tracer_of(pid) for pid in tree_of(it.pid)] == [0, 0]
+        fifo.write_text("")
+        assert it.hear() == "returned"
+        freeze_and_let_go(it.pid)
+
+
+# --- moving targets ---------------------------------------------------------------------------------------------
+
+
+def test_a_growing_tree_is_stopped_whole(tmp_path: Path) -> None:
+    source = """
+    int main(int c, char **v)
+    {
+        (void)c;
+        words = v;
+        signal(SIGCHLD, SIG_IGN);
+        for (long n = 0;; n++) {
+            struct timespec moment = { 0, 300000 };
+            if (n == 10) say("ready\\n", 0, 0, 0);
+            if (fork() == 0 && n % 8) { nanosleep(&moment, 0); _exit(0); }
+            nanosleep(&moment, 0);
+            if (n > 40) _exit(0);
+        }
+    }
+    """
+    with tracee(source, tmp_path) as it:
+        for _ in range(5):
+            try:
+                with frozen_tree(it.pid) as tree:
+                    alive = {task.pid for task in tree.tasks.values() if not task.zombie}
+                    assert {pid for pid in tree_of(it.pid) if state_of(pid) != "Z"} == alive
+                    assert {state_of(pid) for pid in alive} == {"t"}
+            except NoSuchProcess:
+                break  # the root came to its end
+        os.killpg(it.pid, signal.SIGKILL)
+
+
+def test_threads_that_come_and_go_are_all_stopped(tmp_path: Path) -> None:
+    source = """
+    static void *brief(void *a) { usleep(50); return a; }
+    int main(int c, char **v)
+    {
+        (void)c;
+        words = v;
+        say("ready\\n", 0, 0, 0);
+        for (;;) {
+            pthread_t t[4];
+            for (int i = 0; i < 4; i++) if (pthread_create(&t[i], 0, brief, 0)) _exit(1);
+            for (int i = 0; i < 4; i++) pthread_join(t[i], 0);
+        }
+    }
+    """
+    with tracee(source, tmp_path) as it:
+        for _ in range(50):
+            with frozen_tree(it.pid) as tree:
+                tids = set(proc.task_ids(it.pid))
+                known = {thread.tid for thread in tree.tasks[it.pid].threads}
+                exiting = {tid for tid in tids - known if proc.stat(proc.read(it.pid, f"task/{tid}/stat")).state in "ZX"}
+                assert tids - exiting == known
+        assert it.process.poll() is None
+
+
+def test_exec_by_any_thread_during_the_freeze(tmp_path: Path) -> None:
+    source = """
+    static void *again(void *a) { execv("/proc/self/exe", words); _exit(2); return a; }
+    int main(int c, char **v)
+    {
+        pthread_t t;
+        words = v;
+        if (c == 2) { say("ready\\n", 0, 0, 0); words = (char *[]){ v[0], v[1], "again", 0 }; }
+        if (pthread_create(&t, 0, again, 0)) _exit(1);
+        for (;;) pause();
+    }
+    """
+    with tracee(source, tmp_path) as it:
+        for _ in range(40):
+            with frozen_tree(it.pid) as tree:
+                assert tree.tasks[it.pid].threads[0].tid == it.pid
+                assert state_of(it.pid) == "t"
+        assert it.process.poll() is None
+
+
+# --- stopped and killed -----------------------------------------------------------------------------------------
+
+PLAIN = 'int main(int c, char **v) { (void)c; words = v; say("ready\\n", 0, 0, 0); for (;;) pause(); }'
+
+
+def test_a_stopped_process_stays_stopped(tmp_path: Path) -> None:
+    with tracee(PLAIN, tmp_path) as it:
+        os.kill(it.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, it.pid, os.WSTOPPED)
+        with frozen_and_dumped(it.pid) as tree:
+            assert tree.tasks[it.pid].threads[0].stop_signal == signal.SIGSTOP
+        wait_until(lambda: state_of(it.pid) == "T", "it is stopped again")
+        os.kill(it.pid, signal.SIGCONT)
+        wait_until(lambda: state_of(it.pid) == "S", "it goes on")
+
+
+def test_killed_while_frozen_a_tree_is_gone(tmp_path: Path) -> None:
+    """The leader is reaped although threads were traced."""
+    with running("threads", directory=tmp_path) as program:
+        with frozen_tree(program.pid) as tree:
+            tree.kill()
+        assert not Path(f"/proc/{program.pid}").exists()
+
+
+def test_a_tree_stopped_for_good_does_not_run_without_its_tracer(tmp_path: Path) -> None:
+    with tracee(PLAIN, tmp_path) as it:
+        child = os.fork()
+        if child == 0:
+            with frozen_tree(it.pid) as tree:
+                tree.stop_for_good()
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        wait_until(lambda: state_of(it.pid) == "T", "it is stopped")
+        os.kill(it.pid, signal.SIGCONT)
+        wait_until(lambda: state_of(it.pid) == "S", "it goes on")
+
+
+def test_a_freeze_belongs_to_the_thread_that_made_it(tmp_path: Path) -> None:
+    """A tracing thread that ends lets everything go."""
+    with tracee(PLAIN, tmp_path) as it:
+        context = frozen_tree(it.pid)
+        thread = threading.Thread(target=context.__enter__)
+        thread.start()
+        thread.join()
+        wait_until(lambda: tracer_of(it.pid) == 0, "nobody traces it")
+        freeze_and_let_go(it.pid)
+
+
+def test_an_error_while_frozen_lets_it_go(tmp_path: Path) -> None:
+    with tracee(PLAIN, tmp_path) as it:
+        with pytest.raises(TraceeError), frozen_tree(it.pid):
+            raise TraceeError("of the test")
+        assert tracer_of(it.pid) == 0
