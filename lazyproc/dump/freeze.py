@@ -21,6 +21,7 @@ from lazyproc.kernel.tracee import Tracee
 FREEZE_MS = 2000
 ROUNDS = 64  # a tree that still grows after so many rounds forks faster than it can be stopped
 GRACE_MS = 100  # for what is a matter of microseconds
+TURN_MS = 10  # after which the next thread is waited for
 LOOK_S = 0.001
 WALL = 0x40000000  # __WALL
 
@@ -146,38 +147,64 @@ def _stop_process(tree: FrozenTree, pid: int, timeout_ms: int) -> bool:
         if _is_zombie(task):
             return True
         task.pidfd = kernel.pidfd_open(pid)
-    known = {tracee.tid for tracee in task.threads}
+    running = _take_running(task)
+    known = {tracee.tid for tracee in (*task.threads, *running)}
     new = [tid for tid in proc.task_ids(pid) if tid not in known]
-    _stop_threads(task, new, timeout_ms)
+    _stop_threads(task, running, new, timeout_ms)
     task.threads.sort(key=lambda tracee: tracee.tid != pid)
     if (not task.threads or task.threads[0].tid != pid) and _is_zombie(task):
         task.threads.clear()
-    return bool(new)
+    return bool(new or running)
 
 
-def _stop_threads(task: FrozenTask, tids: Sequence[int], timeout_ms: int) -> None:
-    """All are asked to stop before the first is waited for. One that ends meanwhile is none of the task's threads;
-    its leader may be another thread the next time, which exec has made it (execve(2)).
+def _take_running(task: FrozenTask) -> list[Tracee]:
+    """Threads that were stopped and are not: a sibling has executed a program, which ends all others and gives it the
+    number of the leader (execve(2)). Until we have waited for those, its exec does not come to its end.
     """
+    running = [tracee for tracee in task.threads if not tracee.is_stopped()]
+    task.threads = [tracee for tracee in task.threads if tracee not in running]
+    return running
+
+
+def _stop_threads(task: FrozenTask, running: list[Tracee], tids: Sequence[int], timeout_ms: int) -> None:
+    """All are asked to stop before the first is waited for. One that ends meanwhile is none of the task's threads."""
     asked: list[Tracee] = []
     try:
+        for tracee in running:
+            with suppress(NoSuchProcess):
+                tracee.interrupt()
+                asked.append(tracee)
         for tid in tids:
             with suppress(NoSuchProcess):
                 tracee = Tracee(tid)
                 tracee.seize()
                 asked.append(tracee)
                 tracee.interrupt()
-        while asked:
-            with suppress(NoSuchProcess):
-                asked[0].wait_stop(timeout_ms)
-                task.threads.append(asked[0])
-            del asked[0]
+        _await_stops(task, asked, timeout_ms)
     except LazyprocError:
         for tracee in asked:  # what was asked to stop can only be let go once it has
             with suppress(LazyprocError):
                 tracee.wait_stop(GRACE_MS)
                 task.threads.append(tracee)
         raise
+
+
+def _await_stops(task: FrozenTask, asked: list[Tracee], timeout_ms: int) -> None:
+    """Moves threads from `asked` to the task as they stop; those that exec has renumbered are asked again."""
+    until = time.monotonic() + timeout_ms / 1000
+    while asked:
+        tracee = asked.pop(0)
+        try:
+            tracee.wait_stop(TURN_MS)
+            task.threads.append(tracee)
+        except NoSuchProcess:
+            continue
+        except TraceeError:
+            asked += [tracee, *_take_running(task)]
+            if time.monotonic() > until:
+                raise
+            with suppress(NoSuchProcess):
+                tracee.interrupt()
 
 
 def _is_zombie(task: FrozenTask) -> bool:

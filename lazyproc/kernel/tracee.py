@@ -27,6 +27,7 @@ from lazyproc.model import Registers, Rseq, SeccompFilter
     PTRACE_CONT,
     PTRACE_DETACH,
     PTRACE_SETOPTIONS,
+    PTRACE_GETEVENTMSG,
     PTRACE_SETREGSET,
     PTRACE_SEIZE,
     PTRACE_INTERRUPT,
@@ -34,7 +35,7 @@ from lazyproc.model import Registers, Rseq, SeccompFilter
     PTRACE_SETSIGMASK,
     PTRACE_SECCOMP_GET_FILTER,
     PTRACE_SECCOMP_GET_METADATA,
-) = (12, 13, 7, 17, 0x4200, 0x4205, 0x4206, 0x4207, 0x4209, 0x420B, 0x420C, 0x420D)
+) = (12, 13, 7, 17, 0x4200, 0x4201, 0x4205, 0x4206, 0x4207, 0x4209, 0x420B, 0x420C, 0x420D)
 PTRACE_O_TRACESYSGOOD = 1
 PTRACE_O_EXITKILL = 1 << 20
 PTRACE_O_SUSPEND_SECCOMP = 1 << 21
@@ -123,7 +124,7 @@ class Tracee:
             got = int(lib.lp_wait(self.tid, status, timeout_ms))
             if got == 0:
                 raise TraceeError(
-                    f"did not stop within {timeout_ms} ms: {UNINTERRUPTIBLE}",
+                    f"does not stop: {UNINTERRUPTIBLE}",
                     where=f"thread {self.tid}",
                     remedy="try again when it is over",
                 )
@@ -136,6 +137,11 @@ class Tracee:
                 return
             # A signal was on its way: deliver it after all, the interrupt follows.
             self._ptrace(PTRACE_CONT, 0, os.WSTOPSIG(status[0]))
+
+    def is_stopped(self) -> bool:
+        """Whether it stands still and is our tracee; every other request would raise NoSuchProcess."""
+        message = ffi.new("unsigned long *")
+        return int(lib.lp_ptrace(PTRACE_GETEVENTMSG, self.tid, 0, _address(message))) == 0
 
     def cont(self, sig: int = 0) -> None:
         self._ptrace(PTRACE_CONT, 0, sig)

@@ -13,21 +13,21 @@ from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
+from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Gathering, Link, dialled
 from lazyproc.migrate.prepare import Offer, available_memory, objections
-from lazyproc.migrate.talk import checked, expect
-from lazyproc.model import Extent, MemoryObject, ObjectKind
+from lazyproc.migrate.talk import checked, deaf, expect
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.remote import RemotePages
+from lazyproc.pages.remote import RemotePages, extents_of
 from lazyproc.pages.transport import listen
 from lazyproc.restore.lazy import finish, pager_of
 from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.uffd.pager import Counters, Pager
-from lazyproc.uffd.policy import POLICIES
+from lazyproc.uffd.policy import POLICIES, Policy
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import (
     Abort,
@@ -59,6 +59,15 @@ class Terms:
 
 
 @dataclass(slots=True)
+class Arrived:
+    """A tree that runs, and the pager that brings what is missing."""
+
+    tree: BuiltTree
+    pager: Pager
+    policy: Policy
+
+
+@dataclass(slots=True)
 class Arrival:
     """One migration on its way in. One thread does all its work: ptrace calls have one tracer thread."""
 
@@ -69,49 +78,80 @@ class Arrival:
     report: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Like `arrive`, but never raises: what goes wrong before the commit is told to the source, and noted."""
+        """From PREPARE to the last page. Never raises: what goes wrong before the commit is told to the source."""
         try:
-            with self.arrive() as tree:
-                reaper = threading.Thread(target=os.waitpid, args=(tree.nursery.pid, 0), daemon=True)
-                reaper.start()
+            arrived = self.begin()
+            while not self.drained(arrived, POLL_S):
+                self.listener(arrived.pager.counters().as_event())
+            nursery = arrived.tree.nursery.pid
+            threading.Thread(target=os.waitpid, args=(nursery, 0), daemon=True).start()
         except LazyprocError as error:
             self.listener(Note(f"session {self.link.session.id}: {error}"))
         finally:
             self.link.control.close()
 
-    @contextmanager
-    def arrive(self) -> Iterator[BuiltTree]:
-        """From PREPARE to the last page; the tree that runs, with nothing of ours left in it."""
+    def begin(self) -> Arrived:
+        """Up to the first instruction of the tree here. Until the commit every error is told to the source."""
         try:
-            order = self._prepare()
-            tree = self._take_in(order)
-            expect(self.link.control, Released, FREEZE_S)
+            return self._begin()
         except LazyprocError as error:
             if not self.committed:
                 self._abort(str(error))
             raise
-        yield tree
 
-    def _take_in(self, order: Mapping[str, JsonValue]) -> BuiltTree:
+    def _begin(self) -> Arrived:
+        order = self._prepare()
         images = unpack(expect(self.link.control, Images, FREEZE_S).data)
         source = BundledPages(images.pop(NAME, b""), RemotePages(self.link.urgent, {}))
         checkpoint = from_images(images)
         lazy = order["mode"] == "postcopy"
-        with (
-            built_tree(checkpoint, source, self.listener, lazy=lazy, pidns=self.terms.pidns) as tree,
-            pager_of(tree, trace=order.get("trace") is True) as pager,
-        ):
+        with built_tree(checkpoint, source, self.listener, lazy=lazy, pidns=self.terms.pidns) as tree:
+            pager = pager_of(tree)
             self._commit(tree)
             pager.serve_remote(self.link.urgent.detach(), self.link.bulk.detach())
             pager.start(bulk=order.get("bulk") is not False, max_rate=_number(order, "max_rate"))
             tree.release()
-            announce_all(flows_to_hold(checkpoint))
             self.link.control.send(Running({"root_pid": tree.root_pid}))
             self.listener(StateChanged("running", time.monotonic()))
-            ended = self._drain(pager, str(order["policy"]))
-            self._say_drained(pager.counters(), ended)
-            finish(pager, tree)
-        return tree
+            self._announce(flows_to_hold(checkpoint))
+        return Arrived(tree, pager, POLICIES[str(order["policy"])])
+
+    def drained(self, arrived: Arrived, timeout: float | None) -> bool:
+        """Whether every page is here, after waiting for `timeout` seconds at most; then nothing of ours is left in
+        the tree. Raises ConnectionLost with what is missing: who touches a missing page waits.
+        """
+        try:
+            return self._drained(arrived, timeout)
+        except (ConnectionLost, ProtocolError) as error:
+            missing = arrived.pager.counters().remaining
+            raise ConnectionLost(
+                f"{error.what}; up to {missing} pages are missing, and who touches one of them waits",
+                where=f"pid {arrived.tree.root_pid}",
+                remedy="end the process with kill -9: its memory cannot be completed any more",
+            ) from error
+
+    def _drained(self, arrived: Arrived, timeout: float | None) -> bool:
+        pager, control = arrived.pager, self.link.control
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not pager.wait(0):
+            left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
+            if left <= 0:
+                return False
+            event = control.receive(left)
+            if event is not None:
+                extents = extents_of(checked(event, Map, control))
+                pager.plan(arrived.policy(extents))
+                pager.apply_map(extents)
+        self._say_drained(pager.counters(), ended=not pager.spaces())
+        finish(pager, arrived.tree)
+        expect(control, Released, FREEZE_S)
+        return True
+
+    def _announce(self, flows: list[Flow]) -> None:
+        try:
+            announce_all(flows)
+        except OSError as error:
+            self.listener(Note(f"the moved addresses could not be announced: {error.strerror}"))
 
     def _abort(self, reason: str) -> None:
         try:
@@ -140,19 +180,7 @@ class Arrival:
         self.link.control.send(Committed())
         self.listener(StateChanged("committed", time.monotonic()))
 
-    def _drain(self, pager: Pager, policy: str) -> bool:
-        """Until every page is here; True when the tree came to its own end before."""
-        while True:
-            event = self.link.control.receive(POLL_S)
-            if event is not None:
-                extents = _extents(checked(event, Map, self.link.control))
-                pager.plan(POLICIES[policy](extents))
-                pager.apply_map(extents)
-            self.listener(pager.counters().as_event())
-            if pager.wait(0):
-                return not pager.spaces()
-
-    def _say_drained(self, counters: Counters, ended: bool) -> None:
+    def _say_drained(self, counters: Counters, *, ended: bool) -> None:
         faults: dict[str, JsonValue] = asdict(counters.fault_us)
         names = ("total", "zero", "eager", "urgent", "bulk", "dropped")
         pages: dict[str, JsonValue] = {f"pages_{name}": getattr(counters, name) for name in names}
@@ -165,14 +193,6 @@ def _number(fields: Mapping[str, JsonValue], name: str) -> int:
     if not isinstance(value, int):
         raise ProtocolError(f"PREPARE's {name} is no number")
     return value
-
-
-def _extents(event: Map) -> dict[MemoryObject, tuple[Extent, ...]]:
-    found: dict[MemoryObject, list[Extent]] = {}
-    for entry in event.entries:
-        obj = MemoryObject(ObjectKind(entry.object & 0xFF), entry.object >> 8)
-        found.setdefault(obj, []).append(Extent(entry.addr, entry.pages, lazy=True))
-    return {obj: tuple(extents) for obj, extents in found.items()}
 
 
 def receive(
@@ -203,13 +223,14 @@ def _finishing(arrivals: Sequence[tuple[Arrival, threading.Thread]]) -> Iterator
     try:
         yield
     finally:
-        for arrival, thread in arrivals:
-            if arrival.committed:
-                thread.join()
+        with deaf():
+            for arrival, thread in arrivals:
+                if arrival.committed:
+                    thread.join()
 
 
 @contextmanager
 def fetched(target: str, terms: Terms, *, insecure: bool, listener: Listener) -> Iterator[Arrival]:
-    """An arrival from whoever serves a tree at `target`; the caller runs it (`Arrival.arrive`)."""
+    """An arrival from whoever serves a tree at `target`; the caller begins and drains it."""
     with dialled(target, Party.DESTINATION, Trust(insecure)) as link:
         yield Arrival(link, terms, listener)

@@ -5,18 +5,36 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from lazyproc.events import Listener
-from lazyproc.migrate.destination import Terms, fetched
+from lazyproc.migrate.destination import Arrival, Arrived, Terms, fetched
 from lazyproc.restore.run import Restored
 
 
+@dataclass(slots=True, kw_only=True)
+class Fetched(Restored):
+    """A tree that runs while its pages come from a server elsewhere."""
+
+    arrival: Arrival
+    arrived: Arrived
+
+    def wait_drained(self, timeout: float | None = None) -> bool:
+        """See Restored. Raises ConnectionLost when the server is gone: what is missing stays missing."""
+        return self.arrival.drained(self.arrived, timeout)
+
+
 @contextmanager
-def restore_from(target: str, terms: Terms, *, insecure: bool, listener: Listener) -> Iterator[Restored]:
-    """The tree that `lazyproc serve` offers at `target` (HOST:PORT), once every page of it is here.
+def restore_from(target: str, terms: Terms, *, insecure: bool, listener: Listener) -> Iterator[Fetched]:
+    """The tree that `lazyproc serve` offers at `target` (HOST:PORT); it runs when the context is entered.
 
     Raises what `migrate` raises; the tree then runs on at its source.
     """
     started = time.monotonic()
-    with fetched(target, terms, insecure=insecure, listener=listener) as arrival, arrival.arrive() as tree:
-        yield Restored(tree, tree.nursery.pid, tree.root_pid, tree.checkpoint.root.vpid, started, None)
+    with fetched(target, terms, insecure=insecure, listener=listener) as arrival:
+        arrived = arrival.begin()
+        tree = arrived.tree
+        vpid = tree.checkpoint.root.vpid
+        yield Fetched(
+            tree, tree.nursery.pid, tree.root_pid, vpid, started, arrived.pager, arrival=arrival, arrived=arrived
+        )

@@ -19,6 +19,7 @@ from lazyproc.model import Checkpoint
 from lazyproc.pages.bundle import NAME, pack_bundle
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
+from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.transport import listen
 from lazyproc.wire.native import (
@@ -26,8 +27,6 @@ from lazyproc.wire.native import (
     Commit,
     Committed,
     Images,
-    Map,
-    MapEntry,
     Party,
     Prepare,
     Prepared,
@@ -52,7 +51,7 @@ def serve_process(pid: int, address: str, order: Order, *, insecure: bool, liste
     A client that fails before the commit lets the tree run on, and the next one may try. Raises CannotBeDone, and
     what `migrate` does after the commit.
     """
-    look(pid)
+    look(pid, listener)
     gathering = Gathering()
     with listen(address, Party.SOURCE, trust=Trust(insecure), report=listener) as door, closing(gathering):
         listener(Note(f"listening on port {door.port}"))
@@ -61,7 +60,7 @@ def serve_process(pid: int, address: str, order: Order, *, insecure: bool, liste
             if link is None:
                 continue
             try:
-                hand_over(pid, link, look(pid), order, time.monotonic(), listener)
+                hand_over(pid, link, look(pid, listener), order, time.monotonic(), listener)
                 return
             except LazyprocError as error:
                 if error.exit_code != 1:
@@ -134,8 +133,7 @@ class _Client:
         expect(control, Committed, BUILD_S)
         expect(control, Running, BUILD_S)
         self._listener(StateChanged("running", time.monotonic()))
-        lazy = [(obj, extent) for obj, extents in memory.items() for extent in extents if extent.lazy]
-        control.send(Map([MapEntry(obj.key, extent.addr, extent.count) for obj, extent in lazy]))
+        control.send(map_of(memory))
         while control.receive(DOOR_S) is None:
             continue
         control.send(Released())

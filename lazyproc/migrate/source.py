@@ -6,10 +6,8 @@ it never runs here again. In between is doubt: the tree stays stopped and the op
 
 from __future__ import annotations
 
-import signal
 import socket
 import struct
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,16 +20,17 @@ from lazyproc.dump.gather import Dump, dumped
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import CannotBeDone, ConnectionLost, LostAfterCommit, Parked, ProtocolError
-from lazyproc.events import Listener, PagesMoved, StateChanged
+from lazyproc.events import Listener, PagesMoved, StateChanged, ignore
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
 from lazyproc.kernel.netfilter import Hold
 from lazyproc.migrate.link import Link, dialled
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.report import MigrateReport
-from lazyproc.migrate.talk import checked, expect, milliseconds
+from lazyproc.migrate.talk import checked, deaf, expect, milliseconds
 from lazyproc.pages.bundle import NAME, pack_bundle
 from lazyproc.pages.peer import Trust
+from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.transport import Channel
 from lazyproc.wire.native import (
@@ -40,8 +39,6 @@ from lazyproc.wire.native import (
     Committed,
     Drained,
     Images,
-    Map,
-    MapEntry,
     Party,
     Prepare,
     Prepared,
@@ -64,7 +61,6 @@ class Order:
     policy: str = "sequential"
     bulk: bool = True
     max_rate: int = 0  # bytes a second, 0 without limit
-    trace: bool = False
 
     def fields(self) -> dict[str, str | int | bool]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -77,18 +73,18 @@ def migrate(pid: int, target: str, order: Order, *, insecure: bool, listener: Li
     it is not known whether the other side has it; LostAfterCommit.
     """
     started = time.monotonic()
-    before = look(pid)
+    before = look(pid, listener)
     with dialled(target, Party.SOURCE, Trust(insecure)) as link:
         return hand_over(pid, link, before, order, started, listener)
 
 
-def look(pid: int) -> Before:
+def look(pid: int, listener: Listener = ignore) -> Before:
     """What is learned while the tree still runs. Raises CannotBeDone with all obstacles.
 
     What stands in the way may be over in a moment (a child before its exec, or that ends), so it is looked at again.
     """
     for _ in range(LOOKS):
-        obstacles = explain(pid)
+        obstacles = explain(pid, listener=listener)
         if not obstacles:
             return look_before(pid)
         time.sleep(LOOK_AGAIN_S)
@@ -112,7 +108,7 @@ def hand_over(
         dump, pages = stack.enter_context(_described(tree, before, hold))
         server = stack.enter_context(PageServer(pages.segments()))
         _offer(link, dump, pages, server, order)
-        stack.enter_context(_deaf())
+        stack.enter_context(deaf())
         _commit(link, tree)
         frozen_ms = milliseconds(frozen)
         running = expect(link.control, Running, BUILD_S)
@@ -143,21 +139,6 @@ def hand_over(
         fault_us=_faults(drained),
         ended=drained.get("ended") is True,
     )
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Ctrl-C and a closed terminal end nothing after COMMIT: the other side needs the pages that are here."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {sig: signal.signal(sig, signal.SIG_IGN) for sig in signals}
-    try:
-        yield
-    finally:
-        for sig, action in before.items():
-            signal.signal(sig, action)
 
 
 @contextmanager
@@ -197,9 +178,7 @@ def _commit(link: Link, tree: FrozenTree) -> None:
 def _serve(link: Link, dump: Dump, server: PageServer, order: Order, listener: Listener) -> Drained:
     """Tell what there is, then wait while the C threads serve it."""
     extents = dump.lazy_extents() if order.mode == "postcopy" else {}
-    link.control.send(
-        Map([MapEntry(obj.key, e.addr, e.count) for obj, runs in extents.items() for e in runs])
-    )
+    link.control.send(map_of(extents))
     total = sum(e.count for runs in extents.values() for e in runs)
     while (event := _receive(link, total)) is None:
         counters = server.counters()

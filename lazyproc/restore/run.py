@@ -47,7 +47,7 @@ class Restored:
     root_vpid: int
     started: float
     pager: Pager | None
-    _status: int | None = field(default=None)
+    _status: int | None = field(default=None, kw_only=True)
 
     def wait_drained(self, timeout: float | None = None) -> bool:
         """True when every page is there and nothing of ours is left in the tree."""

@@ -1,0 +1,89 @@
+"""What has to be true after a command has failed: one clear sentence, and nothing changed on either host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lazyproc.hosts import PRIVATE, Host
+from lazyproc.kernel import proc
+from tests.live.moving import CLI, look_at_tree, tree_of
+from tests.live.programs import Program, wait_until
+from tests.live.real import processes_of
+
+PACED = ("memory_random", 8, 2, 1000)  # a guest on a machine with few cores
+COMMAND_S = 30
+
+
+def lazyproc(host: Host, *argv: object, by: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """A command on `host`, run by another one: env(1), setpriv(1), …"""
+    words = [*by, *CLI, *map(str, argv)]
+    return host.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_S)
+
+
+def started(host: Host, *argv: object) -> subprocess.Popen[str]:
+    """The same, under way."""
+    pipe = subprocess.PIPE
+    return host.popen([*CLI, *map(str, argv)], stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+
+
+def says(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """Exit `code` and one sentence with these words in it: no traceback, no fault of ours."""
+    assert done.returncode == code, f"exit {done.returncode}: {done.stderr}"
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "fault of lazyproc" not in done.stderr, done.stderr
+    assert done.stderr.count("lazyproc: ") == 1, done.stderr
+    *_, sentence = done.stderr.partition("lazyproc: ")
+    missing = [word for word in words if word not in sentence]
+    assert not missing, f"{missing} not in {sentence!r}"
+
+
+@contextmanager
+def unharmed(program: Program) -> Iterator[None]:
+    """Whatever happens in the block, the program runs on afterwards with all that it had."""
+    program.watch.wait_beats()
+    before = look_at_tree(program.pid)
+    yield
+    wait_until(lambda: _free(program.pid), "it runs and nobody traces it")
+    program.watch.wait_beats()
+    assert look_at_tree(program.pid) == before
+
+
+def _free(root: int) -> bool:
+    statuses = [proc.status(proc.read(pid, "status")) for pid in tree_of(root).values()]
+    return all(status.tracer_pid == 0 and status.state not in "tT" for status in statuses)
+
+
+@contextmanager
+def unchanged(*hosts: Host) -> Iterator[None]:
+    """After the block there are the same processes, files and nftables on these hosts as before."""
+    before = [_inventory(host) for host in hosts]
+    yield
+    for host, old in zip(hosts, before, strict=True):
+        wait_until(
+            lambda host=host, old=old: processes_of(host) == old[0],  # type: ignore[misc]
+            f"{host.name} has the processes {old[0]}, not {processes_of(host)}",
+        )
+        assert _inventory(host) == old
+
+
+def _inventory(host: Host) -> tuple[dict[int, str], list[Path], str]:
+    root = Path(f"/proc/{host.init_pid}/root")
+    places = [*(root / place[1:] for place in PRIVATE), host.outside / "state"]
+    files = sorted(Path(folder, name) for place in places for folder, _, names in os.walk(place) for name in names)
+    tables = host.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
+    return processes_of(host), files, tables
+
+
+@contextmanager
+def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Killed at the end when it still runs."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.communicate()
