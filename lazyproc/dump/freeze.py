@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from lazyproc.dump.settle import Stopped, settle, settle_again
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, TraceeError
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel import tracee as ptrace
+from lazyproc.kernel.settle import Stopped, settle, settle_again
 from lazyproc.kernel.sleeps import SleepBefore
 from lazyproc.kernel.tracee import Tracee
 
@@ -200,11 +200,12 @@ def _await_stops(task: FrozenTask, asked: list[Tracee], timeout_ms: int) -> None
         except NoSuchProcess:
             continue
         except TraceeError:
-            asked += [tracee, *_take_running(task)]
+            with suppress(NoSuchProcess):  # its number is that of a thread which we do not trace yet
+                tracee.interrupt()
+                asked.append(tracee)
+            asked += _take_running(task)
             if time.monotonic() > until:
                 raise
-            with suppress(NoSuchProcess):
-                tracee.interrupt()
 
 
 def _is_zombie(task: FrozenTask) -> bool:

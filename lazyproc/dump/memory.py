@@ -35,7 +35,7 @@ def kind_of(entry: proc.MapsEntry) -> VmaKind:
     """What lies behind a line of /proc/PID/maps. Refused when nothing that can be moved does."""
     if entry.path in SPECIAL:
         return SPECIAL[entry.path]
-    if entry.inode == 0:
+    if not entry.path or entry.path.startswith("["):  # not by the inode: the first SysV segment has number 0
         return VmaKind.ANON
     if entry.path.startswith("anon_inode:"):
         raise Refused(f"is a mapping of {entry.path}", "let the program close it")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import cast
 
 from lazyproc.dump.question import Question
-from lazyproc.dump.settle import Stopped, resumed
 from lazyproc.kernel import proc
 from lazyproc.kernel.remote import Bench, Call
+from lazyproc.kernel.settle import Stopped, resumed
 from lazyproc.kernel.tracee import Memory, Tracee
 from lazyproc.model import Credentials, Scheduling, SigAction, SignalStack, Thread
 

@@ -273,7 +273,7 @@ def _is_stub(content: bytes) -> bool:
 
 
 @dataclass(slots=True)
-class _Stub:
+class Stub:
     """The one-call stub at `addr`, run by one thread."""
 
     tracee: Tracee
@@ -287,14 +287,21 @@ class _Stub:
 
 
 @contextmanager
+def lone_stub(tracee: Tracee, state: State, memory: Memory, maps: Sequence[MapsEntry]) -> Iterator[Stub]:
+    """Single calls in one stopped thread of a process whose other threads may run: the padding is nobody's code."""
+    with _stub(tracee, [state], memory, maps) as stub:
+        yield stub
+
+
+@contextmanager
 def _stub(
     tracee: Tracee, states: Sequence[State], memory: Memory, maps: Sequence[MapsEntry]
-) -> Iterator[_Stub]:
-    """`states` are those of all threads, the first one's being `tracee`'s."""
+) -> Iterator[Stub]:
+    """`states` are those of all stopped threads, the first one's being `tracee`'s."""
     state, addr = states[0], _padding(maps, states, memory)
     memory.write(addr, arch.SYSCALL_INSTRUCTION + arch.way_home(state.registers, state.blocked))
     try:
-        yield _Stub(tracee, state, addr)
+        yield Stub(tracee, state, addr)
     finally:
         put_back(tracee, state)
         memory.write(addr, bytes(STUB_ROOM))

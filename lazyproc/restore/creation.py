@@ -30,10 +30,15 @@ WALL = 0x40000000  # __WALL
 CLONE_ARGS = struct.Struct("<11Q")  # flags pidfd child_tid parent_tid exit_signal stack size tls set_tid n cgroup
 
 
+def pending_signals(task: Task) -> set[int]:
+    """The signals that wait for the task or one of its threads."""
+    queues = (task.pending, *(thread.pending for thread in task.threads))
+    return {struct.unpack_from("<i", info)[0] for queue in queues for info in queue}
+
+
 def ending_for(task: Task) -> int:
     """The signal that ends the task's programs: none that is pending for it (see kernel/remote.py)."""
-    queues = (task.pending, *(thread.pending for thread in task.threads))
-    pending = {struct.unpack_from("<i", info)[0] for queue in queues for info in queue}
+    pending = pending_signals(task)
     return next((sig for sig in ENDINGS if sig not in pending), signal.SIGURG)
 
 
@@ -131,13 +136,30 @@ class Maker:
             leader.cont()
         os.waitpid(site.pid, WALL)
         if site.task.exit_signal:
-            self._swallow(self.sites[site.task.ppid], site.task.exit_signal)
+            _swallow(self.sites[site.task.ppid], site.task.exit_signal)
 
-    def _swallow(self, parent: Site, sig: int) -> None:
-        """The parent got its child's death signal long ago, in its former life."""
-        parent.leader.set_blocked(arch.MASK64 & ~(1 << (sig - 1)))
-        parent.leader.cont()
-        os.waitpid(parent.pid, WALL)
+
+def _swallow(parent: Site, sig: int) -> None:
+    """The parent got this signal of its child long ago, in its former life."""
+    parent.leader.set_blocked(arch.MASK64 & ~(1 << (sig - 1)))
+    parent.leader.cont()
+    os.waitpid(parent.pid, WALL)
+
+
+def stop(site: Site, parent: Site | None) -> None:
+    """Stop a process as SIGSTOP does, for its parent (None: not in the tree) to see.
+
+    No thread executes an instruction: each one is stopped again on its way out of the kernel.
+    """
+    for tracee in site.threads.values():
+        tracee.set_blocked(arch.MASK64)
+    os.kill(site.pid, signal.SIGSTOP)
+    for tracee in site.threads.values():
+        tracee.cont()
+    for tracee in site.threads.values():
+        tracee.wait_stop(STOP_MS)
+    if parent is not None and signal.SIGCHLD not in pending_signals(parent.task):
+        _swallow(parent, signal.SIGCHLD)
 
 
 def make_threads(site: Site) -> None:

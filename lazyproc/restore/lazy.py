@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 
-from lazyproc.errors import LazyprocError
-from lazyproc.kernel import sys as kernel
-from lazyproc.model import Extent, MemoryObject
+from lazyproc.errors import NoSuchProcess
+from lazyproc.kernel import proc
+from lazyproc.kernel.sys import pidfd_open
+from lazyproc.kernel.visit import call_in
+from lazyproc.model import Extent
 from lazyproc.restore.pages import LazyRange
+from lazyproc.restore.site import Site
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.uffd.pager import Pager
+
+USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
 
 
 def pager_of(tree: BuiltTree, *, trace: bool = False) -> Pager:
@@ -36,21 +42,29 @@ def _inside(extents: Sequence[Extent], ranges: Sequence[LazyRange]) -> Iterator[
 
 
 def finish(pager: Pager, tree: BuiltTree) -> None:
-    """Every page is there: the kernel serves the memory alone again, in huge pages where the source had them."""
-    pids = {vpid: site.pid for vpid, site in tree.sites.items()}
-    pidfds: dict[int, int] = {}
-    try:
-        for r in tree.lazy:
-            if r.huge and r.vpid not in pidfds:
-                pidfds[r.vpid] = kernel.pidfd_open(pids[r.vpid])
-        pager.finish((pidfds[r.vpid], r.addr, r.length) for r in tree.lazy if r.vpid in pidfds and r.huge)
-    except ProcessLookupError as error:
-        raise LazyprocError("the process has ended", where="collapse") from error
-    finally:
-        for fd in pidfds.values():
-            os.close(fd)
+    """Every page is there: the kernel serves the memory alone again, in huge pages where the source had them.
+
+    The anchors go between the pager's two steps: memory that grew while it was registered is let go by that.
+    """
+    pager.release()
+    with ExitStack() as stack:
+        pidfds = {}
+        for vpid, site in tree.sites.items():
+            with suppress(ProcessLookupError, NoSuchProcess):
+                _drop_anchors(site)
+                pidfds[vpid] = pidfd_open(site.pid)
+                stack.callback(os.close, pidfds[vpid])
+        pager.finish((pidfds[r.vpid], r.addr, r.length) for r in tree.lazy if r.huge and r.vpid in pidfds)
 
 
-def lazy_map(memory: dict[MemoryObject, tuple[Extent, ...]]) -> dict[MemoryObject, tuple[Extent, ...]]:
-    """The lazy extents alone."""
-    return {obj: tuple(e for e in extents if e.lazy) for obj, extents in memory.items()}
+def _drop_anchors(site: Site) -> None:
+    """In the task, and in children that it has forked meanwhile: they have inherited it."""
+    for pid in _family(site.pid):
+        with suppress(FileNotFoundError):
+            if os.readlink(f"/proc/{pid}/fd/{site.anchor}") == USERFAULTFD_LINK:
+                call_in(pid, "close", site.anchor)
+
+
+def _family(pid: int) -> list[int]:
+    children = [child for tid in proc.task_ids(pid) for child in proc.children_of(pid, tid)]
+    return [pid, *(p for child in children for p in _family(child))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from lazyproc.restore.site import Site
 from lazyproc.uffd.device import Outcome, Userfaultfd
 
 O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
+ABOVE_TRANSPORT = 3  # see the nursery's start: it uses two numbers above its socket
 PIECE = 256  # pages read and written at a time: 1 MiB
 ZERO_PAGE = bytes(PAGE)
 
@@ -58,7 +60,9 @@ def _cut(extents: Sequence[Extent], vmas: Sequence[Vma], lazy: bool, where: str)
             at = bisect_right(starts, addr) - 1
             vma = vmas[at] if at >= 0 else None
             if vma is None or addr >= vma.end:
-                raise ImageError(f"a page at {addr:#x} lies in no mapping", where=where, remedy="dump it again")
+                raise ImageError(
+                    f"a page at {addr:#x} lies in no mapping", where=where, remedy="dump it again"
+                )
             end = min(extent.end, vma.end)
             is_lazy = extent.lazy and lazy and vma.may_be_lazy
             yield replace(extent, addr=addr, count=(end - addr) // PAGE, lazy=is_lazy)
@@ -80,7 +84,11 @@ def lazy_ranges(checkpoint: Checkpoint) -> Iterator[LazyRange]:
 def register(
     sites: Mapping[int, Site], checkpoint: Checkpoint, stack: ExitStack
 ) -> tuple[dict[int, int], tuple[LazyRange, ...]]:
-    """A userfaultfd in every task that has lazy ranges, taken over by us and registered. Closed by `stack`."""
+    """A userfaultfd in every task that has lazy ranges, shared with us and registered. Ours is closed by `stack`.
+
+    The task keeps its own as an *anchor*, on a number out of the program's way: when the last reference to a
+    userfaultfd goes, missing pages read as zeros. So they wait as long as the process lives, whatever becomes of us.
+    """
     ranges = tuple(lazy_ranges(checkpoint))
     userfaultfds = {}
     for vpid, site in sites.items():
@@ -88,9 +96,12 @@ def register(
         if not mine:
             continue
         (theirs,) = site.run(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)))
-        fd = userfaultfds[vpid] = pidfd_getfd(site.pidfd, theirs)
-        stack.callback(os.close, fd)
+        (site.anchor,) = site.run(
+            Call("fcntl", (theirs, fcntl.F_DUPFD_CLOEXEC, site.transport_fd + ABOVE_TRANSPORT))
+        )
         site.run(Call("close", (theirs,)))
+        fd = userfaultfds[vpid] = pidfd_getfd(site.pidfd, site.anchor)
+        stack.callback(os.close, fd)
         device = Userfaultfd.from_fd(fd)
         device.api()
         for r in mine:
@@ -132,7 +143,9 @@ def _fill_object(obj: MemoryObject, extents: Sequence[Extent], source: PageSourc
             )
 
 
-def _fill_task(site: Site, obj: MemoryObject, extents: Sequence[Extent], source: PageSource, uffd: int) -> None:
+def _fill_task(
+    site: Site, obj: MemoryObject, extents: Sequence[Extent], source: PageSource, uffd: int
+) -> None:
     """Registered pages by UFFDIO_COPY (a write would wait for a pager), the others past their protection."""
     assert site.task.mm is not None
     device = Userfaultfd.from_fd(uffd) if uffd >= 0 else None

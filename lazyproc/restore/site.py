@@ -33,7 +33,7 @@ class Site:
     transport: socket.socket
     transport_fd: int
     threads: dict[int, Tracee] = field(default_factory=dict)  # by tid as the task sees it
-    uffd: int = -1
+    anchor: int = -1  # number of the userfaultfd in the task's own descriptor table
 
     @property
     def pid(self) -> int:

@@ -26,7 +26,7 @@ from lazyproc.kernel.remote import Call, step
 from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.restore import descriptors, memory, objects, pages, restarts, state
-from lazyproc.restore.creation import WALL, Maker, make_threads
+from lazyproc.restore.creation import WALL, Maker, make_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
 from lazyproc.restore.memfds import seal_memfds
@@ -65,8 +65,6 @@ class BuiltTree:
         self._made.close()
         self.released = True
         for site in self.sites.values():
-            if site.task.state is TaskState.STOPPED:
-                os.kill(site.pid, signal.SIGSTOP)
             for tracee in site.threads.values():
                 tracee.detach()
         if self.checkpoint.root.vpid != 1:
@@ -146,8 +144,8 @@ def _built(
                 _give_state(site, checkpoint, files, listener)
             sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
             clock.done("state")
-            for site in sites.values():
-                _finish(site, checkpoint.clocks)
+            for site in reversed(sites.values()):  # a parent learns of its children's stops before its own end
+                _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
             clock.done("registers")
             tree = BuiltTree(checkpoint, birth, sites, userfaultfds, ranges, sockets, made, hold)
             yield tree
@@ -247,14 +245,16 @@ def _available_capabilities() -> int:
     return proc.status(proc.read(os.getpid(), "status")).cap_permitted
 
 
-def _finish(site: Site, clocks: Clocks) -> None:
-    """Timers run, sleeps are resumed, the bench goes, and every thread gets its registers."""
+def _finish(site: Site, parent: Site | None, clocks: Clocks) -> None:
+    """Timers run, sleeps are resumed, the bench goes, who was stopped stops, and every thread gets its registers."""
     task = site.task
     start = list(state.timer_start_calls(task, site.bench))
     if start:
         site.run(*start)
     resumed = restarts.resume(site, clocks)
     _unmap_bench(site, task)
+    if task.state is TaskState.STOPPED:
+        stop(site, parent)
     for thread in task.threads:
         tracee = site.threads[thread.tid]
         tracee.set_xsave(thread.xsave)

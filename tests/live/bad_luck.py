@@ -16,6 +16,8 @@ from tests.live.programs import Program, wait_until
 from tests.live.real import processes_of
 
 PACED = ("memory_random", 8, 2, 1000)  # a guest on a machine with few cores
+CHECKPOINT = ("checkpoint", "-D", "/tmp/images")
+MIGRATE = ("migrate", "127.0.0.1:1", "--insecure")
 COMMAND_S = 30
 
 
@@ -74,7 +76,9 @@ def unchanged(*hosts: Host) -> Iterator[None]:
 def _inventory(host: Host) -> tuple[dict[int, str], list[Path], str]:
     root = Path(f"/proc/{host.init_pid}/root")
     places = [*(root / place[1:] for place in PRIVATE), host.outside / "state"]
-    files = sorted(Path(folder, name) for place in places for folder, _, names in os.walk(place) for name in names)
+    files = sorted(
+        Path(folder, name) for place in places for folder, _, names in os.walk(place) for name in names
+    )
     tables = host.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
     return processes_of(host), files, tables
 

@@ -162,7 +162,7 @@ def move(
     source: Host, receiver: Receiver, pid: int, *options: str, same_maps: bool = True, whole_tree: bool = True
 ) -> Moved:
     """Move a tree. Its pages must add up, nothing of it may be left behind and nothing of ours be left in it."""
-    before = look_at_tree(pid)
+    before = look_at_tree(pid) if whole_tree else {}
     olds = tree_of(pid).values()
     done = migrate(source, receiver, pid, *options)
     report = json.loads(done.stdout)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lazyproc.dump.walk import tree_of
 from lazyproc.errors import NoSuchProcess
 from lazyproc.hosts import Host
 from lazyproc.kernel import proc
 from lazyproc.kernel.netns import CLONE_NEWNET, SYS_SETNS
 from lazyproc.kernel.sys import syscall
-from tests.live.moving import CLI, MOVE_S, PAGE_KINDS, Receiver, registered, tree_of
+from tests.live.moving import CLI, MOVE_S, PAGE_KINDS, Receiver, registered
 from tests.live.programs import wait_until
 
 
@@ -101,7 +102,7 @@ def runs(pid: int) -> bool:
 
 def check_clean(root: int) -> None:
     """No process under `root` holds a userfaultfd, has memory registered with one, or is traced or stopped."""
-    for pid in tree_of(root).values():
+    for pid in tree_of(root):
         try:
             assert registered(pid) == []
             links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in proc.descriptor_numbers(pid)]

@@ -3,21 +3,112 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lazyproc.hosts import Host, Pair
-from tests.live.bad_luck import PACED, ended, lazyproc, says, unchanged, unharmed
+from lazyproc.hosts import Pair
+from tests.live.bad_luck import CHECKPOINT, MIGRATE, PACED, lazyproc, says, unchanged, unharmed
 from tests.live.moving import CLI
 from tests.live.programs import Program, running
 
-NOBODY = "65534"
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+BOTH = pytest.mark.parametrize("command", [CHECKPOINT, MIGRATE], ids=["checkpoint", "migrate"])
 
 
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Host]:
-    with pair_of_hosts() as pair:
-        yield pair.source
+@pytest.fixture
+def program(pair: Pair) -> Iterator[Program]:
+    with running(*PACED, directory=pair.shared, host=pair.source) as started:
+        yield started
+
+
+def without(capability: str) -> tuple[str, ...]:
+    return ("setpriv", f"--bounding-set=-{capability}")
+
+
+@BOTH
+def test_no_such_pid(pair: Pair, command: tuple[str, ...]) -> None:
+    with unchanged(pair.source):
+        says(
+            lazyproc(pair.source, command[0], 4_000_000, *command[1:]),
+            1,
+            "pid 4000000: there is no such process",
+            "; check",
+        )
+
+
+@BOTH
+@pytest.mark.parametrize("pid", ["0", "-1", "-17", "99999999999", "x", ""])
+def test_no_number_of_a_process(pair: Pair, command: tuple[str, ...], pid: str) -> None:
+    done = lazyproc(pair.source, command[0], pid, *command[1:])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(f"argument PID: {pid!r} is not a process number")
+
+
+@BOTH
+def test_a_threads_number(pair: Pair, program: Program, command: tuple[str, ...]) -> None:
+    (other,) = (int(tid) for tid in os.listdir(f"/proc/{program.pid}/task") if int(tid) != program.pid)
+    process, thread = pair.source.vpid(program.pid), pair.source.vpid(other)
+    with unchanged(pair.source), unharmed(program):
+        done = lazyproc(pair.source, command[0], thread, *command[1:])
+        says(done, 2, f"pid {thread}: is a thread", f"name its process, {process}")
+
+
+def test_a_kernel_thread(tmp_path: Path) -> None:
+    """kthreadd is pid 2, where its pid namespace is to be seen at all."""
+    if Path("/proc/2/comm").read_text() != "kthreadd\n":
+        pytest.skip(
+            "the kernel's threads are not in this pid namespace; run the tests outside of a container"
+        )
+    done = subprocess.run([*CLI, "checkpoint", "2", "-D", tmp_path / "i"], capture_output=True, text=True)
+    says(done, 3, "pid 2: process: is a kernel thread", "name a process")
+    assert not (tmp_path / "i").exists()
+
+
+@BOTH
+def test_a_tree_with_lazyproc_in_it(pair: Pair, command: tuple[str, ...]) -> None:
+    """The shell's child is the command itself."""
+    argv = [*CLI, command[0], '"$$"', *command[1:]]
+    with unchanged(pair.source):
+        done = pair.source.run(["sh", "-c", f"{' '.join(argv)}; exit $?"], capture_output=True, text=True)
+        says(done, 3, "process: is lazyproc itself", "start lazyproc outside of the tree")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("by", "uid"), [(NOBODY, 65534), (without("sys_ptrace"), 0)], ids=["nobody", "no CAP_SYS_PTRACE"]
+)
+def test_no_right_to_trace(
+    pair: Pair, program: Program, command: tuple[str, ...], by: tuple[str, ...], uid: int
+) -> None:
+    pid = pair.source.vpid(program.pid)
+    with unchanged(pair.source), unharmed(program):
+        done = lazyproc(pair.source, command[0], pid, *command[1:], by=by)
+        says(done, 1, f"pid {pid}: belongs to uid 0 and may not be traced by uid {uid}", "CAP_SYS_PTRACE")
+
+
+@pytest.mark.parametrize("lazy", [(), ("--lazy",)], ids=["whole", "lazy"])
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [("sys_admin", ("CAP_SYS_ADMIN",)), ("sys_ptrace", ("CAP_SYS_PTRACE",))],
+)
+def test_no_right_to_restore(
+    pair: Pair, program: Program, capability: str, words: tuple[str, ...], lazy: tuple[str, ...]
+) -> None:
+    images = pair.source.outside / "images"
+    inside = pair.source.scratch / "images"
+    try:
+        assert (
+            lazyproc(
+                pair.source, "checkpoint", pair.source.vpid(program.pid), "-D", inside, "--leave-running"
+            ).returncode
+            == 0
+        )
+        with unchanged(pair.source), unharmed(program):
+            done = lazyproc(pair.source, "restore", "-D", inside, "--detach", *lazy, by=without(capability))
+            says(done, 3, *words)
+    finally:
+        shutil.rmtree(images, ignore_errors=True)

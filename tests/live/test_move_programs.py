@@ -22,6 +22,7 @@ ARGUMENTS = {
     "timers": ("5000",),
 }
 RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")  # their mappings, descriptors and processes come and go
+PROTECTING = ("memory_static",)  # changes the protection of its mappings all the time
 PROGRAMS = sorted(path.stem for path in SOURCES.glob("*.c"))
 
 
@@ -60,9 +61,9 @@ def started(stack: ExitStack, name: str, field: Field) -> Program:
 def test_moves_there_and_back(name: str, field: Field) -> None:
     with ExitStack() as stack:
         program = started(stack, name, field)
-        steady = name not in RESTLESS
-        there = move(field.pair.source, field.there, program.pid, whole_tree=steady)
+        checks = {"same_maps": name not in PROTECTING, "whole_tree": name not in RESTLESS}
+        there = move(field.pair.source, field.there, program.pid, **checks)
         program.watch.wait_beats()
-        back = move(field.pair.destination, field.back, there.pid, whole_tree=steady)
+        back = move(field.pair.destination, field.back, there.pid, **checks)
         program.watch.wait_beats()
         back.end(program.watch)

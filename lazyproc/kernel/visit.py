@@ -1,0 +1,37 @@
+"""One system call in a process that runs: its first thread is stopped for the moment it takes."""
+
+from __future__ import annotations
+
+import time
+
+from lazyproc.kernel import proc
+from lazyproc.kernel import tracee as ptrace
+from lazyproc.kernel.remote import lone_stub
+from lazyproc.kernel.settle import settle, settle_again
+from lazyproc.kernel.tracee import Tracee
+
+STOP_MS = 2000
+
+
+def call_in(pid: int, name: str, *args: int) -> None:
+    """Make the call in the first thread of `pid`; the others run on. The stop is not seen by the program.
+
+    Raises NoSuchProcess, PermissionDenied (a debugger traces it), TraceeError.
+    """
+    tracee = Tracee(pid)
+    tracee.seize(ptrace.PTRACE_O_TRACESYSGOOD)
+    try:
+        tracee.interrupt()
+        tracee.wait_stop(STOP_MS)
+        stopped_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        status = proc.status(proc.read(pid, "status"))
+        (state,) = ptrace.states([tracee])
+        with ptrace.memory(pid) as memory:
+            stopped = settle(tracee, state, status, memory, None, stopped_ns)
+            if status.seccomp:
+                tracee.set_options(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_SUSPEND_SECCOMP)
+            with lone_stub(tracee, stopped.state, memory, proc.maps(proc.read(pid, "maps"))) as stub:
+                stub.call(name, *args)
+            settle_again(pid, tracee, stopped)
+    finally:
+        tracee.detach()
