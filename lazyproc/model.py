@@ -99,11 +99,13 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Scheduling:
-    """sched(7): policy SCHED_*, real-time priority, nice -20..19."""
+    """sched(7): policy SCHED_*, real-time priority, nice -20..19; ioprio_set(2); the CPUs it may run on, () all."""
 
     policy: int
     priority: int
     nice: int
+    ioprio: int = 0
+    cpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ class Vma:
     vm_flags: frozenset[str] = frozenset()
     name: str = ""  # "[heap]", "[stack]", or the PR_SET_VMA_ANON_NAME name
     huge_pages: int = 0  # AnonHugePages at the source, in units of 4 KiB pages
+    guards: tuple[tuple[int, int], ...] = ()  # (start, end) of what MADV_GUARD_INSTALL guards
 
     @property
     def length(self) -> int:

@@ -14,17 +14,26 @@ from types import FrameType
 from lazyproc.events import Event, Listener
 from lazyproc.show.progress import Progress, event_text
 
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @contextmanager
 def listening(args: argparse.Namespace) -> Iterator[Listener]:
     """The listener for a command's work: progress on standard error, and --log-file.
 
-    SIGTERM and SIGHUP end the work like SIGINT, by KeyboardInterrupt: whoever is frozen runs on.
+    SIGTERM and SIGHUP end the work like SIGINT, by KeyboardInterrupt: whoever is frozen runs on. Once the command has
+    set `args.settled` they are ignored until its process ends: its exit code is to say what has happened.
     """
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        if not args.settled:
+            raise KeyboardInterrupt
+
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(sys.stderr, verbose=args.verbose))
         log = stack.enter_context(_log(args.log_file)) if args.log_file else None
-        stack.enter_context(handling(_interrupt, signal.SIGTERM, signal.SIGHUP))
+        stack.enter_context(handling(interrupt, *INTERRUPTS))
+        stack.enter_context(_deaf_once_settled(args))
 
         def listen(event: Event) -> None:
             progress(event)
@@ -36,7 +45,7 @@ def listening(args: argparse.Namespace) -> Iterator[Listener]:
 
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
-    """`handler` for these signals, except for those that are ignored (nohup(1))."""
+    """`handler` for these signals, except for those that are ignored, before (nohup(1)) or since."""
     before = {number: signal.getsignal(number) for number in numbers}
     heard = [number for number, action in before.items() if action is not signal.SIG_IGN]
     for number in heard:
@@ -45,11 +54,18 @@ def handling(handler: Callable[[int, FrameType | None], None], *numbers: signal.
         yield
     finally:
         for number in heard:
-            signal.signal(number, before[number])
+            if signal.getsignal(number) is handler:
+                signal.signal(number, before[number])
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _deaf_once_settled(args: argparse.Namespace) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if args.settled:
+            for number in INTERRUPTS:
+                signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from lazyproc.cli import check, checkpoint, demo, explain, migrate, receive, restore, serve, show
+from lazyproc.cli.options import Formatter
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from lazyproc.cli.outcome import Outcome
 
 COMMANDS = (check, explain, checkpoint, restore, serve, receive, migrate, show, demo)
+NAMES = tuple(module.__name__.rpartition(".")[2] for module in COMMANDS)
 FAILED = 1
 EPILOG = (
     "exit codes: 0 done, 1 failed and the source runs as before, 2 wrong usage, 3 cannot be done (obstacles listed), "
@@ -24,23 +26,26 @@ EPILOG = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+def parser(only: str = "") -> argparse.ArgumentParser:
+    """All commands and their options; or those of one command, which saves 3 ms of each start."""
     whole = argparse.ArgumentParser(
         prog="lazyproc",
         description="Move running Linux processes between hosts; their memory follows.",
         epilog=EPILOG,
         allow_abbrev=False,
+        formatter_class=Formatter,
     )
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
-    for module in COMMANDS:
-        module.add(commands)
+    for name, module in zip(NAMES, COMMANDS, strict=True):
+        if only in ("", name):
+            module.add(commands)
     return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name. Returns the exit code."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser(words[0] if words and words[0] in NAMES else "").parse_args(words)
     try:
         return _run(args)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from lazyproc.cli.options import (
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from lazyproc.cli.outcome import Outcome
-    from lazyproc.events import Listener
+    from lazyproc.events import Event, Listener
 
 
 def add(commands: Commands) -> None:
@@ -52,9 +52,15 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     """Returns when every page is at the destination."""
     import lazyproc
     from lazyproc.cli.outcome import Outcome
+    from lazyproc.events import StateChanged
     from lazyproc.migrate.source import Order
     from lazyproc.show.reports import migrate_text, report_fields
 
+    def listen(event: Event) -> None:
+        if isinstance(event, StateChanged) and event.state == "running":
+            args.settled = True  # whatever is pressed now, the pages follow
+        listener(event)
+
     order = Order(mode=args.mode, policy=args.policy, bulk=not args.no_bulk, max_rate=args.max_rate)
-    report = lazyproc.migrate(args.pid, args.target, order, insecure=args.insecure, listener=listener)
+    report = lazyproc.migrate(args.pid, args.target, order, insecure=args.insecure, listener=listen)
     return Outcome(migrate_text(report, args.pid, args.target), report_fields(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
@@ -18,11 +19,31 @@ else:
 HOST_PORT = "HOST:PORT"
 
 
+class Formatter(argparse.HelpFormatter):
+    """As wide as the terminal. argparse makes one for every option, and would import shutil (4 ms) for the width."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)
+
+
+def _columns() -> int:
+    """As shutil.get_terminal_size: $COLUMNS, the terminal's width, or 80."""
+    told = os.environ.get("COLUMNS", "")
+    if told.isdecimal() and int(told):
+        return int(told)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
 def command(commands: Commands, run: Run, name: str, words: str) -> argparse.ArgumentParser:
     """A command with the options that all have. `words` say in the list of commands what it does."""
     description = words[0].upper() + words[1:] + "."
-    parser = commands.add_parser(name, help=words, description=description, allow_abbrev=False)
-    parser.set_defaults(run=run, json=False, when_interrupted="interrupted")
+    parser = commands.add_parser(
+        name, help=words, description=description, allow_abbrev=False, formatter_class=Formatter
+    )
+    parser.set_defaults(run=run, json=False, when_interrupted="interrupted", settled=False)
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="say each step, and where an error came from"
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import socket
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from lazyproc.dump.descriptors import bound_flows
+from lazyproc.dump.descriptors import early_flows
+from lazyproc.dump.memory import has_guards
 from lazyproc.dump.registry import TaskRef
 from lazyproc.dump.walk import thread_ids, tree_of
 from lazyproc.errors import LazyprocError
@@ -20,11 +22,12 @@ from lazyproc.kernel.sys import pidfd_open
 class Before:
     """`smaps` by pid: reading it walks all memory, so it is kept and only compared with maps after the freeze.
 
-    `flows` are the packets that will have to be held back.
+    `flows` are the packets that will have to be held back, `guarded` the processes that use MADV_GUARD_INSTALL.
     """
 
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]
     flows: tuple[Flow, ...]
+    guarded: frozenset[int]
 
 
 def observed_sleeps(pid: int) -> dict[int, sleeps.SleepBefore]:
@@ -43,10 +46,20 @@ def look_before(pid: int) -> Before:
             smaps[other] = proc.smaps(proc.read(other, "smaps"))
         except LazyprocError:
             continue
-    return Before(smaps, _flows(smaps))
+    return Before(smaps, _flows(smaps), frozenset(_guarded(smaps)))
+
+
+def _guarded(smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]) -> Iterator[int]:
+    for pid, entries in smaps.items():
+        with suppress(OSError):  # it has ended
+            if has_guards(pid, entries):
+                yield pid
 
 
 def _flows(pids: Iterable[int]) -> tuple[Flow, ...]:
+    """Of TCP, which sends again what is dropped while the tree still runs; a datagram would be lost, and its sender
+    would see EPERM.
+    """
     with ExitStack() as stack:
         refs = []
         for pid in pids:
@@ -54,4 +67,4 @@ def _flows(pids: Iterable[int]) -> tuple[Flow, ...]:
                 pidfd = pidfd_open(pid)
                 stack.callback(os.close, pidfd)
                 refs.append(TaskRef(pid, pid, pidfd))
-        return tuple(bound_flows(refs))
+        return tuple(flow for flow in early_flows(refs) if flow.protocol == socket.IPPROTO_TCP)

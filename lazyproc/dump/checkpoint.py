@@ -15,6 +15,7 @@ from lazyproc.errors import CannotBeDone
 from lazyproc.events import Listener, StateChanged, StepDone
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import Folder
+from lazyproc.kernel.deaf import deaf
 from lazyproc.model import PAGE
 from lazyproc.pages.images import write_pages
 
@@ -54,10 +55,13 @@ def checkpoint(
         with dumped(tree, tcp_close=tcp_close) as dump, dump_pages(dump) as pages:
             whole = dump.whole()
             images = to_images(whole)
-            written = write_pages(folder, whole, pages)
-            folder.write(images)
-        if not leave_running:
-            tree.kill()
+            with folder.filled():
+                written = write_pages(folder, whole, pages)
+                folder.write(images)
+            if not leave_running:
+                with deaf():
+                    tree.kill()
+                    dump.remove_segments()
     now = time.monotonic()
     listener(StepDone("checkpoint", now, now - started))
     return CheckpointReport(

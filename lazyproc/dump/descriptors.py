@@ -73,15 +73,15 @@ def gather_descriptors(
     )
 
 
-def bound_flows(tasks: Sequence[TaskRef]) -> list[Flow]:
-    """What `gather_descriptors` would hold back, of a tree that runs: known before the freeze, it costs none of it."""
+def early_flows(tasks: Sequence[TaskRef]) -> list[Flow]:
+    """What can be held back before the freeze, and so costs none of it (SocketTable.early_flows)."""
     registry = Registry(tuple(tasks), contents_wanted=False)
     with SocketTable(registry) as sockets:
         for task in tasks:
             with suppress(NoSuchProcess):
                 _table(registry, task, {})
         _add_sockets(registry, sockets, {})
-        return sockets.flows()
+        return sockets.early_flows()
 
 
 def explain_descriptors(tasks: Sequence[TaskRef], *, tcp_close: bool = False) -> list[Obstacle]:

@@ -15,6 +15,7 @@ from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.survey import ProcessFacts, ThreadFacts, TreeFacts, survey
 from lazyproc.errors import Obstacle
 from lazyproc.events import Listener, Note, ignore
+from lazyproc.kernel import host
 from lazyproc.kernel.sys import pidfd_open
 
 SCHED_DEADLINE = 6
@@ -29,8 +30,9 @@ def explain(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -
 
     It only reads, within milliseconds, and the tree runs on: what a process does afterwards is not in it. What the
     user should know and nothing can be done about goes to `listener` as Note. Raises NoSuchProcess, UsageError (the
-    number of a thread), PermissionDenied.
+    number of a thread), PermissionDenied, HostLacks.
     """
+    host.pagemap_scan()
     facts = survey(pid)
     for text in notes(facts):
         listener(Note(text))

@@ -53,10 +53,20 @@ class FrozenTree:
             yield from task.threads
 
     def stop_for_good(self) -> None:
-        """Queue a SIGSTOP for every process: it stays stopped when it is let go (a stray SIGCONT releases it)."""
-        for task in self.tasks.values():
-            if not task.zombie:
-                os.kill(task.pid, signal.SIGSTOP)
+        """Queue a SIGSTOP for every process: it stays stopped when it is let go, also by our death (a stray SIGCONT
+        releases it).
+        """
+        for task in self._running():
+            os.kill(task.pid, signal.SIGSTOP)
+
+    def not_for_good(self) -> None:
+        """Take `stop_for_good` back: SIGCONT removes the SIGSTOP from the queue (signal(7))."""
+        for task in self._running():
+            os.kill(task.pid, signal.SIGCONT)
+
+    def _running(self) -> Iterator[FrozenTask]:
+        """The processes that run when they are let go."""
+        return (task for task in self.tasks.values() if task.threads and not task.threads[0].stop_signal)
 
     def kill(self) -> None:
         """End the whole tree. A leader is reaped only when the tracer has waited for all its threads (ptrace(2))."""
@@ -106,7 +116,7 @@ def _wait_interruptible(pid: int, timeout_ms: int) -> None:
     until = time.monotonic() + timeout_ms / 1000
     with suppress(NoSuchProcess):
         for tid in proc.task_ids(pid):
-            while proc.stat(proc.read(pid, f"task/{tid}/stat")).state == "D":
+            while _is_uninterruptible(proc.read(pid, f"task/{tid}/stat")):
                 if time.monotonic() > until:
                     raise TraceeError(
                         f"cannot be stopped within {timeout_ms} ms: {ptrace.UNINTERRUPTIBLE}",
@@ -114,6 +124,11 @@ def _wait_interruptible(pid: int, timeout_ms: int) -> None:
                         remedy="try again when it is over",
                     )
                 time.sleep(LOOK_S)
+
+
+def _is_uninterruptible(stat: bytes) -> bool:
+    """All the parser would tell is too much: this is asked of every thread."""
+    return stat.startswith(b") D ", stat.rindex(b")"))
 
 
 def _freeze(tree: FrozenTree, root: int, timeout_ms: int) -> None:
@@ -243,7 +258,7 @@ def _let_go(tree: FrozenTree) -> None:
     for task in tree.tasks.values():
         for tracee, stopped in zip(task.threads, task.stopped, strict=False):
             with suppress(LazyprocError):
-                settle_again(task.pid, tracee, stopped)
+                settle_again(tracee, stopped)
         for tracee in reversed(task.threads):
             with suppress(LazyprocError):
                 tracee.detach()

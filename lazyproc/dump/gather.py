@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -13,14 +14,14 @@ from typing import cast
 from lazyproc.dump.descriptors import Gathered, gather_descriptors
 from lazyproc.dump.files import gather_link
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
-from lazyproc.dump.mappings import Objects, gather_mm, open_memfds
-from lazyproc.dump.memory import eager_pages, private_extents, shared_extents
+from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, settled
+from lazyproc.dump.memory import eager_pages, private_extents, shared_extents, with_guards
 from lazyproc.dump.question import ask
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.tasks import gather_task, gather_zombie, process_questions
 from lazyproc.dump.threads import THREAD_ANSWERS, gather_thread, thread_questions
 from lazyproc.errors import CannotBeDone
-from lazyproc.kernel import proc, remote
+from lazyproc.kernel import proc, remote, sysvipc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.model import (
@@ -33,6 +34,7 @@ from lazyproc.model import (
     MemoryObject,
     Mm,
     ObjectKind,
+    SharedKind,
     SigAction,
     Task,
     Thread,
@@ -60,6 +62,14 @@ class Dump:
     pids: Mapping[int, int]  # vpid -> pid
     object_fds: Mapping[int, int]
     connections: Sequence[socket.socket]  # TCP, to be silenced once the other side has them
+
+    def remove_segments(self) -> None:
+        """The tree was killed here: its SysV segments that nobody has attached any more go with it."""
+        attached = sysvipc.segments()
+        for shared in self.checkpoint.shared.values():
+            segment = attached.get(shared.sysv_shmid) if shared.kind is SharedKind.SYSV else None
+            if segment is not None and not segment.attachments:
+                sysvipc.remove_segment(segment.id)
 
     def lazy_extents(self) -> dict[MemoryObject, tuple[Extent, ...]]:
         """Every page with content that may come after the process runs. Grows with memory: not for the blackout."""
@@ -92,18 +102,21 @@ def dumped(
     tree: FrozenTree,
     *,
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]] | None = None,
+    guarded: Collection[int] | None = None,
     tcp_close: bool = False,
     hold: Callable[[Sequence[Flow]], None] | None = None,
 ) -> Iterator[Dump]:
     """Describe a frozen tree. The tree is as before on leaving; descriptors of ours into it are closed.
 
     `smaps` (by pid) may have been read before the freeze: its flags are used where the mappings are still the same.
-    `hold` is told which packets to hold back before the queues of sockets are read. CannotBeDone lists all
+    `guarded` are the processes to look for MADV_GUARD_INSTALL in, None all. `hold` is told which packets to hold back before the queues of sockets are read. CannotBeDone lists all
     obstacles.
     """
     clocks = _clocks(tree)
     alive = [task for task in tree.tasks.values() if not task.zombie]
-    tids = {t.tid: s.status.ns_pid[-1] for task in alive for t, s in zip(task.threads, task.stopped, strict=True)}
+    tids = {
+        t.tid: s.status.ns_pid[-1] for task in alive for t, s in zip(task.threads, task.stopped, strict=True)
+    }
     refs = [TaskRef(task.pid, tids[task.pid], task.pidfd) for task in alive]
     with ExitStack() as stack:
         gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold)
@@ -115,12 +128,15 @@ def dumped(
                 tasks.append(gather_zombie(frozen, _ids(frozen, tree)))
                 continue
             task, pages = _one_task(frozen, tree, gathered, objects, tids, smaps or {})
+            if task.mm and (guarded is None or frozen.pid in guarded):
+                task = replace(task, mm=replace(task.mm, vmas=with_guards(frozen.pid, task.mm.vmas)))
             tasks.append(task)
             eager[MemoryObject(ObjectKind.TASK, task.vpid)] = pages
         _take_unmapped_memfds(gathered.registry, objects, stack)
+        shared_memory = settled(gathered.registry, tasks)
         if gathered.obstacles:
             raise CannotBeDone(tuple(gathered.obstacles))
-        for number, shared in gathered.shared.items():
+        for number, shared in shared_memory.items():
             if not shared.lazy:
                 obj = MemoryObject(ObjectKind.SHARED, number)
                 eager[obj] = shared_extents(objects.fds[number], shared.size, lazy=False)
@@ -128,7 +144,7 @@ def dumped(
             tasks=tuple(tasks),
             files=gathered.files,
             pipes=gathered.pipes,
-            shared=gathered.shared,
+            shared=shared_memory,
             contents=gathered.contents,
             memory=eager,
             clocks=clocks,
@@ -161,7 +177,10 @@ def _one_task(
         pages = eager_pages(mm, threads, memory)
     cwd, root = gather_link(registry, pid, "cwd"), gather_link(registry, pid, "root")
     task = replace(
-        task, mm=mm, fs=Fs(cwd, root, frozen.stopped[0].status.umask or 0), descriptors=gathered.descriptors[task.vpid]
+        task,
+        mm=mm,
+        fs=Fs(cwd, root, frozen.stopped[0].status.umask or 0),
+        descriptors=gathered.descriptors[task.vpid],
     )
     return task, _eager_extents(pid, mm, pages)
 
@@ -203,12 +222,14 @@ def _with_flags(
 def _eager_extents(pid: int, mm: Mm, pages: frozenset[int]) -> tuple[Extent, ...]:
     """The eager pages that have content: all own pages of mappings that cannot be lazy, single pages of the others."""
     eager_vmas = [vma for vma in mm.vmas if not vma.may_be_lazy]
-    found = list(private_extents(pid, eager_vmas))
-    for vma in mm.vmas:
-        if vma.may_be_lazy:
-            inside = sorted(page for page in pages if vma.start <= page < vma.end)
-            singles = [replace(vma, start=page, end=page + PAGE) for page in inside]
-            found += private_extents(pid, singles, pages)
+    ordered = sorted(pages)
+    singles = [
+        replace(vma, start=page, end=page + PAGE)
+        for vma in mm.vmas
+        if vma.may_be_lazy
+        for page in ordered[bisect_left(ordered, vma.start) : bisect_left(ordered, vma.end)]
+    ]
+    found = private_extents(pid, eager_vmas) + private_extents(pid, singles, pages)
     return tuple(sorted(found, key=lambda extent: extent.addr))
 
 
@@ -252,6 +273,9 @@ def _clocks(tree: FrozenTree) -> Clocks:
     since = time.monotonic_ns() - tree.frozen_at_ns
     return Clocks(
         monotonic_ns=tree.frozen_at_ns + theirs.monotonic_ns - ours.monotonic_ns,
-        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) - since + theirs.boottime_ns - ours.boottime_ns,
+        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        - since
+        + theirs.boottime_ns
+        - ours.boottime_ns,
         realtime_ns=time.time_ns() - since,
     )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lazyproc.dump.files import gather_link, gather_mapped_file
 from lazyproc.dump.freeze import FrozenTask
 from lazyproc.dump.memory import kind_of, refused_mappings, vma_of
-from lazyproc.dump.registry import Registry
-from lazyproc.kernel import elf, proc
+from lazyproc.dump.look import attempt
+from lazyproc.dump.registry import Refused, Registry
+from lazyproc.kernel import elf, proc, sysvipc
 from lazyproc.kernel.tracee import Memory
-from lazyproc.model import MemFd, Mm, SharedKind, SharedMemory, Vma, VmaKind
+from lazyproc.model import PAGE, MemFd, Mm, SharedKind, SharedMemory, Task, Vma, VmaKind
 
 SYSV_PREFIX = "/SYSV"
+SHM_DEST = 0o1000  # removed, and gone with the last attachment
 
 
 @dataclass(slots=True)
@@ -61,6 +64,13 @@ def gather_mm(
     )
 
 
+def _check_idle(ring: Vma, memory: Memory) -> None:
+    """Completions that nobody has fetched (struct aio_ring, fs/aio.c). Requests under way cannot be seen."""
+    _, _, head, tail = struct.unpack("<4I", memory.read(ring.start, 16))
+    if head != tail:
+        raise Refused("holds completions that the program has not fetched", "try again a moment later")
+
+
 def _vdso_build_id(vmas: Sequence[Vma], memory: Memory) -> bytes:
     vdso = next((vma for vma in vmas if vma.kind is VmaKind.VDSO), None)
     return elf.build_id(memory.read(vdso.start, vdso.length)) if vdso else b""
@@ -91,23 +101,59 @@ def _object(registry: Registry, pid: int, entry: proc.MapsEntry, objects: Object
         file = registry.files[gather_mapped_file(registry, pid, entry.start, entry.end, entry)]
         assert isinstance(file.resource, MemFd)
         return file.resource.object_id
-    sysv = entry.path.startswith(SYSV_PREFIX)
+    if entry.path.startswith(SYSV_PREFIX):
+        with attempt(registry, pid, f"mapping {entry.start:#x}-{entry.end:#x} {entry.path}"):
+            registry.shared[number] = _segment(number, entry, status)
+        return number
     registry.shared[number] = SharedMemory(
         id=number,
-        kind=SharedKind.SYSV if sysv else SharedKind.ANON,
+        kind=SharedKind.ANON,
         size=status.st_size,
         mode=status.st_mode & 0o777,
         uid=status.st_uid,
         gid=status.st_gid,
-        sysv_key=_signed32(int(entry.path[len(SYSV_PREFIX) :], 16)) if sysv else 0,
-        sysv_shmid=entry.inode if sysv else 0,
-        lazy=not sysv,  # anybody may attach a SysV segment at any time, past any userfaultfd
     )
     return number
 
 
-def _signed32(value: int) -> int:
-    return int(struct.unpack("<i", struct.pack("<I", value))[0])
+def _segment(number: int, entry: proc.MapsEntry, status: os.stat_result) -> SharedMemory:
+    """A SysV segment. Never lazy: anybody may attach it at any time, past any userfaultfd."""
+    segment = sysvipc.segments().get(entry.inode)
+    if segment is None:
+        raise Refused("is a segment of another ipc namespace", "start lazyproc there: nsenter --target PID --ipc …")
+    if entry.offset or entry.end - entry.start != -(-status.st_size // PAGE) * PAGE:
+        raise Refused("is a part of a segment, which shmat(2) cannot map", "let the program attach it whole")
+    return SharedMemory(
+        id=number,
+        kind=SharedKind.SYSV,
+        size=status.st_size,
+        mode=segment.mode & (0o777 | SHM_DEST),
+        uid=segment.uid,
+        gid=segment.gid,
+        sysv_key=segment.key,
+        sysv_shmid=segment.id,
+        lazy=False,
+    )
+
+
+def settled(registry: Registry, tasks: Sequence[Task]) -> dict[int, SharedMemory]:
+    """The shared memory objects, now that all their mappings are known.
+
+    One that is also mapped private is not lazy: a page put there would be in that mapping alone. A SysV segment that
+    others have attached is an obstacle.
+    """
+    found = dict(registry.shared)
+    mappings = [vma for task in tasks if task.mm for vma in task.mm.vmas if vma.kind is VmaKind.SHARED]
+    for vma in mappings:
+        if vma.flags & mmap.MAP_PRIVATE and vma.object_id in found:
+            found[vma.object_id] = replace(found[vma.object_id], lazy=False)
+    segments = sysvipc.segments() if any(s.kind is SharedKind.SYSV for s in found.values()) else {}
+    for number, shared in found.items():
+        ours = sum(vma.object_id == number for vma in mappings)
+        if shared.kind is SharedKind.SYSV and segments[shared.sysv_shmid].attachments > ours:
+            why, remedy = "is attached by processes outside the tree", "let them detach it, or move them with the tree"
+            registry.refuse(registry.tasks[0].pid, f"SysV segment {shared.sysv_shmid}", Refused(why, remedy))
+    return found
 
 
 def open_memfds(registry: Registry, descriptors: Mapping[int, int], objects: Objects) -> None:

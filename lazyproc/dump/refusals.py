@@ -22,8 +22,8 @@ _WORDS: Mapping[str, tuple[str, str]] = {
     "anon_inode:bpf-prog": ("is a BPF program in this host's kernel", _CLOSE),
     "anon_inode:bpf_link": ("is a BPF link in this host's kernel", _CLOSE),
     "anon_inode:[userfaultfd]": (
-        "is a userfaultfd: the program serves its own page faults",
-        "wait until it has closed it, or run it without userfaultfd",
+        "is a userfaultfd: the program serves its own page faults, or a restore or migration still brings its pages",
+        "wait until every page has come, or until the program has closed it",
     ),
     "anon_inode:kvm-vm": ("is a KVM virtual machine", "move it with `lazyproc migrate --qemu`"),
     "anon_inode:kvm-vcpu": ("is a KVM virtual CPU", "move it with `lazyproc migrate --qemu`"),

@@ -9,6 +9,7 @@ from typing import cast
 
 from lazyproc.dump.question import Question
 from lazyproc.kernel import proc
+from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.kernel.settle import Stopped, resumed
 from lazyproc.kernel.tracee import Memory, Tracee
@@ -55,7 +56,7 @@ def gather_thread(
     altstack, clear_child_tid, pdeath, securebits, slack = answers
     state, status = stopped.state, stopped.status
     stat = proc.stat(proc.read(pid, f"task/{tracee.tid}/stat"))
-    registers, restart = resumed(pid, tracee, stopped, sigactions, memory)
+    registers, restart = resumed(tracee, stopped, sigactions, memory)
     return Thread(
         tid=status.ns_pid[-1],
         comm=stat.comm,
@@ -94,6 +95,11 @@ def credentials(status: proc.Status, securebits: int) -> Credentials:
 
 
 def _scheduling(tid: int, stat: proc.Stat) -> Scheduling:
+    cpus = os.sched_getaffinity(tid)
     return Scheduling(
-        policy=os.sched_getscheduler(tid), priority=os.sched_getparam(tid).sched_priority, nice=stat.nice
+        policy=os.sched_getscheduler(tid),
+        priority=os.sched_getparam(tid).sched_priority,
+        nice=stat.nice,
+        ioprio=kernel.ioprio_get(tid),
+        cpus=() if len(cpus) >= (os.cpu_count() or 1) else tuple(sorted(cpus)),
     )

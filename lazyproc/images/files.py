@@ -13,6 +13,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +67,7 @@ _KIND = re.compile(
     + "|".join(sorted(map(re.escape, MAGICS | FOREIGN_MAGICS), key=len, reverse=True))
     + r")(-[0-9a-f]+)?\.img"
 )
+_PAGES = re.compile(r"pages-[0-9]+\.img")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _U32 = struct.Struct("<I")
 _HEADER = struct.Struct("<II")
@@ -262,9 +264,34 @@ class Folder:
         return f"Folder({str(self.path)!r})"
 
     def create(self) -> None:
-        """Makes the folder (0700) unless it is there."""
+        """Makes the folder (0700) unless it is there. Images of two checkpoints are never mixed: ImageError."""
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise self.failed(error, self.path) from None
+        if self._images():
+            raise ImageError(
+                "holds images already",
+                where=str(self.path),
+                remedy="choose another folder with -D, or empty it",
+            )
+
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        """A block that writes a whole checkpoint. When it fails no image stays, nor the folder when that empties it."""
+        try:
+            yield
+        except BaseException:
+            for name in self._images():
+                self.remove(name)
+            with suppress(OSError):
+                self.path.rmdir()
+            raise
+
+    def _images(self) -> list[str]:
+        """The names of all images, those of pages too."""
+        try:
+            return [name for name in os.listdir(self.path) if kind_of(name) or _PAGES.fullmatch(name)]
         except OSError as error:
             raise self.failed(error, self.path) from None
 

@@ -202,8 +202,9 @@ def write_mm(
             )
         extra.vm_flags.append(sets.number(vma.vm_flags))
         name_given = vma.name != _implied_name(entry.vmas[-1], entry)
-        if name_given or vma.huge_pages:
-            note = extra.vmas.add(index=index, huge_pages=vma.huge_pages)
+        if name_given or vma.huge_pages or vma.guards:
+            guards = [bound for guard in vma.guards for bound in guard]
+            note = extra.vmas.add(index=index, huge_pages=vma.huge_pages, guards=guards)
             if name_given:
                 note.name = to_bytes(vma.name)
         previous = vma
@@ -277,11 +278,13 @@ def read_mm(
         kind, file_id, object_id = _backing(message, shared, memfd_files, extra.vvar_vclock, name)
         flags = extras.vm_flags(extra.vm_flags[index]) if extra.vm_flags else _implied_flags(message)
         note = notes.get(index, _NO_NOTE)
+        if len(note.guards) % 2:
+            raise garbled(name, f"{len(note.guards)} bounds of guarded memory in lazyproc.img")
         label = to_text(note.name, name) if note.HasField("name") else _implied_name(message, entry)
         vmas.append(
             Vma(
                 message.start, message.end, message.prot, message.flags, kind, message.pgoff, file_id, object_id,
-                flags, label, note.huge_pages,
+                flags, label, note.huge_pages, tuple(zip(note.guards[::2], note.guards[1::2], strict=True)),
             )
         )  # fmt: skip
         if kind is VmaKind.FILE and message.HasField("fdflags"):

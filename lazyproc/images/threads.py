@@ -71,6 +71,8 @@ def write_thread(thread: Thread, core: pb.core_entry, extra: own.ThreadExtra, se
     xsave.to_entry(thread.xsave, info.fpregs, extra)
     _write_thread_core(thread, core.thread_core, seccomp)
     extra.timer_slack_ns = thread.timer_slack_ns
+    extra.ioprio = thread.scheduling.ioprio
+    extra.cpus.extend(thread.scheduling.cpus)
     if thread.restart is not None:
         extra.restart.nr, extra.restart.remaining_ns = thread.restart.nr, thread.restart.remaining_ns
 
@@ -150,7 +152,13 @@ def read_thread(
         robust_list_len=entry.futex_rla_len,
         rseq=_read_rseq(entry),
         credentials=read_credentials(entry.creds, name),
-        scheduling=Scheduling(entry.sched_policy, entry.sched_prio, entry.sched_nice),
+        scheduling=Scheduling(
+            entry.sched_policy,
+            entry.sched_prio,
+            entry.sched_nice,
+            extra.ioprio if extra else 0,
+            tuple(extra.cpus) if extra else (),
+        ),
         pdeath_signal=entry.pdeath_sig,
         timer_slack_ns=extra.timer_slack_ns if extra else _DEFAULT_TIMER_SLACK_NS,
         seccomp_mode=entry.seccomp_mode,

@@ -163,6 +163,36 @@ _RT_SIGPROCMASK, _SIG_SETMASK = 14, 2
 _CF_TO_SF, _OF = 0xD5, 0x800  # carry, parity, adjust, zero, sign; overflow
 
 
+def _home_layout() -> list[tuple[bytes, str]]:
+    """Instructions as (what is always the same, the format of what varies): flags, registers, ip, mask."""
+    after = [
+        (b"\xba\0\0\0\0" + b"\x41\xba\x08\0\0\0", ""),  # mov $0, %edx (no old mask); mov $8, %r10d (bytes)
+        (SYSCALL_INSTRUCTION, ""),
+        (b"\xb8", "I"),  # mov $flags:overflow, %eax
+        (b"\x04\x01", ""),  # add $1, %al, which overflows from 0x7f only
+        (b"\x9e", ""),  # sahf sets the other flags
+        *((load, "Q") for load in _LOADS.values()),
+        (b"\xff\x25\0\0\0\0", "Q"),  # jmp *(%rip), to the ip that follows
+    ]
+    mask = sum(len(fixed) + struct.calcsize("<" + varying) for fixed, varying in after)
+    return [
+        (b"\xb8" + struct.pack("<I", _RT_SIGPROCMASK), ""),  # mov $nr, %eax
+        (b"\xbf" + struct.pack("<I", _SIG_SETMASK), ""),  # mov $how, %edi
+        (b"\x48\x8d\x35" + struct.pack("<i", mask), ""),  # lea mask(%rip), %rsi
+        *after,
+        (b"", "Q"),
+    ]
+
+
+_HOME_LAYOUT = _home_layout()
+_HOME_STRUCT = struct.Struct("<" + "".join(f"{len(fixed)}s{varying}" for fixed, varying in _HOME_LAYOUT))
+HOME_SIZE = _HOME_STRUCT.size
+HOME = re.compile(  # matches any way home, whosever it was
+    b"".join(re.escape(fixed) + b".{%d}" % struct.calcsize("<" + varying) for fixed, varying in _HOME_LAYOUT),
+    re.DOTALL,
+)
+
+
 def way_home(registers: Registers, blocked: int) -> bytes:
     """Code that gives a thread these registers and this signal mask, and goes on at registers.ip.
 
@@ -170,7 +200,13 @@ def way_home(registers: Registers, blocked: int) -> bytes:
     touched. A system call that was interrupted is continued, a sleep to its own deadline: no signal frame is
     returned from, so the kernel's restart block is still there.
     """
-    return b"".join(fixed + varying for fixed, varying in _way_home(continued(registers), blocked))
+    to = continued(registers)
+    flags = (0x7F if to.flags & _OF else 0) | (to.flags & _CF_TO_SF) << 8
+    values = iter((flags, *(getattr(to, name) for name in _LOADS), to.ip, blocked))
+    fields: list[bytes | int] = []
+    for fixed, varying in _HOME_LAYOUT:
+        fields += [fixed, next(values)] if varying else [fixed]
+    return _HOME_STRUCT.pack(*fields)
 
 
 def continued(registers: Registers) -> Registers:
@@ -179,36 +215,3 @@ def continued(registers: Registers) -> Registers:
     if not code:
         return registers
     return rewind(registers, SYS["restart_syscall"] if code == ERESTART_RESTARTBLOCK else None)
-
-
-def _way_home(registers: Registers, blocked: int) -> list[tuple[bytes, bytes]]:
-    """Instructions as (what is always the same, what varies)."""
-    overflow = 0x7F if registers.flags & _OF else 0
-    no_old_mask_8_bytes = b"\xba\0\0\0\0" + b"\x41\xba\x08\0\0\0"  # mov $0, %edx; mov $8, %r10d
-    after = [
-        (no_old_mask_8_bytes + SYSCALL_INSTRUCTION, b""),
-        # mov $flags:overflow, %eax; add $1, %al, which overflows from 0x7f only; sahf sets the other flags
-        (b"\xb8", struct.pack("<BBH", overflow, registers.flags & _CF_TO_SF, 0)),
-        (b"\x04\x01" + b"\x9e", b""),
-        *((code, struct.pack("<Q", getattr(registers, name))) for name, code in _LOADS.items()),
-        (b"\xff\x25\0\0\0\0", struct.pack("<Q", registers.ip)),  # jmp *(%rip)
-    ]
-    mask = sum(len(fixed) + len(varying) for fixed, varying in after)
-    return [
-        (b"\xb8" + struct.pack("<I", _RT_SIGPROCMASK), b""),  # mov $nr, %eax
-        (b"\xbf" + struct.pack("<I", _SIG_SETMASK), b""),  # mov $how, %edi
-        (b"\x48\x8d\x35" + struct.pack("<i", mask), b""),  # lea mask(%rip), %rsi
-        *after,
-        (b"", struct.pack("<Q", blocked)),
-    ]
-
-
-def _pattern() -> re.Pattern[bytes]:
-    parts = _way_home(Registers(*[0] * len(Registers._fields)), 0)
-    return re.compile(
-        b"".join(re.escape(fixed) + b".{%d}" % len(varying) for fixed, varying in parts), re.DOTALL
-    )
-
-
-HOME_SIZE = len(way_home(Registers(*[0] * len(Registers._fields)), 0))
-HOME = _pattern()  # matches any way home, whosever it was

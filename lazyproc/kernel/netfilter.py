@@ -10,9 +10,7 @@ CAP_NET_ADMIN there and nft(8).
 from __future__ import annotations
 
 import re
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Self
@@ -138,6 +136,9 @@ def leftovers() -> list[str]:
 
 
 def _nft(script: str) -> str:
+    import shutil  # neither is needed by a tree without connections
+    import subprocess
+
     program = shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin:/bin")
     if program is None:
         raise HostLacks("nft is missing", where="nftables", remedy="install the package nftables")

@@ -19,6 +19,7 @@ from lazyproc.model import Registers, Restart, Rseq, SigAction
 RSEQ_CS_OFFSET = 8  # struct rseq: cpu_id_start, cpu_id, rseq_cs
 RSEQ_CS = struct.Struct("<IIQQQ")  # version, flags, start_ip, post_commit_offset, abort_ip
 SA_RESTART = 0x10000000
+_NUMBER = struct.Struct("<i")  # si_signo begins a siginfo
 MILLISECOND_NS = 10**6
 
 
@@ -57,7 +58,7 @@ def settle(
     restart, interrupted = None, None
     if arch.restart_code(registers) == arch.ERESTART_RESTARTBLOCK:
         restart = sleeps.remaining(before, registers, status.voluntary_switches, frozen_at_ns, memory.read)
-    elif arch.interrupted_epoll(registers) and not waiting_signals(status, state.blocked):
+    elif arch.interrupted_epoll(registers) and not _waiting(tracee, status, state.blocked):
         left = sleeps.remaining(before, registers, status.voluntary_switches, frozen_at_ns, memory.read)
         interrupted, registers = registers, _epoll_again(registers, left)
     if registers != state.registers:
@@ -82,28 +83,26 @@ def _epoll_again(registers: Registers, left: Restart | None) -> Registers:
     return again._replace(r10=-(-left.remaining_ns // MILLISECOND_NS))
 
 
-def waiting_signals(status: proc.Status, blocked: int) -> int:
-    """The pending signals, as a mask, that will interrupt the thread when it runs: neither blocked nor ignored."""
+def _waiting(tracee: Tracee, status: proc.Status, blocked: int) -> int:
+    """The signals, as a mask, that are pending now and will interrupt the thread when it runs: those neither blocked
+    nor ignored. `status` may be older: a frozen process cannot change what it ignores.
+    """
+    queued = (*tracee.pending(shared=False), *tracee.pending(shared=True))
     ignored = status.sig_ignored | (IGNORED_BY_DEFAULT & ~status.sig_caught)
-    return (status.sig_pending | status.shared_pending) & ~blocked & ~ignored
+    return _mask(*{_NUMBER.unpack_from(info)[0] for info in queued}) & ~blocked & ~ignored
 
 
-def settle_again(pid: int, tracee: Tracee, stopped: Stopped) -> None:
+def settle_again(tracee: Tracee, stopped: Stopped) -> None:
     """Before the thread is let go: a signal that came during the freeze ends its epoll_wait with EINTR after all.
 
     Else its handler would run before a call that then waits for ever; programs rely on it to notice a flag.
     """
-    if stopped.interrupted_epoll is not None and _waiting_now(pid, tracee, stopped):
+    if stopped.interrupted_epoll is not None and _waiting(tracee, stopped.status, stopped.state.blocked):
         tracee.set_registers(stopped.interrupted_epoll)
 
 
-def _waiting_now(pid: int, tracee: Tracee, stopped: Stopped) -> int:
-    status = proc.status(proc.read(pid, f"task/{tracee.tid}/status"))
-    return waiting_signals(status, stopped.state.blocked)
-
-
 def resumed(
-    pid: int, tracee: Tracee, stopped: Stopped, sigactions: Sequence[SigAction], memory: Memory
+    tracee: Tracee, stopped: Stopped, sigactions: Sequence[SigAction], memory: Memory
 ) -> tuple[Registers, Restart | None]:
     """How a copy of the thread runs on: its system call made again, or ended by a signal.
 
@@ -114,7 +113,7 @@ def resumed(
     code = arch.restart_code(registers)
     if not code and stopped.interrupted_epoll is None:
         return registers, None
-    waiting = _waiting_now(pid, tracee, stopped)
+    waiting = _waiting(tracee, stopped.status, stopped.state.blocked)
     if stopped.interrupted_epoll is not None:
         return stopped.interrupted_epoll if waiting else registers, None
     handlers = [action for action in sigactions if waiting >> (action.signal - 1) & 1]

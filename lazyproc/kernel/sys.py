@@ -1,20 +1,24 @@
-"""One typed function per system call or ioctl. Errors are OSError with the kernel's errno."""
+"""One typed function per system call or ioctl. Errors are OSError with the kernel's errno; HostLacks for a call that
+is younger than the kernel.
+"""
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+from lazyproc.errors import HostLacks
 from lazyproc.kernel._core import ffi, lib
 
-SYS_PRLIMIT64 = 302
 SYS_KCMP = 312
 SYS_PROCESS_VM_READV = 310
-SYS_PROCESS_VM_WRITEV = 311
 SYS_PIDFD_OPEN = 434
 SYS_PIDFD_GETFD = 438
-SYS_PROCESS_MADVISE = 440
-SYS_GET_ROBUST_LIST = 274
+SYS_IOPRIO_SET, SYS_IOPRIO_GET = 251, 252
+IOPRIO_WHO_PROCESS = 1
 
 # enum kcmp_type, include/uapi/linux/kcmp.h
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_IO, KCMP_SYSVSEM, KCMP_EPOLL_TFD = range(8)
@@ -33,6 +37,20 @@ def syscall(nr: int, *args: int) -> int:
     return check(lib.lp_syscall(nr, *(_signed(value) for value in padded)))
 
 
+@contextmanager
+def _since(version: str, name: str) -> Iterator[None]:
+    """HostLacks when the kernel does not know the call in the block (ENOSYS) or the ioctl (ENOTTY)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTTY):
+            raise
+        raise HostLacks(
+            f"this kernel has no {name}",
+            remedy=f"use Linux {version} or newer, and in a container a seccomp profile that lets it pass",
+        ) from error
+
+
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -44,7 +62,8 @@ def pidfd_open(pid: int, flags: int = 0) -> int:
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """pidfd_getfd(2): our own duplicate (close-on-exec) of the process's descriptor `fd`."""
-    return syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
+    with _since("5.6", "pidfd_getfd(2)"):
+        return syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
 
 
 def kcmp(pid1: int, pid2: int, kind: int, idx1: int = 0, idx2: int = 0) -> int:
@@ -52,12 +71,14 @@ def kcmp(pid1: int, pid2: int, kind: int, idx1: int = 0, idx2: int = 0) -> int:
     return check(lib.lp_syscall(SYS_KCMP, pid1, pid2, kind, idx1, idx2, 0))
 
 
-def get_robust_list(tid: int) -> tuple[int, int]:
-    """get_robust_list(2): address and length of the thread's robust futex list head."""
-    out = ffi.new("uint64_t[2]")
-    base = int(ffi.cast("uintptr_t", out))
-    syscall(SYS_GET_ROBUST_LIST, tid, base, base + 8)
-    return int(out[0]), int(out[1])
+def ioprio_get(tid: int) -> int:
+    """ioprio_get(2) of a thread: class << 13 | level, 0 when none was set."""
+    return syscall(SYS_IOPRIO_GET, IOPRIO_WHO_PROCESS, tid)
+
+
+def ioprio_set(tid: int, priority: int) -> None:
+    """ioprio_set(2) of a thread. EPERM for the real-time class without CAP_SYS_ADMIN."""
+    syscall(SYS_IOPRIO_SET, IOPRIO_WHO_PROCESS, tid, priority)
 
 
 def read_memory(pid: int, addr: int, length: int) -> bytes:
@@ -88,7 +109,9 @@ def read_memory(pid: int, addr: int, length: int) -> bytes:
     PAGE_IS_SWAPPED,
     PAGE_IS_PFNZERO,
     PAGE_IS_HUGE,
-) = (1 << bit for bit in range(7))
+    PAGE_IS_SOFT_DIRTY,
+    PAGE_IS_GUARD,  # Linux 6.16
+) = (1 << bit for bit in range(9))
 PAGEMAP_REGIONS = 1024
 
 
@@ -102,9 +125,12 @@ def pagemap_scan(
     regions = ffi.new("uint64_t[]", 3 * PAGEMAP_REGIONS)
     walked = ffi.new("uint64_t *")
     while start < end:
-        got = check(
-            lib.lp_pagemap_scan(fd, start, end, required, excluded, anyof, regions, PAGEMAP_REGIONS, walked)
-        )
+        with _since("6.7", "PAGEMAP_SCAN"):
+            got = check(
+                lib.lp_pagemap_scan(
+                    fd, start, end, required, excluded, anyof, regions, PAGEMAP_REGIONS, walked
+                )
+            )
         for index in range(got):
             yield int(regions[3 * index]), int(regions[3 * index + 1]), int(regions[3 * index + 2])
         # walk_end can lie before the last region given (seen on 6.18 with more than 1,000 regions in a walk).
@@ -112,6 +138,19 @@ def pagemap_scan(
         if reached == start:
             return
         start = reached
+
+
+@functools.cache
+def guard_category() -> int:
+    """PAGE_IS_GUARD where PAGEMAP_SCAN knows it, else 0: madvise(MADV_GUARD_INSTALL) is of Linux 6.13."""
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        list(pagemap_scan(fd, 0, 4096, required=PAGE_IS_GUARD))
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
+    return PAGE_IS_GUARD
 
 
 def cpuid(leaf: int, sub: int = 0) -> tuple[int, int, int, int]:

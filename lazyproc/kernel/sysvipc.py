@@ -1,4 +1,4 @@
-"""System V semaphores and message queues of our own ipc namespace, and who used them last (ipc/sem.c, ipc/msg.c)."""
+"""System V objects of our own ipc namespace, and who used them last (ipc/shm.c, ipc/sem.c, ipc/msg.c)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,33 @@ from typing import NamedTuple
 
 from lazyproc.kernel.sys import syscall
 
-SYS_SEMCTL = 66
+SYS_SHMCTL, SYS_SEMCTL = 31, 66
+IPC_RMID = 0
 SEM_GETPID = 11  # GETPID of include/uapi/linux/sem.h
+
+
+class Segment(NamedTuple):
+    """A shared memory segment: `mode` are its permissions and SHM_DEST, SHM_LOCKED (include/linux/shm.h)."""
+
+    key: int
+    id: int
+    mode: int
+    uid: int
+    gid: int
+    attachments: int
+
+
+def segments() -> dict[int, Segment]:
+    """All shared memory segments by their number."""
+    found = {}
+    for key, number, mode, _size, _cpid, _lpid, attached, uid, gid, *_ in _rows("shm"):
+        found[int(number)] = Segment(int(key), int(number), int(mode, 8), int(uid), int(gid), int(attached))
+    return found
+
+
+def remove_segment(number: int) -> None:
+    """shmctl(2) IPC_RMID: it goes with its last attachment."""
+    syscall(SYS_SHMCTL, number, IPC_RMID, 0)
 
 
 class LastUse(NamedTuple):

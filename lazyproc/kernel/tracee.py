@@ -44,7 +44,7 @@ PTRACE_PEEKSIGINFO_SHARED = 1
 NT_X86_XSTATE = 0x202
 SIGINFO = 128
 XSAVE_MAX = 16384
-SEIZE_TRIES = 3  # EPERM also when exec in another thread is just taking this one's number over (fs/exec.c, de_thread)
+SEIZE_TRIES = 3  # EPERM also while exec in another thread takes this one's number over (fs/exec.c, de_thread)
 UNINTERRUPTIBLE = "it is in uninterruptible sleep (I/O, a vfork child, a page fault that nobody serves)"
 
 

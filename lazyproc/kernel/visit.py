@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from lazyproc.kernel import proc
@@ -24,14 +25,14 @@ def call_in(pid: int, name: str, *args: int) -> None:
         tracee.interrupt()
         tracee.wait_stop(STOP_MS)
         stopped_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        status = proc.status(proc.read(pid, "status"))
+        status, ours = (proc.status(proc.read(each, "status")) for each in (pid, os.getpid()))
         (state,) = ptrace.states([tracee])
         with ptrace.memory(pid) as memory:
             stopped = settle(tracee, state, status, memory, None, stopped_ns)
-            if status.seccomp:
+            if status.seccomp and not ours.seccomp:  # who is filtered may not suspend a filter (ptrace(2))
                 tracee.set_options(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_SUSPEND_SECCOMP)
             with lone_stub(tracee, stopped.state, memory, proc.maps(proc.read(pid, "maps"))) as stub:
                 stub.call(name, *args)
-            settle_again(pid, tracee, stopped)
+            settle_again(tracee, stopped)
     finally:
         tracee.detach()

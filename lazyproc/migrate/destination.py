@@ -13,12 +13,14 @@ from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
+from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Gathering, Link, dialled
-from lazyproc.migrate.prepare import Offer, available_memory, objections
-from lazyproc.migrate.talk import checked, deaf, expect
+from lazyproc.migrate.prepare import Offer, objections
+from lazyproc.migrate.room import available_memory
+from lazyproc.migrate.talk import checked, expect
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import RemotePages, extents_of
@@ -26,6 +28,7 @@ from lazyproc.pages.transport import listen
 from lazyproc.restore.lazy import finish, pager_of
 from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
+from lazyproc.uffd.device import demand_for_tasks
 from lazyproc.uffd.pager import Counters, Pager
 from lazyproc.uffd.policy import POLICIES, Policy
 from lazyproc.wire.jsonobject import JsonValue
@@ -75,7 +78,11 @@ class Arrival:
     terms: Terms
     listener: Listener
     committed: bool = False
+    journal: Journal = field(init=False)
     report: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.link.session.id, "destination")
 
     def run(self) -> None:
         """From PREPARE to the last page. Never raises: what goes wrong before the commit is told to the source."""
@@ -85,7 +92,7 @@ class Arrival:
                 self.listener(arrived.pager.counters().as_event())
             nursery = arrived.tree.nursery.pid
             threading.Thread(target=os.waitpid, args=(nursery, 0), daemon=True).start()
-        except LazyprocError as error:
+        except (LazyprocError, OSError) as error:
             self.listener(Note(f"session {self.link.session.id}: {error}"))
         finally:
             self.link.control.close()
@@ -94,7 +101,7 @@ class Arrival:
         """Up to the first instruction of the tree here. Until the commit every error is told to the source."""
         try:
             return self._begin()
-        except LazyprocError as error:
+        except (LazyprocError, OSError) as error:
             if not self.committed:
                 self._abort(str(error))
             raise
@@ -144,6 +151,7 @@ class Arrival:
                 pager.apply_map(extents)
         self._say_drained(pager.counters(), ended=not pager.spaces())
         finish(pager, arrived.tree)
+        self.journal.remove()
         expect(control, Released, FREEZE_S)
         return True
 
@@ -161,6 +169,8 @@ class Arrival:
 
     def _prepare(self) -> Mapping[str, JsonValue]:
         order = expect(self.link.control, Prepare, PREPARE_S).fields
+        if order.get("mode") == "postcopy":
+            demand_for_tasks()
         available = 1 << 62 if self.terms.overcommit else available_memory()
         against = objections(Offer.of(order), available)
         if order.get("policy") not in POLICIES or order.get("mode") not in ("postcopy", "stopcopy"):
@@ -174,10 +184,15 @@ class Arrival:
         """The one durable write that decides: from here on the tree is ours."""
         self.link.control.send(Built())
         expect(self.link.control, Commit, FREEZE_S)
-        journal = Journal(self.link.session.id, "destination")
-        journal.write("committed", root_pid=tree.root_pid, root_vpid=tree.checkpoint.root.vpid)
+        self.journal.write("committed", root_pid=tree.root_pid, root_vpid=tree.checkpoint.root.vpid)
         self.committed = True
-        self.link.control.send(Committed())
+        try:
+            self.link.control.send(Committed())
+        except (
+            ConnectionLost
+        ):  # it will not run here, and the source is stopped: the operator has the one there
+            self.journal.remove()
+            raise
         self.listener(StateChanged("committed", time.monotonic()))
 
     def _say_drained(self, counters: Counters, *, ended: bool) -> None:

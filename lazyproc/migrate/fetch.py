@@ -36,5 +36,12 @@ def restore_from(target: str, terms: Terms, *, insecure: bool, listener: Listene
         tree = arrived.tree
         vpid = tree.checkpoint.root.vpid
         yield Fetched(
-            tree, tree.nursery.pid, tree.root_pid, vpid, started, arrived.pager, arrival=arrival, arrived=arrived
+            tree,
+            tree.nursery.pid,
+            tree.root_pid,
+            vpid,
+            started,
+            arrived.pager,
+            arrival=arrival,
+            arrived=arrived,
         )

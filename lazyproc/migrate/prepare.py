@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from lazyproc.dump.walk import thread_ids
 from lazyproc.errors import ProtocolError
@@ -76,26 +75,3 @@ def objections(offer: Offer, available: int) -> list[str]:
     if offer.vdso != vdso_build_id().hex():
         found.append("its kernel has another vdso; boot the same kernel build on both hosts")
     return found
-
-
-def available_memory() -> int:
-    """Bytes that can be used without swapping: MemAvailable, or less where a memory cgroup limits us."""
-    text = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(text["MemAvailable"].split()[0]) * 1024
-    return min([available, *_cgroup_room()])
-
-
-def _cgroup_room() -> list[int]:
-    """What is left below memory.max of our cgroup and those above it (v2)."""
-    path = proc.cgroup(proc.read(os.getpid(), "cgroup")).get("")
-    rooms = []
-    folder = Path("/sys/fs/cgroup") / (path or "").lstrip("/")
-    while folder != Path("/sys/fs") and path is not None:
-        try:
-            limit = (folder / "memory.max").read_text().strip()
-            if limit != "max":
-                rooms.append(int(limit) - int((folder / "memory.current").read_text()))
-        except OSError:
-            pass
-        folder = folder.parent
-    return rooms

@@ -10,7 +10,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from lazyproc.dump.before import Before, look_before, observed_sleeps
@@ -19,15 +19,23 @@ from lazyproc.dump.freeze import FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import silence
-from lazyproc.errors import CannotBeDone, ConnectionLost, LostAfterCommit, Parked, ProtocolError
+from lazyproc.errors import (
+    CannotBeDone,
+    ConnectionLost,
+    LazyprocError,
+    LostAfterCommit,
+    Parked,
+    ProtocolError,
+)
 from lazyproc.events import Listener, PagesMoved, StateChanged, ignore
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
+from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.netfilter import Hold
 from lazyproc.migrate.link import Link, dialled
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.report import MigrateReport
-from lazyproc.migrate.talk import checked, deaf, expect, milliseconds
+from lazyproc.migrate.talk import Refused, checked, expect, milliseconds
 from lazyproc.pages.bundle import NAME, pack_bundle
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import map_of
@@ -83,8 +91,8 @@ def look(pid: int, listener: Listener = ignore) -> Before:
 
     What stands in the way may be over in a moment (a child before its exec, or that ends), so it is looked at again.
     """
-    for _ in range(LOOKS):
-        obstacles = explain(pid, listener=listener)
+    for attempt in range(LOOKS):
+        obstacles = explain(pid, listener=ignore if attempt else listener)
         if not obstacles:
             return look_before(pid)
         time.sleep(LOOK_AGAIN_S)
@@ -98,27 +106,31 @@ def hand_over(
     link.control.send(Prepare({**offer_of(before.smaps).fields(), **order.fields()}))
     expect(link.control, Prepared, PREPARE_S)
     listener(StateChanged("prepared", time.monotonic()))
-    with ExitStack() as stack:
+    with ExitStack() as last, ExitStack() as stack:
         hold = stack.enter_context(Hold(link.session.id))
         hold.add(before.flows)
         asleep = observed_sleeps(pid)
         frozen = time.monotonic()
         tree = stack.enter_context(frozen_tree(pid, asleep=asleep))
+        stack.callback(hold.release)  # before the tree is let go: its sends must not fail
         listener(StateChanged("frozen", time.monotonic()))
         dump, pages = stack.enter_context(_described(tree, before, hold))
         server = stack.enter_context(PageServer(pages.segments()))
         _offer(link, dump, pages, server, order)
-        stack.enter_context(deaf())
+        last.enter_context(deaf())  # until all is put away
         _commit(link, tree)
         frozen_ms = milliseconds(frozen)
-        running = expect(link.control, Running, BUILD_S)
-        blackout_ms = milliseconds(frozen)
-        listener(StateChanged("running", time.monotonic()))
-        drained = _serve(link, dump, server, order, listener).fields
+        with _lost_from_here(tree, server):
+            running = expect(link.control, Running, BUILD_S)
+            blackout_ms = milliseconds(frozen)
+            listener(StateChanged("running", time.monotonic()))
+            drained = _serve(link, dump, server, order, listener).fields
         silence(dump.connections)
         tree.kill()
-        link.control.send(Released())
-    listener(StateChanged("released", time.monotonic()))
+        dump.remove_segments()
+        with suppress(ConnectionLost):  # it has every page and does without this word
+            link.control.send(Released())
+        listener(StateChanged("released", time.monotonic()))
     return MigrateReport(
         session=link.session.id,
         mode=order.mode,
@@ -142,10 +154,11 @@ def hand_over(
 
 
 @contextmanager
-def _described(
-    tree: FrozenTree, before: Before, hold: Hold
-) -> Iterator[tuple[Dump, DumpPages]]:
-    with dumped(tree, smaps=before.smaps, hold=hold.add) as dump, dump_pages(dump) as pages:
+def _described(tree: FrozenTree, before: Before, hold: Hold) -> Iterator[tuple[Dump, DumpPages]]:
+    with (
+        dumped(tree, smaps=before.smaps, guarded=before.guarded, hold=hold.add) as dump,
+        dump_pages(dump) as pages,
+    ):
         yield dump, pages
 
 
@@ -161,18 +174,46 @@ def _offer(link: Link, dump: Dump, pages: DumpPages, server: PageServer, order: 
 
 
 def _commit(link: Link, tree: FrozenTree) -> None:
-    """From COMMIT to COMMITTED only the other side knows who runs the tree."""
-    link.control.send(Commit())
+    """From COMMIT on the tree stays stopped whatever becomes of us, unless the other side says no."""
+    tree.stop_for_good()
+    try:
+        link.control.send(Commit())
+        _await_committed(link, tree)
+    except (ConnectionLost, Refused):  # it has not left, or was answered with no
+        tree.not_for_good()
+        raise
+
+
+def _await_committed(link: Link, tree: FrozenTree) -> None:
+    """Only the other side knows who runs the tree until it has said so."""
     try:
         expect(link.control, Committed, BUILD_S)
     except (ConnectionLost, ProtocolError) as error:
-        tree.stop_for_good()
+        pids = _pids(tree)
         raise Parked(
-            f"the hand-over was in doubt when the connection ended ({error.what}); the tree stays stopped here",
-            where=f"session {link.session.id}",
-            remedy="if it does not run on the other host, let it run here with: "
-            + f"kill -CONT {' '.join(map(str, tree.tasks))}",
+            f"it is not known whether it runs on the other host ({error.what}); it stays stopped here",
+            where=f"pid {pids[0]}",
+            remedy=f"if it does not run there, let it run here with: kill -CONT {' '.join(pids)}",
         ) from error
+
+
+@contextmanager
+def _lost_from_here(tree: FrozenTree, server: PageServer) -> Iterator[None]:
+    """The tree runs on the other host, which has failed or gone before it had every page."""
+    try:
+        yield
+    except LazyprocError as error:
+        sent = sum(counters.pages + counters.zero for counters in server.counters().values())
+        pids = _pids(tree)
+        raise LostAfterCommit(
+            f"the move to the other host was lost after {sent} pages ({error.what}); it stays stopped here",
+            where=f"pid {pids[0]}",
+            remedy=f"if it does not run there, let it run here with: kill -CONT {' '.join(pids)}; else end it",
+        ) from error
+
+
+def _pids(tree: FrozenTree) -> list[str]:
+    return [str(task.pid) for task in tree.tasks.values() if not task.zombie]
 
 
 def _serve(link: Link, dump: Dump, server: PageServer, order: Order, listener: Listener) -> Drained:
@@ -180,25 +221,13 @@ def _serve(link: Link, dump: Dump, server: PageServer, order: Order, listener: L
     extents = dump.lazy_extents() if order.mode == "postcopy" else {}
     link.control.send(map_of(extents))
     total = sum(e.count for runs in extents.values() for e in runs)
-    while (event := _receive(link, total)) is None:
+    while (event := link.control.receive(POLL_S)) is None:
         counters = server.counters()
         urgent, bulk = counters["urgent"], counters["bulk"]
         zero = urgent.zero + bulk.zero
         moved = urgent.pages + bulk.pages
         listener(PagesMoved(total, moved, zero, urgent.pages, bulk.pages, 0))
     return checked(event, Drained, link.control)
-
-
-def _receive(link: Link, total: int) -> Drained | None:
-    try:
-        event = link.control.receive(POLL_S)
-    except ConnectionLost as error:
-        raise LostAfterCommit(
-            f"the receiver went away while up to {total} pages were missing there: {error.what}",
-            where=f"session {link.session.id}",
-            remedy="the tree runs there as far as its pages are there; it never runs here again",
-        ) from error
-    return None if event is None else checked(event, Drained, link.control)
 
 
 def _number(fields: Mapping[str, object], name: str) -> int:

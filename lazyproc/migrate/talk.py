@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
@@ -47,18 +43,3 @@ def checked(event: Event, kind: type[E], channel: Channel) -> E:
 def milliseconds(since: float) -> float:
     """Since a reading of time.monotonic()."""
     return (time.monotonic() - since) * 1e3
-
-
-@contextmanager
-def deaf() -> Iterator[None]:
-    """Ctrl-C and a closed terminal end nothing after COMMIT: the other side needs the pages that are here."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {sig: signal.signal(sig, signal.SIG_IGN) for sig in signals}
-    try:
-        yield
-    finally:
-        for sig, action in before.items():
-            signal.signal(sig, action)

@@ -8,7 +8,6 @@ directory is gone too in the nearest one above it; only the name shown differs t
 from __future__ import annotations
 
 import os
-import secrets
 import stat as st
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +49,7 @@ def _make_ghost(workshop: Workshop, content: FileContent, path: str) -> int:
         try:
             fd = _new_file(parent, name)
         except FileExistsError:
-            name = f".{name[:200]}.{secrets.token_hex(8)}"
+            name = f".{name[:200]}.{os.urandom(8).hex()}"
             fd = _new_file(parent, name)
         try:
             _fill(fd, content)

@@ -149,14 +149,15 @@ def _swallow(parent: Site, sig: int) -> None:
 def stop(site: Site, parent: Site | None) -> None:
     """Stop a process as SIGSTOP does, for its parent (None: not in the tree) to see.
 
-    No thread executes an instruction: each one is stopped again on its way out of the kernel.
+    No thread executes an instruction: the leader takes the signal before any other goes on, so that each one has to
+    stop with it on its way out of the kernel (do_signal_stop, kernel/signal.c).
     """
     for tracee in site.threads.values():
         tracee.set_blocked(arch.MASK64)
     os.kill(site.pid, signal.SIGSTOP)
-    for tracee in site.threads.values():
+    for thread in site.task.threads:
+        tracee = site.threads[thread.tid]
         tracee.cont()
-    for tracee in site.threads.values():
         tracee.wait_stop(STOP_MS)
     if parent is not None and signal.SIGCHLD not in pending_signals(parent.task):
         _swallow(parent, signal.SIGCHLD)

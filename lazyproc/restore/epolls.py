@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from lazyproc.errors import RestoreError
@@ -49,6 +48,8 @@ def add_orphans(checkpoint: Checkpoint, made: Mapping[int, int]) -> None:
         if adder is None
     ]
     if orphans:
+        from concurrent.futures import ThreadPoolExecutor  # rarely needed, and it imports logging
+
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_add_in_own_table, orphans).result()
 

@@ -9,7 +9,6 @@ from contextlib import ExitStack, suppress
 from lazyproc.errors import NoSuchProcess
 from lazyproc.kernel import proc
 from lazyproc.kernel.sys import pidfd_open
-from lazyproc.kernel.visit import call_in
 from lazyproc.model import Extent
 from lazyproc.restore.pages import LazyRange
 from lazyproc.restore.site import Site
@@ -59,6 +58,8 @@ def finish(pager: Pager, tree: BuiltTree) -> None:
 
 def _drop_anchors(site: Site) -> None:
     """In the task, and in children that it has forked meanwhile: they have inherited it."""
+    from lazyproc.kernel.visit import call_in  # the tree runs by now
+
     for pid in _family(site.pid):
         with suppress(FileNotFoundError):
             if os.readlink(f"/proc/{pid}/fd/{site.anchor}") == USERFAULTFD_LINK:

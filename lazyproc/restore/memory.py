@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 
-from lazyproc.errors import RestoreError
+from lazyproc.errors import RestoreError, TraceeError
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel.nursery import DATA, DATA_SIZE, TEXT
 from lazyproc.kernel.remote import BLOB, MAP_FIXED_NOREPLACE, Bench, Call, find_hole
@@ -27,6 +27,7 @@ BYTES_PER_THREAD = 8192  # its calls and their arguments
 
 # VmFlags -> madvise(2) advice that sets them. Those of huge pages may be unknown to the kernel.
 ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
+MADV_GUARD_INSTALL = 102  # Linux 6.13
 VDSO_KINDS = (VmaKind.VDSO, VmaKind.VVAR, VmaKind.VVAR_VCLOCK)
 
 
@@ -63,7 +64,8 @@ def _stack_of(site: Site) -> tuple[int, int]:
 
 
 def _bench_size(site: Site, mm: Mm) -> int:
-    size = len(mm.vmas) * ROWS_PER_VMA * ROW_BYTES + len(site.task.threads) * BYTES_PER_THREAD + (1 << 18)
+    rows = len(mm.vmas) * ROWS_PER_VMA + sum(len(vma.guards) for vma in mm.vmas)
+    size = rows * ROW_BYTES + len(site.task.threads) * BYTES_PER_THREAD + (1 << 18)
     return (size + PAGE - 1) & -PAGE
 
 
@@ -119,10 +121,17 @@ def _vdso_calls(mm: Mm) -> Iterator[Call]:
 def check_vdso(site: Site, mm: Mm) -> None:
     """The address given to ARCH_MAP_VDSO_64 is a hint: what is not exactly there is an error."""
     for vma in mm.vmas:
-        if vma.kind is VmaKind.VDSO and site.memory.read(vma.start, 4) != b"\x7fELF":
+        if vma.kind is VmaKind.VDSO and not _is_elf(site, vma.start):
             raise RestoreError(
                 "the vdso could not be put at its old address", where=f"{vma.start:#x}", remedy="report it"
             )
+
+
+def _is_elf(site: Site, addr: int) -> bool:
+    try:
+        return site.memory.read(addr, 4) == b"\x7fELF"
+    except TraceeError:  # nothing is mapped there
+        return False
 
 
 def _name_calls(mm: Mm, bench: Bench) -> Iterator[Call]:
@@ -139,6 +148,8 @@ def _advice_calls(mm: Mm) -> Iterator[Call]:
             continue
         for flag in sorted(ADVICE.keys() & vma.vm_flags):
             yield Call("madvise", (vma.start, vma.length, ADVICE[flag]), may_fail=flag in ("hg", "nh", "mg"))
+        for start, end in vma.guards:
+            yield Call("madvise", (start, end - start, MADV_GUARD_INSTALL))
 
 
 def _mm_calls(mm: Mm, bench: Bench, exe_fd: int) -> Iterator[Call]:

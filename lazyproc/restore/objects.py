@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -13,7 +14,9 @@ from lazyproc.kernel.sys import syscall
 from lazyproc.model import PAGE, Checkpoint, SharedKind, SharedMemory
 
 SYS_SHMGET, SYS_SHMAT, SYS_SHMCTL, SYS_SHMDT = 29, 30, 31, 67
-IPC_CREAT, IPC_EXCL, IPC_RMID = 0o1000, 0o2000, 0
+IPC_CREAT, IPC_EXCL, IPC_RMID, IPC_SET, IPC_STAT = 0o1000, 0o2000, 0, 1, 2
+SHM_DEST = 0o1000  # in the mode: removed already
+SHMID_DS, UID_OFFSET = 112, 4  # struct shmid64_ds begins with struct ipc64_perm: key, uid, gid
 SHM_NEXT_ID = "/proc/sys/kernel/shm_next_id"  # ipc/ipc_sysctl.c: the id of the next segment
 
 
@@ -49,8 +52,9 @@ def _open_mapping(addr: int, size: int, stack: ExitStack) -> int:
 def _segment(shared: SharedMemory, stack: ExitStack) -> int:
     with open(SHM_NEXT_ID, "w") as file:
         file.write(str(shared.sysv_shmid))
+    flags = IPC_CREAT | IPC_EXCL | shared.mode & 0o777
     try:
-        number = syscall(SYS_SHMGET, shared.sysv_key, shared.size, IPC_CREAT | IPC_EXCL | shared.mode)
+        number = syscall(SYS_SHMGET, shared.sysv_key, shared.size, flags)
     except FileExistsError as error:
         raise RestoreError(
             f"a segment with its key {shared.sysv_key:#x} exists on this host",
@@ -62,8 +66,25 @@ def _segment(shared: SharedMemory, stack: ExitStack) -> int:
         raise RestoreError(
             "its number is taken on this host", where=f"SysV segment {shared.sysv_shmid}", remedy="free it with ipcrm"
         )
+    _give_away(shared)
     addr = syscall(SYS_SHMAT, number, 0, 0)
     try:
         return _open_mapping(addr, -(-shared.size // PAGE) * PAGE, stack)
     finally:
         syscall(SYS_SHMDT, addr)
+
+
+def _give_away(shared: SharedMemory) -> None:
+    """Its owner; whoever made it (cuid) can only be us."""
+    facts = bytearray(SHMID_DS)
+    addr = int(ffi.cast("uintptr_t", ffi.from_buffer(facts)))
+    syscall(SYS_SHMCTL, shared.sysv_shmid, IPC_STAT, addr)
+    struct.pack_into("<II", facts, UID_OFFSET, shared.uid, shared.gid)
+    syscall(SYS_SHMCTL, shared.sysv_shmid, IPC_SET, addr)
+
+
+def mark_removed(checkpoint: Checkpoint) -> None:
+    """Segments that were removed before (shmctl(2), IPC_RMID) go with the last of the attachments they have now."""
+    for shared in checkpoint.shared.values():
+        if shared.kind is SharedKind.SYSV and shared.mode & SHM_DEST:
+            syscall(SYS_SHMCTL, shared.sysv_shmid, IPC_RMID, 0)

@@ -21,6 +21,7 @@ O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 ABOVE_TRANSPORT = 3  # see the nursery's start: it uses two numbers above its socket
 PIECE = 256  # pages read and written at a time: 1 MiB
 ZERO_PAGE = bytes(PAGE)
+ATTEMPTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +153,19 @@ def _fill_task(
     for addr, data in _pieces(extents, source, obj):
         vma = _vma_at(site.task.mm.vmas, addr)
         if device is not None and vma.may_be_lazy:
-            placed = device.copy(addr, data)
-            if placed.outcome is not Outcome.INSTALLED:
-                raise RestoreError(
-                    f"pages at {addr:#x} could not be put in place ({placed.outcome.value})",
-                    where=f"pid {obj.id}",
-                    remedy="report it",
-                )
+            _place(device, addr, data, f"pid {obj.id}")
         elif data != ZERO_PAGE * (len(data) // PAGE) or vma.kind is not VmaKind.ANON:
             site.memory.write(addr, data)
+
+
+def _place(device: Userfaultfd, addr: int, data: bytes, where: str) -> None:
+    """All of it; where the kernel wants a second attempt (its own work on the page tables) it gets one."""
+    for _ in range(ATTEMPTS):
+        placed = device.copy(addr, data)
+        if placed.outcome is Outcome.INSTALLED:
+            return
+        addr, data = addr + placed.length, data[placed.length :]
+    raise RestoreError(f"pages at {addr:#x}: {placed.outcome.value}", where=where, remedy="report it")
 
 
 def _vma_at(vmas: Sequence[Vma], addr: int) -> Vma:

@@ -3,6 +3,8 @@
 Three stages, since each needs more of the tree: `make_sockets` needs nothing but the host; `fill_queues`
 needs all files, which may lie in queues, and the tasks' pids, which stand in credentials; `leave_repair`
 comes after the commit, when connections may send.
+
+The code for a kind of sockets is imported when the checkpoint has one of that kind: most start-ups do without.
 """
 
 from __future__ import annotations
@@ -10,26 +12,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from socket import socket
+from typing import TYPE_CHECKING, TypeVar
 
-from lazyproc.kernel.netfilter import Flow
 from lazyproc.kernel.sockopt import LATE, TCP_LISTEN
 from lazyproc.model import Checkpoint, InetSocket, OpenFile, Task, UnixSocket
-from lazyproc.restore.inet import InetSockets
 from lazyproc.restore.options import apply
-from lazyproc.restore.unix import UnixSockets
 from lazyproc.restore.workshop import finish
+
+if TYPE_CHECKING:
+    from lazyproc.kernel.netfilter import Flow
+    from lazyproc.restore.inet import InetSockets
+    from lazyproc.restore.unix import UnixSockets
 
 S = TypeVar("S", UnixSocket, InetSocket)
 
 
 @dataclass(slots=True)
 class MadeSockets:
-    """The sockets of a tree on their way to life."""
+    """The sockets of a tree on their way to life; None for a kind it does not have."""
 
-    checkpoint: Checkpoint
-    _unix: UnixSockets
-    _inet: InetSockets
+    _unix: UnixSockets | None
+    _inet: InetSockets | None
 
     def fill_queues(self, files: Mapping[int, int], pids: Mapping[int, int]) -> None:
         """Refill unix queues; then shutdown(2) and the options that would have been in the way.
@@ -37,6 +41,8 @@ class MadeSockets:
         `files`: file id to our descriptor, all files of the checkpoint; `pids`: vpid to the pid it has for
         us. Raises RestoreError.
         """
+        if self._unix is None:
+            return
         self._unix.fill(files, pids)
         for unix in self._unix.sockets.values():
             sock = self._unix.made[unix.inode]
@@ -46,7 +52,8 @@ class MadeSockets:
 
     def leave_repair(self) -> None:
         """After the commit: TCP connections live, and what they had not sent yet goes out."""
-        self._inet.leave_repair()
+        if self._inet is not None:
+            self._inet.leave_repair()
 
 
 @contextmanager
@@ -58,16 +65,35 @@ def make_sockets(checkpoint: Checkpoint, files: dict[int, int], *, root: str = "
     sends nothing. Raises RestoreError naming the address or the path and what to do.
     """
     with ExitStack() as stack:
-        unix = UnixSockets(_by_inode(checkpoint, UnixSocket), root, stack)
-        inet = InetSockets(_by_inode(checkpoint, InetSocket), stack)
-        unix.make()
-        inet.make()
-        made = unix.made | inet.made
+        unix, inet = _unix_sockets(checkpoint, root, stack), _inet_sockets(checkpoint, stack)
+        made: dict[int, socket] = {}
+        for kind in (unix, inet):
+            if kind is not None:
+                kind.make()
+                made |= kind.made
         for file in _socket_files(checkpoint):
             assert isinstance(file.resource, UnixSocket | InetSocket)
             files[file.id] = made[file.resource.inode].fileno()
             finish(files[file.id], file)
-        yield MadeSockets(checkpoint, unix, inet)
+        yield MadeSockets(unix, inet)
+
+
+def _unix_sockets(checkpoint: Checkpoint, root: str, stack: ExitStack) -> UnixSockets | None:
+    sockets = _by_inode(checkpoint, UnixSocket)
+    if not sockets:
+        return None
+    from lazyproc.restore.unix import UnixSockets
+
+    return UnixSockets(sockets, root, stack)
+
+
+def _inet_sockets(checkpoint: Checkpoint, stack: ExitStack) -> InetSockets | None:
+    sockets = _by_inode(checkpoint, InetSocket)
+    if not sockets:
+        return None
+    from lazyproc.restore.inet import InetSockets
+
+    return InetSockets(sockets, stack)
 
 
 def _socket_files(checkpoint: Checkpoint) -> list[OpenFile]:
@@ -101,4 +127,5 @@ def flows_to_hold(checkpoint: Checkpoint) -> list[Flow]:
     them; and what `leave_repair` sends into a hold is sent again only when TCP's timer runs out (0.2 s
     and more).
     """
-    return InetSockets(_by_inode(checkpoint, InetSocket), ExitStack()).flows()
+    inet = _inet_sockets(checkpoint, ExitStack())
+    return [] if inet is None else inet.flows()

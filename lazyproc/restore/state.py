@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 
 from lazyproc.events import Listener, Note
+from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.model import Credentials, Fs, Task, Thread
 
@@ -171,5 +172,12 @@ def schedule(thread: Thread, tid: int, listener: Listener) -> None:
     try:
         os.sched_setscheduler(tid, wanted.policy, os.sched_param(wanted.priority))
         os.setpriority(os.PRIO_PROCESS, tid, wanted.nice)
+        if wanted.ioprio:
+            kernel.ioprio_set(tid, wanted.ioprio)
     except PermissionError:
-        listener(Note(f"thread {thread.tid}: scheduling policy {wanted.policy} nice {wanted.nice} not allowed here"))
+        listener(Note(f"thread {thread.tid}: {wanted} is not allowed here"))
+    if wanted.cpus:
+        try:
+            os.sched_setaffinity(tid, wanted.cpus)
+        except OSError:  # this host, or our part of it, has none of them
+            listener(Note(f"thread {thread.tid}: may run on all CPUs here, for there is none of {wanted.cpus}"))

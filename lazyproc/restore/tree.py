@@ -32,6 +32,7 @@ from lazyproc.restore.files import make_files
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, listen_rows, make_sockets
+from lazyproc.uffd.device import demand_for_tasks
 
 Pidns = Literal["auto", "host", "new"]
 
@@ -98,6 +99,8 @@ def built_tree(
     `source` gives the pages that have to be there at once (all of them unless `lazy`). Raises RestoreError naming
     the step, PidTaken in pid namespace "host", ImageError, and whatever the kernel refuses.
     """
+    if lazy:
+        demand_for_tasks()
     checkpoint = pages.arranged(checkpoint, lazy=lazy)
     new = pidns == "new" or (pidns == "auto" and needs_new_pidns(checkpoint))
     with ExitStack() as stack:
@@ -132,6 +135,7 @@ def _built(
             for site in sites.values():
                 memory.move_in(site)
                 memory.map_all(site, checkpoint, files, shared)
+            objects.mark_removed(checkpoint)
             clock.done("memory map")
             userfaultfds, ranges = pages.register(sites, checkpoint, stack) if lazy else ({}, ())
             pages.fill(sites, checkpoint, source, userfaultfds, shared)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -10,6 +9,8 @@ UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 def print_json(fields: Mapping[str, object]) -> None:
     """One object on one line of standard output."""
+    import json
+
     print(json.dumps(fields), flush=True)
 
 

@@ -143,7 +143,24 @@ def _open_syscall(flags: int) -> int:
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
-        raise HostLacks("this kernel has no userfaultfd", remedy="use one with CONFIG_USERFAULTFD") from error
+        raise HostLacks(
+            "this kernel has no userfaultfd(2)",
+            remedy="use one with CONFIG_USERFAULTFD, and in a container a seccomp profile that lets it pass",
+        ) from error
+
+
+def demand_for_tasks() -> None:
+    """Raises HostLacks or PermissionDenied unless a process that has our rights can serve as a lazy one.
+
+    A restored task makes its userfaultfd by the system call; that we may open the device is of no use to it.
+    """
+    try:
+        with Userfaultfd(_open_syscall(os.O_CLOEXEC | os.O_NONBLOCK)) as device:
+            device.api()
+    except PermissionDenied as error:
+        raise PermissionDenied(
+            "lazy memory is refused", where="userfaultfd", remedy="run as root with CAP_SYS_PTRACE"
+        ) from error
 
 
 class Userfaultfd:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lazyproc.hosts import PRIVATE, Host
+from lazyproc.hosts import PRIVATE, Host, Pair
 from lazyproc.kernel import proc
-from tests.live.moving import CLI, look_at_tree, tree_of
+from tests.live.moving import CLI, Receiver, look_at_tree, tree_of
 from tests.live.programs import Program, wait_until
-from tests.live.real import processes_of
+from tests.live.real import ending, move_now, processes_of
 
 PACED = ("memory_random", 8, 2, 1000)  # a guest on a machine with few cores
 CHECKPOINT = ("checkpoint", "-D", "/tmp/images")
@@ -31,6 +33,25 @@ def started(host: Host, *argv: object) -> subprocess.Popen[str]:
     """The same, under way."""
     pipe = subprocess.PIPE
     return host.popen([*CLI, *map(str, argv)], stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+
+
+def migrated(pair: Pair, receiver: Receiver, pid: int) -> subprocess.CompletedProcess[str]:
+    """`lazyproc migrate` of a process whose pid the caller knows, however it ends."""
+    return lazyproc(pair.source, "migrate", pair.source.vpid(pid), receiver.address, "--insecure")
+
+
+def without(name: str) -> tuple[str, ...]:
+    """A kernel without that system call, for `by`."""
+    return (sys.executable, "-m", "tests.live.without", name)
+
+
+def moves(pair: Pair, receiver: Receiver, program: Program) -> None:
+    """After all that went wrong the next move works, and every page is right."""
+    new, _ = move_now(pair.source, receiver, program.pid)
+    with ending(new):
+        program.watch.wait_beats()
+        os.kill(new, signal.SIGTERM)
+        program.watch.wait_ended()
 
 
 def says(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

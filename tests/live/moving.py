@@ -12,10 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lazyproc.errors import NoSuchProcess
 from lazyproc.hosts import Host
 from lazyproc.kernel import proc
 from tests.live.programs import Watch, wait_until
@@ -83,6 +84,17 @@ class Moved:
     report: dict[str, Any]
     notes: str
 
+    def check_like(self, before: dict[int, Seen], *, same_maps: bool = True) -> None:
+        """The tree is what it was, and nothing of ours is in it."""
+        now = tree_of(self.pid)
+        assert now.keys() == before.keys(), f"processes {sorted(before)} became {sorted(now)}"
+        for vpid, each in now.items():
+            assert registered(each) == [], f"pid {vpid} is still registered with a userfaultfd"
+            then, seen = before[vpid], look(each)
+            assert then.descriptors == seen.descriptors, f"pid {vpid}: {then.descriptors} -> {seen.descriptors}"
+            gone, new = set(then.mappings), set(seen.mappings)
+            assert not same_maps or gone == new, f"pid {vpid}: gone {gone - new}, new {new - gone}"
+
     def end(self, watch: Watch, signal: int = 15) -> None:
         """Ask for the last check; it and the exit status, which its parent in there has taken, must be good."""
         pidfd = os.pidfd_open(self.pid)
@@ -117,19 +129,20 @@ class Receiver:
     process: subprocess.Popen[Any]
     log: Path
     address: str
-    moved: list[Moved] = field(default_factory=list)
 
     def notes(self) -> str:
         return self.log.read_text()
 
 
 @contextmanager
-def receiving(host: Host, *options: str) -> Iterator[Receiver]:
-    """`lazyproc receive` on a port of its own choice; interrupted at the end, which must be exit 0."""
+def receiving(host: Host, *options: str, by: Sequence[str] = ()) -> Iterator[Receiver]:
+    """`lazyproc receive` on a port of its own choice, run `by` another command that becomes it; interrupted at the
+    end, which must be exit 0.
+    """
     log = host.outside / "receive.log"
     log.write_text("")
     with log.open("w") as file:
-        argv = [*CLI, "receive", "--listen", f"{host.address}:0", "--insecure", "-v", *options]
+        argv = [*by, *CLI, "receive", "--listen", f"{host.address}:0", "--insecure", "-v", *options]
         process = host.popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     try:
         wait_until(
@@ -145,17 +158,34 @@ def receiving(host: Host, *options: str) -> Iterator[Receiver]:
         process.wait()
 
 
+def run_cli(host: Host, *words: object, expected: int = 0, more: str = "") -> subprocess.CompletedProcess[str]:
+    """A command on `host`; its exit code must be `expected`. `more` is said when it is not."""
+    argv = [*CLI, *map(str, words)]
+    try:
+        done = host.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MOVE_S)
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"not done in {MOVE_S} s: {error.stderr!r}\n{more}") from None
+    assert done.returncode == expected, f"exit code {done.returncode}: {done.stderr}\n{more}"
+    return done
+
+
 def migrate(
     source: Host, receiver: Receiver, pid: int, *options: str, expected: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """`lazyproc migrate` on `source` of a process whose pid the caller knows; its exit code must be `expected`."""
-    argv = [*CLI, "migrate", str(source.vpid(pid)), receiver.address, "--insecure", "--json", "-v", *options]
-    try:
-        done = source.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MOVE_S)
-    except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"not moved in {MOVE_S} s: {error.stderr!r}\nreceiver:\n{receiver.notes()}") from None
-    assert done.returncode == expected, f"{done.stderr}\nreceiver:\n{receiver.notes()}"
-    return done
+    """`lazyproc migrate` on `source` of a process whose pid the caller knows."""
+    words = ("migrate", source.vpid(pid), receiver.address, "--insecure", "--json", "-v", *options)
+    return run_cli(source, *words, expected=expected, more=f"receiver:\n{receiver.notes()}")
+
+
+def checkpoint(host: Host, pid: int, images: Path, *options: str) -> None:
+    run_cli(host, "checkpoint", host.vpid(pid), "-D", images, "-v", *options)
+
+
+def restore(host: Host, images: Path, *options: str) -> Moved:
+    """`lazyproc restore` that returns when every page is there; the tree runs on."""
+    done = run_cli(host, "restore", "-D", images, "--detach", "--json", "-v", *options)
+    report = json.loads(done.stdout)
+    return Moved(host.pid(report["root_pid"]), report, done.stderr)
 
 
 def move(
@@ -168,26 +198,14 @@ def move(
     report = json.loads(done.stdout)
     assert report["pages_total"] == sum(report[f"pages_{kind}"] for kind in PAGE_KINDS), report
     assert not any(_lives(old) for old in olds)
-    new = receiver.host.pid(report["root_pid"])
+    moved = Moved(receiver.host.pid(report["root_pid"]), report, done.stderr)
     if whole_tree:
-        check_nothing_left(before, new, same_maps=same_maps)
-    return Moved(new, report, done.stderr)
-
-
-def check_nothing_left(before: dict[int, Seen], pid: int, *, same_maps: bool) -> None:
-    now = tree_of(pid)
-    assert now.keys() == before.keys(), f"processes {sorted(before)} became {sorted(now)}"
-    for vpid, each in now.items():
-        assert registered(each) == [], f"pid {vpid} is still registered with a userfaultfd"
-        seen = look(each)
-        assert seen.descriptors == before[vpid].descriptors, f"{before[vpid].descriptors} -> {seen.descriptors}"
-        if same_maps:
-            gone, new = set(before[vpid].mappings), set(seen.mappings)
-            assert gone == new, f"pid {vpid}: gone {sorted(gone - new)}, new {sorted(new - gone)}"
+        moved.check_like(before, same_maps=same_maps)
+    return moved
 
 
 def _lives(pid: int) -> bool:
     try:
         return proc.status(proc.read(pid, "status")).state != "Z"
-    except Exception:
+    except NoSuchProcess:
         return False

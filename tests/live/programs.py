@@ -162,15 +162,21 @@ class Program:
 
 @contextmanager
 def running(
-    name: str, *arguments: object, directory: Path, host: Host | None = None, exclusive: bool = False
+    name: str,
+    *arguments: object,
+    directory: Path,
+    host: Host | None = None,
+    exclusive: bool = False,
+    binary: Path | None = None,
 ) -> Iterator[Program]:
     """A program, set up and checking; killed with its whole group at the end if it still runs.
 
     The status block lies in `directory`, which must be visible at both ends of a move (`pair.shared`).
     `exclusive`: an error when two copies ever run at once; not for several restores of one checkpoint.
+    `binary`: its executable, as the host sees it, when it lies elsewhere.
     """
     watch = Watch.create(directory / f"{name}.status", exclusive=exclusive)
-    argv = [str(word) for word in (compile_program(name), watch.path, *arguments)]
+    argv = [str(word) for word in (binary or compile_program(name), watch.path, *arguments)]
     with (directory / f"{name}.log").open("w") as log:  # no terminal, which cannot be moved
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         start = host.popen if host else subprocess.Popen

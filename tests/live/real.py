@@ -105,11 +105,11 @@ def check_clean(root: int) -> None:
     for pid in tree_of(root):
         try:
             assert registered(pid) == []
-            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in proc.descriptor_numbers(pid)]
+            links = {fd: os.readlink(f"/proc/{pid}/fd/{fd}") for fd in proc.descriptor_numbers(pid)}
             status = proc.status(proc.read(pid, "status"))
         except (NoSuchProcess, FileNotFoundError):
             continue  # the tree lives: a child has ended meanwhile
-        assert not [link for link in links if "userfaultfd" in link]
+        assert not [link for link in links.values() if "userfaultfd" in link], f"{pid} {status.name}: {links}"
         assert status.tracer_pid == 0
         assert status.state not in "tT"
 

@@ -382,7 +382,7 @@ def test_a_userfaultfd_of_its_own() -> None:
         kept.append((memory, userfaultfd))
 
     words = whys(found(serve_itself))
-    assert "mapping: is registered with a userfaultfd of the program's own" in words
+    assert any(why.startswith("mapping: is registered with a userfaultfd") for why in words)
     assert any("userfaultfd" in why and why.startswith("fd:") for why in words)
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from lazyproc.dump.before import tree_of
 from lazyproc.dump.freeze import frozen_tree
+from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.kernel import proc
 from tests.live.programs import running, wait_until
 from tests.live.tracees import freeze_and_let_go, frozen_and_dumped, state_of, tracee
 
 NOBODY = 65534
-FOREVER = "for (;;) pause();"
+PLAIN = 'int main(int c, char **v) { (void)c; words = v; say("ready\\n", 0, 0, 0); for (;;) pause(); }'
 
 
 def tracer_of(pid: int) -> int:
@@ -41,11 +41,13 @@ def test_no_such_pid() -> None:
     child.wait()
     with pytest.raises(NoSuchProcess), frozen_tree(child.pid):
         pass
-    assert words_of(child.pid) == f"/proc/{child.pid}/stat: it is gone; check that the process is still running"
+    assert (
+        words_of(child.pid) == f"/proc/{child.pid}/stat: it is gone; check that the process is still running"
+    )
 
 
 def test_somebody_elses_process_may_not_be_traced(tmp_path: Path) -> None:
-    with tracee('int main(int c, char **v) { (void)c; words = v; say("ready\\n", 0, 0, 0);' + FOREVER + "}", tmp_path) as it:
+    with tracee(PLAIN, tmp_path) as it:
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
@@ -66,10 +68,14 @@ def test_somebody_elses_process_may_not_be_traced(tmp_path: Path) -> None:
 
 
 def test_a_traced_process_names_its_tracer(tmp_path: Path) -> None:
-    with tracee('int main(int c, char **v) { (void)c; words = v; say("ready\\n", 0, 0, 0);' + FOREVER + "}", tmp_path) as it:
-        code = f"import sys\nfrom lazyproc.kernel.tracee import Tracee\nTracee({it.pid}).seize()\nprint(flush=True)\nsys.stdin.read()"
+    with tracee(PLAIN, tmp_path) as it:
+        seize = f"from lazyproc.kernel.tracee import Tracee\nTracee({it.pid}).seize()"
+        code = f"import sys\n{seize}\nprint(flush=True)\nsys.stdin.read()"
         with subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PYTHONPATH": ":".join(sys.path)}
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={"PYTHONPATH": ":".join(sys.path)},
         ) as tracer:
             assert tracer.stdout is not None
             tracer.stdout.readline()
@@ -208,7 +214,11 @@ def test_threads_that_come_and_go_are_all_stopped(tmp_path: Path) -> None:
             with frozen_tree(it.pid) as tree:
                 tids = set(proc.task_ids(it.pid))
                 known = {thread.tid for thread in tree.tasks[it.pid].threads}
-                exiting = {tid for tid in tids - known if proc.stat(proc.read(it.pid, f"task/{tid}/stat")).state in "ZX"}
+                exiting = {
+                    tid
+                    for tid in tids - known
+                    if proc.stat(proc.read(it.pid, f"task/{tid}/stat")).state in "ZX"
+                }
                 assert tids - exiting == known
         assert it.process.poll() is None
 
@@ -234,8 +244,6 @@ def test_exec_by_any_thread_during_the_freeze(tmp_path: Path) -> None:
 
 
 # --- stopped and killed -----------------------------------------------------------------------------------------
-
-PLAIN = 'int main(int c, char **v) { (void)c; words = v; say("ready\\n", 0, 0, 0); for (;;) pause(); }'
 
 
 def test_a_stopped_process_stays_stopped(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,8 @@ def test_postgres_and_pgbench_in_one_tree(pair: Pair) -> None:
 
 def test_eight_threads_over_numpy_arrays(pair: Pair) -> None:
     """Sums and matrix products stay right, and the heartbeat goes on in its file."""
+    if find_spec("numpy") is None:
+        lacking("the Python package numpy is missing", "pip install numpy")
     heartbeat = pair.shared / "heartbeat"
     heartbeat.touch()
     argv = [sys.executable, str(SOURCES / "numpy_threads.py"), str(heartbeat)]

@@ -20,7 +20,8 @@ SPARE = {"r-xp", "rw-p"}  # what a bench is made of
 @pytest.fixture(scope="module")
 def dying(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("dying") / "dying.so"
-    command = ["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", library, HERE / "dying.c"]
+    warnings = ("-Wall", "-Wextra", "-Werror")
+    command = ["gcc", "-shared", "-fPIC", "-O2", *warnings, "-o", str(library), str(HERE / "dying.c")]
     subprocess.run(command, check=True)
     return library
 
@@ -40,7 +41,7 @@ def check_sound(program: Program, before: set[tuple[int, int, str]]) -> None:
 @pytest.mark.parametrize("trap", ["handled", "ignored", "blocked"])
 def test_a_tracer_killed_at_any_step_leaves_the_tracee_sound(trap: str, dying: Path, tmp_path: Path) -> None:
     with running("steady", trap, directory=tmp_path) as program:
-        argv = [sys.executable, HERE / "dying_tracer.py", str(program.pid)]
+        argv = [sys.executable, str(HERE / "dying_tracer.py"), str(program.pid)]
         environment = {**os.environ, "LD_PRELOAD": str(dying), "PYTHONPATH": os.pathsep.join(sys.path)}
         deaths = 0
         before = mappings(program.pid)

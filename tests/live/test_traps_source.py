@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,16 +16,17 @@ from pathlib import Path
 
 import pytest
 
+from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.freeze import FrozenTask, frozen_tree
 from lazyproc.dump.gather import dumped
-from lazyproc.kernel import proc, remote, tracee as ptrace
+from lazyproc.kernel import proc, remote
 from lazyproc.kernel import sys as kernel
+from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.kernel.tracee import Tracee
 from tests.live.programs import UNSUPPORTED, running, wait_until
 from tests.live.tracees import freeze_and_let_go, frozen_and_dumped, state_of, tracee
 
-READY = 'say("ready\\n", 0, 0, 0);'
 SYS_RT_SIGQUEUEINFO, SYS_RT_TGSIGQUEUEINFO = 129, 297
 SI_QUEUE = -1
 
@@ -103,8 +105,6 @@ def in_epoll(pid: int) -> bool:
 
 
 def test_epoll_wait_does_not_see_a_freeze_and_ends_on_time(tmp_path: Path) -> None:
-    from lazyproc.dump.before import observed_sleeps
-
     with tracee(EPOLL, tmp_path, "600") as it:
         wait_until(lambda: in_epoll(it.pid), "epoll_wait")
         time.sleep(0.3)
@@ -312,10 +312,10 @@ def test_a_static_program_without_a_library(tmp_path: Path) -> None:
         movl $1, %edi
         syscall
     """)
-    import subprocess
-
     subprocess.run(["gcc", "-nostdlib", "-static", "-o", binary, code], check=True)
-    with subprocess.Popen([binary], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as it:
+    with subprocess.Popen(
+        [binary], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as it:
         try:
             wait_until(lambda: os.readlink(f"/proc/{it.pid}/exe") == str(binary), "it runs")
             for _ in range(20):
@@ -346,12 +346,11 @@ int main(int c, char **v)
 
 def test_a_thread_whose_stack_is_small_and_elsewhere(tmp_path: Path) -> None:
     """As in Go: not one byte of its memory is used."""
-    with tracee(SOMEWHERE_ELSE, tmp_path) as it:
-        with frozen_tree(it.pid) as tree:
-            before = writable_memory(it.pid)
-            with dumped(tree):
-                pass
-            assert writable_memory(it.pid) == before
+    with tracee(SOMEWHERE_ELSE, tmp_path) as it, frozen_tree(it.pid) as tree:
+        before = writable_memory(it.pid)
+        with dumped(tree):
+            pass
+        assert writable_memory(it.pid) == before
 
 
 def writable_memory(pid: int) -> dict[int, bytes]:

@@ -1,4 +1,4 @@
-"""Small programs to be frozen: C in a string, ready when they say so through a FIFO, which leaves them no descriptor."""
+"""Small programs to be frozen: C in a string. They report through a FIFO, so no descriptor leads to us."""
 
 from __future__ import annotations
 

@@ -118,14 +118,14 @@ static void check_signal_state(const sigset_t *mask, const stack_t *stack)
     EXPECT(stack->ss_size, now.ss_size);
 }
 
+static uint8_t stacks[WORKERS][1 << 16];
+
 static void *work(void *argument)
 {
     unsigned worker = (unsigned)(uintptr_t)argument;
-    stack_t stack = { .ss_sp = malloc(1 << 16), .ss_size = 1 << 16 };
+    stack_t stack = { .ss_sp = stacks[worker], .ss_size = sizeof stacks[worker] };
     sigset_t mask;
 
-    if (stack.ss_sp == NULL)
-        check_die("malloc");
     MUST(sigaltstack(&stack, NULL));
     sigemptyset(&mask);
     sigaddset(&mask, SIGRTMIN + (int)worker); /* a mask of its own */

@@ -1,7 +1,7 @@
 /* What a process can say itself about how it was rebuilt: its threads' numbers, its /proc, its vdso, its break, and
  * pages of files that it has changed.
  *
- * trap_restore STATUS: looks at everything again and again; threads sleep meanwhile.
+ * trap_restore STATUS: /proc is looked at in the end, since nothing of it may be open while the program is moved.
  */
 #include "check.h"
 
@@ -123,11 +123,13 @@ int main(int argc, char **argv)
     check_running();
     while (!check_stopping) {
         check_changed_file_pages();
-        check_vdso();
-        check_proc();
-        check_heap();
         check_beat(0);
         check_rest(1000);
     }
+    status->phase = FINAL;
+    check_changed_file_pages();
+    check_vdso();
+    check_proc();
+    check_heap();
     return check_end();
 }

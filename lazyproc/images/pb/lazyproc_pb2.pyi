@@ -96,16 +96,23 @@ class ThreadExtra(_message.Message):
     RESTART_FIELD_NUMBER: _builtins.int
     XSAVE_SIZE_FIELD_NUMBER: _builtins.int
     XSAVE_PATCHES_FIELD_NUMBER: _builtins.int
+    IOPRIO_FIELD_NUMBER: _builtins.int
+    CPUS_FIELD_NUMBER: _builtins.int
     tid: _builtins.int
     timer_slack_ns: _builtins.int
     xsave_size: _builtins.int
     """The whole NT_X86_XSTATE area is `xsave_size` bytes: CRIU's fields, over which the patches are laid
     (the XCR0 word at 464, AMX tiles, components newer than CRIU).
     """
+    ioprio: _builtins.int
     @_builtins.property
     def restart(self) -> Global___Restart: ...
     @_builtins.property
     def xsave_patches(self) -> _containers.RepeatedCompositeFieldContainer[Global___XsavePatch]: ...
+    @_builtins.property
+    def cpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """it may run on; none: on all"""
+
     def __init__(
         self,
         *,
@@ -114,10 +121,12 @@ class ThreadExtra(_message.Message):
         restart: Global___Restart | None = ...,
         xsave_size: _builtins.int | None = ...,
         xsave_patches: _abc.Iterable[Global___XsavePatch] | None = ...,
+        ioprio: _builtins.int | None = ...,
+        cpus: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave_size", b"xsave_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ioprio", b"ioprio", "restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave_size", b"xsave_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave_patches", b"xsave_patches", "xsave_size", b"xsave_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "ioprio", b"ioprio", "restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave_patches", b"xsave_patches", "xsave_size", b"xsave_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -215,20 +224,26 @@ class VmaExtra(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     HUGE_PAGES_FIELD_NUMBER: _builtins.int
+    GUARDS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """of the mapping in the model"""
     name: _builtins.bytes
     huge_pages: _builtins.int
+    @_builtins.property
+    def guards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """start, end, start, end, ... of what MADV_GUARD_INSTALL guards"""
+
     def __init__(
         self,
         *,
         index: _builtins.int | None = ...,
         name: _builtins.bytes | None = ...,
         huge_pages: _builtins.int | None = ...,
+        guards: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["huge_pages", b"huge_pages", "index", b"index", "name", b"name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["huge_pages", b"huge_pages", "index", b"index", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guards", b"guards", "huge_pages", b"huge_pages", "index", b"index", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

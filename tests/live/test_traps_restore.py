@@ -1,0 +1,164 @@
+"""A frozen process rebuilt in a new pid namespace runs on: its registers and sleeps, its signals, its numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lazyproc.dump.before import observed_sleeps
+from lazyproc.dump.freeze import frozen_tree
+from lazyproc.dump.gather import dumped
+from lazyproc.dump.source import dump_pages
+from lazyproc.events import ignore
+from lazyproc.kernel import proc
+from lazyproc.restore.tree import built_tree
+from tests.live.programs import UNSUPPORTED, running, wait_until
+from tests.live.tracees import tracee
+
+ARGUMENTS = {"sleeps": ("5000",), "timers": ("5000",)}
+PROGRAMS = ("steady", "rseq_loop", "fpu_amx", "signals", "sleeps", "threads", "timers")
+
+
+@contextmanager
+def moved(pid: int, sig: int = 0) -> Iterator[tuple[int, int]]:
+    """The process is rebuilt, and killed where it was: the pids of the copy and of its parent, which exits as it does.
+
+    `sig` is sent to it while it is frozen.
+    """
+    with (
+        frozen_tree(pid, asleep=observed_sleeps(pid)) as tree,
+        _signalled(pid, sig),
+        dumped(tree) as dump,
+        dump_pages(dump) as pages,
+        built_tree(dump.whole(), pages, ignore, lazy=False, pidns="new") as built,
+    ):
+        root, parent = built.root_pid, built.nursery.pid
+        tree.kill()
+        built.release()
+    try:
+        yield root, parent
+    finally:
+        try:
+            os.kill(parent, signal.SIGKILL)
+            os.waitpid(parent, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+@contextmanager
+def _signalled(pid: int, sig: int) -> Iterator[None]:
+    os.kill(pid, sig)
+    yield
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_goes_on_without_one_wrong_check(name: str, tmp_path: Path) -> None:
+    with running(name, *ARGUMENTS.get(name, ()), directory=tmp_path) as program:
+        if program.process.poll() == UNSUPPORTED:
+            pytest.skip(f"this machine lacks what {name} checks")
+        program.watch.wait_beats(1)
+        with moved(program.pid) as (root, parent):
+            program.watch.wait_beats(2)
+            os.kill(root, signal.SIGTERM)
+            assert os.waitpid(parent, 0)[1] == 0
+            program.watch.wait_ended()
+
+
+SLEEPERS = """
+#include <linux/futex.h>
+#include <poll.h>
+#include <sys/select.h>
+enum { MS = 1500 };
+/* One and a half seconds each. */
+static long kind_nanosleep(void) { struct timespec t = { 1, 500000000 }; return nanosleep(&t, NULL); }
+static long kind_nanosleep_rem(void) { struct timespec t = { 1, 500000000 }; return nanosleep(&t, &t); }
+static long kind_clock(void) { struct timespec t = { 1, 500000000 }; return clock_nanosleep(1, 0, &t, NULL); }
+static long kind_poll(void) { return poll(NULL, 0, MS); }
+static long kind_futex(void)
+{
+    static int word;
+    struct timespec t = { 1, 500000000 };
+    return syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, 0, &t, NULL, 0) == -1 && errno == ETIMEDOUT ? 0 : -1;
+}
+static long kind_epoll(void) { struct epoll_event e; return epoll_wait(epoll_create1(0), &e, 1, MS); }
+static long kind_select(void) { struct timeval t = { 1, 500000 }; return select(0, NULL, NULL, NULL, &t); }
+static long (*const kinds[])(void) = { kind_nanosleep, kind_nanosleep_rem, kind_clock, kind_poll, kind_futex,
+                                       kind_epoll, kind_select };
+enum { KINDS = sizeof kinds / sizeof *kinds };
+static long got[KINDS], took[KINDS];
+static void *sleeper(void *a)
+{
+    long kind = (long)a, began = now_ms();
+    got[kind] = kinds[kind]();
+    took[kind] = now_ms() - began;
+    return NULL;
+}
+int main(int c, char **v)
+{
+    pthread_t threads[KINDS];
+    (void)c;
+    words = v;
+    for (long k = 0; k < KINDS; k++) pthread_create(&threads[k], NULL, sleeper, (void *)k);
+    say("ready\\n", 0, 0, 0);
+    for (long k = 0; k < KINDS; k++) pthread_join(threads[k], NULL);
+    for (long k = 0; k < KINDS; k++) say("%ld %ld %ld\\n", k, got[k], took[k]);
+}
+"""
+KINDS = 7
+SLEEP_MS, FROZEN_AT_MS, LATE_MS = 1500, 900, 350  # a sleep that starts anew lasts 2400
+
+
+def test_every_kind_of_sleep_ends_on_time_in_the_copy(tmp_path: Path) -> None:
+    with tracee(SLEEPERS, tmp_path) as it:
+        wait_until(lambda: _age_ms(it.pid) >= FROZEN_AT_MS, "the sleeps have begun long ago")
+        with moved(it.pid):
+            lines: list[str] = []
+            while len(lines) < KINDS:
+                lines += it.hear().splitlines()
+            for kind, line in enumerate(lines):
+                number, got, took = map(int, line.split())
+                assert (number, got) == (kind, 0)
+                assert took + 1 >= SLEEP_MS, f"sleep {kind} was too short: {took} ms"
+                assert took < SLEEP_MS + LATE_MS, f"sleep {kind} was too long: {took} ms"
+
+
+def _age_ms(pid: int) -> float:
+    """Since the process was started, to a clock tick of 10 ms."""
+    started = proc.stat(proc.read(pid, "stat")).start_time / os.sysconf("SC_CLK_TCK")
+    return (time.clock_gettime(time.CLOCK_BOOTTIME) - started) * 1000
+
+
+PAUSING = """
+static volatile long flag;
+static void on_usr1(int s) { (void)s; flag = 1; }
+int main(int c, char **v)
+{
+    struct sigaction action = { .sa_handler = on_usr1, .sa_flags = SA_RESTART };
+    (void)c;
+    words = v;
+    sigaction(SIGUSR1, &action, NULL);
+    say("ready\\n", 0, 0, 0);
+    long got = pause();
+    say("%ld %ld %ld\\n", got, errno, flag);
+}
+"""
+
+
+def test_a_signal_that_came_during_the_freeze_ends_a_pause_in_the_copy(tmp_path: Path) -> None:
+    """Made again after the handler, pause(2) would wait for ever."""
+    with tracee(PAUSING, tmp_path) as it:
+        wait_until(lambda: _in_call(it.pid, 34), "pause")
+        with moved(it.pid, signal.SIGUSR1) as (_, parent):
+            assert it.hear() == "-1 4 1"
+            os.waitpid(parent, 0)
+
+
+def _in_call(pid: int, nr: int) -> bool:
+    call = proc.syscall(proc.read(pid, "syscall"))
+    return call is not None and call.nr == nr
