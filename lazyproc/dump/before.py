@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -57,9 +56,6 @@ def _guarded(smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]) -> Iterator[int]:
 
 
 def _flows(pids: Iterable[int]) -> tuple[Flow, ...]:
-    """Of TCP, which sends again what is dropped while the tree still runs; a datagram would be lost, and its sender
-    would see EPERM.
-    """
     with ExitStack() as stack:
         refs = []
         for pid in pids:
@@ -67,4 +63,4 @@ def _flows(pids: Iterable[int]) -> tuple[Flow, ...]:
                 pidfd = pidfd_open(pid)
                 stack.callback(os.close, pidfd)
                 refs.append(TaskRef(pid, pid, pidfd))
-        return tuple(flow for flow in early_flows(refs) if flow.protocol == socket.IPPROTO_TCP)
+        return tuple(early_flows(refs))

@@ -69,11 +69,15 @@ class FrozenTree:
         return (task for task in self.tasks.values() if task.threads and not task.threads[0].stop_signal)
 
     def kill(self) -> None:
-        """End the whole tree. A leader is reaped only when the tracer has waited for all its threads (ptrace(2))."""
+        """End the whole tree.
+
+        A leader is reaped only when the tracer has waited for all its threads (ptrace(2)), and pid 1 of a namespace
+        ends after everybody else in it: children before parents.
+        """
         for task in self.tasks.values():
             if not task.zombie:
                 os.kill(task.pid, signal.SIGKILL)
-        for task in self.tasks.values():
+        for task in reversed(self.tasks.values()):
             for tracee in (*task.threads[1:], *task.threads[:1]):
                 _wait_gone(tracee.tid)
             task.threads.clear()

@@ -149,8 +149,10 @@ class SocketTable:
         """What may be held back while the tree still runs: TCP with the outside, which sends again what was
         dropped. A dropped datagram is lost, and its sender sees EPERM; between two ends in the tree TCP would stall.
         """
-        tcp_ends = [ends for ends in self._ends() if ends.protocol == socket.IPPROTO_TCP and ends.local[1]]
-        return [ends.flow for ends in tcp_ends if not (ends.is_connection and self._is_inside(ends))]
+        inet = [taken.ends for taken in self._taken.values() if taken.ends and taken.ends.local[1]]
+        return [
+            ends.flow for ends in inet if ends.protocol == socket.IPPROTO_TCP and not self._is_inside(ends)
+        ]
 
     def connections(self) -> list[socket.socket]:
         """The TCP connections, for `lazyproc.dump.tcp.silence` after the hand-over."""

@@ -109,7 +109,7 @@ def check_clean(root: int) -> None:
             status = proc.status(proc.read(pid, "status"))
         except (NoSuchProcess, FileNotFoundError):
             continue  # the tree lives: a child has ended meanwhile
-        assert not [link for link in links.values() if "userfaultfd" in link], f"{pid} {status.name}: {links}"
+        assert not [link for link in links.values() if "userfaultfd" in link], f"pid {pid} has {links}"
         assert status.tracer_pid == 0
         assert status.state not in "tT"
 
