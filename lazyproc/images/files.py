@@ -342,7 +342,9 @@ class Folder:
         return Folder(link.resolve()) if link.is_symlink() else None
 
     def remove(self, name: str) -> None:
-        (self.path / check_name(name)).unlink(missing_ok=True)
+        """As far as it can be done: what had to be removed is said already."""
+        with suppress(OSError):
+            (self.path / check_name(name)).unlink()
 
     @staticmethod
     def failed(error: OSError, path: Path) -> ImageError:
@@ -355,6 +357,9 @@ class Folder:
 _REMEDIES = {
     errno.ENOSPC: "make room there, or choose a folder on a larger file system with -D",
     errno.EDQUOT: "raise the quota, or choose another folder with -D",
+    errno.EEXIST: "name a folder with -D",
+    errno.ENOTDIR: "name a folder with -D",
+    errno.EROFS: "choose a folder that can be written with -D",
     errno.ENOENT: "name an existing folder of images with -D",
     errno.EACCES: "run as the owner of the folder",
     errno.ELOOP: "replace the symbolic link by the file itself",

@@ -410,8 +410,6 @@ static int become(const struct lp_birth *birth, int *report)
 		if (mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0)
 			return -errno;
 	}
-	if (setsid() < 0)
-		return -errno;
 	err = arrange_descriptors(birth, report);
 	if (err == 0)
 		err = forget_signals();
@@ -446,6 +444,10 @@ static void middle(const struct lp_birth *birth, int report)
 	int err = raise_descriptor_limit();
 	long pid;
 
+	/* The nursery leaves the caller's session without leading one: as pid 1 of a namespace it may have to lead
+	 * its own later, or be in none that the namespace can see. */
+	if (err == 0 && setsid() < 0)
+		err = -errno;
 	if (err == 0 && birth->namespaces && unshare((int)birth->namespaces) < 0)
 		err = -errno;
 	if (err == 0 && birth->timens_offsets)

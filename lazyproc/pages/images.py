@@ -7,7 +7,7 @@ lies in the folder that the link `parent` names (CRIU 4.2: criu/pagemap.c).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -91,8 +91,11 @@ class ImagePages:
     def segments(self) -> list[Segment]:
         """Every run of pages with the file it lies in, sorted by object key and address; for C code.
 
-        The descriptors belong to this object and are open until close().
+        The descriptors belong to this object and are open until close(). Raises ImageError for a page that is only at
+        a page server.
         """
+        for obj, held in self._objects.items():
+            _demand_here(obj, held.entries)
         return sorted(
             Segment(obj.key, run.addr, run.end, held.fds[run.layer], run.offset)
             for obj, held in self._objects.items()
@@ -103,13 +106,7 @@ class ImagePages:
         """See PageSource. Raises ImageError for a page that is only at a page server."""
         end = addr + count * PAGE
         held = self._objects.get(obj, _NOTHING)
-        for entry in _between(held.entries, addr, end):
-            if not entry.flags & ~PE_LAZY:
-                raise ImageError(
-                    f"the page {max(entry.addr, addr):#x} is not in the images but at a page server",
-                    where=pagemap_name(obj),
-                    remedy="restore with --from HOST:PORT",
-                )
+        _demand_here(obj, _between(held.entries, addr, end))
         parts, at = [], addr
         for run in _between(held.located, addr, end):
             first, last = max(run.addr, at), min(run.end, end)
@@ -149,6 +146,16 @@ class ImagePages:
 
 
 _NOTHING = _Object((), (), ())
+
+
+def _demand_here(obj: MemoryObject, entries: Iterable[Entry]) -> None:
+    for entry in entries:
+        if not entry.flags & ~PE_LAZY:
+            raise ImageError(
+                f"the page {entry.addr:#x} is not in the images but at a page server",
+                where=pagemap_name(obj),
+                remedy="restore with --from HOST:PORT",
+            )
 
 
 def _between(runs: Sequence[R], start: int, end: int) -> Iterator[R]:

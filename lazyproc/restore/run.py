@@ -10,13 +10,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from lazyproc.errors import LostAfterCommit
 from lazyproc.events import Listener, StateChanged
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.pages.images import ImagePages
 from lazyproc.restore.lazy import finish, pager_of
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
-from lazyproc.uffd.pager import Counters, Pager
+from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.policy import Policy, named
 
 
@@ -50,13 +51,22 @@ class Restored:
     _status: int | None = field(default=None, kw_only=True)
 
     def wait_drained(self, timeout: float | None = None) -> bool:
-        """True when every page is there and nothing of ours is left in the tree."""
+        """True when every page is there and nothing of ours is left in the tree. Raises LostAfterCommit."""
         if self.pager is None:
             return True
         if not self.pager.wait(timeout):
+            self._demand_source(self.pager)
             return False
         finish(self.pager, self.tree)
         return True
+
+    def _demand_source(self, pager: Pager) -> None:
+        if pager.state is PagerState.LOST:
+            raise LostAfterCommit(
+                f"{pager.counters().remaining} pages cannot be had ({pager.reason}), and who touches one of them waits",
+                where=f"pid {self.root_pid}",
+                remedy="end it with kill -9, and restore it again when its images are whole",
+            )
 
     def counters(self) -> Counters | None:
         return self.pager.counters() if self.pager else None

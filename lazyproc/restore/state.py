@@ -22,7 +22,6 @@ SECBIT_NO_SETUID_FIXUP = 1 << 2
 SECCOMP_SET_MODE_FILTER = 1
 CAPABILITY_VERSION_3 = 0x20080522
 CAP_LAST = 40
-TIMER_SAVED_INFINITE = (1 << 64) - 1
 
 
 # --- process ----------------------------------------------------------------------------------------------------
@@ -93,7 +92,8 @@ def set_from_outside(task: Task, pid: int, listener: Listener) -> None:
 
 
 def _limit(value: int) -> int:
-    return -1 if value == TIMER_SAVED_INFINITE else value
+    """As prlimit(2) takes it by way of Python: signed, RLIM_INFINITY is -1."""
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 # --- thread -----------------------------------------------------------------------------------------------------
@@ -180,4 +180,6 @@ def schedule(thread: Thread, tid: int, listener: Listener) -> None:
         try:
             os.sched_setaffinity(tid, wanted.cpus)
         except OSError:  # this host, or our part of it, has none of them
-            listener(Note(f"thread {thread.tid}: may run on all CPUs here, for there is none of {wanted.cpus}"))
+            listener(
+                Note(f"thread {thread.tid}: may run on all CPUs here, for there is none of {wanted.cpus}")
+            )

@@ -110,6 +110,12 @@ def built_tree(
             if pidns == "host":
                 raise
             tree = stack.enter_context(_built(checkpoint, source, listener, lazy, True))
+        except (OSError, OverflowError) as error:
+            raise RestoreError(
+                f"the kernel refused a part of it ({error})",
+                where=f"tree of pid {checkpoint.root.vpid}",
+                remedy="take the checkpoint again when images may be garbled; -v shows what it was",
+            ) from error
         yield tree
 
 
@@ -120,7 +126,9 @@ def _built(
     with ExitStack() as stack:
         clock = _StepClock(listener)
         birth = stack.enter_context(
-            nursery(pidns=new_pidns, timens=timens_text(checkpoint.clocks), transport_fd=_free_number(checkpoint))
+            nursery(
+                pidns=new_pidns, timens=timens_text(checkpoint.clocks), transport_fd=_free_number(checkpoint)
+            )
         )
         tree: BuiltTree | None = None
         try:
@@ -148,7 +156,9 @@ def _built(
                 _give_state(site, checkpoint, files, listener)
             sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
             clock.done("state")
-            for site in reversed(sites.values()):  # a parent learns of its children's stops before its own end
+            for site in reversed(
+                sites.values()
+            ):  # a parent learns of its children's stops before its own end
                 _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
             clock.done("registers")
             tree = BuiltTree(checkpoint, birth, sites, userfaultfds, ranges, sockets, made, hold)

@@ -16,7 +16,7 @@ from typing import TypedDict
 import lazyproc.restore.run
 from lazyproc.cli.main import main
 
-LIMIT_S = 40
+LIMIT_S = 20
 
 
 class Done(TypedDict):

@@ -72,8 +72,13 @@ static void get(struct channel *channel)
     struct iovec data = { message, channel->stream ? MESSAGE : MESSAGE + 1 };
     struct msghdr header = { .msg_iov = &data, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control };
 
+    ssize_t length;
+
     fill(expected, ++channel->received);
-    EXPECT(MESSAGE, recvmsg(channel->reader, &header, channel->stream ? MSG_WAITALL : 0));
+    do /* TCP may have to send again what was on its way; SIGTERM must not end that wait */
+        length = recvmsg(channel->reader, &header, channel->stream ? MSG_WAITALL : 0);
+    while (length < 0 && errno == EINTR);
+    EXPECT(MESSAGE, length);
     if (memcmp(message, expected, MESSAGE) != 0)
         check_fail(NULL, channel->received, *(uint64_t *)message, "%s: another message came", channel->name);
     if (channel->descriptors)
