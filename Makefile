@@ -49,6 +49,7 @@ $(VENV)/.installed: pyproject.toml setup.py .ci/setup
 $(VENV)/.cores: $(VENV)/.installed $(CORES)
 	@mkdir -p build
 	@$(BIN)/python setup.py -q build_ext --inplace --build-temp build
+	@$(BIN)/python -m compileall -q lazyproc
 	@touch $@
 
 $(VENV)/.tools: .ci/setup

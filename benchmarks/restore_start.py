@@ -18,6 +18,8 @@ from tests.live.programs import Watch, running
 from tests.peer import criu
 
 MIB = 512
+# An installed program has its bytecode.
+AS_INSTALLED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 PACE_US = 1000
 DEADLINE_S = 20.0
 
@@ -59,7 +61,7 @@ def _lazyproc_once(images: Path, watch: Watch) -> float:
     commands: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
-        commands.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        commands.append(subprocess.Popen(command, env=AS_INSTALLED, stderr=subprocess.DEVNULL))
 
     try:
         with _killed_afterwards(watch):
@@ -108,6 +110,7 @@ def run(rounds: int) -> Result:
         dump = [sys.executable, "-m", "lazyproc.cli.main", "checkpoint", "-D", str(ours / "images")]
         our_watch = _checkpoint(ours, dump)
         their_watch = _checkpoint(theirs, [*criu(), "dump", "-D", str(theirs / "images"), "-t"])
+        _lazyproc_once(ours / "images", our_watch)  # writes the bytecode, where there was none
         samples = interleaved(
             {
                 "lazyproc restore --lazy": lambda: _lazyproc_once(ours / "images", our_watch),

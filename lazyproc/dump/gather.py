@@ -109,8 +109,8 @@ def dumped(
     """Describe a frozen tree. The tree is as before on leaving; descriptors of ours into it are closed.
 
     `smaps` (by pid) may have been read before the freeze: its flags are used where the mappings are still the same.
-    `guarded` are the processes to look for MADV_GUARD_INSTALL in, None all. `hold` is told which packets to hold back before the queues of sockets are read. CannotBeDone lists all
-    obstacles.
+    `guarded` are the processes to look for MADV_GUARD_INSTALL in, None all. `hold` is told which packets to hold back
+    before the queues of sockets are read. CannotBeDone lists all obstacles.
     """
     clocks = _clocks(tree)
     alive = [task for task in tree.tasks.values() if not task.zombie]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from lazyproc.dump.files import gather_link, gather_mapped_file
 from lazyproc.dump.freeze import FrozenTask
-from lazyproc.dump.memory import kind_of, refused_mappings, vma_of
 from lazyproc.dump.look import attempt
+from lazyproc.dump.memory import kind_of, refused_mappings, vma_of
 from lazyproc.dump.registry import Refused, Registry
 from lazyproc.kernel import elf, proc, sysvipc
 from lazyproc.kernel.tracee import Memory
@@ -120,7 +120,9 @@ def _segment(number: int, entry: proc.MapsEntry, status: os.stat_result) -> Shar
     """A SysV segment. Never lazy: anybody may attach it at any time, past any userfaultfd."""
     segment = sysvipc.segments().get(entry.inode)
     if segment is None:
-        raise Refused("is a segment of another ipc namespace", "start lazyproc there: nsenter --target PID --ipc …")
+        raise Refused(
+            "is a segment of another ipc namespace", "start lazyproc there: nsenter --target PID --ipc …"
+        )
     if entry.offset or entry.end - entry.start != -(-status.st_size // PAGE) * PAGE:
         raise Refused("is a part of a segment, which shmat(2) cannot map", "let the program attach it whole")
     return SharedMemory(
@@ -151,8 +153,10 @@ def settled(registry: Registry, tasks: Sequence[Task]) -> dict[int, SharedMemory
     for number, shared in found.items():
         ours = sum(vma.object_id == number for vma in mappings)
         if shared.kind is SharedKind.SYSV and segments[shared.sysv_shmid].attachments > ours:
-            why, remedy = "is attached by processes outside the tree", "let them detach it, or move them with the tree"
-            registry.refuse(registry.tasks[0].pid, f"SysV segment {shared.sysv_shmid}", Refused(why, remedy))
+            refused = Refused(
+                "is attached by processes outside the tree", "let them detach it, or move them too"
+            )
+            registry.refuse(registry.tasks[0].pid, f"SysV segment {shared.sysv_shmid}", refused)
     return found
 
 

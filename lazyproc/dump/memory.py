@@ -13,7 +13,7 @@ from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.tracee import Memory
-from lazyproc.model import PAGE, Extent, Mm, Task, Thread, Vma, VmaKind
+from lazyproc.model import PAGE, Extent, Mm, Thread, Vma, VmaKind
 
 # VmFlags of mappings that cannot be moved, Documentation/filesystems/proc.rst
 REFUSED_FLAGS = {
@@ -21,7 +21,7 @@ REFUSED_FLAGS = {
     "io": ("maps device memory", "let the program close the device"),
     "pf": ("maps memory that is not made of pages (a device or ring)", "let the program close it"),
     "um": (
-        "is registered with a userfaultfd: of a restore or migration that still brings its pages, or of the program's own",
+        "is registered with a userfaultfd: of a restore that still brings its pages, or of the program's own",
         "wait until every page has come, or let the program close it",
     ),
     "uw": ("is write-protected by a userfaultfd of the program's own", "let the program close it"),
@@ -54,8 +54,11 @@ def refusal(smaps: proc.SmapsEntry, kind: VmaKind) -> None:
     """Raise Refused when the mapping has a flag, or a protection key, that cannot be reproduced."""
     if kind in SPECIAL.values():
         return
-    if smaps.protection_key and smaps.entry.perms != "--xp":  # the kernel itself has a key for execute-only memory
-        raise Refused(f"has protection key {smaps.protection_key}", "start the program without protection keys")
+    # For execute-only memory the kernel itself takes a key.
+    if smaps.protection_key and smaps.entry.perms != "--xp":
+        raise Refused(
+            f"has protection key {smaps.protection_key}", "start the program without protection keys"
+        )
     for flag, (why, remedy) in REFUSED_FLAGS.items():
         if flag in smaps.vm_flags:
             raise Refused(why, remedy)
@@ -107,7 +110,8 @@ def _own_pages(pagemap: int, vma: Vma) -> Iterator[tuple[int, int]]:
     """Runs of present or swapped pages; in a file mapping those that were copied (fs/proc/task_mmu.c)."""
     if vma.kind not in (VmaKind.ANON, VmaKind.FILE, VmaKind.SHARED) or vma.flags & mmap.MAP_SHARED:
         return
-    excluded = kernel.PAGE_IS_PFNZERO | kernel.guard_category() | (0 if vma.kind is VmaKind.ANON else kernel.PAGE_IS_FILE)
+    excluded = kernel.PAGE_IS_PFNZERO | kernel.guard_category()
+    excluded |= 0 if vma.kind is VmaKind.ANON else kernel.PAGE_IS_FILE
     for start, end, _ in kernel.pagemap_scan(
         pagemap,
         vma.start,
@@ -131,7 +135,7 @@ def with_guards(pid: int, vmas: Sequence[Vma]) -> tuple[Vma, ...]:
 
 def has_guards(pid: int, smaps: Sequence[proc.SmapsEntry]) -> bool:
     """Whether a running process guards memory by MADV_GUARD_INSTALL."""
-    vmas = [vma_of(entry) for entry in smaps if entry.entry.path not in SPECIAL and entry.entry.path != "[vsyscall]"]
+    vmas = [vma_of(entry) for entry in smaps if entry.entry.path != "[vsyscall]"]
     return any(vma.guards for vma in with_guards(pid, vmas))
 
 

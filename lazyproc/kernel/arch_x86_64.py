@@ -35,6 +35,7 @@ SYS = {
     "getpid": 39,
     "recvmsg": 47,
     "listen": 50,
+    "wait4": 61,
     "fcntl": 72,
     "fchdir": 81,
     "umask": 95,

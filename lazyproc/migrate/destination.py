@@ -29,7 +29,7 @@ from lazyproc.restore.lazy import finish, pager_of
 from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.uffd.device import demand_for_tasks
-from lazyproc.uffd.pager import Counters, Pager
+from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.policy import POLICIES, Policy
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import (
@@ -144,6 +144,8 @@ class Arrival:
             left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
             if left <= 0:
                 return False
+            if pager.state is PagerState.LOST:
+                raise ConnectionLost(pager.reason)
             event = control.receive(left)
             if event is not None:
                 extents = extents_of(checked(event, Map, control))

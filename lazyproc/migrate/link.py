@@ -10,6 +10,7 @@ from lazyproc.pages.peer import Trust
 from lazyproc.pages.transport import Channel, Listener, Session, dial
 from lazyproc.wire.native import Party, Role
 
+MAX_INCOMPLETE = 64  # sessions
 ROLES = (Role.CONTROL, Role.URGENT, Role.BULK)
 
 
@@ -45,6 +46,7 @@ class Gathering:
         hello = channel.hello
         assert hello is not None, "the listener has read the HELLO"
         if hello.role is Role.CONTROL and hello.session not in self._open:
+            self._make_room()
             self._open[hello.session] = Session(hello.session, hello.token), {}
         session, channels = self._open.get(hello.session, (None, {}))
         if session is None or not session.owns(hello) or hello.role in channels:
@@ -65,7 +67,15 @@ class Gathering:
                 return link
         return None
 
+    def _make_room(self) -> None:
+        """Who began a session and never completed it has to go, the oldest first."""
+        if len(self._open) == MAX_INCOMPLETE:
+            self._forget(next(iter(self._open)))
+
     def close(self) -> None:
-        for _, channels in self._open.values():
-            for channel in channels.values():
-                channel.close()
+        for session in list(self._open):
+            self._forget(session)
+
+    def _forget(self, session: str) -> None:
+        for channel in self._open.pop(session)[1].values():
+            channel.close()

@@ -164,7 +164,11 @@ class Channel:
             return None
         if not data:
             raise ConnectionLost("the peer has hung up", where=self.peer)
-        event = next(iter(self._connection.receive_data(data)), None)
+        try:
+            event = next(iter(self._connection.receive_data(data)), None)
+        except ProtocolError as error:
+            remedy = error.remedy or "is it lazyproc, and of the same version?"
+            raise ProtocolError(error.what, where=self.peer, remedy=remedy) from None
         if isinstance(event, Hello):
             self.hello = event
         return event

@@ -18,8 +18,8 @@ from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.nursery import STOP_MS, Nursery
 from lazyproc.kernel.remote import ENDINGS, SYSCALL, Bench, Call
 from lazyproc.kernel.tracee import Tracee
-from lazyproc.model import Checkpoint, Task
-from lazyproc.restore.plan import Exit, Fork, JoinGroup, NewSession, creation_steps
+from lazyproc.model import Checkpoint, Task, TaskState
+from lazyproc.restore.plan import Dismiss, Exit, Fork, JoinGroup, NewSession, StandIn, creation_steps
 from lazyproc.restore.site import Site, host_tids
 
 # include/uapi/linux/sched.h
@@ -27,7 +27,8 @@ CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PTRACE = 0x100, 0x200, 0x4
 CLONE_THREAD, CLONE_SYSVSEM, CLONE_CHILD_CLEARTID = 0x10000, 0x40000, 0x200000
 THREAD_FLAGS = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_PTRACE
 WALL = 0x40000000  # __WALL
-CLONE_ARGS = struct.Struct("<11Q")  # flags pidfd child_tid parent_tid exit_signal stack size tls set_tid n cgroup
+# flags pidfd child_tid parent_tid exit_signal stack size tls set_tid n cgroup
+CLONE_ARGS = struct.Struct("<11Q")
 
 
 def pending_signals(task: Task) -> set[int]:
@@ -42,7 +43,9 @@ def ending_for(task: Task) -> int:
     return next((sig for sig in ENDINGS if sig not in pending), signal.SIGURG)
 
 
-def _clone_args(bench: Bench, flags: int, tid: int, *, exit_signal: int = 0, clear_tid: int = 0) -> tuple[int, int]:
+def _clone_args(
+    bench: Bench, flags: int, tid: int, *, exit_signal: int = 0, clear_tid: int = 0
+) -> tuple[int, int]:
     set_tid = bench.place(struct.pack("<i", tid))
     flags |= CLONE_CHILD_CLEARTID if clear_tid else 0
     args = CLONE_ARGS.pack(flags, 0, clear_tid, 0, exit_signal, 0, 0, 0, set_tid, 1, 0)
@@ -52,13 +55,20 @@ def _clone_args(bench: Bench, flags: int, tid: int, *, exit_signal: int = 0, cle
 def _check_made(number: int, result: int) -> None:
     """A number is also taken while a process group or session has it, though nothing in /proc shows it."""
     if result == -errno.EEXIST:
-        raise PidTaken("its number is taken on this host", where=f"pid {number}", remedy="use --pidns auto or new")
+        raise PidTaken(
+            "its number is taken on this host", where=f"pid {number}", remedy="use --pidns auto or new"
+        )
     if result < 0:
         raise RestoreError(
             f"could not be created: {os.strerror(-result)}",
             where=f"pid {number}",
             remedy="look at the limits of processes (ulimit -u, pids.max)",
         )
+
+
+def _stand_in(vpid: int, member: int) -> Task:
+    """A process that tells nobody of its end."""
+    return Task(vpid, member, vpid, 0, TaskState.ALIVE, "", exit_signal=0)
 
 
 class Maker:
@@ -83,6 +93,11 @@ class Maker:
                     self.sites[vpid].run(Call("setpgid", (0, pgid)))
                 case Exit(vpid, status):
                     self._exit(self.sites.pop(vpid), status)
+                case StandIn(vpid, member):
+                    self.sites[vpid] = self._fork(_stand_in(vpid, member), member)
+                case Dismiss(vpid, member):
+                    self._exit(self.sites.pop(vpid), 0)
+                    self.sites[member].run(Call("wait4", (vpid, 0, WALL, 0)))
         return self.sites
 
     def _fork(self, task: Task, parent: int) -> Site:

@@ -25,7 +25,11 @@ def install(site: Site, checkpoint: Checkpoint, files: Mapping[int, int]) -> Non
     got = [fd for message in messages(task.descriptors) for fd in site.receive([files[i] for i in message])]
     if got != list(range(len(got))):
         raise RestoreError("its descriptor table was not empty", where=f"pid {task.vpid}", remedy="report it")
-    site.run(*_moves(task), *_epoll_calls(checkpoint, task, site.bench), *_owner_calls(checkpoint, task, site.bench))
+    site.run(
+        *_moves(task),
+        *_epoll_calls(checkpoint, task, site.bench),
+        *_owner_calls(checkpoint, task, site.bench),
+    )
 
 
 def _moves(task: Task) -> Iterator[Call]:

@@ -6,16 +6,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 
-from lazyproc.errors import NoSuchProcess
+from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.kernel import proc
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.model import Extent
 from lazyproc.restore.pages import LazyRange
-from lazyproc.restore.site import Site
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.uffd.pager import Pager
 
 USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
+ROUNDS = 8
 
 
 def pager_of(tree: BuiltTree, *, trace: bool = False) -> Pager:
@@ -46,26 +46,53 @@ def finish(pager: Pager, tree: BuiltTree) -> None:
     The anchors go between the pager's two steps: memory that grew while it was registered is let go by that.
     """
     pager.release()
+    _drop_anchors(tree)
     with ExitStack() as stack:
         pidfds = {}
         for vpid, site in tree.sites.items():
-            with suppress(ProcessLookupError, NoSuchProcess):
-                _drop_anchors(site)
+            with suppress(ProcessLookupError):
                 pidfds[vpid] = pidfd_open(site.pid)
                 stack.callback(os.close, pidfds[vpid])
         pager.finish((pidfds[r.vpid], r.addr, r.length) for r in tree.lazy if r.huge and r.vpid in pidfds)
 
 
-def _drop_anchors(site: Site) -> None:
-    """In the task, and in children that it has forked meanwhile: they have inherited it."""
+def _drop_anchors(tree: BuiltTree) -> None:
+    """In the tasks, and in the children they have forked meanwhile, which have inherited them: parents first, and
+    again until nobody has one, since a child may be forked while we are on our way.
+    """
+    numbers = {site.anchor for site in tree.sites.values()} - {-1}
+    failed: LazyprocError | None = None
+    for _ in range(ROUNDS):
+        holders = [(pid, n) for pid in _family(tree.nursery.pid) for n in numbers if _is_anchor(pid, n)]
+        if not holders:
+            return
+        for pid, number in holders:
+            try:
+                _close_in(pid, number)
+            except LazyprocError as error:  # it may just be ending
+                failed = error
+    if failed is not None:
+        raise failed
+
+
+def _close_in(pid: int, number: int) -> None:
     from lazyproc.kernel.visit import call_in  # the tree runs by now
 
-    for pid in _family(site.pid):
-        with suppress(FileNotFoundError):
-            if os.readlink(f"/proc/{pid}/fd/{site.anchor}") == USERFAULTFD_LINK:
-                call_in(pid, "close", site.anchor)
+    call_in(pid, "close", number)
+
+
+def _is_anchor(pid: int, number: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{number}") == USERFAULTFD_LINK
+    except OSError:
+        return False
 
 
 def _family(pid: int) -> list[int]:
-    children = [child for tid in proc.task_ids(pid) for child in proc.children_of(pid, tid)]
-    return [pid, *(p for child in children for p in _family(child))]
+    """Parents before their children; those that end meanwhile are of no interest."""
+    found = [pid]
+    for parent in found:
+        with suppress(NoSuchProcess):
+            for tid in proc.task_ids(parent):
+                found += [child for child in proc.children_of(parent, tid) if child not in found]
+    return found

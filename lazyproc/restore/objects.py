@@ -64,7 +64,9 @@ def _segment(shared: SharedMemory, stack: ExitStack) -> int:
     stack.push(lambda kind, *_: syscall(SYS_SHMCTL, number, IPC_RMID, 0) < 0 if kind else False)
     if number != shared.sysv_shmid:
         raise RestoreError(
-            "its number is taken on this host", where=f"SysV segment {shared.sysv_shmid}", remedy="free it with ipcrm"
+            "its number is taken on this host",
+            where=f"SysV segment {shared.sysv_shmid}",
+            remedy="free it with ipcrm",
         )
     _give_away(shared)
     addr = syscall(SYS_SHMAT, number, 0, 0)

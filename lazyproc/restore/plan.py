@@ -39,7 +39,23 @@ class Exit:
     status: int
 
 
-Step = Fork | NewSession | JoinGroup | Exit
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """A child of `member` founds the group of a leader that is gone; `vpid` is its number, and the group's."""
+
+    vpid: int
+    member: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss:
+    """The stand-in ends, and `member` takes its status."""
+
+    vpid: int
+    member: int
+
+
+Step = Fork | NewSession | JoinGroup | Exit | StandIn | Dismiss
 
 
 def creation_steps(tasks: Sequence[Task]) -> tuple[Step, ...]:
@@ -52,8 +68,10 @@ def creation_steps(tasks: Sequence[Task]) -> tuple[Step, ...]:
     for task in tasks[1:]:
         children[task.ppid].append(task)
     steps = tuple(_create(tasks[0], 0, _outside(tasks), children))
-    return steps + tuple(_groups(tasks)) + tuple(
-        Exit(task.vpid, task.exit_code) for task in tasks if task.state is TaskState.ZOMBIE
+    return (
+        steps
+        + tuple(_groups(tasks))
+        + tuple(Exit(task.vpid, task.exit_code) for task in tasks if task.state is TaskState.ZOMBIE)
     )
 
 
@@ -88,7 +106,14 @@ def _groups(tasks: Sequence[Task]) -> Iterator[Step]:
     """Groups are founded before others join them; session leaders have theirs already."""
     members = [task for task in tasks if task.pgid and task.sid != task.vpid]
     yield from (JoinGroup(task.vpid, task.pgid) for task in members if task.pgid == task.vpid)
+    stand_ins = []
     founded = {task.vpid for task in tasks if task.pgid == task.vpid or task.sid == task.vpid}
     for task in members:
+        # A group of the root's that is not founded in the tree comes from outside.
+        if task.pgid not in (*founded, tasks[0].pgid):
+            founded.add(task.pgid)
+            stand_ins.append(Dismiss(task.pgid, task.vpid))
+            yield from (StandIn(task.pgid, task.vpid), JoinGroup(task.pgid, task.pgid))
         if task.pgid != task.vpid and task.pgid in founded:
             yield JoinGroup(task.vpid, task.pgid)
+    yield from stand_ins

@@ -11,11 +11,11 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lazyproc.errors import PidTaken, RestoreError
-from lazyproc.events import Listener, StepDone
+from lazyproc.events import Listener, Note, StepDone
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
@@ -101,7 +101,7 @@ def built_tree(
     """
     if lazy:
         demand_for_tasks()
-    checkpoint = pages.arranged(checkpoint, lazy=lazy)
+    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=lazy), listener)
     new = pidns == "new" or (pidns == "auto" and needs_new_pidns(checkpoint))
     with ExitStack() as stack:
         try:
@@ -117,6 +117,18 @@ def built_tree(
                 remedy="take the checkpoint again when images may be garbled; -v shows what it was",
             ) from error
         yield tree
+
+
+def _without_parent(checkpoint: Checkpoint, listener: Listener) -> Checkpoint:
+    """The parent of a pid 1 is the thread that restores it, whose end must be no signal (PR_SET_PDEATHSIG)."""
+    root = checkpoint.root
+    if root.vpid != 1 or not any(thread.pdeath_signal for thread in root.threads):
+        return checkpoint
+    listener(
+        Note("pid 1: is no longer told of its parent's death (PR_SET_PDEATHSIG): the parent stays behind")
+    )
+    threads = tuple(replace(thread, pdeath_signal=0) for thread in root.threads)
+    return replace(checkpoint, tasks=(replace(root, threads=threads), *checkpoint.tasks[1:]))
 
 
 @contextmanager

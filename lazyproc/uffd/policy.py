@@ -63,5 +63,7 @@ POLICIES: dict[str, Policy] = {"sequential": sequential, "smallest-first": small
 def named(name: str) -> Policy:
     """The policy of that name. Raises UsageError, with all names, when there is none."""
     if name not in POLICIES:
-        raise UsageError("no such policy", where=f"--policy {name}", remedy=f"there are {', '.join(POLICIES)}")
+        raise UsageError(
+            "no such policy", where=f"--policy {name}", remedy=f"there are {', '.join(POLICIES)}"
+        )
     return POLICIES[name]

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lazyproc.errors import LazyprocError
 from lazyproc.hosts import PRIVATE, Host, Pair
 from lazyproc.kernel import proc
+from lazyproc.migrate.link import Gathering, Link
+from lazyproc.pages.transport import Channel
+from lazyproc.wire.native import Party
 from tests.live.moving import CLI, Receiver, look_at_tree, tree_of
 from tests.live.programs import Program, wait_until
-from tests.live.real import ending, move_now, processes_of
+from tests.live.real import ending, move_now, network_of, processes_of
 
 PACED = ("memory_random", 8, 2, 1000)  # a guest on a machine with few cores
 CHECKPOINT = ("checkpoint", "-D", "/tmp/images")
@@ -112,3 +118,38 @@ def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
     finally:
         process.kill()
         process.communicate()
+
+
+# --- peers --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def listener_on(host: Host, serve: Callable[[socket.socket], None]) -> Iterator[str]:
+    """HOST:PORT on `host` where `serve` gets the listening socket, in a thread that ends when the socket is closed."""
+    with network_of(host):
+        sock = socket.create_server((str(host.address), 0))
+
+    def work() -> None:
+        with suppress(OSError, LazyprocError):
+            serve(sock)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield f"{host.address}:{sock.getsockname()[1]}"
+    finally:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+        thread.join()
+
+
+def linked(sock: socket.socket, side: Party) -> Link:
+    """The link of the first session that comes to a listening socket."""
+    with closing(Gathering()) as gathering:
+        while True:
+            channel = Channel(sock.accept()[0], side, dialled=False)
+            channel.receive(COMMAND_S)
+            link = gathering.add(channel)
+            if link is not None:
+                return link

@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from typing import TypedDict
 
-import lazyproc.restore.run
+from lazyproc.restore import run as _imported_beforehand
 from lazyproc.cli.main import main
 
 LIMIT_S = 20
@@ -58,5 +58,5 @@ def _text(fd: int) -> str:
 
 
 if __name__ == "__main__":
-    assert lazyproc.restore.run
+    assert _imported_beforehand
     json.dump([run(argv) for argv in json.load(sys.stdin)], sys.stdout)

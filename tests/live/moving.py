@@ -91,7 +91,9 @@ class Moved:
         for vpid, each in now.items():
             assert registered(each) == [], f"pid {vpid} is still registered with a userfaultfd"
             then, seen = before[vpid], look(each)
-            assert then.descriptors == seen.descriptors, f"pid {vpid}: {then.descriptors} -> {seen.descriptors}"
+            assert then.descriptors == seen.descriptors, (
+                f"pid {vpid}: {then.descriptors} -> {seen.descriptors}"
+            )
             gone, new = set(then.mappings), set(seen.mappings)
             assert not same_maps or gone == new, f"pid {vpid}: gone {gone - new}, new {new - gone}"
 
@@ -158,7 +160,9 @@ def receiving(host: Host, *options: str, by: Sequence[str] = ()) -> Iterator[Rec
         process.wait()
 
 
-def run_cli(host: Host, *words: object, expected: int = 0, more: str = "") -> subprocess.CompletedProcess[str]:
+def run_cli(
+    host: Host, *words: object, expected: int = 0, more: str = ""
+) -> subprocess.CompletedProcess[str]:
     """A command on `host`; its exit code must be `expected`. `more` is said when it is not."""
     argv = [*CLI, *map(str, words)]
     try:

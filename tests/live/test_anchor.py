@@ -27,7 +27,15 @@ with restore(Path(sys.argv[1]), lazy=True, bulk=False, pidns="auto", policy="seq
 def checkpointed(directory: Path) -> tuple[Path, Watch]:
     images = directory / "images"
     with running("memory_random", MIB, THREADS, 100, directory=directory) as program:
-        command = [sys.executable, "-m", "lazyproc.cli.main", "checkpoint", str(program.pid), "-D", str(images)]
+        command = [
+            sys.executable,
+            "-m",
+            "lazyproc.cli.main",
+            "checkpoint",
+            str(program.pid),
+            "-D",
+            str(images),
+        ]
         subprocess.run(command, check=True, capture_output=True)
         program.process.wait()
     return images, program.watch

@@ -24,7 +24,8 @@ ARGUMENTS = {
     "sleeps": ("5000",),
     "timers": ("5000",),
 }
-RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")  # their mappings, descriptors and processes come and go
+# Their mappings, descriptors and processes come and go.
+RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")
 PROTECTING = ("memory_static",)  # changes the protection of its mappings all the time
 PROGRAMS = sorted(path.stem for path in SOURCES.glob("*.c"))
 
@@ -90,7 +91,9 @@ def _huge_pages(pid: int) -> int:
 def test_moves_by_stopcopy(name: str, field: Field) -> None:
     with ExitStack() as stack:
         program = started(stack, name, field)
-        there = move(field.pair.source, field.there, program.pid, "--mode", "stopcopy", whole_tree=name != "threads")
+        there = move(
+            field.pair.source, field.there, program.pid, "--mode", "stopcopy", whole_tree=name != "threads"
+        )
         assert there.report["pages_total"] == there.report["pages_eager"]
         program.watch.wait_beats()
         there.end(program.watch)

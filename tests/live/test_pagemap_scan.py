@@ -32,7 +32,9 @@ def test_every_run_comes_once_and_whole(pages: int, period: int) -> None:
     try:
         with touched(pages, period) as start:
             scan = kernel.pagemap_scan(fd, start, start + pages * PAGE, anyof=kernel.PAGE_IS_PRESENT)
-            found = [page for low, high, _ in scan for page in range((low - start) // PAGE, (high - start) // PAGE)]
+            found = [
+                page for low, high, _ in scan for page in range((low - start) // PAGE, (high - start) // PAGE)
+            ]
     finally:
         os.close(fd)
     assert found == [page for page in range(pages) if page % period != period - 1]

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from ptrace.debugger.memory_mapping import readProcessMappings  # type: ignore[import-untyped]
+from ptrace.debugger.memory_mapping import readProcessMappings
 
 from lazyproc.errors import NoSuchProcess, PermissionDenied
 from lazyproc.kernel import proc

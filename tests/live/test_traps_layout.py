@@ -99,7 +99,14 @@ def test_nothing_survives_the_first_process_of_its_namespace(tmp_path: Path) -> 
 def test_a_tree_whose_root_is_number_1(tmp_path: Path) -> None:
     """The first clone3 in a pid namespace can make nobody but number 1."""
     watch = Watch.create(tmp_path / "trap_restore.status", exclusive=False)
-    argv = ["unshare", "--pid", "--fork", "--mount-proc", str(compile_program("trap_restore")), str(watch.path)]
+    argv = [
+        "unshare",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        str(compile_program("trap_restore")),
+        str(watch.path),
+    ]
     null = subprocess.DEVNULL
     with subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, start_new_session=True) as process:
         try:

@@ -86,7 +86,10 @@ def test_a_memfd_with_a_descriptor_has_its_content_before_any_page_comes(tmp_pat
             if it.tree.checkpoint.files[d.file_id].resource == MemFd(named.id)
         )
         fd = os.open(f"/proc/{it.pid}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-        with open(fd, "rb", buffering=0) as file, mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
+        with (
+            open(fd, "rb", buffering=0) as file,
+            mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapping,
+        ):
             assert os.pread(file.fileno(), PAGES * PAGE, 0) == content(it, named)
             assert mapping[:] == content(it, named)
         assert registered_objects(it) == {"/dev/zero", "/memfd:nameless"}

@@ -5,11 +5,12 @@
  *         ├─ zombie that exited with 42, leader of a process group ┐
  *         ├─ member of that group                                 ┘
  *         ├─ zombie that was killed by SIGKILL
+ *         ├─ member of a process group whose leader is gone altogether
  *         └─ stopped child
  */
 #include "check.h"
 
-enum { ROOT, SESSION, GRANDCHILD, CHILD, MEMBER, WORKERS };
+enum { ROOT, SESSION, GRANDCHILD, CHILD, MEMBER, ORPHAN, WORKERS };
 
 struct kinship {
     pid_t pid, ppid, pgid, sid;
@@ -132,7 +133,7 @@ static void wait_for_family(void)
 
 int main(int argc, char **argv)
 {
-    pid_t session, child, exited, member, killed, stopped;
+    pid_t session, child, exited, member, killed, stopped, gone, orphan;
     struct kinship mine;
 
     check_start(argc, argv, WORKERS);
@@ -143,13 +144,17 @@ int main(int argc, char **argv)
     member = start_child(MEMBER, exited);
     killed = start_zombie(true);
     stopped = start_stopped();
+    gone = start_zombie(false);
+    orphan = start_child(ORPHAN, gone);
     wait_for_family();
+    finish(gone, 0, 42 << 8);
     check_running();
     while (!check_stopping) {
         mine.ppid = getppid(); /* the root's parent stays behind when the tree is moved */
         check_kinship(&mine);
         EXPECT(session, getsid(session));
         EXPECT(exited, getpgid(member));
+        EXPECT(gone, getpgid(orphan));
         EXPECT(mine.pgid, getpgid(child));
         expect_wait(exited, WEXITED, CLD_EXITED, 42);
         expect_wait(killed, WEXITED, CLD_KILLED, SIGKILL);
@@ -161,6 +166,7 @@ int main(int argc, char **argv)
     finish(session, SIGTERM, 0);
     finish(child, SIGTERM, 0);
     finish(member, SIGTERM, 0);
+    finish(orphan, SIGTERM, 0);
     finish(exited, 0, 42 << 8);
     finish(killed, 0, SIGKILL);
     finish(stopped, SIGCONT, 7 << 8);
