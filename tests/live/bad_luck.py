@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,37 @@ def linked(sock: socket.socket, side: Party) -> Link:
             link = gathering.add(channel)
             if link is not None:
                 return link
+
+
+@contextmanager
+def way_to(receiver: Receiver, host: Host, meddle: Callable[[int, bytes], bytes]) -> Iterator[str]:
+    """An address on `host` that leads to the receiver. What goes there on connection N (0 control, 1 urgent, 2 bulk)
+    becomes `meddle(N, data)`.
+    """
+    name, _, port = receiver.address.rpartition(":")
+
+    def serve(sock: socket.socket) -> None:
+        with ExitStack() as stack:
+            pumps = []
+            for number in range(3):
+                near = stack.enter_context(sock.accept()[0])
+                with network_of(host):
+                    far = stack.enter_context(socket.create_connection((name, int(port))))
+                for ends in ((near, far, partial(meddle, number)), (far, near, bytes)):
+                    pumps.append(threading.Thread(target=_pump, args=ends))
+                    pumps[-1].start()
+            for pump in pumps:
+                pump.join()
+
+    with listener_on(host, serve) as address:
+        yield address
+
+
+def _pump(one: socket.socket, other: socket.socket, change: Callable[[bytes], bytes]) -> None:
+    """Until one of them hangs up; then both are told."""
+    with suppress(OSError):
+        while data := one.recv(1 << 16):
+            other.sendall(change(data))
+    for sock in (one, other):
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)

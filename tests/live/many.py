@@ -13,8 +13,8 @@ import sys
 from contextlib import suppress
 from typing import TypedDict
 
-from lazyproc.restore import run as _imported_beforehand
 from lazyproc.cli.main import main
+from lazyproc.restore import run as _imported_beforehand
 
 LIMIT_S = 20
 

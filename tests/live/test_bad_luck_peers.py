@@ -131,7 +131,7 @@ def test_somebody_who_says_nothing(pair: Pair, program: Program) -> None:
 
 @pytest.mark.slow
 def test_a_firewall_that_drops_everything(pair: Pair, program: Program) -> None:
-    wall = "table inet wall { chain inbound { type filter hook input priority 0; tcp dport 7 drop; } }"
+    wall = "table inet wall { chain inbound { type filter hook input priority 0; tcp dport 7 drop; }; }"
     pair.destination.run(["nft", wall], check=True)
     target = f"{pair.destination.address}:7"
     with unharmed(program):

@@ -1,0 +1,250 @@
+"""What ends at the wrong moment: a command, the receiver, the source of the pages, the process itself.
+
+Before the commit the source runs on and the destination has nothing; after it the tree is there, and never on both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lazyproc.hosts import Pair
+from tests.live.bad_luck import (
+    COMMAND_S,
+    PACED,
+    lazyproc,
+    says,
+    started,
+    unchanged,
+    unharmed,
+    way_to,
+)
+from tests.live.moving import Receiver, receiving
+from tests.live.programs import Program, running, wait_until
+from tests.live.real import ending, migrating, move_now, processes_of, runs
+from tests.live.real_gate import gate_to
+from tests.live.tracees import state_of
+
+SEED = 11
+LONGEST_S = 0.9  # of an undisturbed command, on a busy machine
+GARBAGE = bytes(range(256))
+
+
+@pytest.fixture
+def program(pair: Pair) -> Iterator[Program]:
+    with running(*PACED, directory=pair.shared, host=pair.source) as started:
+        yield started
+
+
+# --- at a known moment -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", [2, 3], ids=["before the freeze", "while it is frozen"])
+def test_the_command_is_killed(pair: Pair, program: Program, moment: int) -> None:
+    with receiving(pair.destination) as receiver, unchanged(pair.source, pair.destination), unharmed(program):
+        with (
+            gate_to(receiver, pair.source, closes_at=moment) as gate,
+            migrating(pair.source, receiver, program.pid, by=gate.address) as journey,
+        ):
+            assert gate.reached.wait(COMMAND_S)
+            journey.process.kill()
+            journey.process.wait()
+    program.stop_and_verify()
+
+
+@pytest.mark.parametrize("moment", [2, 3], ids=["before the freeze", "while it is frozen"])
+def test_the_receiver_is_killed(pair: Pair, program: Program, moment: int) -> None:
+    with unchanged(pair.source, pair.destination), unharmed(program), dying(pair) as receiver:
+        with (
+            gate_to(receiver, pair.source, closes_at=moment) as gate,
+            migrating(pair.source, receiver, program.pid, by=gate.address) as journey,
+        ):
+            assert gate.reached.wait(COMMAND_S)
+            receiver.process.kill()
+            assert journey.finish(expected=1)["exit_code"] == 1
+            assert "; " in journey.log().splitlines()[-1]
+            assert "Traceback" not in journey.log()
+    program.stop_and_verify()
+
+
+@contextmanager
+def dying(pair: Pair) -> Iterator[Receiver]:
+    """A receiver that does not come to the end that `receiving` expects."""
+    with contextlib.suppress(AssertionError), receiving(pair.destination) as receiver:
+        yield receiver
+
+
+def test_the_receiver_is_killed_after_the_commit(pair: Pair, program: Program) -> None:
+    """It runs there and waits for what cannot come; what is here is whole, and does not run."""
+    with unchanged(pair.source, pair.destination), unharmed(program), dying(pair) as receiver:
+        idle = processes_of(pair.destination)
+        with migrating(pair.source, receiver, program.pid, "--max-rate", "1000000") as journey:
+            journey.wait_running()
+            receiver.process.kill()
+            assert journey.finish(expected=5)["exit_code"] == 5
+        assert f"kill -CONT {pair.source.vpid(program.pid)}" in journey.log()
+        both_are_kept_apart(pair, program, idle)
+    program.stop_and_verify()
+
+
+def test_pages_become_rubbish_after_the_commit(pair: Pair, program: Program) -> None:
+    """The checksum finds it: nobody there reads a wrong byte."""
+    carried = [0, 0, 0]
+
+    def meddle(number: int, data: bytes) -> bytes:
+        carried[number] += len(data)
+        return data if not number or carried[number] < 1 << 20 else (GARBAGE * 512)[: len(data)]
+
+    with receiving(pair.destination) as receiver, unchanged(pair.source, pair.destination), unharmed(program):
+        idle = processes_of(pair.destination)
+        with way_to(receiver, pair.source, meddle) as address:
+            done = lazyproc(pair.source, "migrate", pair.source.vpid(program.pid), address, "--insecure")
+        says(done, 5, f"pid {pair.source.vpid(program.pid)}: ", "stays stopped here", "kill -CONT")
+        assert "pages are missing, and who touches one of them waits" in receiver.notes()
+        both_are_kept_apart(pair, program, idle)
+    program.stop_and_verify()
+
+
+def both_are_kept_apart(pair: Pair, program: Program, idle: dict[int, str]) -> None:
+    """The one here is stopped; the one there has found nothing wrong. End that, let this run."""
+    assert state_of(program.pid) == "T"
+    assert program.watch.read().errors == 0, str(program.watch.read())
+    end_all_but(pair, idle)
+    assert program.watch.read().errors == 0, str(program.watch.read())
+    os.kill(program.pid, signal.SIGCONT)
+
+
+def end_all_but(pair: Pair, idle: dict[int, str]) -> None:
+    for pid in processes_of(pair.destination).keys() - idle.keys():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+# --- at any moment -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_migrate_at_any_moment(pair: Pair, number: signal.Signals) -> None:
+    moments = random.Random(SEED)
+    here = 0
+    with receiving(pair.destination) as receiver:
+        idle = processes_of(pair.destination)
+        for _ in range(10):
+            with running(*PACED, directory=pair.shared, host=pair.source, exclusive=True) as program:
+                program.watch.wait_beats()
+                with migrating(pair.source, receiver, program.pid) as journey:
+                    time.sleep(moments.uniform(0, LONGEST_S))
+                    journey.process.send_signal(number)
+                    code = journey.process.wait(COMMAND_S)
+                assert "Traceback" not in journey.log()
+                here += settled(pair, receiver, program, code, idle)
+    assert here > 0, "no signal came before the hand-over"
+
+
+def settled(pair: Pair, receiver: Receiver, program: Program, code: int, idle: dict[int, str]) -> bool:
+    """True when the tree runs here; it is in exactly one place, whole. It is ended."""
+    if code == 0:
+        report = json.loads((pair.source.outside / "migrate.json").read_text())
+        new = pair.destination.pid(report["root_pid"])
+        assert not runs(program.pid)
+        with ending(new):
+            program.watch.wait_beats()
+        return False
+    if state_of(program.pid) == "T":  # killed after COMMIT: nobody is left to bring what is missing
+        assert code == -signal.SIGKILL
+        assert program.watch.read().errors == 0, str(program.watch.read())
+        end_all_but(pair, idle)
+        return False
+    assert code in (1, -number) if (number := signal.SIGKILL) else False
+    program.watch.wait_beats()
+    wait_until(lambda: processes_of(pair.destination) == idle, "the half-built tree is gone")
+    program.stop_and_verify()
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_to_checkpoint_at_any_moment(pair: Pair, number: signal.Signals) -> None:
+    """The tree runs on, or it is gone and its images are whole."""
+    moments = random.Random(SEED)
+    source = pair.source
+    for turn in range(8):
+        with running(*PACED, directory=pair.shared, host=source, exclusive=True) as program:
+            name = f"images-{turn}"
+            process = started(source, "checkpoint", source.vpid(program.pid), "-D", source.scratch / name)
+            time.sleep(moments.uniform(0, LONGEST_S))
+            process.send_signal(number)
+            _, words = process.communicate(timeout=COMMAND_S)
+            assert "Traceback" not in words
+            folder = source.outside / name
+            if process.returncode == 0:
+                assert program.process.wait(COMMAND_S) == -signal.SIGKILL
+                lazyproc(source, "show", source.scratch / name).check_returncode()
+                continue
+            program.watch.wait_beats()
+            program.stop_and_verify()
+            if number == signal.SIGINT:
+                assert words.endswith("lazyproc: interrupted; the process runs on as before\n")
+                assert not folder.exists()
+
+
+# --- the process itself ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_process_ends_at_any_moment(pair: Pair) -> None:
+    moments = random.Random(SEED)
+    with receiving(pair.destination) as receiver:
+        idle = processes_of(pair.destination)
+        for turn in range(10):
+            with running(*PACED, directory=pair.shared, host=pair.source) as program:
+                pid = pair.source.vpid(program.pid)
+                command = (
+                    ("checkpoint", pid, "-D", f"/tmp/images-{turn}")
+                    if turn % 2
+                    else ("migrate", pid, receiver.address, "--insecure")
+                )
+                process = started(pair.source, *command)
+                time.sleep(moments.uniform(0.1, LONGEST_S))
+                program.process.kill()
+                _, words = process.communicate(timeout=COMMAND_S)
+                done = subprocess.CompletedProcess(command, process.returncode, "", words)
+                if done.returncode:
+                    says(done, done.returncode, "; ")
+                    assert done.returncode in (1, 5)
+                end_all_but(pair, idle)
+                wait_until(lambda: processes_of(pair.destination) == idle, "nothing is left there")
+
+
+def test_children_that_come_go_and_execute(pair: Pair) -> None:
+    """A shell that starts a program again and again is moved whole, or told why not, and runs on."""
+    null = subprocess.DEVNULL
+    argv = ["sh", "-c", "while :; do /bin/true; done"]
+    shell = pair.source.popen(argv, stdin=null, stdout=null, stderr=null)
+    try:
+        pid = pair.source.vpid(shell.pid)
+        for turn in range(6):
+            images = Path(f"/tmp/images-{turn}")
+            done = lazyproc(pair.source, "checkpoint", pid, "-D", images, "--leave-running")
+            if done.returncode:
+                says(done, done.returncode, "; ")
+                assert done.returncode in (1, 3)
+            wait_until(lambda: state_of(shell.pid) in "RS", "the shell runs")
+        with receiving(pair.destination) as receiver:
+            new, _ = move_now(pair.source, receiver, shell.pid)
+            with ending(new):
+                wait_until(lambda: state_of(new) in "RS", "the shell runs there")
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
