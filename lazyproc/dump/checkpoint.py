@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,21 +48,22 @@ def checkpoint(
     if obstacles:
         raise CannotBeDone(obstacles)
     folder = Folder(directory)
-    folder.create()
-    asleep = observed_sleeps(pid)
-    frozen_at = time.monotonic()
-    with frozen_tree(pid, asleep=asleep) as tree:
-        listener(StateChanged("frozen", frozen_at))
-        with dumped(tree, tcp_close=tcp_close) as dump, dump_pages(dump) as pages:
-            whole = dump.whole()
-            images = to_images(whole)
-            with folder.filled():
+    with ExitStack() as unfinished:
+        unfinished.enter_context(folder.filled())
+        asleep = observed_sleeps(pid)
+        frozen_at = time.monotonic()
+        with frozen_tree(pid, asleep=asleep) as tree:
+            listener(StateChanged("frozen", frozen_at))
+            with dumped(tree, tcp_close=tcp_close) as dump, dump_pages(dump) as pages:
+                whole = dump.whole()
+                images = to_images(whole)
                 written = write_pages(folder, whole, pages)
                 folder.write(images)
-            if not leave_running:
-                with deaf():
-                    tree.kill()
-                    dump.remove_segments()
+                unfinished.close()  # from here on the images stay
+                if not leave_running:
+                    with deaf():
+                        tree.kill()
+                        dump.remove_segments()
     now = time.monotonic()
     listener(StepDone("checkpoint", now, now - started))
     return CheckpointReport(

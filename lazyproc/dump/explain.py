@@ -32,8 +32,8 @@ def explain(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -
     user should know and nothing can be done about goes to `listener` as Note. Raises NoSuchProcess, UsageError (the
     number of a thread), PermissionDenied, HostLacks.
     """
-    host.pagemap_scan()
     facts = survey(pid)
+    host.pagemap_scan()
     for text in notes(facts):
         listener(Note(text))
     return (*obstacles(facts), *_resources(facts, tcp_close))

@@ -23,7 +23,6 @@ ROUNDS = 64  # a tree that still grows after so many rounds forks faster than it
 GRACE_MS = 100  # for what is a matter of microseconds
 TURN_MS = 10  # after which the next thread is waited for
 LOOK_S = 0.001
-WALL = 0x40000000  # __WALL
 
 
 @dataclass(slots=True)
@@ -69,25 +68,14 @@ class FrozenTree:
         return (task for task in self.tasks.values() if task.threads and not task.threads[0].stop_signal)
 
     def kill(self) -> None:
-        """End the whole tree.
-
-        A leader is reaped only when the tracer has waited for all its threads (ptrace(2)), and pid 1 of a namespace
-        ends after everybody else in it: children before parents.
-        """
+        """End the whole tree."""
         for task in self.tasks.values():
             if not task.zombie:
                 os.kill(task.pid, signal.SIGKILL)
-        for task in reversed(self.tasks.values()):
-            for tracee in (*task.threads[1:], *task.threads[:1]):
-                _wait_gone(tracee.tid)
+        ptrace.wait_gone(tracee.tid for task in self.tasks.values() for tracee in task.threads)
+        for task in self.tasks.values():
             task.threads.clear()
             task.stopped.clear()
-
-
-def _wait_gone(tid: int) -> None:
-    with suppress(ChildProcessError):
-        while os.WIFSTOPPED(os.waitpid(tid, WALL)[1]):
-            continue
 
 
 @contextmanager

@@ -264,21 +264,25 @@ class Folder:
         return f"Folder({str(self.path)!r})"
 
     def create(self) -> None:
-        """Makes the folder (0700) unless it is there. Images of two checkpoints are never mixed: ImageError."""
+        """Makes the folder (0700) unless it is there."""
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise self.failed(error, self.path) from None
+
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        """A block that writes a whole checkpoint here; when it fails no image stays, nor the folder if that empties it.
+
+        Raises ImageError when there are images already: those of two checkpoints are never mixed.
+        """
+        self.create()
         if self._images():
             raise ImageError(
                 "holds images already",
                 where=str(self.path),
                 remedy="choose another folder with -D, or empty it",
             )
-
-    @contextmanager
-    def filled(self) -> Iterator[None]:
-        """A block that writes a whole checkpoint. When it fails no image stays, nor the folder when that empties it."""
         try:
             yield
         except BaseException:

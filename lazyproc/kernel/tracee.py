@@ -9,7 +9,8 @@ import errno
 import os
 import signal
 import struct
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ PTRACE_PEEKSIGINFO_SHARED = 1
 NT_X86_XSTATE = 0x202
 SIGINFO = 128
 XSAVE_MAX = 16384
+WALL = 0x40000000  # __WALL
+GONE_PAUSE_S = 0.0002
 SEIZE_TRIES = 3  # EPERM also while exec in another thread takes this one's number over (fs/exec.c, de_thread)
 UNINTERRUPTIBLE = "it is in uninterruptible sleep (I/O, a vfork child, a page fault that nobody serves)"
 
@@ -199,6 +202,25 @@ class Tracee:
             self._ptrace(PTRACE_SECCOMP_GET_METADATA, len(metadata), _address(metadata))
             found.append(SeccompFilter(bytes(program), struct.unpack("<QQ", metadata)[1]))
         return tuple(found)
+
+
+def wait_gone(tids: Iterable[int]) -> None:
+    """Take what killed tracees leave, in whatever order they end.
+
+    A leader ends after its tracer has taken all its threads (ptrace(2)). In the first process of a pid namespace the
+    thread that ends last, any of them, waits until everybody else there is taken (zap_pid_ns_processes).
+    """
+    left = set(tids)
+    while left := {tid for tid in left if not _is_gone(tid)}:
+        time.sleep(GONE_PAUSE_S)
+
+
+def _is_gone(tid: int) -> bool:
+    try:
+        got, status = os.waitpid(tid, WALL | os.WNOHANG)
+    except ChildProcessError:
+        return True
+    return got == tid and not os.WIFSTOPPED(status)
 
 
 def states(tracees: Sequence[Tracee]) -> list[State]:

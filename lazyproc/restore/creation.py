@@ -17,7 +17,7 @@ from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.nursery import STOP_MS, Nursery
 from lazyproc.kernel.remote import ENDINGS, SYSCALL, Bench, Call
-from lazyproc.kernel.tracee import Tracee
+from lazyproc.kernel.tracee import WALL, Tracee
 from lazyproc.model import Checkpoint, Task, TaskState
 from lazyproc.restore.plan import Dismiss, Exit, Fork, JoinGroup, NewSession, StandIn, creation_steps
 from lazyproc.restore.site import Site, host_tids
@@ -26,7 +26,6 @@ from lazyproc.restore.site import Site, host_tids
 CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PTRACE = 0x100, 0x200, 0x400, 0x800, 0x2000
 CLONE_THREAD, CLONE_SYSVSEM, CLONE_CHILD_CLEARTID = 0x10000, 0x40000, 0x200000
 THREAD_FLAGS = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_PTRACE
-WALL = 0x40000000  # __WALL
 # flags pidfd child_tid parent_tid exit_signal stack size tls set_tid n cgroup
 CLONE_ARGS = struct.Struct("<11Q")
 

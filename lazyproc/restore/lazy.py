@@ -61,9 +61,10 @@ def _drop_anchors(tree: BuiltTree) -> None:
     again until nobody has one, since a child may be forked while we are on our way.
     """
     numbers = {site.anchor for site in tree.sites.values()} - {-1}
+    roots = [tree.nursery.pid, *(site.pid for site in tree.sites.values())]  # orphans are the nursery's
     failed: LazyprocError | None = None
     for _ in range(ROUNDS):
-        holders = [(pid, n) for pid in _family(tree.nursery.pid) for n in numbers if _is_anchor(pid, n)]
+        holders = [(pid, n) for pid in _family(roots) for n in numbers if _is_anchor(pid, n)]
         if not holders:
             return
         for pid, number in holders:
@@ -88,9 +89,9 @@ def _is_anchor(pid: int, number: int) -> bool:
         return False
 
 
-def _family(pid: int) -> list[int]:
+def _family(roots: Sequence[int]) -> list[int]:
     """Parents before their children; those that end meanwhile are of no interest."""
-    found = [pid]
+    found = list(dict.fromkeys(roots))
     for parent in found:
         with suppress(NoSuchProcess):
             for tid in proc.task_ids(parent):

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -26,7 +26,7 @@ from lazyproc.kernel.remote import Call, step
 from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.restore import descriptors, memory, objects, pages, restarts, state
-from lazyproc.restore.creation import WALL, Maker, make_threads, stop
+from lazyproc.restore.creation import Maker, make_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
 from lazyproc.restore.memfds import seal_memfds
@@ -314,16 +314,12 @@ def _syscall_instruction(site: Site, task: Task) -> int:
 
 
 def _kill(birth: Nursery) -> None:
-    """Kill the nursery and everything forked from it, and take what they leave (a leader after its threads)."""
+    """Kill the nursery and everything forked from it, and take what they leave."""
     pids = _descendants(birth.pid)
-    tids = {pid: proc.task_ids(pid) for pid in pids}
+    tids = [tid for pid in pids for tid in proc.task_ids(pid)]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    for pid in pids:
-        for tid in (*(tid for tid in tids[pid] if tid != pid), pid):
-            with suppress(ChildProcessError):
-                while os.WIFSTOPPED(os.waitpid(tid, WALL)[1]):
-                    continue
+    ptrace.wait_gone(tids)
 
 
 def _descendants(pid: int) -> list[int]:

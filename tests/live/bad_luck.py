@@ -156,10 +156,19 @@ def linked(sock: socket.socket, side: Party) -> Link:
                 return link
 
 
+Meddle = Callable[[int, bytes], bytes]
+
+
+def _unchanged(_number: int, data: bytes) -> bytes:
+    return data
+
+
 @contextmanager
-def way_to(receiver: Receiver, host: Host, meddle: Callable[[int, bytes], bytes]) -> Iterator[str]:
+def way_to(
+    receiver: Receiver, host: Host, *, there: Meddle = _unchanged, back: Meddle = _unchanged
+) -> Iterator[str]:
     """An address on `host` that leads to the receiver. What goes there on connection N (0 control, 1 urgent, 2 bulk)
-    becomes `meddle(N, data)`.
+    becomes `there(N, data)`, what comes back `back(N, data)`; OSError hangs up.
     """
     name, _, port = receiver.address.rpartition(":")
 
@@ -170,8 +179,9 @@ def way_to(receiver: Receiver, host: Host, meddle: Callable[[int, bytes], bytes]
                 near = stack.enter_context(sock.accept()[0])
                 with network_of(host):
                     far = stack.enter_context(socket.create_connection((name, int(port))))
-                for ends in ((near, far, partial(meddle, number)), (far, near, bytes)):
-                    pumps.append(threading.Thread(target=_pump, args=ends))
+                for one, other, meddle in ((near, far, there), (far, near, back)):
+                    change = partial(meddle, number)
+                    pumps.append(threading.Thread(target=_pump, args=(one, other, change)))
                     pumps[-1].start()
             for pump in pumps:
                 pump.join()

@@ -49,31 +49,45 @@ def program(pair: Pair) -> Iterator[Program]:
 # --- at a known moment -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", [2, 3], ids=["before the freeze", "while it is frozen"])
+MOMENTS = pytest.mark.parametrize("moment", [2, 3], ids=["before the freeze", "while it is frozen"])
+
+
+@MOMENTS
 def test_the_command_is_killed(pair: Pair, program: Program, moment: int) -> None:
-    with receiving(pair.destination) as receiver, unchanged(pair.source, pair.destination), unharmed(program):
-        with (
-            gate_to(receiver, pair.source, closes_at=moment) as gate,
-            migrating(pair.source, receiver, program.pid, by=gate.address) as journey,
-        ):
-            assert gate.reached.wait(COMMAND_S)
-            journey.process.kill()
-            journey.process.wait()
+    with (
+        receiving(pair.destination) as receiver,
+        unchanged(pair.source, pair.destination),
+        unharmed(program),
+        gate_to(receiver, pair.source, closes_at=moment) as gate,
+        migrating(pair.source, receiver, program.pid, by=gate.address) as journey,
+    ):
+        assert gate.reached.wait(COMMAND_S)
+        journey.process.kill()
+        journey.process.wait()
     program.stop_and_verify()
 
 
-@pytest.mark.parametrize("moment", [2, 3], ids=["before the freeze", "while it is frozen"])
+@MOMENTS
 def test_the_receiver_is_killed(pair: Pair, program: Program, moment: int) -> None:
-    with unchanged(pair.source, pair.destination), unharmed(program), dying(pair) as receiver:
-        with (
-            gate_to(receiver, pair.source, closes_at=moment) as gate,
-            migrating(pair.source, receiver, program.pid, by=gate.address) as journey,
-        ):
-            assert gate.reached.wait(COMMAND_S)
-            receiver.process.kill()
-            assert journey.finish(expected=1)["exit_code"] == 1
-            assert "; " in journey.log().splitlines()[-1]
-            assert "Traceback" not in journey.log()
+    said = []
+
+    def back(number: int, data: bytes) -> bytes:
+        """The two talk in turns on the control connection: 1 WELCOME, 2 PREPARED, 3 BUILT."""
+        if number == 0:
+            said.append(data)
+            if len(said) == moment:
+                receiver.process.kill()
+                raise ConnectionResetError
+        return data
+
+    with (
+        unchanged(pair.source, pair.destination),
+        unharmed(program),
+        dying(pair) as receiver,
+        way_to(receiver, pair.source, back=back) as address,
+    ):
+        done = lazyproc(pair.source, "migrate", pair.source.vpid(program.pid), address, "--insecure")
+        says(done, 1, address, "; ")
     program.stop_and_verify()
 
 
@@ -86,7 +100,7 @@ def dying(pair: Pair) -> Iterator[Receiver]:
 
 def test_the_receiver_is_killed_after_the_commit(pair: Pair, program: Program) -> None:
     """It runs there and waits for what cannot come; what is here is whole, and does not run."""
-    with unchanged(pair.source, pair.destination), unharmed(program), dying(pair) as receiver:
+    with unchanged(pair.source), unharmed(program), dying(pair) as receiver:
         idle = processes_of(pair.destination)
         with migrating(pair.source, receiver, program.pid, "--max-rate", "1000000") as journey:
             journey.wait_running()
@@ -101,13 +115,13 @@ def test_pages_become_rubbish_after_the_commit(pair: Pair, program: Program) -> 
     """The checksum finds it: nobody there reads a wrong byte."""
     carried = [0, 0, 0]
 
-    def meddle(number: int, data: bytes) -> bytes:
+    def there(number: int, data: bytes) -> bytes:
         carried[number] += len(data)
         return data if not number or carried[number] < 1 << 20 else (GARBAGE * 512)[: len(data)]
 
-    with receiving(pair.destination) as receiver, unchanged(pair.source, pair.destination), unharmed(program):
+    with receiving(pair.destination) as receiver, unchanged(pair.source), unharmed(program):
         idle = processes_of(pair.destination)
-        with way_to(receiver, pair.source, meddle) as address:
+        with way_to(receiver, pair.source, there=there) as address:
             done = lazyproc(pair.source, "migrate", pair.source.vpid(program.pid), address, "--insecure")
         says(done, 5, f"pid {pair.source.vpid(program.pid)}: ", "stays stopped here", "kill -CONT")
         assert "pages are missing, and who touches one of them waits" in receiver.notes()
@@ -117,6 +131,8 @@ def test_pages_become_rubbish_after_the_commit(pair: Pair, program: Program) -> 
 
 def both_are_kept_apart(pair: Pair, program: Program, idle: dict[int, str]) -> None:
     """The one here is stopped; the one there has found nothing wrong. End that, let this run."""
+    (record,) = (pair.destination.outside / "state").rglob("*.json")
+    assert json.loads(record.read_text())["state"] == "committed"
     assert state_of(program.pid) == "T"
     assert program.watch.read().errors == 0, str(program.watch.read())
     end_all_but(pair, idle)
@@ -147,28 +163,35 @@ def test_a_signal_to_migrate_at_any_moment(pair: Pair, number: signal.Signals) -
                     time.sleep(moments.uniform(0, LONGEST_S))
                     journey.process.send_signal(number)
                     code = journey.process.wait(COMMAND_S)
-                assert "Traceback" not in journey.log()
-                here += settled(pair, receiver, program, code, idle)
+                check_interrupted(code, number, journey.log())
+                here += settled(pair, program, code, idle)
     assert here > 0, "no signal came before the hand-over"
 
 
-def settled(pair: Pair, receiver: Receiver, program: Program, code: int, idle: dict[int, str]) -> bool:
+def check_interrupted(code: int, number: signal.Signals, words: str) -> None:
+    """Before lazyproc is up, Python says what it says. It ends by SIGINT, whatever we return, when the interrupt has
+    come within an exec() of a string: dataclasses do that when they are imported.
+    """
+    assert code in (0, 1, -number, -signal.SIGINT), words
+    assert "Traceback" not in words or "lazyproc: " not in words, words
+
+
+def settled(pair: Pair, program: Program, code: int, idle: dict[int, str]) -> bool:
     """True when the tree runs here; it is in exactly one place, whole. It is ended."""
-    if code == 0:
-        report = json.loads((pair.source.outside / "migrate.json").read_text())
-        new = pair.destination.pid(report["root_pid"])
-        assert not runs(program.pid)
-        with ending(new):
+
+    def there() -> bool:
+        return processes_of(pair.destination) != idle
+
+    wait_until(lambda: state_of(program.pid) in "TZ" or not there(), "it runs in one place")
+    if state_of(program.pid) in "TZ":
+        # T: killed after COMMIT, and nobody is left to bring what is missing.
+        assert state_of(program.pid) == "Z" or code == -signal.SIGKILL
+        if state_of(program.pid) == "Z":
             program.watch.wait_beats()
-        return False
-    if state_of(program.pid) == "T":  # killed after COMMIT: nobody is left to bring what is missing
-        assert code == -signal.SIGKILL
-        assert program.watch.read().errors == 0, str(program.watch.read())
         end_all_but(pair, idle)
+        assert program.watch.read().errors == 0, str(program.watch.read())
         return False
-    assert code in (1, -number) if (number := signal.SIGKILL) else False
     program.watch.wait_beats()
-    wait_until(lambda: processes_of(pair.destination) == idle, "the half-built tree is gone")
     program.stop_and_verify()
     return True
 
@@ -186,17 +209,15 @@ def test_a_signal_to_checkpoint_at_any_moment(pair: Pair, number: signal.Signals
             time.sleep(moments.uniform(0, LONGEST_S))
             process.send_signal(number)
             _, words = process.communicate(timeout=COMMAND_S)
-            assert "Traceback" not in words
-            folder = source.outside / name
-            if process.returncode == 0:
+            check_interrupted(process.returncode, number, words)
+            if process.returncode == 0 or not runs(program.pid):
                 assert program.process.wait(COMMAND_S) == -signal.SIGKILL
                 lazyproc(source, "show", source.scratch / name).check_returncode()
                 continue
             program.watch.wait_beats()
             program.stop_and_verify()
             if number == signal.SIGINT:
-                assert words.endswith("lazyproc: interrupted; the process runs on as before\n")
-                assert not folder.exists()
+                assert not (source.outside / name).exists()
 
 
 # --- the process itself ------------------------------------------------------------------------------------
@@ -210,19 +231,14 @@ def test_the_process_ends_at_any_moment(pair: Pair) -> None:
         for turn in range(10):
             with running(*PACED, directory=pair.shared, host=pair.source) as program:
                 pid = pair.source.vpid(program.pid)
-                command = (
-                    ("checkpoint", pid, "-D", f"/tmp/images-{turn}")
-                    if turn % 2
-                    else ("migrate", pid, receiver.address, "--insecure")
-                )
-                process = started(pair.source, *command)
+                words = ("-D", f"/tmp/images-{turn}") if turn % 2 else (receiver.address, "--insecure")
+                process = started(pair.source, "checkpoint" if turn % 2 else "migrate", pid, *words)
                 time.sleep(moments.uniform(0.1, LONGEST_S))
                 program.process.kill()
-                _, words = process.communicate(timeout=COMMAND_S)
-                done = subprocess.CompletedProcess(command, process.returncode, "", words)
-                if done.returncode:
-                    says(done, done.returncode, "; ")
-                    assert done.returncode in (1, 5)
+                _, error = process.communicate(timeout=COMMAND_S)
+                if process.returncode:
+                    says(subprocess.CompletedProcess("", process.returncode, "", error), process.returncode)
+                    assert process.returncode in (1, 3, 5)
                 end_all_but(pair, idle)
                 wait_until(lambda: processes_of(pair.destination) == idle, "nothing is left there")
 

@@ -79,10 +79,13 @@ static void check_other_ways(void)
     EXPECT(0, shmdt(attached));
 }
 
-static void check_all(void)
+/* What was said before the first look is the last thing that is touched before it. */
+static void check_all(uint32_t phase)
 {
-    status->phase = FINAL; /* from here to the first look nothing else is touched */
-    verify_page((const uint64_t *)(shared.anonymous + FIRST * PAGE), FIRST * PAGE, 1);
+    const uint64_t *first = (const uint64_t *)(shared.anonymous + FIRST * PAGE);
+
+    __atomic_store_n(&status->phase, phase, __ATOMIC_RELEASE);
+    verify_page(first, FIRST * PAGE, 1);
     check(shared.anonymous, 0);
     check_other_ways();
     check(shared.named, NAMED);
@@ -107,13 +110,13 @@ int main(int argc, char **argv)
     child = fork_child();
     if (child == 0) {
         wait_for_the_signal(CHILD);
-        check_all();
+        check_all(RUNNING);
         _exit(status->errors != 0);
     }
     check_running();
     wait_for_the_signal(PARENT);
     (void)kill(child, SIGTERM); /* it may have had it already */
-    check_all();
+    check_all(FINAL);
     expect_exit_0(child);
     MUST(shmctl(shared.shmid, IPC_RMID, NULL));
     return check_end();

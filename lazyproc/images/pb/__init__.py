@@ -7,6 +7,7 @@ into it; that is nobody, or protobuf itself on a host without its C module.
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.util import LazyLoader, find_spec, module_from_spec
 
@@ -34,4 +35,12 @@ def import_lazily(name: str) -> None:
     setattr(sys.modules[package], own_name, module)  # or `from package import name` would import it once more
 
 
-import_lazily(_PURE_PYTHON)
+# A KeyboardInterrupt while protobuf's C module builds descriptors is a segmentation fault (seen in 2 of 300 interrupts).
+_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+try:
+    import_lazily(_PURE_PYTHON)
+    from lazyproc.images.pb import files_pb2, lazyproc_pb2, process_pb2
+finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _before)
+
+__all__ = ["files_pb2", "import_lazily", "lazyproc_pb2", "process_pb2"]
