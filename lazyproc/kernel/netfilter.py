@@ -2,8 +2,8 @@
 
 A dropped packet is sent again by TCP; an answered one (RST) ends the connection, and an accepted one is lost
 with the frozen socket. So from the freeze until the hand-over both hosts drop what belongs to the tree. One
-table holds everything of a session, so removing the table removes every trace; `leftovers` finds the tables
-of sessions that were killed. The rules concern the network namespace of the calling thread and need
+table holds everything of a session, so removing the table removes every trace; a process of its own does
+that when we are killed. The rules concern the network namespace of the calling thread and need
 CAP_NET_ADMIN there and nft(8).
 """
 
@@ -16,6 +16,10 @@ from contextlib import contextmanager
 from typing import NamedTuple, Self
 
 from lazyproc.errors import HostLacks, PermissionDenied
+
+TYPE_CHECKING = False  # typing itself costs 5 ms of every start
+if TYPE_CHECKING:
+    import subprocess
 
 PREFIX = "lazyproc_"
 MARK = 0x6C70  # SO_MARK of packets that the restore itself injects; they pass
@@ -100,6 +104,7 @@ class Hold:
     def __init__(self, session: str) -> None:
         self._session = session
         self._flows: frozenset[Flow] = frozenset()
+        self._sweeper: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -111,14 +116,30 @@ class Hold:
         """Hold these back too. nft(8) costs 15-25 ms, so it is called only for flows that are new."""
         wanted = self._flows.union(flows)
         if wanted != self._flows:
+            if self._sweeper is None:
+                self._sweeper = _sweeper(PREFIX + self._session)
             hold(self._session, wanted)
             self._flows = wanted
 
     def release(self) -> None:
         """Let everything through again."""
-        if self._flows:
-            release(PREFIX + self._session)
-            self._flows = frozenset()
+        if self._sweeper is not None:
+            self._sweeper.communicate()
+            self._sweeper, self._flows = None, frozenset()
+
+
+def _sweeper(table: str) -> subprocess.Popen[bytes]:
+    """Removes the table when its input ends: when `communicate` says so, and when we are killed."""
+    import subprocess
+
+    words = 'cat; exec "$1" delete table inet "$2"'
+    return subprocess.Popen(
+        ["sh", "-c", words, "lazyproc-hold", _program(), table],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for us
+    )
 
 
 @contextmanager
@@ -135,14 +156,19 @@ def leftovers() -> list[str]:
     return [words[2] for words in listed if len(words) == 3 and words[2].startswith(PREFIX)]
 
 
-def _nft(script: str) -> str:
-    import shutil  # neither is needed by a tree without connections
-    import subprocess
+def _program() -> str:
+    import shutil
 
     program = shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin:/bin")
     if program is None:
         raise HostLacks("nft is missing", where="nftables", remedy="install the package nftables")
-    done = subprocess.run([program, "-f", "-"], input=script, capture_output=True, text=True, check=False)
+    return program
+
+
+def _nft(script: str) -> str:
+    import subprocess  # a tree without connections does not need it
+
+    done = subprocess.run([_program(), "-f", "-"], input=script, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return done.stdout
     reason = done.stderr.strip().splitlines()[0] if done.stderr.strip() else f"exit status {done.returncode}"

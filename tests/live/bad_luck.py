@@ -27,6 +27,7 @@ from tests.live.real import ending, move_now, network_of, processes_of
 PACED = ("memory_random", 8, 2, 1000)  # a guest on a machine with few cores
 CHECKPOINT = ("checkpoint", "-D", "/tmp/images")
 MIGRATE = ("migrate", "127.0.0.1:1", "--insecure")
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 COMMAND_S = 30
 
 
@@ -112,10 +113,10 @@ def _inventory(host: Host) -> tuple[dict[int, str], list[Path], str]:
 
 
 @contextmanager
-def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+def ended(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
     """Killed at the end when it still runs."""
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.communicate()

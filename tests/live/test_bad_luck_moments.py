@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from lazyproc.hosts import Pair
 from tests.live.bad_luck import (
     COMMAND_S,
     PACED,
+    ended,
     lazyproc,
     says,
     started,
@@ -31,7 +33,7 @@ from tests.live.bad_luck import (
 )
 from tests.live.moving import Receiver, receiving
 from tests.live.programs import Program, running, wait_until
-from tests.live.real import ending, migrating, move_now, processes_of, runs
+from tests.live.real import dialled, ending, migrating, move_now, processes_of, runs
 from tests.live.real_gate import gate_to
 from tests.live.tracees import state_of
 
@@ -264,3 +266,29 @@ def test_children_that_come_go_and_execute(pair: Pair) -> None:
     finally:
         os.killpg(shell.pid, signal.SIGKILL)
         shell.wait()
+
+
+def test_packets_come_through_when_the_command_is_killed(pair: Pair) -> None:
+    """What held them back while a server was frozen goes with who froze it."""
+    null = subprocess.DEVNULL
+    argv = [sys.executable, "-m", "http.server", "8000", "--directory", str(pair.source.outside)]
+    with (
+        receiving(pair.destination) as receiver,
+        unchanged(pair.source, pair.destination),
+        ended(pair.source.popen(argv, stdin=null, stdout=null, stderr=null)) as server,
+    ):
+        dialled(pair.destination, str(pair.source.address), 8000).close()
+        with (
+            gate_to(receiver, pair.source, closes_at=3) as gate,
+            migrating(pair.source, receiver, server.pid, by=gate.address) as journey,
+        ):
+            assert gate.reached.wait(COMMAND_S), journey.log()
+            assert "lazyproc_" in tables(pair)
+            journey.process.kill()
+            journey.process.wait()
+            wait_until(lambda: "lazyproc_" not in tables(pair), "packets come through again")
+        dialled(pair.destination, str(pair.source.address), 8000).close()
+
+
+def tables(pair: Pair) -> str:
+    return str(pair.source.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout)

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -30,7 +31,9 @@ from lazyproc.wire.native import (
     Role,
 )
 from tests.live.bad_luck import (
+    NOBODY,
     PACED,
+    ended,
     lazyproc,
     linked,
     listener_on,
@@ -322,3 +325,18 @@ def test_strangers_change_nothing(pair: Pair, program: Program) -> None:
         for sock in open_ones:
             sock.close()
         assert "Traceback" not in receiver.notes()
+
+
+def test_a_user_who_is_not_let_in(pair: Pair) -> None:
+    """Loopback is not trust: nobody else gets anything built by root."""
+    here, null = pair.destination, subprocess.DEVNULL
+    with (
+        ended(started(here, "receive", "--listen", "127.0.0.1:0")) as receiver,
+        ended(here.popen([*NOBODY, "sleep", "60"], stdin=null, stdout=null, stderr=null)) as theirs,
+    ):
+        assert receiver.stderr is not None
+        target = f"127.0.0.1:{receiver.stderr.readline().split()[-1]}"
+        with unchanged(here):
+            says(lazyproc(here, "migrate", here.vpid(theirs.pid), target, by=NOBODY), 1, target)
+        assert theirs.poll() is None
+        assert "the peer is uid 65534; --allow-uid 65534 lets that user in" in receiver.stderr.readline()

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from lazyproc.hosts import Pair
-from tests.live.bad_luck import CHECKPOINT, MIGRATE, PACED, lazyproc, says, unchanged, unharmed
+from tests.live.bad_luck import CHECKPOINT, MIGRATE, NOBODY, PACED, lazyproc, says, unchanged, unharmed
 from tests.live.moving import CLI
 from tests.live.programs import Program, running
 
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 BOTH = pytest.mark.parametrize("command", [CHECKPOINT, MIGRATE], ids=["checkpoint", "migrate"])
 
 
