@@ -85,7 +85,6 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
         lazy=args.lazy,
         pidns=args.pidns,
         policy=args.policy,
-        trace=False,
         listener=listener,
     )
 

@@ -101,7 +101,6 @@ def restore(
     pidns: Pidns,
     policy: str,
     listener: Listener,
-    trace: bool = False,
     bulk: bool = True,
 ) -> Iterator[Restored]:
     """Restore the tree in `directory`; it runs when the context is entered. Without `bulk` only what is touched comes.
@@ -116,7 +115,7 @@ def restore(
     with ExitStack() as stack:
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
         with built_tree(checkpoint, source, listener, lazy=lazy, pidns=pidns) as tree:
-            pager = stack.enter_context(_started_pager(tree, source, order, trace, bulk)) if lazy else None
+            pager = stack.enter_context(_started_pager(tree, source, order, bulk)) if lazy else None
             tree.release()
             listener(StateChanged("running", time.monotonic()))
         root = tree.root_pid
@@ -124,10 +123,8 @@ def restore(
 
 
 @contextmanager
-def _started_pager(
-    tree: BuiltTree, source: ImagePages, order: Policy, trace: bool, bulk: bool
-) -> Iterator[Pager]:
-    with pager_of(tree, trace=trace) as pager:
+def _started_pager(tree: BuiltTree, source: ImagePages, order: Policy, bulk: bool) -> Iterator[Pager]:
+    with pager_of(tree) as pager:
         pager.serve_segments(source.segments())
         lazy = {obj: [e for e in runs if e.lazy] for obj, runs in tree.checkpoint.memory.items()}
         pager.apply_map(lazy)
