@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 
 from lazyproc.kernel import tcp
 from lazyproc.kernel.sockopt import TCP_CLOSING, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_LAST_ACK
 from lazyproc.model import TcpState
 
+READS = 4
 FIN_SENT = {TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSING, TCP_LAST_ACK}
 
 
@@ -20,25 +22,33 @@ def read_connection(sock: socket.socket) -> TcpState:
     one).
     """
     with tcp.repaired(sock):
-        info = tcp.info(sock)
-        unread, unacknowledged, unsent = tcp.queued(sock)
-        if info.state in FIN_SENT:  # the FIN is counted, but is no byte that could be read
-            unacknowledged, unsent = max(unacknowledged - 1, 0), max(unsent - 1, 0)
-        recv_seq, recv_queue = tcp.peek_queue(sock, tcp.RECV_QUEUE, unread)
-        send_seq, send_queue = tcp.peek_queue(sock, tcp.SEND_QUEUE, unacknowledged)
-        return TcpState(
-            send_seq=send_seq,
-            recv_seq=recv_seq,
-            send_queue=send_queue,
-            recv_queue=recv_queue,
-            unsent=unsent,
-            mss=tcp.max_segment(sock),
-            options=info.options,
-            send_wscale=info.send_wscale,
-            recv_wscale=info.recv_wscale,
-            timestamp=tcp.timestamp(sock) if info.options & tcp.OPT_TIMESTAMPS else 0,
-            window=tcp.window(sock),
-        )
+        for _ in range(READS):
+            # Between two ends in the tree a delayed ACK may still come, where nothing is held back.
+            with suppress(tcp.QueueMoved):
+                return _read(sock)
+        return _read(sock)
+
+
+def _read(sock: socket.socket) -> TcpState:
+    info = tcp.info(sock)
+    unread, unacknowledged, unsent = tcp.queued(sock)
+    if info.state in FIN_SENT:  # the FIN is counted, but is no byte that could be read
+        unacknowledged, unsent = max(unacknowledged - 1, 0), max(unsent - 1, 0)
+    recv_seq, recv_queue = tcp.peek_queue(sock, tcp.RECV_QUEUE, unread)
+    send_seq, send_queue = tcp.peek_queue(sock, tcp.SEND_QUEUE, unacknowledged)
+    return TcpState(
+        send_seq=send_seq,
+        recv_seq=recv_seq,
+        send_queue=send_queue,
+        recv_queue=recv_queue,
+        unsent=unsent,
+        mss=tcp.max_segment(sock),
+        options=info.options,
+        send_wscale=info.send_wscale,
+        recv_wscale=info.recv_wscale,
+        timestamp=tcp.timestamp(sock) if info.options & tcp.OPT_TIMESTAMPS else 0,
+        window=tcp.window(sock),
+    )
 
 
 def read_ended(sock: socket.socket) -> TcpState:

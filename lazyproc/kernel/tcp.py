@@ -106,13 +106,17 @@ def _count(sock: socket.socket, request: int) -> int:
     return int(_U32.unpack(fcntl.ioctl(sock, request, bytes(4)))[0])
 
 
+class QueueMoved(OSError):
+    """A packet came between counting a queue's bytes and reading them."""
+
+
 def peek_queue(sock: socket.socket, queue: int, length: int) -> tuple[int, bytes]:
-    """The end and the `length` bytes of a queue. EIO when the queue holds another number of bytes."""
+    """The end and the `length` bytes of a queue. QueueMoved when it holds another number of bytes."""
     select_queue(sock, queue)
     end = queue_end(sock)
     data = sock.recv(length + 1, socket.MSG_PEEK | socket.MSG_DONTWAIT) if length else b""
     if len(data) != length:
-        raise OSError(5, f"a TCP queue of {length} bytes gave {len(data)}")
+        raise QueueMoved(5, f"a TCP queue of {length} bytes gave {len(data)}")
     return end, data
 
 
