@@ -43,6 +43,9 @@ def gather_mm(
     pid, stat = frozen.pid, frozen.stat
     refused_mappings(registry, pid, smaps)
     vmas = tuple(_vma(registry, pid, entry, objects) for entry in smaps if entry.entry.path != "[vsyscall]")
+    for ring in (vma for vma in vmas if vma.kind is VmaKind.AIO):
+        with attempt(registry, pid, f"mapping {ring.start:#x}-{ring.end:#x}"):
+            _check_idle(ring, memory)
     return Mm(
         start_code=stat.start_code,
         end_code=stat.end_code,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -77,8 +76,3 @@ def host_tids(pid: int, tids: Sequence[int], known: dict[int, int]) -> dict[int,
     if missing:
         raise RestoreError(f"threads {missing} are not there", where=f"pid {pid}", remedy="report it")
     return known
-
-
-def close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
