@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from lazyproc.facts import dataclass
 
 
 class LazyprocError(Exception):

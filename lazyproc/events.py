@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+from lazyproc.facts import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)

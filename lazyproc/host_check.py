@@ -6,10 +6,10 @@ import enum
 import os
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from lazyproc.errors import LazyprocError
+from lazyproc.facts import dataclass
 from lazyproc.kernel import host, netfilter, proc
 from lazyproc.uffd.device import DEVICE, PAGER_FEATURES, Feature, Userfaultfd
 

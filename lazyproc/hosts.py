@@ -20,13 +20,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from lazyproc.errors import HostLacks, NoSuchProcess
+from lazyproc.facts import dataclass, field
 
 DAY_S = 86_400
 PRIVATE = ("/tmp", "/run", "/dev/shm")  # each host has its own, empty at the start

@@ -7,12 +7,12 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
 from lazyproc.errors import HostLacks, LazyprocError
+from lazyproc.facts import dataclass
 from lazyproc.model import PAGE
 
 SOURCE = Path(__file__).with_name("cargo.c")

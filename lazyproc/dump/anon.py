@@ -6,13 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TypeVar
 
 from lazyproc.dump.look import Look, look_at
 from lazyproc.dump.pipes import unread
 from lazyproc.dump.registry import Inode, Refused, Registry
 from lazyproc.errors import UnexpectedProcText
+from lazyproc.facts import dataclass
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.proc_fdinfo import EpollInfo, InotifyInfo, TimerFdInfo
 from lazyproc.model import Epoll, EpollTarget, EventFd, Inotify, InotifyWatch, SignalFd, TimerFd

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 
 from lazyproc.dump.descriptors import early_flows
 from lazyproc.dump.memory import has_guards
 from lazyproc.dump.registry import TaskRef
 from lazyproc.dump.walk import thread_ids, tree_of
 from lazyproc.errors import LazyprocError
+from lazyproc.facts import dataclass
 from lazyproc.kernel import proc, sleeps
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.kernel.sys import pidfd_open

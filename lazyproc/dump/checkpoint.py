@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from lazyproc.dump.before import observed_sleeps
@@ -14,6 +13,7 @@ from lazyproc.dump.gather import dumped
 from lazyproc.dump.source import dump_pages
 from lazyproc.errors import CannotBeDone
 from lazyproc.events import Listener, StateChanged, StepDone
+from lazyproc.facts import dataclass
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import Folder
 from lazyproc.kernel.deaf import deaf

@@ -10,7 +10,6 @@ import os
 import stat as st
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from lazyproc.dump import anon, files, pipes
 from lazyproc.dump.look import Look, attempt, look_at, unless_closed
@@ -18,6 +17,7 @@ from lazyproc.dump.refusals import refusal
 from lazyproc.dump.registry import Refused, Registry, TaskRef
 from lazyproc.dump.sockets import SocketTable
 from lazyproc.errors import NoSuchProcess, Obstacle
+from lazyproc.facts import dataclass
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.kernel.proc_fdinfo import LockInfo, fdinfo

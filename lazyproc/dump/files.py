@@ -11,11 +11,11 @@ import mmap
 import os
 import stat as st
 from collections.abc import Iterator
-from dataclasses import replace
 from fcntl import F_GET_SEALS, fcntl
 
 from lazyproc.dump.look import Look, attempt
 from lazyproc.dump.registry import Refused, Registry
+from lazyproc.facts import replace
 from lazyproc.kernel import elf, fds
 from lazyproc.kernel.proc import MapsEntry
 from lazyproc.model import FileContent, MemFd, OpenFile, Owner, RegularFile, SharedKind, SharedMemory

@@ -7,10 +7,10 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, TraceeError
+from lazyproc.facts import dataclass, field
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel import tracee as ptrace

@@ -8,7 +8,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from typing import cast
 
 from lazyproc.dump.descriptors import Gathered, gather_descriptors
@@ -21,6 +20,7 @@ from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.tasks import gather_task, gather_zombie, process_questions
 from lazyproc.dump.threads import THREAD_ANSWERS, gather_thread, thread_questions
 from lazyproc.errors import CannotBeDone
+from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc, remote, sysvipc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.netfilter import Flow

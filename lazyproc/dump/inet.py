@@ -9,10 +9,10 @@ import select
 import socket
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from lazyproc.dump.registry import Refused
 from lazyproc.dump.tcp import FIN_SENT, read_connection, read_ended
+from lazyproc.facts import dataclass
 from lazyproc.kernel import tcp
 from lazyproc.kernel.netfilter import End, Flow, plain
 from lazyproc.kernel.sockdiag import InetInfo

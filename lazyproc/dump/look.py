@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from lazyproc.dump.registry import Refused, Registry
 from lazyproc.errors import NoSuchProcess
+from lazyproc.facts import dataclass
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.proc_fdinfo import FdInfo, fdinfo
 

@@ -7,13 +7,13 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 
 from lazyproc.dump.files import gather_link, gather_mapped_file
 from lazyproc.dump.freeze import FrozenTask
 from lazyproc.dump.look import attempt
 from lazyproc.dump.memory import kind_of, refused_mappings, vma_of
 from lazyproc.dump.registry import Refused, Registry
+from lazyproc.facts import dataclass, field, replace
 from lazyproc.kernel import elf, proc, sysvipc
 from lazyproc.kernel.tracee import Memory
 from lazyproc.model import PAGE, MemFd, Mm, SharedKind, SharedMemory, Task, Vma, VmaKind

@@ -6,9 +6,9 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 from lazyproc.dump.registry import Refused, Registry
+from lazyproc.facts import replace
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel

@@ -13,8 +13,8 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+from lazyproc.facts import dataclass
 from lazyproc.kernel.sockopt import SIOCINQ, SO_PASSCRED, SO_PEEK_OFF, SOL_SOCKET, peek_all_but_last
 from lazyproc.model import Packet
 

@@ -10,11 +10,11 @@ import struct
 import termios
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
 
 from lazyproc.dump.files import fifo_path
 from lazyproc.dump.look import Look, attempt
 from lazyproc.dump.registry import Refused, Registry
+from lazyproc.facts import dataclass, field, replace
 from lazyproc.kernel import fds
 from lazyproc.model import Pipe, PipeEnd
 

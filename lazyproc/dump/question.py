@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from lazyproc.facts import dataclass
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.kernel.tracee import Tracee
 

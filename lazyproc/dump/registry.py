@@ -10,9 +10,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from lazyproc.errors import NoSuchProcess, Obstacle
+from lazyproc.facts import dataclass, field
 from lazyproc.kernel import proc
 from lazyproc.kernel.fds import kcmp_epoll_target
 from lazyproc.kernel.sys import KCMP_FILE, kcmp, pidfd_getfd

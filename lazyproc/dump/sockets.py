@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
 
@@ -19,6 +18,7 @@ from lazyproc.dump.inet import Ends, ends_of, gather_inet, refuse_state, refuse_
 from lazyproc.dump.peek import read_queue
 from lazyproc.dump.registry import Place, Refused, Registry
 from lazyproc.dump.unix import UnixNamespace, gather_unix, has_peer, view
+from lazyproc.facts import dataclass, field
 from lazyproc.kernel import netns, sockdiag, tcp
 from lazyproc.kernel.netfilter import End, Flow, plain
 from lazyproc.kernel.sockopt import (

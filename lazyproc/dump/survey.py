@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cmp_to_key, partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import NoSuchProcess, PermissionDenied, UsageError
+from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.kernel.sys import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, kcmp
 from lazyproc.kernel.sysvipc import LastUse, last_uses

@@ -8,9 +8,9 @@ import os
 import socket
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from lazyproc.dump.registry import Refused, Registry
+from lazyproc.facts import dataclass
 from lazyproc.kernel.netns import namespace_of
 from lazyproc.kernel.sockdiag import UnixInfo
 from lazyproc.kernel.sockopt import SIOCUNIXFILE, SOL_SOCKET, TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from lazyproc.errors import ImageError
+from lazyproc.facts import replace
 from lazyproc.images import check, memory, tasks, threads
 from lazyproc.images.contents import read_contents, write_contents
 from lazyproc.images.extras import VERSION, Extras, read_extras

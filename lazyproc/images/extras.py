@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from lazyproc.errors import ImageError
+from lazyproc.facts import dataclass, field
 from lazyproc.images.files import EXTRAS, garbled, record
 from lazyproc.images.pb import lazyproc_pb2 as own
 

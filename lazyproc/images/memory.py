@@ -8,9 +8,9 @@ writer makes such a file for every object, and the reader drops those that only 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 
 from lazyproc.errors import ImageError
+from lazyproc.facts import dataclass, replace
 from lazyproc.images.extras import Extras
 from lazyproc.images.files import ImageWriter, garbled, record, records, to_bytes, to_text
 from lazyproc.images.pb import lazyproc_pb2 as own

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from lazyproc.errors import ImageError
+from lazyproc.facts import replace
 from lazyproc.images import sockets
 from lazyproc.images.contents import REMAPS, read_remaps
 from lazyproc.images.extras import Extras

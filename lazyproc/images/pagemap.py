@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 
 from lazyproc.errors import ImageError
+from lazyproc.facts import dataclass, replace
 from lazyproc.images.files import ImageReader, ImageWriter
 from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.model import PAGE, Extent

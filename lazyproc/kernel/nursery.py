@@ -12,9 +12,9 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from lazyproc.errors import HostLacks
+from lazyproc.facts import dataclass
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel._core import ffi, lib
 from lazyproc.kernel.remote import BLOB, Bench

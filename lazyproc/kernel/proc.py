@@ -13,10 +13,10 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, UnexpectedProcText
+from lazyproc.facts import dataclass
 
 RLIM_INFINITY = 2**64 - 1
 SIGEV_THREAD_ID = 4

@@ -6,8 +6,7 @@ fs/notify/fdinfo.c, fs/pidfs.c and fs/locks.c. Devices are (major, minor).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from lazyproc.facts import dataclass
 from lazyproc.kernel.proc import Device, parser
 
 

@@ -18,9 +18,9 @@ import signal
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from lazyproc.errors import NoSuchProcess, TraceeError
+from lazyproc.facts import dataclass, field
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel._core import ffi, lib
 from lazyproc.kernel.arch_x86_64 import SYS

@@ -9,8 +9,8 @@ from __future__ import annotations
 import signal
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
+from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc, sleeps
 from lazyproc.kernel.tracee import Memory, State, Tracee

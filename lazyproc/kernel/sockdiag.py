@@ -12,9 +12,9 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from lazyproc.errors import HostLacks, LazyprocError
+from lazyproc.facts import dataclass
 
 TCP_ESTABLISHED, TCP_CLOSE, TCP_LISTEN = 1, 7, 10  # include/net/tcp_states.h, unix sockets use them too
 

@@ -14,8 +14,8 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+from lazyproc.facts import dataclass
 from lazyproc.kernel.sockopt import (
     SIOCINQ,
     SIOCOUTQ,

@@ -12,9 +12,9 @@ import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from lazyproc.errors import NoSuchProcess, PermissionDenied, TraceeError
+from lazyproc.facts import dataclass
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel._core import ffi, lib

@@ -7,10 +7,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
+from lazyproc.facts import asdict, dataclass, field
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
 from lazyproc.kernel.deaf import deaf

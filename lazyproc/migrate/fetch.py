@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from lazyproc.events import Listener
+from lazyproc.facts import dataclass
 from lazyproc.migrate.destination import Arrival, Arrived, Terms, fetched
 from lazyproc.restore.run import Restored
 

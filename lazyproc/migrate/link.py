@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
+from lazyproc.facts import dataclass
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.transport import Channel, Listener, Session, dial
 from lazyproc.wire.native import Party, Role

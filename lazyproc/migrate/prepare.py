@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from lazyproc.dump.walk import thread_ids
 from lazyproc.errors import ProtocolError
+from lazyproc.facts import dataclass
 from lazyproc.kernel import cpu, elf, proc
 from lazyproc.model import PAGE
 from lazyproc.wire.jsonobject import JsonValue

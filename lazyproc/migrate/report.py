@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from lazyproc.facts import asdict, dataclass, field
 
 
 @dataclass(frozen=True, slots=True)

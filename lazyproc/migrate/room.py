@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 
 MOUNT = Path("/sys/fs/cgroup")

@@ -11,7 +11,6 @@ import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 
 from lazyproc.dump.before import Before, look_before, observed_sleeps
 from lazyproc.dump.explain import explain
@@ -28,6 +27,7 @@ from lazyproc.errors import (
     ProtocolError,
 )
 from lazyproc.events import Listener, PagesMoved, StateChanged, ignore
+from lazyproc.facts import dataclass
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
 from lazyproc.kernel.deaf import deaf

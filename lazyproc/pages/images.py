@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
 from lazyproc.errors import ImageError
+from lazyproc.facts import dataclass
 from lazyproc.images.convert import memory_objects, pagemap_images, pagemap_name
 from lazyproc.images.files import Folder, ImageReader
 from lazyproc.images.pagemap import PE_LAZY, Entry, Located, find, locate, merge, read_pagemap

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 from lazyproc.errors import PermissionDenied
+from lazyproc.facts import dataclass
 
 _Address = IPv4Address | IPv6Address
 

@@ -7,10 +7,11 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Self, TypeAlias
 
 from lazyproc.errors import HostLacks, LazyprocError, UsageError
+from lazyproc.facts import dataclass
 from lazyproc.model import PAGE
 from lazyproc.pages._server import ffi, lib
 from lazyproc.pages.frozen import ProcessSegment

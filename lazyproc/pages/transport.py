@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import ParamSpec, Self, TypeVar
 
 from lazyproc import events
@@ -26,6 +25,7 @@ from lazyproc.errors import (
     ProtocolError,
     UsageError,
 )
+from lazyproc.facts import dataclass, field
 from lazyproc.pages.peer import Trust, peer_name
 from lazyproc.wire.native import VERSION, Abort, Connection, Event, Hello, Party, Ping, Pong, Role, Welcome
 

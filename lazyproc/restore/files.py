@@ -11,11 +11,11 @@ import os
 import stat as st
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from lazyproc.errors import RestoreError
 from lazyproc.events import Listener, ignore
+from lazyproc.facts import dataclass
 from lazyproc.kernel import elf
 from lazyproc.model import (
     Checkpoint,

@@ -7,9 +7,9 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 
 from lazyproc.errors import RestoreError
+from lazyproc.facts import dataclass, field
 from lazyproc.kernel import inject, tcp
 from lazyproc.kernel.netfilter import End, Flow, plain
 from lazyproc.kernel.sockopt import (

@@ -8,8 +8,8 @@ the highest down each can be moved without hitting one that has not moved yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from lazyproc.facts import dataclass
 from lazyproc.model import Descriptor
 
 SCM_MAX_FD = 253  # descriptors of one message, include/net/scm.h

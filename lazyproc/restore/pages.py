@@ -7,9 +7,9 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 
 from lazyproc.errors import ImageError, RestoreError
+from lazyproc.facts import dataclass, replace
 from lazyproc.kernel.remote import Call
 from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject, ObjectKind, Vma, VmaKind

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from lazyproc.errors import RestoreError
+from lazyproc.facts import dataclass
 from lazyproc.model import Task, TaskState
 
 

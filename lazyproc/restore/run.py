@@ -7,11 +7,11 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from lazyproc.errors import LostAfterCommit
 from lazyproc.events import Listener, StateChanged
+from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.pages.images import ImagePages

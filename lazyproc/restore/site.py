@@ -6,9 +6,9 @@ import array
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from lazyproc.errors import RestoreError
+from lazyproc.facts import dataclass, field
 from lazyproc.kernel import proc
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.kernel.tracee import Memory, Tracee

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from socket import socket
 from typing import TYPE_CHECKING, TypeVar
 
+from lazyproc.facts import dataclass
 from lazyproc.kernel.sockopt import LATE, TCP_LISTEN
 from lazyproc.model import Checkpoint, InetSocket, OpenFile, Task, UnixSocket
 from lazyproc.restore.options import apply

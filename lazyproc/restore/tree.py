@@ -11,11 +11,11 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lazyproc.errors import PidTaken, RestoreError
 from lazyproc.events import Listener, Note, StepDone
+from lazyproc.facts import dataclass, field, replace
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace

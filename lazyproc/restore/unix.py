@@ -15,9 +15,9 @@ import socket
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 
 from lazyproc.errors import RestoreError
+from lazyproc.facts import dataclass, field
 from lazyproc.kernel.sockopt import (
     EARLY,
     SO_SNDBUFFORCE,

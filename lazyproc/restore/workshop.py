@@ -6,10 +6,10 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 
 from lazyproc.errors import RestoreError
 from lazyproc.events import Listener
+from lazyproc.facts import dataclass, field
 from lazyproc.kernel import fds
 from lazyproc.model import Checkpoint, OpenFile
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 
 from lazyproc.errors import CannotBeDone, LazyprocError, Obstacle
+from lazyproc.facts import asdict
 
 FAILED = 1
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
+from lazyproc.facts import asdict
 from lazyproc.host_check import Finding, State
 from lazyproc.show.text import table
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from lazyproc.facts import asdict
 from lazyproc.model import PAGE
 from lazyproc.show.text import plural, size, table
 

@@ -11,10 +11,10 @@ import errno
 import fcntl
 import os
 import struct
-from dataclasses import dataclass
 from typing import Self
 
 from lazyproc.errors import HostLacks, PermissionDenied
+from lazyproc.facts import dataclass
 from lazyproc.uffd._pager import ffi
 
 DEVICE = "/dev/userfaultfd"

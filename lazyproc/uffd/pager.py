@@ -10,12 +10,12 @@ import errno
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from lazyproc.errors import HostLacks, LazyprocError, Parked, UsageError
 from lazyproc.events import PagesMoved
+from lazyproc.facts import dataclass
 from lazyproc.model import Extent, MemoryObject
 from lazyproc.uffd._pager import ffi, lib
 from lazyproc.uffd.device import Outcome

@@ -13,9 +13,9 @@ import enum
 import struct
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from lazyproc.errors import ProtocolError
+from lazyproc.facts import dataclass
 from lazyproc.model import PAGE
 
 MAX_PAGES = 1 << 20  # in one message: 4 GiB; CRIU itself sends at most one pagemap entry

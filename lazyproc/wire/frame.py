@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from lazyproc.errors import ProtocolError
+from lazyproc.facts import dataclass
 from lazyproc.model import PAGE
 
 MAX_PAGES = 1024  # in one GET or PAGES

@@ -15,10 +15,10 @@ import enum
 import string
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from lazyproc.errors import ProtocolError
+from lazyproc.facts import dataclass, field
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 from lazyproc.wire import jsonobject
 from lazyproc.wire.frame import HEADER, Flag, Frame, Type, is_range
