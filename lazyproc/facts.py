@@ -131,6 +131,8 @@ def _compiled_init(cls: Any, frozen: bool) -> Callable[..., None]:
             lines.append(f"set_{name}(self, {value or name})")
         else:
             lines.append(f"self.{name} = {value or name}")
+    if hasattr(cls, "__post_init__"):
+        lines.append("self.__post_init__()")
     parameters = ", ".join(positional + (keywords if len(keywords) > 1 else []))
     exec(f"def __init__({parameters}):\n " + "\n ".join(lines), names)
     init: Callable[..., None] = names["__init__"]

@@ -35,6 +35,9 @@ def _classes(maker: Any) -> dict[str, Any]:
         seen: list[int] = maker.field(default_factory=list, init=False)
         limit: int = maker.field(default=3, kw_only=True)
 
+        def __post_init__(self) -> None:
+            self.seen.append(self.addr)
+
     @maker.dataclass(slots=True, kw_only=True)
     class Derived(Mutable):
         extra: int
