@@ -262,18 +262,20 @@ for one in many:
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     one.bind(("0.0.0.0", 8204))
     one.listen()
-log = open("SCRATCH/log", "a")
-shorter = open("SCRATCH/private", "r+b")
-private = mmap.mmap(shorter.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+log = open("SCRATCH/log")
+os.write(beats, b".")
+growing = open(sys.argv[1], "rb")
+private = mmap.mmap(growing.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
 """
 
 
 def test_what_works_without_is_not_asked_for(pair: Pair) -> None:
-    """Addresses that need not be on an interface, ports that are shared, logs that have grown on one side only."""
+    """Addresses that need not be on an interface, ports that are shared, logs that have grown on one side only, and a
+    file that both hosts see and the program goes on writing to, mapped private.
+    """
     for host in (pair.source, pair.destination):
         host.run(["ip", "route", "add", "local", "198.51.100.0/24", "dev", "lo"], check=True)
         (host.outside / "log").write_text("x" * host.number)
-        (host.outside / "private").write_text("x" * 10)
     taken = (
         "s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)\n"
         "s.bind(('0.0.0.0', 8204)); s.listen()"
