@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from lazyproc.hosts import Host, Pair
-from lazyproc.wire.native import Abort, Needs, Party, Prepare, Prepared, Welcome
+from lazyproc.migrate.link import Gathering
+from lazyproc.pages.transport import Channel
+from lazyproc.wire.native import Abort, Party, Prepare, Prepared, Welcome
 from tests.live.bad_luck import (
     NOBODY,
     PACED,
@@ -35,7 +37,8 @@ from tests.live.bad_luck import (
 )
 from tests.live.moving import Receiver, receiving
 from tests.live.programs import running, wait_until
-from tests.live.real import ending, move_now
+from tests.live.real import ending, migrating, move_now
+from tests.needs import require
 
 # Does what it is told, then writes a byte every 2 ms. IPC numbers: include/uapi/linux/ipc.h.
 CARGO = """
@@ -190,27 +193,14 @@ def test_migrate_says_all_that_is_missing_and_freezes_nothing(
 def test_a_move_does_call_ptrace_and_says_that_it_froze(pair: Pair) -> None:
     """So the test above can fail."""
     with cargo(pair, "") as program, receiving(pair.destination) as receiver:
-        target = pair.source.vpid(program.pid)
-        words = ("migrate", target, receiver.address, "--insecure", "-v")
+        words = ("migrate", pair.source.vpid(program.pid), receiver.address, "--insecure", "-v")
         assert lazyproc(pair.source, *words, by=without("ptrace")).returncode == 1
         program.goes_on()
-        done = lazyproc(pair.source, *words)
-        assert done.returncode == 0, done.stderr
-        assert "frozen" in done.stderr.splitlines()
-        program.goes_on()
-        end_there(pair)
-
-
-def end_there(pair: Pair) -> None:
-    """End what has moved."""
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            home = os.readlink(f"/proc/{pid}/ns/net")
-        except OSError:
-            continue
-        if CARGO.encode() in words and home == os.readlink(f"/proc/{pair.destination.init_pid}/ns/net"):
-            os.kill(pid, signal.SIGKILL)
+        with migrating(pair.source, receiver, program.pid) as journey:
+            new, _ = journey.arrive()
+        with ending(new):
+            assert "frozen" in journey.log().splitlines()
+            program.goes_on()
 
 
 def test_explain_says_the_same_and_the_receiver_goes_on(
@@ -219,10 +209,12 @@ def test_explain_says_the_same_and_the_receiver_goes_on(
     program, words = lacking_everything
     with receiving(pair.destination) as receiver, unchanged(pair.source, pair.destination):
         found = asked(pair, receiver, program.pid, 3)
-        assert sorted(o["why"] for o in found) == sorted(
-            next(o["why"] for o in found if o["why"].startswith(f"{receiver.address}: {text}"))
+        said = {
+            text: [o for o in found if o["why"].startswith(f"{receiver.address}: {text}")]
             for text in words.values()
-        )
+        }
+        assert {text: len(those) for text, those in said.items()} == dict.fromkeys(words.values(), 1)
+        assert len(found) == len(words)
         assert {o["pid"] for o in found} == {pair.source.vpid(program.pid)}
         assert {o["where"].split()[0] for o in found} == {"fd", "cwd", "mapping"}
         assert all(o["remedy"] for o in found)
@@ -389,39 +381,57 @@ def test_a_kernel_without_what_every_restore_takes(pair: Pair) -> None:
         assert "choose pids" in found[0]["why"]
 
 
-def test_an_older_receiver_is_asked_what_it_knows(pair: Pair) -> None:
+def test_what_only_some_trees_take_is_asked_for_by_those(pair: Pair) -> None:
+    """Without nft(8) a destination cannot hold packets back, which matters to connections with others."""
+    nft = os.path.realpath(require("nft"))
+    hidden = ("unshare", "--mount", "sh", "-ec", f'mount --bind /dev/null {nft}; exec "$@"', "sh")
+    listens = bound("AF_INET", "SOCK_STREAM", ("10.77.0.2", 8300), "SOCK.listen()")
+    connects = "s = socket.create_connection(('10.77.0.2', 8300))"
+    with sitting(pair.destination, listens), receiving(pair.destination, by=hidden) as receiver:
+        with cargo(pair, "") as program:
+            assert asked(pair, receiver, program.pid, 0) == []
+        (pair.shared / "beats").unlink()
+        with cargo(pair, connects) as program:
+            found = asked(pair, receiver, program.pid, 3)
+    (obstacle,) = (o for o in found if "nftables: " in o["why"])
+    assert obstacle["where"] == "fd 4"
+    assert "nft is missing" in obstacle["why"]
+
+
+class FirstChannel(Channel):
+    """Greets as lazyproc did before it could be asked."""
+
+    def welcome(self) -> None:
+        assert self.hello is not None
+        self.send(Welcome(self.hello.session, revision=0))
+
+
+@pytest.mark.parametrize("answer", [Prepared(), Abort({"reason": "not today"})])
+def test_an_older_receiver_is_asked_what_it_knows(pair: Pair, answer: Prepared | Abort) -> None:
     """Nothing that it would not understand is sent to it."""
     heard: list[object] = []
 
     def serve(sock: socket.socket) -> None:
-        from contextlib import closing
-
-        from lazyproc.migrate.link import Gathering
-        from lazyproc.pages.transport import Channel
-
         with closing(Gathering()) as gathering:
-            while True:
-                channel = Channel(sock.accept()[0], Party.DESTINATION, dialled=False)
+            link = None
+            while link is None:
+                channel = FirstChannel(sock.accept()[0], Party.DESTINATION, dialled=False)
                 channel.receive(20)
-                channel.welcome = lambda channel=channel: channel.send(  # type: ignore[method-assign, misc]
-                    Welcome(channel.hello.session, revision=0)
-                )
                 link = gathering.add(channel)
-                if link is not None:
-                    break
-        with link.control, link.urgent, link.bulk:
-            while not isinstance(event := link.control.receive(20), Abort):
-                heard.append(event)
-                if isinstance(event, Prepare):
-                    link.control.send(Prepared() if len(heard) == 1 else Abort({"reason": "not today"}))
+            with link.control, link.urgent, link.bulk:
+                while True:
+                    heard.append(link.control.receive(20))
+                    if isinstance(heard[-1], Prepare):
+                        link.control.send(answer)
 
     with cargo(pair, "") as program, listener_on(pair.destination, serve) as address:
         target = pair.source.vpid(program.pid)
         done = lazyproc(pair.source, "explain", target, "--peer", address, "--insecure")
-        assert done.returncode == 0, done.stderr
         assert "is an older lazyproc" in done.stderr
-    assert [type(event) for event in heard] == [Prepare]
-    assert Needs not in map(type, heard)
+        assert done.returncode == (0 if isinstance(answer, Prepared) else 3), done.stderr
+        assert ("not today" in done.stdout) == isinstance(answer, Abort)
+    assert heard[0].__class__ is Prepare
+    assert heard[1:] == ([Abort({"reason": "only asked"})] if isinstance(answer, Prepared) else [])
 
 
 # --- check --peer -------------------------------------------------------------------------------------------
