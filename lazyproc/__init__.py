@@ -6,8 +6,8 @@ TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from lazyproc import errors as errors
     from lazyproc.dump.checkpoint import checkpoint as checkpoint
-    from lazyproc.dump.explain import explain as explain
     from lazyproc.migrate.destination import receive as receive
+    from lazyproc.migrate.explain import explain as explain
     from lazyproc.migrate.server import serve as serve
     from lazyproc.migrate.source import migrate as migrate
     from lazyproc.restore.run import Restored as Restored
@@ -18,7 +18,7 @@ _MODULES = {
     "LazyRegion": "lazyproc.uffd.region",
     "Restored": "lazyproc.restore.run",
     "checkpoint": "lazyproc.dump.checkpoint",
-    "explain": "lazyproc.dump.explain",
+    "explain": "lazyproc.migrate.explain",
     "receive": "lazyproc.migrate.destination",
     "serve": "lazyproc.migrate.server",
 }

@@ -93,13 +93,18 @@ class LostAfterCommit(LazyprocError):
 class Obstacle:
     """One thing that cannot be dumped or moved: which process, which descriptor or mapping, why, and the way out."""
 
-    pid: int
-    where: str  # "fd 7", "mapping 0x7f00..-0x7f10..", "thread 1234", "process"
+    pid: int  # 0: not one process, but a host
+    where: str  # "fd 7", "mapping 0x7f00..-0x7f10..", "thread 1234", "process", "host"
     why: str
     remedy: str
 
+    @property
+    def place(self) -> str:
+        """Whose it is, for people: "pid 12: fd 7"."""
+        return f"pid {self.pid}: {self.where}" if self.pid else self.where
+
     def __str__(self) -> str:
-        return f"pid {self.pid}: {self.where}: {self.why}; {self.remedy}"
+        return f"{self.place}: {self.why}; {self.remedy}"
 
 
 class CannotBeDone(LazyprocError):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import enum
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from lazyproc.errors import LazyprocError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import host, netfilter, proc
-from lazyproc.uffd.device import DEVICE, PAGER_FEATURES, Feature, Userfaultfd
+from lazyproc.uffd.device import DEVICE, PAGER_FEATURES, Feature, Userfaultfd, demand_for_tasks
 
 HEADROOM = 256 << 20  # bytes; with less available no process of any size can arrive
 AS_ROOT = "run as root; in a container, privileged"
@@ -56,6 +56,8 @@ class Capability:
 
 
 PROBES = (
+    Probe("userfaultfd of tasks", demand_for_tasks, "lets restored processes wait for their pages", State.MISSING,
+          AS_ROOT),
     Probe("ptrace", host.trace, "stops and describes processes", State.MISSING,
           "run as root; a container's seccomp profile must allow ptrace; kernel.yama.ptrace_scope must not be 3"),
     Probe("pidfd_getfd", host.pidfd_getfd, "takes descriptors", State.MISSING, NEWER + " (5.6)"),
@@ -70,6 +72,9 @@ PROBES = (
           "lets monotonic clocks go on across hosts", State.MISSING, AS_ROOT + ", on a kernel with CONFIG_TIME_NS"),
     Probe("TCP_REPAIR", host.repair_tcp, "moves established TCP connections", State.DEGRADED, AS_ROOT),
     Probe("nftables", netfilter.leftovers, "holds packets back while connections move", State.DEGRADED, AS_ROOT),
+    Probe("POSIX timers", host.timer_ids, "gives restored timers their numbers", State.DEGRADED, NEWER + " (6.16)"),
+    Probe("guard regions", host.guard, "guards memory as programs do (MADV_GUARD_INSTALL)", State.DEGRADED,
+          NEWER + " (6.13)"),
     Probe("MADV_COLLAPSE", host.collapse, "makes huge pages again", State.DEGRADED,
           NEWER + " (6.1), with transparent huge pages"),
 )  # fmt: skip
@@ -102,6 +107,12 @@ def check_host() -> tuple[Finding, ...]:
         *_capabilities(),
         _memory(),
     )
+
+
+def unmet(names: Collection[str]) -> Iterator[Finding]:
+    """Those of the probes with these names that fail. Names that are not known here are passed over."""
+    tried = (_tried(probe) for probe in PROBES if probe.name in names)
+    return (finding for finding in tried if finding.state is not State.OK)
 
 
 def _kernel() -> Finding:

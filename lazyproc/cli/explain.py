@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_json, add_pid, command
+from lazyproc.cli.options import Commands, add_json, add_peer, add_pid, command
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ OBSTACLES = 3
 def add(commands: Commands) -> None:
     parser = command(commands, run, "explain", "say what would stop a checkpoint or a move of a process tree")
     add_pid(parser)
+    add_peer(parser, "what would stop a move to the receiver there; it is asked, and nothing moves")
     add_json(parser)
 
 
@@ -32,10 +33,16 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         stats(event)
         listener(event)
 
-    obstacles = lazyproc.explain(args.pid, listener=listen)
+    obstacles = lazyproc.explain(args.pid, peer=args.peer, insecure=args.insecure, listener=listen)
     fields = [obstacle_fields(obstacle) for obstacle in obstacles]
     return Outcome(
-        obstacles_text(obstacles) or f"nothing stops a checkpoint or a move of pid {args.pid}",
-        {"pid": args.pid, "obstacles": fields, "notes": stats.notes},
+        obstacles_text(obstacles) or _nothing(args),
+        {"pid": args.pid, "peer": args.peer, "obstacles": fields, "notes": stats.notes},
         OBSTACLES if obstacles else 0,
     )
+
+
+def _nothing(args: argparse.Namespace) -> str:
+    if args.peer:
+        return f"nothing stops a move of pid {args.pid} to {args.peer}"
+    return f"nothing stops a checkpoint or a move of pid {args.pid}"

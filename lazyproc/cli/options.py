@@ -78,6 +78,11 @@ def add_insecure(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_peer(parser: argparse.ArgumentParser, words: str) -> None:
+    parser.add_argument("--peer", metavar=HOST_PORT, type=endpoint, help=words)
+    add_insecure(parser)
+
+
 def add_pidns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pidns",

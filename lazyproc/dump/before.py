@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 
 from lazyproc.dump.descriptors import early_flows
-from lazyproc.dump.memory import has_guards
+from lazyproc.dump.explain import Examined
 from lazyproc.dump.registry import TaskRef
 from lazyproc.dump.walk import thread_ids, tree_of
-from lazyproc.errors import LazyprocError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc, sleeps
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.kernel.sys import pidfd_open
+from lazyproc.needs import Wanted
 
 
 @dataclass(frozen=True, slots=True)
 class Before:
     """`smaps` by pid: reading it walks all memory, so it is kept and only compared with maps after the freeze.
 
-    `flows` are the packets that will have to be held back, `guarded` the processes that use MADV_GUARD_INSTALL.
+    `flows` are the packets that will have to be held back, `guarded` the processes that use MADV_GUARD_INSTALL,
+    `wanted` what the tree needs of the host that takes it in.
     """
 
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]
     flows: tuple[Flow, ...]
     guarded: frozenset[int]
+    wanted: tuple[Wanted, ...]
 
 
 def observed_sleeps(pid: int) -> dict[int, sleeps.SleepBefore]:
@@ -37,22 +39,9 @@ def observed_sleeps(pid: int) -> dict[int, sleeps.SleepBefore]:
     return seen
 
 
-def look_before(pid: int) -> Before:
-    """Raises NoSuchProcess or PermissionDenied for the root; other processes may come and go."""
-    smaps = {pid: proc.smaps(proc.read(pid, "smaps"))}
-    for other in tree_of(pid)[1:]:
-        try:
-            smaps[other] = proc.smaps(proc.read(other, "smaps"))
-        except LazyprocError:
-            continue
-    return Before(smaps, _flows(smaps), frozenset(_guarded(smaps)))
-
-
-def _guarded(smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]) -> Iterator[int]:
-    for pid, entries in smaps.items():
-        with suppress(OSError):  # it has ended
-            if has_guards(pid, entries):
-                yield pid
+def look_before(examined: Examined) -> Before:
+    """What `examine` has not seen yet; processes may come and go."""
+    return Before(examined.smaps, _flows(examined.smaps), examined.guarded, examined.wanted)
 
 
 def _flows(pids: Iterable[int]) -> tuple[Flow, ...]:

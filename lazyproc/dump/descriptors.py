@@ -87,14 +87,19 @@ def early_flows(tasks: Sequence[TaskRef]) -> list[Flow]:
 def explain_descriptors(tasks: Sequence[TaskRef], *, tcp_close: bool = False) -> list[Obstacle]:
     """What would stop gather_descriptors, of a tree that runs. No pipe, socket or file is read."""
     registry = Registry(tuple(tasks), contents_wanted=False)
+    look_at_descriptors(registry, tcp_close=tcp_close)
+    return registry.obstacles
+
+
+def look_at_descriptors(registry: Registry, *, tcp_close: bool = False) -> None:
+    """Files, pipes and obstacles of a tree that runs, without contents, into a registry that wants none."""
     with SocketTable(registry, tcp_close) as sockets:
         looks: dict[int, Look] = {}
-        for task in tasks:
+        for task in registry.tasks:
             with suppress(NoSuchProcess):
                 _table(registry, task, looks)
         _inspect(registry, sockets, looks, None)
     _refuse_odd_tables(registry)
-    return registry.obstacles
 
 
 def _table(registry: Registry, task: TaskRef, looks: dict[int, Look]) -> tuple[Descriptor, ...]:

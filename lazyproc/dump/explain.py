@@ -6,17 +6,20 @@ Reading (survey.py) and deciding are apart: the decisions here are pure function
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 
-from lazyproc.dump.descriptors import explain_descriptors
-from lazyproc.dump.memory import refused_mappings
-from lazyproc.dump.registry import Registry, TaskRef
+from lazyproc.dump.descriptors import look_at_descriptors
+from lazyproc.dump.memory import has_guards, refused_mappings
+from lazyproc.dump.needs import needs_of
+from lazyproc.dump.registry import Refused, Registry, TaskRef
 from lazyproc.dump.survey import ProcessFacts, ThreadFacts, TreeFacts, survey
 from lazyproc.errors import Obstacle
 from lazyproc.events import Listener, Note, ignore
-from lazyproc.kernel import host
+from lazyproc.facts import dataclass
+from lazyproc.kernel import host, proc
 from lazyproc.kernel.sys import pidfd_open
+from lazyproc.needs import FeatureNeed, Wanted
 
 SCHED_DEADLINE = 6
 ELF_32 = 1
@@ -32,11 +35,38 @@ def explain(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -
     user should know and nothing can be done about goes to `listener` as Note. Raises NoSuchProcess, UsageError (the
     number of a thread), PermissionDenied, HostLacks.
     """
+    return examine(pid, tcp_close=tcp_close, listener=listener).obstacles
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What a look at a running tree has shown: what stands in its way, and what it needs elsewhere."""
+
+    obstacles: tuple[Obstacle, ...]
+    wanted: tuple[Wanted, ...]
+    smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]  # by pid
+    guarded: frozenset[int]  # the processes that use MADV_GUARD_INSTALL
+
+
+def examine(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -> Examined:
+    """See `explain`."""
     facts = survey(pid)
     host.pagemap_scan()
     for text in notes(facts):
         listener(Note(text))
-    return (*obstacles(facts), *_resources(facts, tcp_close))
+    of_resources, wanted = _resources(facts, tcp_close)
+    alive = {process.pid: process for process in facts.processes if process.alive}
+    guarded = frozenset(_guarded(alive.values()))
+    guards = tuple(Wanted(FeatureNeed("guard regions"), pid, "process") for pid in sorted(guarded)[:1])
+    smaps = {pid: process.smaps for pid, process in alive.items()}
+    return Examined((*obstacles(facts), *of_resources), (*wanted, *guards), smaps, guarded)
+
+
+def _guarded(processes: Iterable[ProcessFacts]) -> Iterator[int]:
+    for process in processes:
+        with suppress(OSError, Refused):  # it has ended, or will not be moved anyway
+            if has_guards(process.pid, process.smaps):
+                yield process.pid
 
 
 def obstacles(facts: TreeFacts) -> Iterator[Obstacle]:
@@ -147,7 +177,7 @@ def notes(facts: TreeFacts) -> Iterator[str]:
         )
 
 
-def _resources(facts: TreeFacts, tcp_close: bool) -> list[Obstacle]:
+def _resources(facts: TreeFacts, tcp_close: bool) -> tuple[list[Obstacle], tuple[Wanted, ...]]:
     """Descriptors and mappings, by the rules of the dump itself."""
     with ExitStack() as stack:
         refs = []
@@ -159,8 +189,10 @@ def _resources(facts: TreeFacts, tcp_close: bool) -> list[Obstacle]:
                 stack.callback(os.close, pidfd)
                 refs.append(TaskRef(process.pid, process.vpid, pidfd))
         if not refs:
-            return []
+            return [], ()
         registry = Registry(tuple(refs), contents_wanted=False)
         for process in facts.processes:
             refused_mappings(registry, process.pid, process.smaps)
-        return [*registry.obstacles, *explain_descriptors(refs, tcp_close=tcp_close)]
+        look_at_descriptors(registry, tcp_close=tcp_close)
+        wanted = tuple(needs_of(registry, facts))
+        return registry.obstacles, wanted

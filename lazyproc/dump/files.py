@@ -266,8 +266,8 @@ def gather_mapped_file(registry: Registry, pid: int, start: int, end: int, entry
     """
     link = f"/proc/{pid}/map_files/{start:x}-{end:x}"
     # The link's own mode says how the mapped file was opened (fs/proc/base.c, proc_map_files_instantiate).
-    writable = entry.perms[3] == "s" and os.lstat(link).st_mode & st.S_IWUSR
     with attempt(registry, pid, f"mapping {start:#x}-{end:#x}"):
+        writable = entry.perms[3] == "s" and os.lstat(link).st_mode & st.S_IWUSR
         return _gather_link(registry, link, os.O_RDWR if writable else os.O_RDONLY)
     return 0
 
@@ -287,7 +287,8 @@ def _gather_link(registry: Registry, link: str, access: int) -> int:
     number, is_new = registry.intern_path((status.st_dev, status.st_ino, access))
     if not is_new:
         return number if number in registry.files else 0  # 0: an obstacle already
-    fd = os.open(link, access | os.O_CLOEXEC)
+    # Whoever watches the file of a process that runs is not to see a writer come and go (inotify(7)).
+    fd = os.open(link, (access if registry.contents_wanted else os.O_RDONLY) | os.O_CLOEXEC)
     try:
         registry.files[number] = OpenFile(number, access, 0, Owner(), _mapped_resource(registry, target, fd))
     finally:

@@ -33,6 +33,7 @@ class ThreadFacts:
     """One thread, by its number in our pid namespace."""
 
     tid: int
+    vtid: int  # in its own
     tracer: int  # pid, 0 nobody
     stuck_in: (
         str | None
@@ -190,6 +191,7 @@ def _threads(pid: int) -> Iterator[ThreadFacts]:
             status = proc.status(proc.read(pid, f"task/{tid}/status"))
             yield ThreadFacts(
                 tid=tid,
+                vtid=status.ns_pid[-1],
                 tracer=status.tracer_pid,
                 stuck_in=_stuck_in(pid, tid) if status.state == "D" else None,
                 namespaces=proc.namespaces(tid),

@@ -22,6 +22,9 @@ from lazyproc.kernel.tracee import Tracee
 SYS_CLONE3 = 435
 CLONE_NEWPID, CLONE_NEWTIME = 0x20000000, 0x80
 MADV_COLLAPSE = 25  # Linux 6.1
+MADV_GUARD_INSTALL = 102  # Linux 6.13
+SYS_PRCTL = 157
+PR_TIMER_CREATE_RESTORE_IDS, PR_TIMER_CREATE_RESTORE_IDS_GET = 77, 2  # include/uapi/linux/prctl.h
 HUGE = 2 << 20
 STOP_MS = 1000
 _CLONE_ARGS = struct.Struct("<11Q")  # struct clone_args, include/uapi/linux/sched.h
@@ -129,6 +132,17 @@ def collapse() -> None:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ENOMEM):
                 raise
+
+
+def timer_ids() -> None:
+    """Whether timers may be made under numbers of our choice: PR_TIMER_CREATE_RESTORE_IDS, read (Linux 6.16)."""
+    kernel.syscall(SYS_PRCTL, PR_TIMER_CREATE_RESTORE_IDS, PR_TIMER_CREATE_RESTORE_IDS_GET, 0, 0, 0)
+
+
+def guard() -> None:
+    """MADV_GUARD_INSTALL on a page of ours (Linux 6.13)."""
+    with closing(mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) as memory:
+        memory.madvise(MADV_GUARD_INSTALL)
 
 
 def map_files() -> None:

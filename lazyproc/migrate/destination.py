@@ -16,11 +16,11 @@ from lazyproc.images.files import unpack
 from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
+from lazyproc.migrate.answering import heard, obstacles_here
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Gathering, Link, dialled
-from lazyproc.migrate.prepare import Offer, objections
-from lazyproc.migrate.room import available_memory
-from lazyproc.migrate.talk import checked, expect
+from lazyproc.migrate.needs import obstacles_frame
+from lazyproc.migrate.talk import Unfit, checked, expect
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import RemotePages, extents_of
@@ -28,7 +28,6 @@ from lazyproc.pages.transport import listen
 from lazyproc.restore.lazy import finish, pager_of
 from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
-from lazyproc.uffd.device import demand_for_tasks
 from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.policy import POLICIES, Policy
 from lazyproc.wire.jsonobject import JsonValue
@@ -41,7 +40,6 @@ from lazyproc.wire.native import (
     Images,
     Map,
     Party,
-    Prepare,
     Prepared,
     Released,
     Running,
@@ -103,7 +101,7 @@ class Arrival:
             return self._begin()
         except (LazyprocError, OSError) as error:
             if not self.committed:
-                self._abort(str(error))
+                self._refuse(error)
             raise
 
     def _begin(self) -> Arrived:
@@ -163,22 +161,23 @@ class Arrival:
         except OSError as error:
             self.listener(Note(f"the moved addresses could not be announced: {error.strerror}"))
 
-    def _abort(self, reason: str) -> None:
+    def _refuse(self, error: LazyprocError | OSError) -> None:
+        control = self.link.control
         try:
-            self.link.control.send(Abort({"reason": reason}))
+            if not isinstance(error, Unfit):
+                control.send(Abort({"reason": str(error)}))
+            elif control.peer_revision:
+                control.send(obstacles_frame(error.obstacles))
+            else:
+                control.send(Abort({"reason": "; ".join(map(str, error.obstacles))}))
         except (ConnectionLost, ProtocolError):
             return  # the source has given up itself
 
     def _prepare(self) -> Mapping[str, JsonValue]:
-        order = expect(self.link.control, Prepare, PREPARE_S).fields
-        if order.get("mode") == "postcopy":
-            demand_for_tasks()
-        available = 1 << 62 if self.terms.overcommit else available_memory()
-        against = objections(Offer.of(order), available)
-        if order.get("policy") not in POLICIES or order.get("mode") not in ("postcopy", "stopcopy"):
-            against.append(f"policy {order.get('policy')!r} or mode {order.get('mode')!r} is not known here")
-        if against:
-            raise LazyprocError("; ".join(against))
+        order, wanted = heard(self.link.control, PREPARE_S)
+        against = obstacles_here(order, wanted, pidns=self.terms.pidns, overcommit=self.terms.overcommit)
+        if obstacles := tuple(against):
+            raise Unfit(obstacles)
         self.link.control.send(Prepared())
         return order
 
@@ -227,6 +226,7 @@ def receive(
             while not (once and any(a.committed and not thread.is_alive() for a, thread in arrivals)):
                 link = gathering.next(door, DOOR_S)
                 if link is not None:
+                    arrivals[:] = [(a, thread) for a, thread in arrivals if a.committed or thread.is_alive()]
                     arrival = Arrival(link, terms, listener)
                     name = f"session {link.session.id}"
                     arrivals.append((arrival, threading.Thread(target=arrival.run, name=name, daemon=True)))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lazyproc.dump.walk import thread_ids
-from lazyproc.errors import ProtocolError
+from lazyproc.errors import Obstacle, ProtocolError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import cpu, elf, proc
 from lazyproc.model import PAGE
 from lazyproc.wire.jsonobject import JsonValue
 
 HEADROOM = 64 << 20  # bytes that stay free on the destination
+OTHER_PROCESSOR = "choose a host of the same kind"
+OTHER_VDSO = "boot the same kernel build on both hosts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +59,22 @@ def vdso_build_id() -> bytes:
     return b""
 
 
-def objections(offer: Offer, available: int) -> list[str]:
-    """Why this host cannot take the tree; empty when it can. `available` is in bytes."""
-    found = []
+def objections(offer: Offer, available: int) -> Iterator[Obstacle]:
+    """What about this host as a whole is against the tree. `available` is in bytes."""
     need = offer.pages * PAGE
     if need + HEADROOM > available:
-        found.append(
-            f"the tree has {need >> 20} MiB and this host {available >> 20} MiB available; "
-            "free memory there, or use receive --overcommit"
-        )
+        yield Obstacle(
+            0, "host", f"the tree has {need >> 20} MiB and this host {available >> 20} MiB available",
+            "free memory there, or use receive --overcommit",
+        )  # fmt: skip
     lacking = cpu.missing(offer.cpu, cpu.features())
     if lacking:
-        words = ", ".join(f"{name} {bits:#x}" for name, bits in lacking.items())
-        found.append(
-            f"its processor lacks features the process may use ({words}); choose a host of the same kind"
-        )
+        why = f"its processor lacks features the process may use ({cpu_text(lacking)})"
+        yield Obstacle(0, "host", why, OTHER_PROCESSOR)
     if offer.vdso != vdso_build_id().hex():
-        found.append("its kernel has another vdso; boot the same kernel build on both hosts")
-    return found
+        yield Obstacle(0, "host", "its kernel has another vdso", OTHER_VDSO)
+
+
+def cpu_text(words: Mapping[str, int]) -> str:
+    """Feature words as they are said to people."""
+    return ", ".join(f"{name} {bits:#x}" for name, bits in words.items())

@@ -11,10 +11,11 @@ from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.images.convert import from_images, memory_objects, to_images
 from lazyproc.images.files import Folder, pack
+from lazyproc.migrate.asking import obstacles_there
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.prepare import Offer, vdso_build_id
-from lazyproc.migrate.source import BUILD_S, PREPARE_S, Order, hand_over, look
-from lazyproc.migrate.talk import expect
+from lazyproc.migrate.source import BUILD_S, Order, hand_over, look
+from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.model import Checkpoint
 from lazyproc.pages.bundle import NAME, pack_bundle
 from lazyproc.pages.images import ImagePages
@@ -28,8 +29,6 @@ from lazyproc.wire.native import (
     Committed,
     Images,
     Party,
-    Prepare,
-    Prepared,
     Released,
     Running,
 )
@@ -63,7 +62,7 @@ def serve_process(pid: int, address: str, order: Order, *, insecure: bool, liste
                 hand_over(pid, link, look(pid, listener), order, time.monotonic(), listener)
                 return
             except LazyprocError as error:
-                if error.exit_code != 1:
+                if error.exit_code != 1 and not isinstance(error, Unfit):
                     raise
                 listener(Note(f"session {link.session.id}: {error}; the tree runs on"))
 
@@ -121,8 +120,9 @@ class _Client:
         threads = sum(len(task.threads) for task in self._checkpoint.tasks)
         vdso = self._checkpoint.root.mm.vdso_build_id if self._checkpoint.root.mm else vdso_build_id()
         offer = Offer(count, threads, {}, vdso.hex())
-        control.send(Prepare({**offer.fields(), **self._order.fields()}))
-        expect(control, Prepared, PREPARE_S)
+        against = obstacles_there(control, offer, (), self._order.fields(), self._listener)
+        if against:
+            raise Unfit(against)
         self._server.serve(self._link.urgent.detach(), f"{session} urgent")
         self._server.serve(self._link.bulk.detach(), f"{session} bulk")
         images = to_images(self._checkpoint)

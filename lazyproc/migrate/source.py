@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 
 from lazyproc.dump.before import Before, look_before, observed_sleeps
-from lazyproc.dump.explain import explain
+from lazyproc.dump.explain import examine
 from lazyproc.dump.freeze import FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
 from lazyproc.dump.source import DumpPages, dump_pages
@@ -32,10 +32,11 @@ from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
 from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.netfilter import Hold
+from lazyproc.migrate.asking import obstacles_there
 from lazyproc.migrate.link import Link, dialled
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.report import MigrateReport
-from lazyproc.migrate.talk import Refused, checked, expect, milliseconds
+from lazyproc.migrate.talk import Refused, Unfit, checked, expect, milliseconds
 from lazyproc.pages.bundle import NAME, pack_bundle
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import map_of
@@ -48,13 +49,10 @@ from lazyproc.wire.native import (
     Drained,
     Images,
     Party,
-    Prepare,
-    Prepared,
     Released,
     Running,
 )
 
-PREPARE_S = 30.0
 BUILD_S = 60.0
 POLL_S = 0.1
 LOOKS = 3
@@ -77,8 +75,8 @@ class Order:
 def migrate(pid: int, target: str, order: Order, *, insecure: bool, listener: Listener) -> MigrateReport:
     """Move the tree under `pid` to the receiver at `target` (HOST:PORT); returns when its memory has followed.
 
-    Raises CannotBeDone, Refused, ConnectionLost and the dump's errors with the tree running as before; Parked when
-    it is not known whether the other side has it; LostAfterCommit.
+    Raises CannotBeDone (Unfit: by the other host), Refused, ConnectionLost and the dump's errors with the tree running
+    as before; Parked when it is not known whether the other side has it; LostAfterCommit.
     """
     started = time.monotonic()
     before = look(pid, listener)
@@ -92,19 +90,20 @@ def look(pid: int, listener: Listener = ignore) -> Before:
     What stands in the way may be over in a moment (a child before its exec, or that ends), so it is looked at again.
     """
     for attempt in range(LOOKS):
-        obstacles = explain(pid, listener=ignore if attempt else listener)
-        if not obstacles:
-            return look_before(pid)
+        examined = examine(pid, listener=ignore if attempt else listener)
+        if not examined.obstacles:
+            return look_before(examined)
         time.sleep(LOOK_AGAIN_S)
-    raise CannotBeDone(obstacles)
+    raise CannotBeDone(examined.obstacles)
 
 
 def hand_over(
     pid: int, link: Link, before: Before, order: Order, started: float, listener: Listener
 ) -> MigrateReport:
     """The whole of it over connections that stand, whoever opened them; see `migrate`."""
-    link.control.send(Prepare({**offer_of(before.smaps).fields(), **order.fields()}))
-    expect(link.control, Prepared, PREPARE_S)
+    against = obstacles_there(link.control, offer_of(before.smaps), before.wanted, order.fields(), listener)
+    if against:
+        raise Unfit(against)
     listener(StateChanged("prepared", time.monotonic()))
     with ExitStack() as last, ExitStack() as stack:
         hold = stack.enter_context(Hold(link.session.id))
@@ -139,7 +138,7 @@ def hand_over(
         frozen_ms=frozen_ms,
         blackout_ms=blackout_ms,
         total_ms=milliseconds(started),
-        rtt_us=_rtt_us(link.control),
+        rtt_us=rtt_us(link.control),
         pages_total=_number(drained, "pages_total"),
         pages_zero=_number(drained, "pages_zero"),
         pages_eager=_number(drained, "pages_eager"),
@@ -244,7 +243,7 @@ def _faults(fields: Mapping[str, object]) -> dict[str, float]:
     return {str(name): float(value) for name, value in faults.items()}
 
 
-def _rtt_us(channel: Channel) -> float:
+def rtt_us(channel: Channel) -> float:
     """The kernel's smoothed round trip time, tcpi_rtt of struct tcp_info (tcp(7))."""
     info = channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     return float(struct.unpack_from("<I", info, 68)[0])

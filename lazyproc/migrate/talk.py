@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TypeVar
 
-from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
+from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, ProtocolError
 from lazyproc.pages.transport import Channel
 from lazyproc.wire.native import Abort, Event
 
@@ -16,19 +16,26 @@ class Refused(LazyprocError):
     """The other side called it off; nothing has changed on either."""
 
 
+class Unfit(CannotBeDone):
+    """The destination lacks what the tree needs; found before anything was frozen."""
+
+
 def expect(channel: Channel, kind: type[E], timeout: float) -> E:
     """The next event, which must be a `kind`, within `timeout` seconds.
 
     Raises Refused with the other side's reason, ConnectionLost, ProtocolError.
     """
+    return checked(next_event(channel, timeout, kind.__name__), kind, channel)
+
+
+def next_event(channel: Channel, timeout: float, what: str) -> Event:
+    """Whatever comes next, within `timeout` seconds; `what` should. Raises ConnectionLost, ProtocolError."""
     event = channel.receive(timeout)
     if event is None:
         raise ConnectionLost(
-            f"no {kind.__name__} within {timeout:.0f} s",
-            where=channel.peer,
-            remedy="look at the other side's log",
+            f"no {what} within {timeout:.0f} s", where=channel.peer, remedy="look at the other side's log"
         )
-    return checked(event, kind, channel)
+    return event
 
 
 def checked(event: Event, kind: type[E], channel: Channel) -> E:

@@ -146,6 +146,11 @@ class Channel:
             raise ProtocolError(reason, where=self.peer)
 
     @property
+    def peer_revision(self) -> int:
+        """Of the protocol, from the peer's greeting."""
+        return self._connection.peer_revision
+
+    @property
     def socket(self) -> socket.socket:
         """For options and for asking who the peer is; its bytes belong to the channel."""
         return self._sock
@@ -232,8 +237,12 @@ def _check_answer(answer: Event | None, hello: Hello, address: str) -> None:
         raise ConnectionLost("connected, but there is no answer", where=address, remedy="is it lazyproc?")
     if isinstance(answer, Abort):
         raise ProtocolError(f"refused: {answer.fields.get('reason')!s:.200}", where=address)
-    if answer != Welcome(hello.session):
+    if not isinstance(answer, Welcome) or (answer.session, answer.version) != (hello.session, VERSION):
         raise ProtocolError(f"{answer} is no answer to {hello}", where=address)
+
+
+class Unreachable(ConnectionLost):
+    """There was no connection in the first place."""
 
 
 def _connect(address: str, timeout: float) -> socket.socket:
@@ -245,7 +254,7 @@ def _connect(address: str, timeout: float) -> socket.socket:
         what, remedy = "nobody listens there", "start lazyproc receive or serve there first"
     except OSError as error:
         what, remedy = f"cannot be reached ({error.strerror or error})", "check the network and firewalls"
-    raise ConnectionLost(what, where=address, remedy=remedy)
+    raise Unreachable(what, where=address, remedy=remedy)
 
 
 # --- who listens ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from contextlib import suppress
 from lazyproc.errors import RestoreError
 from lazyproc.kernel import fds
 from lazyproc.model import Epoll, EventFd, Inotify, InotifyWatch, OpenFile, SignalFd, TimerFd
-from lazyproc.restore.workshop import Workshop, words
+from lazyproc.restore.workshop import Workshop, probe, words
 
 
 def make_eventfd(_workshop: Workshop, _file: OpenFile, resource: EventFd) -> int:
@@ -61,8 +61,8 @@ def make_inotify(workshop: Workshop, _file: OpenFile, resource: Inotify) -> int:
 
 def _watch(workshop: Workshop, fd: int, watch: InotifyWatch) -> None:
     """Watch descriptors are counted up: add and remove until the next one is the one it had."""
-    with workshop.probe(watch.path) as probe:
-        target = f"/proc/self/fd/{probe}"
+    with probe(workshop.open_path, watch.path) as found:
+        target = f"/proc/self/fd/{found}"
         with words(f"file {watch.path}", "cannot be watched", "raise fs.inotify.max_user_watches"):
             while (wd := fds.inotify_add_watch(fd, target, watch.mask)) < watch.wd:
                 fds.inotify_rm_watch(fd, wd)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from lazyproc.errors import RestoreError
 from lazyproc.model import FileContent
-from lazyproc.restore.workshop import Workshop, reopen, words
+from lazyproc.restore.workshop import OpenPath, Workshop, reopen, words
 
 _HERE = "make room there, or give the path to the user who restores"
 
@@ -23,7 +23,7 @@ def make_named_contents(workshop: Workshop) -> None:
     """Create what is missing of the files with a path, directories first. Undone when the restore fails."""
     named = [content for content in workshop.checkpoint.contents.values() if content.path]
     for content in sorted(named, key=lambda content: content.path.count("/")):
-        with _parent(workshop, content.path) as (parent, name):
+        with parent_of(workshop.open_path, content.path) as (parent, name):
             try:
                 found = os.stat(name, dir_fd=parent, follow_symlinks=False)
             except FileNotFoundError:
@@ -102,14 +102,23 @@ def _fill(fd: int, content: FileContent) -> None:
 
 def _check_same(parent: int, name: str, content: FileContent, found: os.stat_result) -> None:
     """A file that is there already is left alone; for a regular one that takes equal content."""
-    if st.S_IFMT(found.st_mode) == st.S_IFMT(content.mode):
-        if not st.S_ISREG(content.mode):
-            return
-        if found.st_size == content.size and _has_content(parent, name, content):
-            return
-    raise RestoreError(
+    check_kind(content.path, content.mode, found)
+    if st.S_ISREG(content.mode) and not (
+        found.st_size == content.size and _has_content(parent, name, content)
+    ):
+        raise _differs(content.path)
+
+
+def check_kind(path: str, mode: int, found: os.stat_result) -> None:
+    """Raise RestoreError when something else is in the place of a file that comes with the tree."""
+    if st.S_IFMT(found.st_mode) != st.S_IFMT(mode):
+        raise _differs(path)
+
+
+def _differs(path: str) -> RestoreError:
+    return RestoreError(
         "exists on this host and differs from the one that comes with the checkpoint",
-        where=f"file {content.path}",
+        where=f"file {path}",
         remedy="remove it or move it out of the way",
     )
 
@@ -141,10 +150,11 @@ class _Undo:
 
 
 @contextmanager
-def _parent(workshop: Workshop, path: str) -> Iterator[tuple[int, str]]:
+def parent_of(open_path: OpenPath, path: str) -> Iterator[tuple[int, str]]:
+    """An O_PATH descriptor of the directory, and the name in it. Raises RestoreError."""
     directory, name = os.path.split(path)
     with words(f"directory {directory}", "is not on this host", f"create {directory}"):
-        fd = workshop.open_path(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0)
+        fd = open_path(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0)
     try:
         yield fd, name
     finally:

@@ -54,15 +54,19 @@ def _clone_args(
 def _check_made(number: int, result: int) -> None:
     """A number is also taken while a process group or session has it, though nothing in /proc shows it."""
     if result == -errno.EEXIST:
-        raise PidTaken(
-            "its number is taken on this host", where=f"pid {number}", remedy="use --pidns auto or new"
-        )
+        raise pid_taken(number)
     if result < 0:
         raise RestoreError(
             f"could not be created: {os.strerror(-result)}",
             where=f"pid {number}",
             remedy="look at the limits of processes (ulimit -u, pids.max)",
         )
+
+
+def pid_taken(number: int) -> PidTaken:
+    return PidTaken(
+        "its number is taken on this host", where=f"pid {number}", remedy="use --pidns auto or new"
+    )
 
 
 def _stand_in(vpid: int, member: int) -> Task:

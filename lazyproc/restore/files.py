@@ -6,11 +6,12 @@ What only the task itself can do comes as rows: epolls.epoll_rows, owners.owner_
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat as st
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from lazyproc.errors import RestoreError
@@ -31,9 +32,10 @@ from lazyproc.model import (
     TimerFd,
     VmaKind,
 )
+from lazyproc.needs import FileNeed, file_need
 from lazyproc.restore import anon, memfds, pipes
 from lazyproc.restore.contents import ghost, make_named_contents
-from lazyproc.restore.workshop import OpenPath, Workshop, finish, reopen, words
+from lazyproc.restore.workshop import OpenPath, Workshop, finish, probe, reopen, words
 
 Recipe = Callable[[Workshop, OpenFile, Any], int]  # the last one: the file's resource, of the recipe's kind
 
@@ -78,37 +80,64 @@ def make_regular(workshop: Workshop, file: OpenFile, resource: RegularFile) -> i
     content = workshop.checkpoint.contents.get(resource.content_id)
     if content and not content.path:
         return reopen(ghost(workshop, content.id, resource.path), file.flags)
-    with workshop.probe(resource.path) as probe:
-        _check(workshop, file, resource, probe)
-        if file.flags & os.O_PATH:
-            return os.dup(probe)
-        with words(
-            f"file {resource.path}", "cannot be opened as before", "check its permissions and file system"
-        ):
-            return reopen(probe, file.flags)
+    need = file_need(resource, file.flags, sized=file.id in _mapped_privately(workshop.checkpoint))
+    with probe(workshop.open_path, need.path) as found:
+        check_file(need, found)
+        if need.flags & os.O_PATH:
+            return os.dup(found)
+        with _opening(need):
+            return reopen(found, need.flags)
 
 
-def _check(workshop: Workshop, file: OpenFile, resource: RegularFile, probe: int) -> None:
-    """Raise RestoreError unless what is at the path can stand for what was there."""
+def check_file(need: FileNeed, probe: int) -> None:
+    """Raise RestoreError unless what is at the path (an O_PATH descriptor) can stand for what was there."""
     status = os.fstat(probe)
-    where = f"file {resource.path}"
-    same_kind = st.S_IFMT(status.st_mode) == st.S_IFMT(resource.mode)
-    if not same_kind or (st.S_ISCHR(status.st_mode) and status.st_rdev != resource.rdev):
-        raise RestoreError(
-            "is another kind of file on this host", where=where, remedy="put the same kind of file there"
+    wants_id = need.build_id and st.S_ISREG(status.st_mode)
+    found = FoundFile(status.st_mode, status.st_rdev, status.st_size, _build_id(probe) if wants_id else b"")
+    against = objection(need, found)
+    if against is not None:
+        raise RestoreError(against[0], where=f"file {need.path}", remedy=against[1])
+
+
+def check_access(need: FileNeed, probe: int) -> None:
+    """Raise RestoreError unless the file may be opened as before. It is not opened: others may be watching it."""
+    ways = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK}
+    way = ways.get(need.flags & os.O_ACCMODE, os.R_OK | os.W_OK)
+    with _opening(need):
+        if not need.flags & os.O_PATH and not os.access(f"/proc/self/fd/{probe}", way):
+            raise OSError(errno.EACCES, "no access, or a read-only file system")
+
+
+def _opening(need: FileNeed) -> AbstractContextManager[None]:
+    return words(f"file {need.path}", "cannot be opened as before", "check its permissions and file system")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """What is at a path here; `build_id` only where one is wanted."""
+
+    mode: int
+    rdev: int
+    size: int
+    build_id: bytes
+
+
+def objection(need: FileNeed, found: FoundFile) -> tuple[str, str] | None:
+    """What is wrong with the file that is here, and the remedy; None when it will do. Pure."""
+    same_kind = st.S_IFMT(found.mode) == st.S_IFMT(need.mode)
+    if not same_kind or (st.S_ISCHR(found.mode) and found.rdev != need.rdev):
+        return "is another kind of file on this host", "put the same kind of file there"
+    if need.build_id and found.build_id != need.build_id:
+        return (
+            f"is another build on this host (build id is not {need.build_id.hex()})",
+            "install the same version of the package that it belongs to",
         )
-    if resource.build_id and _build_id(probe) != resource.build_id:
-        raise RestoreError(
-            f"is another build on this host (build id is not {resource.build_id.hex()})",
-            where=where,
-            remedy="install the same version of the package that it belongs to",
+    if need.size not in (-1, found.size):
+        return (
+            f"has {found.size} bytes on this host and had {need.size} where the process mapped it",
+            "copy the same file to this host",
         )
-    if file.id in _mapped_privately(workshop.checkpoint) and status.st_size != resource.size:
-        raise RestoreError(
-            f"has {status.st_size} bytes on this host and had {resource.size} where the process mapped it",
-            where=where,
-            remedy="copy the same file to this host",
-        )
+    return None
 
 
 def _build_id(probe: int) -> bytes:

@@ -22,7 +22,8 @@ from lazyproc.kernel.sockopt import (
     TCP_CLOSE,
     TCP_LISTEN,
 )
-from lazyproc.model import InetSocket, Packet
+from lazyproc.model import InetSocket, Packet, SocketOptions
+from lazyproc.needs import AddressNeed
 from lazyproc.restore.options import apply
 from lazyproc.restore.tcp import connect_repaired, end, leave_repair
 
@@ -51,7 +52,7 @@ class InetSockets:
         mode binds next to anything, but nothing binds next to it.
         """
         for inet in sorted(self.sockets.values(), key=lambda inet: inet.tcp is not None):
-            with _words(inet):
+            with _words(inet, inet.local):
                 self._make(inet)
 
     def leave_repair(self) -> None:
@@ -68,11 +69,8 @@ class InetSockets:
         ]
 
     def _make(self, inet: InetSocket) -> None:
-        sock = self.stack.enter_context(socket.socket(inet.family, inet.type, inet.protocol))
+        sock = self.stack.enter_context(_new(inet, inet.options))
         self.made[inet.inode] = sock
-        apply(sock, inet.options, EARLY)
-        if inet.interface:
-            sock.setsockopt(SOL_SOCKET, socket.SO_BINDTODEVICE, inet.interface.encode())
         if self._is_repaired(inet):
             self._make_connection(sock, inet)
         elif inet.tcp is not None and inet.state == TCP_CLOSE:
@@ -103,6 +101,31 @@ class InetSockets:
     def _is_inside(self, inet: InetSocket) -> bool:
         """Whether the other end of a connection is in the tree."""
         return inet.remote is not None and (plain(inet.remote), plain(inet.local)) in self._connections
+
+
+def _new(inet: InetSocket | AddressNeed, options: SocketOptions) -> socket.socket:
+    """With the options that decide what bind(2) takes."""
+    sock = socket.socket(inet.family, inet.type, inet.protocol)
+    try:
+        apply(sock, options, EARLY)
+        if inet.interface:
+            sock.setsockopt(SOL_SOCKET, socket.SO_BINDTODEVICE, inet.interface.encode())
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def check_address(need: AddressNeed) -> None:
+    """Raise RestoreError unless a socket can have the address and port; one is bound to it for a moment.
+
+    TCP does not listen, so nobody can connect to it; UDP loses what it gets just then.
+    """
+    options = SocketOptions({(level, name): value for level, name, value in need.options})
+    local = need.address, need.port
+    with _words(need, local), _new(need, options) as sock:
+        sock.bind(address(need, local))
+        apply(sock, options, LATE)
 
 
 def _make_ended(sock: socket.socket, inet: InetSocket) -> None:
@@ -143,7 +166,7 @@ def _fill(sock: socket.socket, inet: InetSocket) -> None:
             if time.monotonic() > deadline:
                 raise RestoreError(
                     "an unread datagram cannot be put back",
-                    where=_text(inet),
+                    where=_text(inet, inet.local),
                     remedy="let the host's firewall accept packets on the loopback interface",
                 )
             time.sleep(0.0005)
@@ -172,7 +195,7 @@ def _reaches(listener: InetSocket, target: End) -> bool:
     return port_is_same and (not any(listener.local[0]) or plain(listener.local) == plain(target))
 
 
-def address(inet: InetSocket, where: End) -> tuple[str, int] | tuple[str, int, int, int]:
+def address(inet: InetSocket | AddressNeed, where: End) -> tuple[str, int] | tuple[str, int, int, int]:
     """As Python's bind and connect take it; a link-local IPv6 address needs its interface."""
     host = socket.inet_ntop(inet.family, where[0])
     if inet.family != socket.AF_INET6:
@@ -186,14 +209,15 @@ def _shut_down(sock: socket.socket, how: int) -> None:
         sock.shutdown(how)
 
 
-def _text(inet: InetSocket) -> str:
-    host, port = address(inet, inet.local)[:2]
-    return f"{'TCP' if inet.protocol == socket.IPPROTO_TCP else 'UDP'} {host} port {port}"
+def _text(inet: InetSocket | AddressNeed, local: End) -> str:
+    host, port = address(inet, local)[:2]
+    protocol = "TCP" if inet.protocol == socket.IPPROTO_TCP else "UDP"
+    return f"{protocol} {host} port {port}" if port else f"{protocol} {host}"
 
 
 @contextmanager
-def _words(inet: InetSocket) -> Iterator[None]:
-    host = address(inet, inet.local)[0]
+def _words(inet: InetSocket | AddressNeed, local: End) -> Iterator[None]:
+    host = address(inet, local)[0]
     try:
         yield
     except OSError as error:
@@ -205,4 +229,4 @@ def _words(inet: InetSocket) -> Iterator[None]:
             remedy = f"give this host the address first: ip address add {host} dev INTERFACE"
         elif error.errno == errno.EPERM:
             remedy = "run as root (CAP_NET_ADMIN, CAP_NET_RAW)"
-        raise RestoreError(what, where=_text(inet), remedy=remedy) from error
+        raise RestoreError(what, where=_text(inet, local), remedy=remedy) from error

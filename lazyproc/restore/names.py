@@ -45,7 +45,7 @@ def bind_with_file(sock: socket.socket, unix: UnixSocket, root: str) -> None:
     socket is bound to any more, such as the one the original left behind, is replaced.
     """
     place = root.rstrip("/") + unix.path
-    _check_place(place, unix.path)
+    check_place(place, unix.path)
     with tempfile.TemporaryDirectory(prefix=".lazyproc-", dir=os.path.dirname(place)) as stage:
         file = _bind_below(sock, unix.name, stage)
         os.chown(file, unix.uid, unix.gid)
@@ -53,7 +53,8 @@ def bind_with_file(sock: socket.socket, unix: UnixSocket, root: str) -> None:
         os.rename(file, place)
 
 
-def _check_place(place: str, path: str) -> None:
+def check_place(place: str, path: str) -> None:
+    """Raise RestoreError unless a socket file can be put at `place`, which the tree calls `path`."""
     if not os.path.isdir(os.path.dirname(place)):
         raise RestoreError(
             f"the directory of socket {path} is missing",

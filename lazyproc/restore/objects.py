@@ -5,15 +5,19 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from lazyproc.errors import RestoreError
 from lazyproc.kernel._core import ffi
 from lazyproc.kernel.sys import syscall
+from lazyproc.kernel.sysvipc import Segment
 from lazyproc.model import PAGE, Checkpoint, SharedKind, SharedMemory
+from lazyproc.needs import SegmentNeed
 
 SYS_SHMGET, SYS_SHMAT, SYS_SHMCTL, SYS_SHMDT = 29, 30, 31, 67
+IPC_PRIVATE = 0
+SLOTS = 1 << 15  # a number is its slot and how often that was used (ipc/util.h, IPCMNI_SHIFT)
 IPC_CREAT, IPC_EXCL, IPC_RMID, IPC_SET, IPC_STAT = 0o1000, 0o2000, 0, 1, 2
 SHM_DEST = 0o1000  # in the mode: removed already
 SHMID_DS, UID_OFFSET = 112, 4  # struct shmid64_ds begins with struct ipc64_perm: key, uid, gid
@@ -50,30 +54,45 @@ def _open_mapping(addr: int, size: int, stack: ExitStack) -> int:
 
 
 def _segment(shared: SharedMemory, stack: ExitStack) -> int:
+    need = SegmentNeed(shared.sysv_key, shared.sysv_shmid)
     with open(SHM_NEXT_ID, "w") as file:
         file.write(str(shared.sysv_shmid))
     flags = IPC_CREAT | IPC_EXCL | shared.mode & 0o777
     try:
         number = syscall(SYS_SHMGET, shared.sysv_key, shared.size, flags)
     except FileExistsError as error:
-        raise RestoreError(
-            f"a segment with its key {shared.sysv_key:#x} exists on this host",
-            where=f"SysV segment {shared.sysv_shmid}",
-            remedy="remove it with ipcrm, or restore in an ipc namespace of its own",
-        ) from error
+        raise _key_taken(need) from error
     stack.push(lambda kind, *_: syscall(SYS_SHMCTL, number, IPC_RMID, 0) < 0 if kind else False)
     if number != shared.sysv_shmid:
-        raise RestoreError(
-            "its number is taken on this host",
-            where=f"SysV segment {shared.sysv_shmid}",
-            remedy="free it with ipcrm",
-        )
+        raise _number_taken(need)
     _give_away(shared)
     addr = syscall(SYS_SHMAT, number, 0, 0)
     try:
         return _open_mapping(addr, -(-shared.size // PAGE) * PAGE, stack)
     finally:
         syscall(SYS_SHMDT, addr)
+
+
+def check_segment(need: SegmentNeed, here: Collection[Segment]) -> None:
+    """Raise RestoreError when one of the segments that are `here` has the key or the number. Pure."""
+    if need.key != IPC_PRIVATE and any(segment.key == need.key for segment in here):
+        raise _key_taken(need)
+    if any(segment.id % SLOTS == need.id % SLOTS for segment in here):
+        raise _number_taken(need)
+
+
+def _key_taken(need: SegmentNeed) -> RestoreError:
+    return RestoreError(
+        f"a segment with its key {need.key:#x} exists on this host",
+        where=f"SysV segment {need.id}",
+        remedy="remove it with ipcrm, or restore in an ipc namespace of its own",
+    )
+
+
+def _number_taken(need: SegmentNeed) -> RestoreError:
+    return RestoreError(
+        "its number is taken on this host", where=f"SysV segment {need.id}", remedy="free it with ipcrm"
+    )
 
 
 def _give_away(shared: SharedMemory) -> None:

@@ -10,7 +10,7 @@ import termios
 from lazyproc.errors import RestoreError
 from lazyproc.events import Note
 from lazyproc.model import OpenFile, Pipe, PipeEnd
-from lazyproc.restore.workshop import Workshop, reopen
+from lazyproc.restore.workshop import Workshop, probe, reopen
 
 
 def make_pipe_end(workshop: Workshop, file: OpenFile, resource: PipeEnd) -> int:
@@ -28,12 +28,9 @@ def _make_pipe(workshop: Workshop, pipe: Pipe) -> int:
 
 
 def _make_fifo(workshop: Workshop, pipe: Pipe) -> int:
-    with workshop.probe(pipe.path) as probe:
-        if not st.S_ISFIFO(os.fstat(probe).st_mode):
-            raise RestoreError(
-                "is no FIFO on this host", where=f"file {pipe.path}", remedy=f"mkfifo {pipe.path}"
-            )
-        fifo = workshop.keep(reopen(probe, os.O_RDWR | os.O_NONBLOCK))
+    with probe(workshop.open_path, pipe.path) as found:
+        check_fifo(pipe.path, found)
+        fifo = workshop.keep(reopen(found, os.O_RDWR | os.O_NONBLOCK))
     if any(fcntl.ioctl(fifo, termios.FIONREAD, bytes(4))):
         raise RestoreError(
             "is in use on this host: there is data in it",
@@ -42,6 +39,12 @@ def _make_fifo(workshop: Workshop, pipe: Pipe) -> int:
         )
     _refill(workshop, pipe, fifo)
     return fifo
+
+
+def check_fifo(path: str, probe: int) -> None:
+    """Raise RestoreError unless the O_PATH descriptor is of a FIFO."""
+    if not st.S_ISFIFO(os.fstat(probe).st_mode):
+        raise RestoreError("is no FIFO on this host", where=f"file {path}", remedy=f"mkfifo {path}")
 
 
 def _refill(workshop: Workshop, pipe: Pipe, writing: int) -> None:

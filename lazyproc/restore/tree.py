@@ -76,7 +76,12 @@ def needs_new_pidns(checkpoint: Checkpoint) -> bool:
     """Whether a number of the tree is 1, or plainly taken here."""
     wanted = {thread.tid for task in checkpoint.tasks for thread in task.threads}
     wanted |= {task.vpid for task in checkpoint.tasks}
-    return 1 in wanted or any(os.path.exists(f"/proc/{tid}") for tid in wanted)
+    return any(is_taken(number) for number in wanted)
+
+
+def is_taken(number: int) -> bool:
+    """Whether a process or thread of our pid namespace plainly has this number."""
+    return number == 1 or os.path.exists(f"/proc/{number}")
 
 
 def timens_text(clocks: Clocks) -> str:

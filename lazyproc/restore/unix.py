@@ -27,6 +27,7 @@ from lazyproc.kernel.sockopt import (
     disconnect,
 )
 from lazyproc.model import Packet, UnixSocket
+from lazyproc.needs import NameNeed
 from lazyproc.restore.names import acting_as, address_of, bind, bind_with_file
 from lazyproc.restore.options import apply
 
@@ -278,13 +279,21 @@ def _send_all(
         sent += sender.sendmsg([packet.data[sent:]], credentials, socket.MSG_DONTWAIT)
 
 
-def _where(unix: UnixSocket) -> str:
+def check_name(need: NameNeed) -> None:
+    """Raise RestoreError unless the abstract name is free; a socket has it for a moment."""
+    with _words(need), socket.socket(socket.AF_UNIX, need.type) as sock:
+        bind(sock, need.name)
+
+
+def _where(unix: UnixSocket | NameNeed) -> str:
     name = os.fsdecode(unix.name)
-    return f"unix socket {name.replace(chr(0), '@', 1)}" if name else f"unnamed unix socket {unix.inode}"
+    if isinstance(unix, NameNeed) or name:
+        return f"unix socket {name.replace(chr(0), '@', 1)}"
+    return f"unnamed unix socket {unix.inode}"
 
 
 @contextmanager
-def _words(unix: UnixSocket) -> Iterator[None]:
+def _words(unix: UnixSocket | NameNeed) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -41,17 +41,16 @@ class Workshop:
         self.stack.callback(os.close, fd)
         return fd
 
-    @contextmanager
-    def probe(self, path: str) -> Iterator[int]:
-        """An O_PATH descriptor: what is there can be looked at without opening it (a FIFO would block)."""
-        with words(
-            f"file {path}", "is not on this host", f"copy {path} to this host, or restore where it is"
-        ):
-            fd = self.open_path(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+
+@contextmanager
+def probe(open_path: OpenPath, path: str) -> Iterator[int]:
+    """An O_PATH descriptor: what is there can be looked at without opening it (a FIFO would block)."""
+    with words(f"file {path}", "is not on this host", f"copy {path} to this host, or restore where it is"):
+        fd = open_path(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def reopen(fd: int, flags: int) -> int:

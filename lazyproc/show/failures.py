@@ -12,7 +12,7 @@ FAILED = 1
 
 def obstacles_text(obstacles: Iterable[Obstacle]) -> str:
     """Each obstacle on a line, the way out below it."""
-    return "\n".join(f"pid {o.pid}: {o.where}: {o.why}\n    {o.remedy}" for o in obstacles)
+    return "\n".join(f"{o.place}: {o.why}\n    {o.remedy}" for o in obstacles)
 
 
 def obstacle_fields(obstacle: Obstacle) -> dict[str, object]:

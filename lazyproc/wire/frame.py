@@ -12,6 +12,7 @@ from lazyproc.model import PAGE
 
 MAX_PAGES = 1024  # in one GET or PAGES
 MAX_JSON = 64 << 10  # bytes
+MAX_NEEDS = 4 << 20  # bytes of NEEDS or OBSTACLES
 MAX_BLOB = 64 << 20  # bytes of IMAGES or MAP
 
 HEADER = struct.Struct("<BBHIQQII")
@@ -38,6 +39,10 @@ class Type(enum.IntEnum):
     ABORT = 28
     PING = 29
     PONG = 30
+    NEEDS = 31
+    OBSTACLES = 32
+    ASK = 33
+    HOST = 34
 
 
 class Flag(enum.IntFlag):
@@ -54,6 +59,9 @@ _LIMIT: Mapping[Type, int] = {  # bytes of payload
     Type.CLOSE: 0,
     Type.PING: 0,
     Type.PONG: 0,
+    Type.ASK: 0,
+    Type.NEEDS: MAX_NEEDS,
+    Type.OBSTACLES: MAX_NEEDS,
     Type.IMAGES: MAX_BLOB,
     Type.MAP: MAX_BLOB,
 }

@@ -25,6 +25,7 @@ from lazyproc.wire.frame import HEADER, Flag, Frame, Type, is_range
 from lazyproc.wire.jsonobject import JsonValue
 
 VERSION = 1
+REVISION = 1  # of what may be said besides: frames that an end of an earlier revision does not know
 MAX_NAME = 128  # characters of a session id or token
 _MAP_ENTRY = struct.Struct("<QQQ")  # object, addr, pages
 
@@ -96,6 +97,7 @@ class Hello:
     session: str
     token: str = field(repr=False)
     version: int = VERSION
+    revision: int = REVISION
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class Welcome:
 
     session: str
     version: int = VERSION
+    revision: int = REVISION
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +116,24 @@ class Control:
     fields: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
+class Needs(Control):
+    """Source: this is what the tree will need of you. Comes before Prepare."""
+
+
 class Prepare(Control):
     """Source: may I send this tree?"""
 
 
 class Prepared(Control):
     """Destination: yes, and this is what I have."""
+
+
+class Obstacles(Control):
+    """Destination: no, and this is what stands in the way. It is off."""
+
+
+class Host(Control):
+    """Destination: what this host is and can do; the answer to Ask."""
 
 
 class Built(Control):
@@ -181,7 +196,14 @@ class Pong:
     """I am."""
 
 
-Event: TypeAlias = Get | Pages | PageBytes | Close | Hello | Welcome | Control | Images | Map | Ping | Pong
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Source: what kind of host are you?"""
+
+
+Event: TypeAlias = (
+    Get | Pages | PageBytes | Close | Hello | Welcome | Control | Images | Map | Ping | Pong | Ask
+)
 
 _CONTROL: Mapping[Type, type[Control]] = {
     Type.PREPARE: Prepare,
@@ -193,8 +215,13 @@ _CONTROL: Mapping[Type, type[Control]] = {
     Type.DRAINED: Drained,
     Type.RELEASED: Released,
     Type.ABORT: Abort,
+    Type.NEEDS: Needs,
+    Type.OBSTACLES: Obstacles,
+    Type.HOST: Host,
 }
-_BARE: Mapping[Type, Event] = {Type.CLOSE: Close(), Type.PING: Ping(), Type.PONG: Pong()}
+_BARE: Mapping[Type, Event] = {Type.CLOSE: Close(), Type.PING: Ping(), Type.PONG: Pong(), Type.ASK: Ask()}
+# The revision from which on an end knows a frame; those that are not here have always been.
+_SINCE: Mapping[Type, int] = {Type.NEEDS: 1, Type.OBSTACLES: 1, Type.ASK: 1, Type.HOST: 1}
 _TYPE_OF: Mapping[type[Event], Type] = {
     **{cls: kind for kind, cls in _CONTROL.items()},
     **{type(event): kind for kind, event in _BARE.items()},
@@ -223,9 +250,9 @@ _MAY_SEND: Mapping[tuple[State, Party], frozenset[Type]] = {
     (State.OPENING, Party.DIALLER): frozenset({Type.HELLO}),
     (State.GREETED, Party.ACCEPTOR): frozenset({Type.WELCOME, Type.ABORT}),
     (State.CONTROL, Party.SOURCE): _EITHER
-    | {Type.PREPARE, Type.IMAGES, Type.COMMIT, Type.MAP, Type.RELEASED},
+    | {Type.ASK, Type.NEEDS, Type.PREPARE, Type.IMAGES, Type.COMMIT, Type.MAP, Type.RELEASED},
     (State.CONTROL, Party.DESTINATION): _EITHER
-    | {Type.PREPARED, Type.BUILT, Type.COMMITTED, Type.RUNNING, Type.DRAINED},
+    | {Type.HOST, Type.PREPARED, Type.OBSTACLES, Type.BUILT, Type.COMMITTED, Type.RUNNING, Type.DRAINED},
     (State.PAGES, Party.DESTINATION): frozenset({Type.GET, Type.CLOSE}),
     (State.PAGES, Party.SOURCE): frozenset({Type.PAGES}),
     (State.CLOSING, Party.SOURCE): frozenset({Type.PAGES}),
@@ -257,6 +284,7 @@ class Connection:
         self._frame: Frame | None = None  # a checked header whose payload is not whole yet
         self.state = State.OPENING
         self.role: Role | None = None
+        self.peer_revision = 0  # until its greeting has come
         self.pages_due = 0  # bytes of pages at the front of the incoming stream
 
     @property
@@ -275,6 +303,8 @@ class Connection:
         kind = _TYPE_OF.get(type(event))
         if kind is None:
             raise ProtocolError(f"{type(event).__name__} is not something to send")
+        if _SINCE.get(kind, 0) > self.peer_revision:
+            raise ProtocolError(f"the other end is older and does not know {kind.name}")
         payload = _to_payload(event)
         header = _to_frame(kind, event, len(payload)).pack()
         self._pass(event, kind, self._us)
@@ -322,6 +352,8 @@ class Connection:
 
     def _finish(self, frame: Frame, payload: bytes) -> Event:
         event = _to_event(frame, payload)
+        if isinstance(event, Hello | Welcome):
+            self.peer_revision = event.revision
         self._pass(event, Type(frame.type), self._them)
         if isinstance(event, Pages):
             self.pages_due = event.payload
@@ -358,14 +390,13 @@ def _to_frame(kind: Type, event: Event, length: int) -> Frame:
 
 def _to_payload(event: Event) -> bytes:
     match event:
-        case Hello(role, session, token, version):
+        case Hello(role, session, token, version, revision):
             _check_names(session, token)
-            return jsonobject.encode(
-                {"version": version, "role": role.value, "session": session, "token": token}
-            )
-        case Welcome(session, version):
+            greeting: dict[str, JsonValue] = {"version": version, "revision": revision, "role": role.value}
+            return jsonobject.encode({**greeting, "session": session, "token": token})
+        case Welcome(session, version, revision):
             _check_names(session)
-            return jsonobject.encode({"version": version, "session": session})
+            return jsonobject.encode({"version": version, "revision": revision, "session": session})
         case Control(fields):
             return jsonobject.encode(fields)
         case Images(data):
@@ -394,12 +425,12 @@ def _to_hello(payload: bytes) -> Hello:
         role = Role(str(fields.get("role")))
     except ValueError:
         raise ProtocolError(f"HELLO names the unknown role {fields.get('role')!r:.40}") from None
-    return Hello(role, _name(fields, "session"), _name(fields, "token"), _version(fields))
+    return Hello(role, _name(fields, "session"), _name(fields, "token"), _version(fields), _revision(fields))
 
 
 def _to_welcome(payload: bytes) -> Welcome:
     fields = jsonobject.decode(payload)
-    return Welcome(_name(fields, "session"), _version(fields))
+    return Welcome(_name(fields, "session"), _version(fields), _revision(fields))
 
 
 def _version(fields: Mapping[str, JsonValue]) -> int:
@@ -408,6 +439,14 @@ def _version(fields: Mapping[str, JsonValue]) -> int:
     if type(version) is not int or version < 1:
         raise ProtocolError(f"the greeting's version is {version!r:.40}, not a number from 1")
     return version
+
+
+def _revision(fields: Mapping[str, JsonValue]) -> int:
+    """0 for the first ends, which did not say it."""
+    revision = fields.get("revision", 0)
+    if type(revision) is not int or revision < 0:
+        raise ProtocolError(f"the greeting's revision is {revision!r:.40}, not a number from 0")
+    return revision
 
 
 def _name(fields: Mapping[str, JsonValue], key: str) -> str:

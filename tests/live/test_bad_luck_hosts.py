@@ -48,7 +48,7 @@ def test_a_source_with_an_old_kernel(pair: Pair, program: Program, call: str, na
 def test_a_destination_with_an_old_kernel(pair: Pair, program: Program, call: str, name: str) -> None:
     with receiving(pair.destination, by=without(call)) as receiver:
         with unchanged(pair.source, pair.destination), unharmed(program):
-            says(migrated(pair, receiver, program.pid), 1, f"{receiver.address}: this kernel has no {name}")
+            says(migrated(pair, receiver, program.pid), 3, receiver.address, f"this kernel has no {name}")
         assert f"this kernel has no {name}" in receiver.notes()
 
 
@@ -90,7 +90,7 @@ def test_another_executable_there(pair: Pair, program: Program, change: str, wor
         unharmed(program),
     ):
         done = migrated(pair, receiver, program.pid)
-        says(done, 1, str(path), *(word.format_map(names) for word in words))
+        says(done, 3, receiver.address, str(path), *(word.format_map(names) for word in words))
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def test_too_little_memory_there(pair: Pair, program: Program, overcommit: bool)
                 done = migrated(pair, receiver, program.pid)
                 says(
                     done,
-                    1,
+                    3,
                     receiver.address,
                     "MiB available",
                     "free memory there, or use receive --overcommit",

@@ -25,6 +25,7 @@ from lazyproc.wire.native import (
     Committed,
     Event,
     Images,
+    Needs,
     Party,
     Prepare,
     Prepared,
@@ -168,7 +169,8 @@ def destination(answers: tuple[Event, ...], last: Last) -> Callable[[socket.sock
         link = linked(sock, Party.DESTINATION)
         with link.control, link.urgent, link.bulk:
             for answer in answers:
-                link.control.receive(20)
+                while isinstance(link.control.receive(20), Needs):
+                    continue
                 link.control.send(answer)
             if Committed() not in answers:  # after that it is its turn to speak
                 link.control.receive(20)

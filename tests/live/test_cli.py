@@ -108,7 +108,12 @@ def test_explain_says_so_when_nothing_stands_in_the_way(program: Program) -> Non
         lazyproc("explain", program.pid).stdout
         == f"nothing stops a checkpoint or a move of pid {program.pid}\n"
     )
-    assert result("explain", program.pid) == {"pid": program.pid, "obstacles": [], "notes": []}
+    assert result("explain", program.pid) == {
+        "pid": program.pid,
+        "peer": None,
+        "obstacles": [],
+        "notes": [],
+    }
 
 
 def test_show_lists_what_is_in_the_images(images: Path, program: Program) -> None:

@@ -99,8 +99,9 @@ def test_a_connection_whose_address_stays_is_refused_and_lives_on(pair: Pair) ->
         with loaded(connection) as load:
             wait_until(lambda: load.acknowledged > 20, "the client works")
             with migrating(pair.source, receiver, redis.pid) as journey:
-                journey.finish(expected=1)
-            assert f"{address} port {PORT}" in journey.log()
+                journey.finish(expected=3)
+            assert f"TCP {address}: " in journey.log()
+            assert "frozen" not in journey.log().split()
             assert f"ip address add {address} dev INTERFACE" in journey.log()
             at_end = load.acknowledged
             wait_until(lambda: load.acknowledged > at_end + 20, "the client goes on")

@@ -17,7 +17,7 @@ ALLOW, FAIL = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO
 NUMBER, SECOND_ARGUMENT = 0, 24  # offsets in struct seccomp_data
 IOCTL = 16
 PAGEMAP_SCAN = 0xC0606610
-CALLS = {"userfaultfd": 323, "pidfd_getfd": 438, "process_vm_readv": 310, "clone3": 435}
+CALLS = {"ptrace": 101, "userfaultfd": 323, "pidfd_getfd": 438, "process_vm_readv": 310, "clone3": 435}
 
 
 def program(name: str) -> list[tuple[int, int, int, int]]:

@@ -32,7 +32,7 @@ def process(pid: int, **changes: object) -> ProcessFacts:
         vpid=pid,
         kernel_thread=False,
         smaps=(VDSO,),
-        threads=(ThreadFacts(pid, tracer=0, stuck_in=None, namespaces=NAMESPACES, apart=()),),
+        threads=(ThreadFacts(pid, pid, tracer=0, stuck_in=None, namespaces=NAMESPACES, apart=()),),
         namespaces=NAMESPACES,
         elf_class=2,
     )
@@ -75,7 +75,7 @@ def test_a_tree_in_other_namespaces_is_one_note_naming_them(names: set[str]) -> 
 
 def test_a_kernel_without_some_namespaces_is_no_obstacle() -> None:
     few = {"mnt": 100, "pid": 105, "pid_for_children": 105}
-    thread = ThreadFacts(10, 0, None, few, ())
+    thread = ThreadFacts(10, 10, 0, None, few, ())
     assert list(obstacles(tree(process(10, namespaces=few, threads=(thread,)), our_namespaces=few))) == []
 
 
@@ -108,6 +108,7 @@ def test_every_trouble_of_every_thread_is_said(troubles: list[int]) -> None:
     threads = tuple(
         ThreadFacts(
             tid=20 + at,
+            vtid=20 + at,
             tracer=99 if trouble == 1 else 0,
             stuck_in="folio_wait" if trouble == 2 else None,
             namespaces={**NAMESPACES, "net": 7} if trouble == 3 else NAMESPACES,

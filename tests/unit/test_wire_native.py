@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lazyproc.errors import ProtocolError
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 from lazyproc.wire import native
-from lazyproc.wire.frame import HEADER, MAX_BLOB, MAX_JSON, MAX_PAGES, Flag, Frame, Type
+from lazyproc.wire.frame import HEADER, MAX_BLOB, MAX_JSON, MAX_NEEDS, MAX_PAGES, Flag, Frame, Type
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Connection, Event, Hello, PageBytes, Pages, Party, Role, State, Welcome
 
@@ -59,6 +59,8 @@ maps = st.lists(st.builds(native.MapEntry, keys, pages, counts), max_size=5).map
 either = st.builds(native.Abort, fields) | st.just(native.Ping()) | st.just(native.Pong())
 from_source = (
     st.builds(native.Prepare, fields)
+    | st.builds(native.Needs, fields)
+    | st.just(native.Ask())
     | st.builds(native.Images, st.binary(max_size=300))
     | st.builds(native.Commit, fields)
     | maps
@@ -67,6 +69,8 @@ from_source = (
 )
 from_destination = (
     st.builds(native.Prepared, fields)
+    | st.builds(native.Obstacles, fields)
+    | st.builds(native.Host, fields)
     | st.builds(native.Built, fields)
     | st.builds(native.Committed, fields)
     | st.builds(native.Running, fields)
@@ -140,14 +144,38 @@ def test_pages(up: list[Event], down: list[Event], dialler: Party) -> None:
     carried(ends[3][0], [destination for _, destination in ends[1:]], down)
 
 
-@given(names, names, st.sampled_from(Role), st.integers(1, 2**40))
-def test_greeting(session: str, token: str, role: Role, version: int) -> None:
+@given(names, names, st.sampled_from(Role), st.integers(1, 2**40), st.integers(0, 2**40))
+def test_greeting(session: str, token: str, role: Role, version: int, revision: int) -> None:
     opener = Connection(Party.SOURCE, dialled=True)
     acceptor = Connection(Party.DESTINATION, dialled=False)
-    hello = Hello(role, session, token, version)
+    hello = Hello(role, session, token, version, revision)
     assert acceptor.receive_data(opener.send(hello)) == [hello]
     assert acceptor.role is opener.role is role
-    assert repr(hello) == repr(Hello(role, session, "another", version))
+    assert (acceptor.peer_revision, opener.peer_revision) == (revision, 0)
+    assert repr(hello) == repr(Hello(role, session, "another", version, revision))
+    welcome = Welcome(session, version, revision)
+    assert opener.receive_data(acceptor.send(welcome)) == [welcome]
+    assert opener.peer_revision == revision
+
+
+def test_an_end_that_says_no_revision_is_of_the_first() -> None:
+    """It is sent nothing that it does not know."""
+    acceptor = Connection(Party.DESTINATION, dialled=False)
+    payload = b'{"version":1,"role":"control","session":"5e","token":"70"}'
+    (hello,) = acceptor.receive_data(HEADER.pack(Type.HELLO, 0, 0, len(payload), 0, 0, 0, 0) + payload)
+    assert hello == Hello(Role.CONTROL, "5e", "70", revision=0)
+    acceptor.send(Welcome("5e"))
+    for answer in (native.Obstacles(), native.Host()):
+        with pytest.raises(ProtocolError, match="older"):
+            acceptor.send(answer)
+    opener = Connection(Party.SOURCE, dialled=True)
+    opener.send(Hello(Role.CONTROL, "5e", "70"))
+    payload = b'{"version":1,"session":"5e"}'
+    opener.receive_data(HEADER.pack(Type.WELCOME, 0, 0, len(payload), 0, 0, 0, 0) + payload)
+    for question in (native.Needs(), native.Ask()):
+        with pytest.raises(ProtocolError, match="older"):
+            opener.send(question)
+    opener.send(native.Prepare())
 
 
 def test_the_layout_is_the_documented_one() -> None:
@@ -231,6 +259,8 @@ def test_a_changed_byte_is_a_protocol_error_or_another_event(event: Event, data:
         (Type.PREPARE, MAX_JSON),
         (Type.IMAGES, MAX_BLOB),
         (Type.MAP, MAX_BLOB),
+        (Type.NEEDS, MAX_NEEDS),
+        (Type.ASK, 0),
         (Type.PING, 0),
     ],
 )
@@ -270,6 +300,9 @@ def test_what_is_not_a_plain_json_object(payload: bytes) -> None:
         {"version": 0},
         {"version": "1"},
         {"version": True},
+        {"revision": -1},
+        {"revision": "1"},
+        {"revision": True},
         {"role": "root"},
         {"role": None},
         {"session": ""},
@@ -321,6 +354,10 @@ def test_a_map_is_a_whole_number_of_entries() -> None:
         (None, Party.SOURCE, Welcome("5e")),
         (Role.CONTROL, Party.SOURCE, native.Committed()),
         (Role.CONTROL, Party.DESTINATION, native.Commit()),
+        (Role.CONTROL, Party.DESTINATION, native.Needs()),
+        (Role.CONTROL, Party.SOURCE, native.Obstacles()),
+        (Role.CONTROL, Party.DESTINATION, native.Ask()),
+        (Role.CONTROL, Party.SOURCE, native.Host()),
         (Role.CONTROL, Party.DESTINATION, native.Get(1, 0, 1, 1)),
         (Role.CONTROL, Party.SOURCE, Hello(Role.CONTROL, "5e", "70")),
         (Role.URGENT, Party.SOURCE, native.Get(1, 0, 1, 1)),

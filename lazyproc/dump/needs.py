@@ -1,0 +1,188 @@
+"""What a running tree will need of the host that takes it in: files, addresses, names, numbers, features."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+
+from lazyproc.dump.files import gather_link, gather_mapped_file
+from lazyproc.dump.mappings import SYSV_PREFIX
+from lazyproc.dump.memory import kind_of, refusal, vma_of
+from lazyproc.dump.registry import Refused, Registry
+from lazyproc.dump.survey import ProcessFacts, TreeFacts
+from lazyproc.errors import NoSuchProcess
+from lazyproc.kernel import proc, sysvipc
+from lazyproc.kernel.netfilter import plain
+from lazyproc.kernel.sockopt import EARLY, TCP_CLOSE
+from lazyproc.model import InetSocket, Inotify, OpenFile, PipeEnd, RegularFile, UnixSocket, VmaKind
+from lazyproc.needs import (
+    AddressNeed,
+    FeatureNeed,
+    FifoNeed,
+    NameNeed,
+    Need,
+    PathNeed,
+    PidNeed,
+    PlaceNeed,
+    SegmentNeed,
+    SocketFileNeed,
+    Wanted,
+    file_need,
+)
+
+LINKS = ("exe", "cwd", "root")
+SHARED_PREFIXES = (SYSV_PREFIX, "/dev/zero")
+_CONGESTION = (socket.IPPROTO_TCP, socket.TCP_CONGESTION)  # may be a kernel module
+
+Place = tuple[int, str]  # pid, and "fd 7" or the like
+
+
+def needs_of(registry: Registry, facts: TreeFacts) -> Iterator[Wanted]:
+    """Each need once, with the first place that has it. `registry` has the descriptors of the tree, without contents;
+    mapped files are added to it, and what stands in their way.
+    """
+    places: dict[int, Place] = {}
+    private: set[int] = set()
+    alive = [process for process in facts.processes if process.alive and process.pid != facts.our_pid]
+    for process in alive:
+        _look_at_files(registry, process, places, private)
+    seen: dict[Need, Place] = {}
+    for need, place in _every(registry, alive, facts, places, private):
+        seen.setdefault(need, place)
+    for need, (pid, where) in seen.items():
+        yield Wanted(need, pid, where)
+
+
+def _every(
+    registry: Registry,
+    alive: Collection[ProcessFacts],
+    facts: TreeFacts,
+    places: Mapping[int, Place],
+    private: Collection[int],
+) -> Iterator[tuple[Need, Place]]:
+    yield from _of_files(registry, places, private)
+    for content in registry.contents.values():
+        if content.path:
+            yield PlaceNeed(content.path, content.mode), (facts.root.pid, f"file {content.path}")
+    for process in facts.processes:
+        yield PidNeed(process.vpid), (process.pid, "process")
+        for thread in process.threads:
+            yield PidNeed(thread.vtid), (process.pid, f"thread {thread.tid}")
+    for process in alive:
+        yield from _of_memory(process)
+        with suppress(NoSuchProcess):
+            if proc.timers(proc.read(process.pid, "timers")):
+                yield FeatureNeed("POSIX timers"), (process.pid, "process")
+
+
+def _look_at_files(
+    registry: Registry, process: ProcessFacts, places: dict[int, Place], private: set[int]
+) -> None:
+    """Mapped files, the program, and directories, into `registry`; where they are into `places` by file id."""
+    pid = process.pid
+    for name in LINKS:
+        places.setdefault(gather_link(registry, pid, name), (pid, name))
+    for smaps in process.smaps:
+        entry = smaps.entry
+        try:
+            kind = kind_of(entry)
+            refusal(smaps, kind)
+        except Refused:  # an obstacle already
+            continue
+        if kind is VmaKind.FILE and entry.path != "[vsyscall]":
+            try:
+                number = gather_mapped_file(registry, pid, entry.start, entry.end, entry)
+            except PermissionError:  # map_files is root's, which `lazyproc check` says and the dump will
+                continue
+            places.setdefault(number, (pid, f"mapping {entry.start:#x}-{entry.end:#x}"))
+            if vma_of(smaps).flags & mmap.MAP_PRIVATE:
+                private.add(number)
+
+
+def _of_files(
+    registry: Registry, places: Mapping[int, Place], private: Collection[int]
+) -> Iterator[tuple[Need, Place]]:
+    written = {
+        file.resource.path
+        for file in registry.files.values()
+        if isinstance(file.resource, RegularFile) and file.flags & os.O_ACCMODE != os.O_RDONLY
+    }
+    connections = {
+        (plain(inet.local), plain(inet.remote))
+        for inet in (file.resource for file in registry.files.values())
+        if isinstance(inet, InetSocket) and inet.remote and inet.protocol == socket.IPPROTO_TCP
+    }
+    for number, file in registry.files.items():
+        place = places.get(number) or _descriptor(registry, number)
+        match file.resource:
+            case RegularFile(content_id=0) as regular:
+                # One that the tree itself may still write to can have another size by the time it is frozen.
+                sized = number in private and regular.path not in written
+                yield file_need(regular, file.flags, sized=sized), place
+            case InetSocket() as inet:
+                for need in _of_inet(inet, connections):
+                    yield need, place
+            case _:
+                for need in _of_others(registry, file):
+                    yield need, place
+
+
+def _descriptor(registry: Registry, number: int) -> Place:
+    place = registry.place(number)
+    return place.pid, f"fd {place.fd}"
+
+
+def _of_others(registry: Registry, file: OpenFile) -> Iterator[Need]:
+    match file.resource:
+        case PipeEnd(pipe_id):
+            if path := registry.pipes[pipe_id].path:
+                yield FifoNeed(path)
+        case Inotify(watches):
+            yield from (PathNeed(watch.path) for watch in watches)
+        case UnixSocket() as unix if unix.bound_here:
+            if unix.path:
+                yield SocketFileNeed(unix.path)
+            elif unix.name.startswith(b"\0"):
+                yield NameNeed(unix.name, int(unix.type))
+
+
+def _of_inet(
+    inet: InetSocket, connections: Collection[tuple[tuple[bytes, int], tuple[bytes, int]]]
+) -> Iterator[Need]:
+    """A connection shares its port with anybody (repair mode), and so does one that has ended."""
+    tcp = inet.protocol == socket.IPPROTO_TCP
+    shares = tcp and (inet.remote is not None or (inet.state == TCP_CLOSE and bool(inet.shutdown)))
+    host, port = inet.local
+    if port and (any(host) or not shares):
+        options = tuple(
+            (level, name, value)
+            for (level, name), value in sorted(inet.options.values.items())
+            if (level, name) in EARLY or (level, name) == _CONGESTION
+        )
+        yield AddressNeed(
+            int(inet.family),
+            int(inet.type),
+            inet.protocol,
+            host,
+            0 if shares else port,
+            inet.interface,
+            options,
+        )
+    if tcp and inet.remote is not None:
+        yield FeatureNeed("TCP_REPAIR")
+        if (plain(inet.remote), plain(inet.local)) not in connections:
+            yield FeatureNeed("nftables")
+
+
+def _of_memory(process: ProcessFacts) -> Iterator[tuple[Need, Place]]:
+    """Shared memory, which a restore opens by way of a mapping of its own."""
+    shared = [e.entry for e in process.smaps if e.entry.deleted and e.entry.path.startswith(SHARED_PREFIXES)]
+    segments = sysvipc.segments() if any(e.path.startswith(SYSV_PREFIX) for e in shared) else {}
+    for entry in shared:
+        place = process.pid, f"mapping {entry.start:#x}-{entry.end:#x}"
+        yield FeatureNeed("map_files"), place
+        if entry.path.startswith(SYSV_PREFIX) and (segment := segments.get(entry.inode)):
+            yield SegmentNeed(segment.key, segment.id), place

@@ -1,0 +1,70 @@
+"""The destination's answers before the freeze: what this host is, and what here stands in a tree's way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from lazyproc.errors import Obstacle
+from lazyproc.migrate.needs import needs_in
+from lazyproc.migrate.prepare import Offer, objections
+from lazyproc.migrate.room import available_memory
+from lazyproc.migrate.talk import checked, next_event
+from lazyproc.needs import FeatureNeed, PidNeed, Wanted
+from lazyproc.pages.transport import Channel
+from lazyproc.restore.tree import Pidns, is_taken
+from lazyproc.uffd.policy import POLICIES
+from lazyproc.wire.jsonobject import JsonValue
+from lazyproc.wire.native import Ask, Needs, Prepare
+
+MODES = ("postcopy", "stopcopy")
+LAZY = ("userfaultfd of tasks",)
+ALWAYS = ("ptrace", "pidfd_getfd", "children", "choose pids", "time namespaces")  # of host_check
+
+
+def heard(control: Channel, timeout: float) -> tuple[Mapping[str, JsonValue], tuple[Wanted, ...]]:
+    """The fields of PREPARE, and the needs that came before it; questions about this host are answered meanwhile.
+
+    Raises Refused when the source only wanted to ask, ConnectionLost, ProtocolError.
+    """
+    deadline = time.monotonic() + timeout
+    wanted: tuple[Wanted, ...] = ()
+    while True:
+        event = next_event(control, deadline - time.monotonic(), Prepare.__name__)
+        if isinstance(event, Ask):
+            from lazyproc.migrate.about import host_frame
+
+            control.send(host_frame())
+        elif isinstance(event, Needs):
+            wanted = needs_in(event)
+        else:
+            return checked(event, Prepare, control).fields, wanted
+
+
+def obstacles_here(
+    order: Mapping[str, JsonValue], wanted: Sequence[Wanted], *, pidns: Pidns, overcommit: bool
+) -> Iterator[Obstacle]:
+    """Everything about this host that would stop a restore of the tree. Raises ProtocolError."""
+    yield from objections(Offer.of(order), 1 << 62 if overcommit else available_memory())
+    if order.get("policy") not in POLICIES or order.get("mode") not in MODES:
+        why = f"policy {order.get('policy')!r} or mode {order.get('mode')!r} is not known here"
+        yield Obstacle(0, "host", why, "choose another, or use the same lazyproc on both hosts")
+    lazy = LAZY if order.get("mode") == "postcopy" else ()
+    yield from _features(wanted, lazy, pidns)
+    from lazyproc.restore.needs import unmet
+
+    for each, lack in unmet(wanted, pidns=pidns):
+        yield Obstacle(each.pid, each.where, f"{lack.where}: {lack.what}", lack.remedy)
+
+
+def _features(wanted: Sequence[Wanted], lazy: Sequence[str], pidns: Pidns) -> Iterator[Obstacle]:
+    """What a restore takes of this kernel, and what this tree takes besides."""
+    from lazyproc.host_check import unmet
+
+    whose = {each.need.name: each for each in wanted if isinstance(each.need, FeatureNeed)}
+    numbers = (each.need.number for each in wanted if isinstance(each.need, PidNeed))
+    new = pidns == "new" or (pidns == "auto" and any(map(is_taken, numbers)))
+    for finding in unmet({*ALWAYS, *lazy, *whose, *(["pid namespaces"] if new else [])}):
+        each = whose.get(finding.name)
+        pid, where = (each.pid, each.where) if each else (0, "host")
+        yield Obstacle(pid, where, f"{finding.name}: {finding.detail}", finding.remedy)

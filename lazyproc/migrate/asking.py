@@ -1,0 +1,43 @@
+"""The source's questions before the freeze: may this tree come, and what stands in its way there?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lazyproc.errors import Obstacle
+from lazyproc.events import Listener, Note
+from lazyproc.migrate.needs import needs_frame, obstacles_in
+from lazyproc.migrate.prepare import Offer
+from lazyproc.migrate.talk import checked, expect
+from lazyproc.needs import Wanted
+from lazyproc.pages.transport import Channel
+from lazyproc.wire.native import Abort, Control, Obstacles, Prepare, Prepared
+
+PREPARE_S = 30.0
+ONLY_ASKED = Abort({"reason": "only asked"})
+
+
+def obstacles_there(
+    control: Channel,
+    offer: Offer,
+    wanted: Sequence[Wanted],
+    order: Mapping[str, str | int | bool],
+    listener: Listener,
+) -> tuple[Obstacle, ...]:
+    """What at the destination stands in the way of the tree; when nothing does, it is ready for the images.
+
+    Raises Refused with the reason of a destination that is too old to list obstacles, ConnectionLost, ProtocolError.
+    """
+    if control.peer_revision:
+        frame, left_out = needs_frame(wanted)
+        control.send(frame)
+        if left_out:
+            listener(Note(f"{left_out} needs of the tree are not checked beforehand: there are too many"))
+    else:
+        listener(Note(f"{control.peer}: is an older lazyproc, which looks at memory and processor only"))
+    control.send(Prepare({**offer.fields(), **order}))
+    answer = expect(control, Control, PREPARE_S)
+    if isinstance(answer, Obstacles):
+        return obstacles_in(answer, control.peer)
+    checked(answer, Prepared, control)
+    return ()

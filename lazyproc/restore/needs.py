@@ -1,0 +1,144 @@
+"""Whether this host has what a tree needs: tried with the functions that a restore uses, and nothing is changed.
+
+What cannot be known before the tree is frozen stays with the restore: the content of files that travel, data in a
+FIFO, a number that somebody takes meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from lazyproc.errors import RestoreError
+from lazyproc.facts import dataclass
+from lazyproc.kernel import sysvipc
+from lazyproc.needs import (
+    AddressNeed,
+    FifoNeed,
+    FileNeed,
+    NameNeed,
+    Need,
+    PathNeed,
+    PidNeed,
+    PlaceNeed,
+    SegmentNeed,
+    SocketFileNeed,
+    Wanted,
+)
+from lazyproc.restore.contents import check_kind, parent_of
+from lazyproc.restore.creation import pid_taken
+from lazyproc.restore.files import check_access, check_file
+from lazyproc.restore.names import check_place
+from lazyproc.restore.objects import check_segment
+from lazyproc.restore.pipes import check_fifo
+from lazyproc.restore.tree import Pidns, is_taken
+from lazyproc.restore.workshop import probe
+
+
+def unmet(wanted: Iterable[Wanted], *, pidns: Pidns) -> Iterator[tuple[Wanted, RestoreError]]:
+    """The needs that this host does not meet, and why. Features of the kernel are left out (host_check)."""
+    every = tuple(wanted)
+    here = _Here(pidns, frozenset(w.need.path for w in every if isinstance(w.need, PlaceNeed)))
+    for each in every:
+        attempt = _TRIES.get(type(each.need))
+        try:
+            if attempt is not None:
+                attempt(here, each.need)
+        except RestoreError as error:
+            yield each, error
+        except (OSError, ValueError, OverflowError) as error:  # also of numbers and paths that cannot be
+            yield each, RestoreError(f"cannot be tried ({error})", remedy="see `lazyproc check`")
+
+
+@dataclass
+class _Here:
+    """This host; `coming` are the paths that travel with the tree."""
+
+    pidns: Pidns
+    coming: frozenset[str]
+
+    @cached_property
+    def segments(self) -> tuple[sysvipc.Segment, ...]:
+        return tuple(sysvipc.segments().values())
+
+    def comes(self, path: str) -> bool:
+        """Whether what is missing here will be there by the time it is needed."""
+        return path in self.coming and not os.path.lexists(path)
+
+
+def _open_path(path: str, flags: int, mode: int) -> int:
+    return os.open(path, flags, mode)
+
+
+def _try_file(_here: _Here, need: FileNeed) -> None:
+    with probe(_open_path, need.path) as found:
+        check_file(need, found)
+        check_access(need, found)
+
+
+def _try_path(here: _Here, need: PathNeed) -> None:
+    if not here.comes(need.path):
+        with probe(_open_path, need.path):
+            pass
+
+
+def _try_fifo(here: _Here, need: FifoNeed) -> None:
+    if not here.comes(need.path):
+        with probe(_open_path, need.path) as found:
+            check_fifo(need.path, found)
+
+
+def _try_place(here: _Here, need: PlaceNeed) -> None:
+    if here.comes(os.path.dirname(need.path)):
+        return
+    with parent_of(_open_path, need.path) as (parent, name):
+        try:
+            found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise RestoreError(
+                f"cannot be looked at ({error.strerror})", where=f"file {need.path}", remedy="rename it"
+            ) from error
+    check_kind(need.path, need.mode, found)
+
+
+def _try_socket_file(here: _Here, need: SocketFileNeed) -> None:
+    if not here.comes(os.path.dirname(need.path)):
+        check_place(need.path, need.path)
+
+
+def _try_name(_here: _Here, need: NameNeed) -> None:
+    from lazyproc.restore.unix import check_name
+
+    check_name(need)
+
+
+def _try_address(_here: _Here, need: AddressNeed) -> None:
+    from lazyproc.restore.inet import check_address
+
+    check_address(need)
+
+
+def _try_segment(here: _Here, need: SegmentNeed) -> None:
+    check_segment(need, here.segments)
+
+
+def _try_pid(here: _Here, need: PidNeed) -> None:
+    if here.pidns == "host" and is_taken(need.number):
+        raise pid_taken(need.number)
+
+
+_TRIES: Mapping[type[Need], Callable[[_Here, Any], None]] = {
+    FileNeed: _try_file,
+    PathNeed: _try_path,
+    FifoNeed: _try_fifo,
+    PlaceNeed: _try_place,
+    SocketFileNeed: _try_socket_file,
+    NameNeed: _try_name,
+    AddressNeed: _try_address,
+    SegmentNeed: _try_segment,
+    PidNeed: _try_pid,
+}
