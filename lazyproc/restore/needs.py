@@ -52,7 +52,7 @@ def unmet(wanted: Iterable[Wanted], *, pidns: Pidns) -> Iterator[tuple[Wanted, R
             yield each, RestoreError(f"cannot be tried ({error})", remedy="see `lazyproc check`")
 
 
-@dataclass
+@dataclass(slots=True)
 class _Here:
     """This host; `coming` are the paths that travel with the tree."""
 
