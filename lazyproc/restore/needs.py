@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 from lazyproc.errors import RestoreError
-from lazyproc.facts import dataclass
 from lazyproc.kernel import sysvipc
 from lazyproc.needs import (
     AddressNeed,
@@ -52,12 +51,12 @@ def unmet(wanted: Iterable[Wanted], *, pidns: Pidns) -> Iterator[tuple[Wanted, R
             yield each, RestoreError(f"cannot be tried ({error})", remedy="see `lazyproc check`")
 
 
-@dataclass(slots=True)
 class _Here:
     """This host; `coming` are the paths that travel with the tree."""
 
-    pidns: Pidns
-    coming: frozenset[str]
+    def __init__(self, pidns: Pidns, coming: frozenset[str]) -> None:
+        self.pidns = pidns
+        self.coming = coming
 
     @cached_property
     def segments(self) -> tuple[sysvipc.Segment, ...]:
