@@ -17,6 +17,7 @@ import pytest
 
 from lazyproc.errors import ImageError
 from lazyproc.images.convert import from_images, to_images
+from lazyproc.images.draft import filled
 from lazyproc.images.files import EXTRAS, Folder, kind_of
 from lazyproc.model import (
     PAGE,
@@ -105,7 +106,7 @@ def dumped(tmp_path: Path) -> Iterator[Dumped]:
     require_root()
     answer, folder = tmp_path / "answer", Folder(tmp_path / "dump")
     os.mkfifo(answer)
-    folder.create()
+    folder.path.mkdir()
     ready, theirs = os.pipe()
     cargo = subprocess.Popen(
         [sys.executable, "-I", "-c", _CARGO, str(theirs), str(answer), str(tmp_path / "scratch")],
@@ -235,10 +236,12 @@ def test_shared_memory_has_its_pages(dumped: Dumped) -> None:
 
 def _rewrite(dumped: Dumped, folder: Folder, *, extras: bool) -> None:
     """The checkpoint as lazyproc writes it, pages included."""
-    folder.create()
-    folder.write(to_images(dumped.checkpoint))
-    with ImagePages(dumped.folder, list(dumped.checkpoint.memory)) as pages:
-        write_pages(folder, dumped.checkpoint, pages)
+    with (
+        filled(folder, early=True) as draft,
+        ImagePages(dumped.folder, list(dumped.checkpoint.memory)) as pages,
+    ):
+        draft.write(to_images(dumped.checkpoint))
+        write_pages(draft, dumped.checkpoint, pages)
     if not extras:
         folder.remove(EXTRAS)
 
