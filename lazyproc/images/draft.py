@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lazyproc.errors import ImageError
 from lazyproc.images.files import Folder
+from lazyproc.images.sums import sums_of
 
 _STRETCH = 8 << 20  # bytes after which the disk is given something to do
 
@@ -27,8 +28,8 @@ class Draft:
         self._open: dict[Path, int] = {}
 
     def write(self, images: Mapping[str, bytes]) -> None:
-        """Writes every image. Raises ImageError."""
-        for name, data in images.items():
+        """Writes every image, all that are not pages in one call, and their checksums. Raises ImageError."""
+        for name, data in {**images, **sums_of(images)}.items():
             self.write_file(name, [data])
 
     def write_file(self, name: str, pieces: Iterable[bytes]) -> None:

@@ -28,6 +28,7 @@ INVENTORY_MAGIC = 0x58313116  # the only image without COMMON_MAGIC in front
 INVENTORY = "inventory.img"
 FILES = "files.img"
 EXTRAS = "lazyproc.img"
+SUMS = "lazyproc-sums.img"
 
 MAGICS = {
     "pstree": 0x50273030,
@@ -50,6 +51,7 @@ MAGICS = {
     "cgroup": 0x59383330,
     "timens": 0x43114433,
     "lazyproc": 0x50505A4C,  # "LZPP": ours
+    "lazyproc-sums": 0x53505A4C,  # "LZPS"
 }
 # What CRIU may write and lazyproc has no model for; see refuse_foreign in convert.py.
 FOREIGN_MAGICS = {
@@ -156,11 +158,16 @@ class ImageReader:
         return message
 
 
-def open_image(images: Mapping[str, bytes], name: str) -> ImageReader:
-    """The image `name`, which has to be there."""
+def demand(images: Mapping[str, bytes], name: str) -> bytes:
+    """The bytes of the image `name`, which has to be there."""
     if name not in images:
         raise ImageError("missing", where=name, remedy="copy the whole folder of the checkpoint")
-    return ImageReader(name, images[name])
+    return images[name]
+
+
+def open_image(images: Mapping[str, bytes], name: str) -> ImageReader:
+    """The image `name`, which has to be there."""
+    return ImageReader(name, demand(images, name))
 
 
 def records(images: Mapping[str, bytes], name: str, kind: type[M]) -> Iterator[tuple[M, ImageReader]]:

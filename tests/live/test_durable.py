@@ -86,7 +86,7 @@ def checkpoint(disk: Disk, program: Program, *options: str) -> Iterator[subproce
 def check_whole(disk: Disk, synced: list[str]) -> None:
     """Every file there is was synced, then the names of the files, then that of the folder."""
     files = sorted(path.name for path in (disk.folder / IMAGES).iterdir())
-    assert {"pages-1.img", "inventory.img", "lazyproc.img"} <= set(files)
+    assert {"pages-1.img", "inventory.img", "lazyproc.img", "lazyproc-sums.img"} <= set(files)
     assert sorted(synced[:-2]) == [f"{IMAGES}/{name}" for name in files]
     assert synced[-2:] == [IMAGES, "."]
 

@@ -14,7 +14,8 @@ import pytest
 
 from lazyproc.errors import ImageError
 from lazyproc.images.draft import filled
-from lazyproc.images.files import Folder
+from lazyproc.images.files import SUMS, Folder
+from lazyproc.images.sums import check_sums
 
 LARGE = 20 << 20  # bytes: some stretches that the disk gets early, and a rest
 
@@ -38,7 +39,10 @@ def test_a_folder_gives_back_its_images_and_is_private(tmp_path: Path, early: bo
     with filled(folder, early=early) as draft:
         draft.write_file("pages-1.img", iter(pieces))
         draft.write({"pstree.img": b"p", "core-1.img": b"c"})
-    assert folder.read() == {"core-1.img": b"c", "pstree.img": b"p"}
+    images = folder.read()
+    check_sums(images)
+    del images[SUMS]
+    assert images == {"core-1.img": b"c", "pstree.img": b"p"}
     assert (folder.path / "pages-1.img").read_bytes() == b"".join(pieces)
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder.path / "pages-1.img").stat().st_mode) == 0o600
