@@ -62,6 +62,9 @@ def checkpoint(
                 written = write_pages(draft, whole, pages)
                 draft.write(images)
                 if not leave_running:
+                    draft.sync()
+                dump.demand_idle_rings()
+                if not leave_running:
                     unfinished.close()  # from here on the images stay, whatever becomes of this host
                     with deaf():
                         tree.kill()

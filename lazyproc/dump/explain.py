@@ -9,13 +9,14 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
+from lazyproc.dump import aio
 from lazyproc.dump.descriptors import explain_descriptors
 from lazyproc.dump.memory import refused_mappings
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.survey import ProcessFacts, ThreadFacts, TreeFacts, survey
-from lazyproc.errors import Obstacle
+from lazyproc.errors import NoSuchProcess, Obstacle, TraceeError
 from lazyproc.events import Listener, Note, ignore
-from lazyproc.kernel import host
+from lazyproc.kernel import host, tracee
 from lazyproc.kernel.sys import pidfd_open
 
 SCHED_DEADLINE = 6
@@ -163,4 +164,17 @@ def _resources(facts: TreeFacts, tcp_close: bool) -> list[Obstacle]:
         registry = Registry(tuple(refs), contents_wanted=False)
         for process in facts.processes:
             refused_mappings(registry, process.pid, process.smaps)
+            registry.obstacles.extend(_unfetched(process))
+
         return [*registry.obstacles, *explain_descriptors(refs, tcp_close=tcp_close)]
+
+
+def _unfetched(process: ProcessFacts) -> list[Obstacle]:
+    """Of a running process a ring may go, or all its memory, while it is looked at."""
+    entries = [smaps.entry for smaps in process.smaps if smaps.entry.path == aio.NAME]
+    found: list[Obstacle] = []
+    if entries:
+        with suppress(NoSuchProcess, TraceeError), tracee.memory(process.pid) as memory:
+            rings = [aio.Ring(process.pid, entry.start, entry.end) for entry in entries]
+            found.extend(aio.unfetched(rings, memory))
+    return found

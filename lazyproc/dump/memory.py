@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from lazyproc.dump import aio
 from lazyproc.dump.registry import Refused, Registry
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
@@ -43,7 +44,7 @@ def kind_of(entry: proc.MapsEntry) -> VmaKind:
         return VmaKind.ANON
     if entry.path.startswith("anon_inode:"):
         raise Refused(f"is a mapping of {entry.path}", "let the program close it")
-    if entry.path == "/[aio]":
+    if entry.path == aio.NAME:
         return VmaKind.AIO
     if entry.deleted and (entry.path == "/dev/zero" or entry.path.startswith(("/memfd:", "/SYSV"))):
         return VmaKind.SHARED

@@ -22,8 +22,9 @@ class Draft:
     closed and opened again may look well.
     """
 
-    def __init__(self, folder: Folder, *, early: bool) -> None:
+    def __init__(self, folder: Folder, *, made: bool, early: bool) -> None:
         self._folder = folder
+        self._made = made
         self._early = early
         self._open: dict[Path, int] = {}
 
@@ -47,11 +48,16 @@ class Draft:
             _start(fd, started, size)
 
     def sync(self) -> None:
-        """Waits until every file and every name is on the disk. Raises ImageError."""
+        """Waits until every file and every name is on the disk, that of a new folder too. Raises ImageError."""
+        if not self._open:
+            return
         for path, fd in self._open.items():
             with _blamed(path):
                 os.fsync(fd)
         _sync_names(self._folder.path)
+        if self._made:
+            _sync_names(self._folder.path / "..")
+        self.close()
 
     def close(self) -> None:
         for fd in self._open.values():
@@ -74,12 +80,10 @@ def filled(folder: Folder, *, early: bool) -> Iterator[Draft]:
             where=str(folder.path),
             remedy="choose another folder with -D, or empty it",
         )
-    draft = Draft(folder, early=early)
+    draft = Draft(folder, made=made, early=early)
     try:
         yield draft
         draft.sync()
-        if made:
-            _sync_names(folder.path / "..")
     except BaseException:
         for name in folder.images():
             folder.remove(name)

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from lazyproc.hosts import Host
+from tests.live.aio import FETCH, LEAVE, POLL_MS, ask, unfetched
 from tests.live.bad_luck import COMMAND_S, ended, lazyproc, says, started, unharmed
-from tests.live.programs import Program, running
+from tests.live.programs import Program, running, wait_until
 from tests.live.tracees import state_of
 from tests.needs import lacking, require
 
@@ -140,6 +141,23 @@ def test_it_runs_on_when_the_disk_fails(
         says(done, 1, str(disk.place / name), words)
     assert not list(disk.folder.iterdir())
     program.stop_and_verify()
+
+
+def test_an_aio_request_that_is_complete_before_the_disk_is(disk: Disk) -> None:
+    """Neither the process nor a copy would be told: nothing has happened."""
+    folder = disk.host.ground.shared
+    with running("aio_ring", POLL_MS, directory=folder, host=disk.host, exclusive=True) as program:
+        ask(program, LEAVE)
+        with unharmed(program):
+            with checkpoint(disk, program) as command:
+                for _ in disk.asks(command):
+                    wait_until(lambda: unfetched(program.pid) == 1, "the request is complete")
+                    disk.answer(0)
+                _, error = command.communicate(timeout=COMMAND_S)
+            says(subprocess.CompletedProcess("", command.returncode, "", error), 3, "/[aio]", "io_getevents")
+        assert not list(disk.folder.iterdir())
+        ask(program, FETCH)
+        program.stop_and_verify()
 
 
 def test_a_file_system_that_syncs_no_names(disk: Disk, program: Program) -> None:
