@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
 from lazyproc.dump import aio
+from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.descriptors import explain_descriptors
 from lazyproc.dump.memory import refused_mappings
 from lazyproc.dump.registry import Registry, TaskRef
@@ -145,6 +146,16 @@ def notes(facts: TreeFacts) -> Iterator[str]:
         yield (
             f"pid {facts.root.pid}: its namespaces ({', '.join(apart)}) stay here; "
             "it is restored in those of the command that restores it"
+        )
+    yield from _note_of_copies(facts)
+
+
+def _note_of_copies(facts: TreeFacts) -> Iterator[str]:
+    more = bytes_of_copies([process.smaps for process in facts.processes if process.alive]) >> 20
+    if more:
+        yield (
+            f"pid {facts.root.pid}: the tree needs up to {more} MiB more memory where it is restored: its processes "
+            "share them since a fork (copy-on-write), and each gets a copy of its own"
         )
 
 

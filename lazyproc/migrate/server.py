@@ -120,7 +120,7 @@ class _Client:
         count = sum(extent.count for extents in memory.values() for extent in extents)
         threads = sum(len(task.threads) for task in self._checkpoint.tasks)
         vdso = self._checkpoint.root.mm.vdso_build_id if self._checkpoint.root.mm else vdso_build_id()
-        offer = Offer(count, threads, {}, vdso.hex())
+        offer = Offer(count, threads, 0, {}, vdso.hex())
         control.send(Prepare({**offer.fields(), **self._order.fields()}))
         expect(control, Prepared, PREPARE_S)
         self._server.serve(self._link.urgent.detach(), f"{session} urgent")
