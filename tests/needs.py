@@ -13,6 +13,8 @@ _PACKAGES = {
     "gcc": "gcc",
     "gdb": "gdb",
     "ip": "iproute2",
+    "losetup": "mount",
+    "mkfs.ext4": "e2fsprogs",
     "nft": "nftables",
     "nginx": "nginx-light",
     "nsenter": "util-linux",

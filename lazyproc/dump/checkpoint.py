@@ -15,6 +15,7 @@ from lazyproc.errors import CannotBeDone
 from lazyproc.events import Listener, StateChanged, StepDone
 from lazyproc.facts import dataclass
 from lazyproc.images.convert import to_images
+from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
 from lazyproc.kernel.deaf import deaf
 from lazyproc.model import PAGE
@@ -49,7 +50,8 @@ def checkpoint(
         raise CannotBeDone(obstacles)
     folder = Folder(directory)
     with ExitStack() as unfinished:
-        unfinished.enter_context(folder.filled())
+        # The disk has its time when the tree runs again, unless it is to end.
+        draft = unfinished.enter_context(filled(folder, early=not leave_running))
         asleep = observed_sleeps(pid)
         frozen_at = time.monotonic()
         with frozen_tree(pid, asleep=asleep) as tree:
@@ -57,13 +59,17 @@ def checkpoint(
             with dumped(tree, tcp_close=tcp_close) as dump, dump_pages(dump) as pages:
                 whole = dump.whole()
                 images = to_images(whole)
-                written = write_pages(folder, whole, pages)
-                folder.write(images)
-                unfinished.close()  # from here on the images stay
+                written = write_pages(draft, whole, pages)
+                draft.write(images)
                 if not leave_running:
+                    draft.sync()
+                dump.demand_idle_rings()
+                if not leave_running:
+                    unfinished.close()  # from here on the images stay, whatever becomes of this host
                     with deaf():
                         tree.kill()
                         dump.remove_segments()
+        thawed = time.monotonic()
     now = time.monotonic()
     listener(StepDone("checkpoint", now, now - started))
     return CheckpointReport(
@@ -72,7 +78,7 @@ def checkpoint(
         tasks=len(whole.tasks),
         threads=sum(len(task.threads) for task in whole.tasks),
         pages_total=written,
-        frozen_ms=(now - frozen_at) * 1e3,
+        frozen_ms=(thawed - frozen_at) * 1e3,
         total_ms=(now - started) * 1e3,
         bytes=written * PAGE + sum(map(len, images.values())),
     )

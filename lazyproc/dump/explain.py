@@ -9,15 +9,17 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 
+from lazyproc.dump import aio
+from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.descriptors import look_at_descriptors
 from lazyproc.dump.memory import has_guards, refused_mappings
 from lazyproc.dump.needs import needs_of
 from lazyproc.dump.registry import Refused, Registry, TaskRef
 from lazyproc.dump.survey import ProcessFacts, ThreadFacts, TreeFacts, survey
-from lazyproc.errors import Obstacle
+from lazyproc.errors import NoSuchProcess, Obstacle, TraceeError
 from lazyproc.events import Listener, Note, ignore
 from lazyproc.facts import dataclass
-from lazyproc.kernel import host, proc
+from lazyproc.kernel import host, proc, tracee
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.needs import FeatureNeed, Wanted
 
@@ -175,6 +177,16 @@ def notes(facts: TreeFacts) -> Iterator[str]:
             f"pid {facts.root.pid}: its namespaces ({', '.join(apart)}) stay here; "
             "it is restored in those of the command that restores it"
         )
+    yield from _note_of_copies(facts)
+
+
+def _note_of_copies(facts: TreeFacts) -> Iterator[str]:
+    more = bytes_of_copies([process.smaps for process in facts.processes if process.alive]) >> 20
+    if more:
+        yield (
+            f"pid {facts.root.pid}: the tree needs up to {more} MiB more memory where it is restored: its processes "
+            "share them since a fork (copy-on-write), and each gets a copy of its own"
+        )
 
 
 def _resources(facts: TreeFacts, tcp_close: bool) -> tuple[list[Obstacle], tuple[Wanted, ...]]:
@@ -193,6 +205,18 @@ def _resources(facts: TreeFacts, tcp_close: bool) -> tuple[list[Obstacle], tuple
         registry = Registry(tuple(refs), contents_wanted=False)
         for process in facts.processes:
             refused_mappings(registry, process.pid, process.smaps)
+            registry.obstacles.extend(_unfetched(process))
         look_at_descriptors(registry, tcp_close=tcp_close)
         wanted = tuple(needs_of(registry, facts))
         return registry.obstacles, wanted
+
+
+def _unfetched(process: ProcessFacts) -> list[Obstacle]:
+    """Of a running process a ring may go, or all its memory, while it is looked at."""
+    entries = [smaps.entry for smaps in process.smaps if smaps.entry.path == aio.NAME]
+    found: list[Obstacle] = []
+    if entries:
+        with suppress(NoSuchProcess, TraceeError), tracee.memory(process.pid) as memory:
+            rings = [aio.Ring(process.pid, entry.start, entry.end) for entry in entries]
+            found.extend(aio.unfetched(rings, memory))
+    return found

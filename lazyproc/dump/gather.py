@@ -10,16 +10,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
+from lazyproc.dump.aio import unfetched
 from lazyproc.dump.descriptors import Gathered, gather_descriptors
 from lazyproc.dump.files import gather_link
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
-from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, settled
+from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, rings_of, settled
 from lazyproc.dump.memory import eager_pages, private_extents, shared_extents, with_guards
 from lazyproc.dump.question import ask
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.tasks import gather_task, gather_zombie, process_questions
 from lazyproc.dump.threads import THREAD_ANSWERS, gather_thread, thread_questions
-from lazyproc.errors import CannotBeDone
+from lazyproc.errors import CannotBeDone, Obstacle
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc, remote, sysvipc
 from lazyproc.kernel import tracee as ptrace
@@ -62,6 +63,20 @@ class Dump:
     pids: Mapping[int, int]  # vpid -> pid
     object_fds: Mapping[int, int]
     connections: Sequence[socket.socket]  # TCP, to be silenced once the other side has them
+
+    def demand_idle_rings(self) -> None:
+        """Right before the hand-over: an AIO request may have been completed while the tree was frozen, which neither
+        it nor the copy would be told. Raises CannotBeDone.
+        """
+        found: list[Obstacle] = []
+        for task in self.checkpoint.tasks:
+            pid = self.pids.get(task.vpid, 0)
+            rings = rings_of(pid, task.mm.vmas) if task.mm else []
+            if rings:
+                with ptrace.memory(pid) as memory:
+                    found += unfetched(rings, memory)
+        if found:
+            raise CannotBeDone(tuple(found))
 
     def remove_segments(self) -> None:
         """The tree was killed here: its SysV segments that nobody has attached any more go with it."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+from lazyproc.dump.aio import Ring, unfetched
 from lazyproc.dump.files import gather_link, gather_mapped_file
 from lazyproc.dump.freeze import FrozenTask
 from lazyproc.dump.look import attempt
@@ -43,9 +43,7 @@ def gather_mm(
     pid, stat = frozen.pid, frozen.stat
     refused_mappings(registry, pid, smaps)
     vmas = tuple(_vma(registry, pid, entry, objects) for entry in smaps if entry.entry.path != "[vsyscall]")
-    for ring in (vma for vma in vmas if vma.kind is VmaKind.AIO):
-        with attempt(registry, pid, f"mapping {ring.start:#x}-{ring.end:#x}"):
-            _check_idle(ring, memory)
+    registry.obstacles.extend(unfetched(rings_of(pid, vmas), memory))
     return Mm(
         start_code=stat.start_code,
         end_code=stat.end_code,
@@ -67,11 +65,9 @@ def gather_mm(
     )
 
 
-def _check_idle(ring: Vma, memory: Memory) -> None:
-    """Completions that nobody has fetched (struct aio_ring, fs/aio.c). Requests under way cannot be seen."""
-    _, _, head, tail = struct.unpack("<4I", memory.read(ring.start, 16))
-    if head != tail:
-        raise Refused("holds completions that the program has not fetched", "try again a moment later")
+def rings_of(pid: int, vmas: Sequence[Vma]) -> list[Ring]:
+    """The AIO rings of a process."""
+    return [Ring(pid, vma.start, vma.end) for vma in vmas if vma.kind is VmaKind.AIO]
 
 
 def _vdso_build_id(vmas: Sequence[Vma], memory: Memory) -> bytes:

@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 
+from lazyproc.dump import aio
 from lazyproc.dump.registry import Refused, Registry
 from lazyproc.facts import replace
 from lazyproc.kernel import arch_x86_64 as arch
@@ -43,7 +44,7 @@ def kind_of(entry: proc.MapsEntry) -> VmaKind:
         return VmaKind.ANON
     if entry.path.startswith("anon_inode:"):
         raise Refused(f"is a mapping of {entry.path}", "let the program close it")
-    if entry.path == "/[aio]":
+    if entry.path == aio.NAME:
         return VmaKind.AIO
     if entry.deleted and (entry.path == "/dev/zero" or entry.path.startswith(("/memfd:", "/SYSV"))):
         return VmaKind.SHARED

@@ -35,6 +35,7 @@ from lazyproc.images.openfiles_read import FileReader
 from lazyproc.images.pagemap import read_pagemap, to_extents, write_pagemap
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as pb
+from lazyproc.images.sums import check_sums
 from lazyproc.model import (
     Checkpoint,
     Clocks,
@@ -203,6 +204,7 @@ def from_images(images: Mapping[str, bytes]) -> Checkpoint:
 
 
 def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
+    check_sums(images)
     inventory = record(images, INVENTORY, pb.inventory_entry)
     if inventory.img_version != _IMG_VERSION or not inventory.fdinfo_per_id:
         raise ImageError(

@@ -13,7 +13,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ INVENTORY_MAGIC = 0x58313116  # the only image without COMMON_MAGIC in front
 INVENTORY = "inventory.img"
 FILES = "files.img"
 EXTRAS = "lazyproc.img"
+SUMS = "lazyproc-sums.img"
 
 MAGICS = {
     "pstree": 0x50273030,
@@ -50,6 +51,7 @@ MAGICS = {
     "cgroup": 0x59383330,
     "timens": 0x43114433,
     "lazyproc": 0x50505A4C,  # "LZPP": ours
+    "lazyproc-sums": 0x53505A4C,  # "LZPS"
 }
 # What CRIU may write and lazyproc has no model for; see refuse_foreign in convert.py.
 FOREIGN_MAGICS = {
@@ -156,11 +158,16 @@ class ImageReader:
         return message
 
 
-def open_image(images: Mapping[str, bytes], name: str) -> ImageReader:
-    """The image `name`, which has to be there."""
+def demand(images: Mapping[str, bytes], name: str) -> bytes:
+    """The bytes of the image `name`, which has to be there."""
     if name not in images:
         raise ImageError("missing", where=name, remedy="copy the whole folder of the checkpoint")
-    return ImageReader(name, images[name])
+    return images[name]
+
+
+def open_image(images: Mapping[str, bytes], name: str) -> ImageReader:
+    """The image `name`, which has to be there."""
+    return ImageReader(name, demand(images, name))
 
 
 def records(images: Mapping[str, bytes], name: str, kind: type[M]) -> Iterator[tuple[M, ImageReader]]:
@@ -263,36 +270,7 @@ class Folder:
     def __repr__(self) -> str:
         return f"Folder({str(self.path)!r})"
 
-    def create(self) -> None:
-        """Makes the folder (0700) unless it is there."""
-        try:
-            self.path.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise self.failed(error, self.path) from None
-
-    @contextmanager
-    def filled(self) -> Iterator[None]:
-        """A block that writes a whole checkpoint here; when it fails no image stays, nor the folder if that empties it.
-
-        Raises ImageError when there are images already: those of two checkpoints are never mixed.
-        """
-        self.create()
-        if self._images():
-            raise ImageError(
-                "holds images already",
-                where=str(self.path),
-                remedy="choose another folder with -D, or empty it",
-            )
-        try:
-            yield
-        except BaseException:
-            for name in self._images():
-                self.remove(name)
-            with suppress(OSError):
-                self.path.rmdir()
-            raise
-
-    def _images(self) -> list[str]:
+    def images(self) -> list[str]:
         """The names of all images, those of pages too."""
         try:
             return [name for name in os.listdir(self.path) if kind_of(name) or _PAGES.fullmatch(name)]
@@ -306,17 +284,6 @@ class Folder:
             return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise self.failed(error, path) from None
-
-    def write(self, images: Mapping[str, bytes]) -> None:
-        """Writes every image; a file that could not be written whole is removed."""
-        for name, data in images.items():
-            fd = self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            try:
-                with os.fdopen(fd, "wb") as file:
-                    file.write(data)
-            except OSError as error:
-                self.remove(name)
-                raise self.failed(error, self.path / name) from None
 
     def read(self) -> dict[str, bytes]:
         """Every image but the pages. What has a name of no image (logs, tarballs) is none."""
@@ -361,6 +328,7 @@ class Folder:
 _REMEDIES = {
     errno.ENOSPC: "make room there, or choose a folder on a larger file system with -D",
     errno.EDQUOT: "raise the quota, or choose another folder with -D",
+    errno.EIO: "look for the disk in the kernel log (dmesg), or choose a folder on another one with -D",
     errno.EEXIST: "name a folder with -D",
     errno.ENOTDIR: "name a folder with -D",
     errno.EROFS: "choose a folder that can be written with -D",

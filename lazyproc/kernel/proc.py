@@ -68,9 +68,11 @@ class SmapsEntry(NamedTuple):
     entry: MapsEntry
     page_size: int  # of the mapping: 4096, or the huge page size of hugetlbfs
     rss: int
+    pss: int  # each page divided by the number of mappings it has, in whichever processes
     anonymous: int
     anon_huge: int  # AnonHugePages
     swap: int
+    swap_pss: int
     locked: int
     protection_key: int
     vm_flags: frozenset[str]  # the two-letter names of VmFlags
@@ -114,7 +116,8 @@ def maps(data: bytes) -> tuple[MapsEntry, ...]:
 
 # Only what SmapsEntry holds: a block has some 24 lines. VmFlags is the last, and no path holds a newline.
 _SIZES = re.compile(
-    rb"^(KernelPageSize|Rss|Anonymous|AnonHugePages|Swap|Locked|ProtectionKey): *(\d+)", re.MULTILINE
+    rb"^(KernelPageSize|Rss|Pss|Anonymous|AnonHugePages|Swap|SwapPss|Locked|ProtectionKey): *(\d+)",
+    re.MULTILINE,
 )
 _VM_FLAGS = re.compile(rb"^VmFlags:(.*)\n", re.MULTILINE)
 
@@ -137,9 +140,11 @@ def _smaps_entry(text: bytes, flags: bytes, files: dict[bytes, _File]) -> SmapsE
         entry=_maps_entry(header, files),
         page_size=numbers[b"KernelPageSize"] * 1024,
         rss=numbers[b"Rss"] * 1024,
+        pss=numbers[b"Pss"] * 1024,
         anonymous=numbers[b"Anonymous"] * 1024,
         anon_huge=numbers[b"AnonHugePages"] * 1024,
         swap=numbers[b"Swap"] * 1024,
+        swap_pss=numbers.get(b"SwapPss", 0) * 1024,
         locked=numbers[b"Locked"] * 1024,
         protection_key=numbers.get(b"ProtectionKey", 0),
         vm_flags=frozenset(flags.decode("ascii").split()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.walk import thread_ids
 from lazyproc.errors import Obstacle, ProtocolError
 from lazyproc.facts import dataclass
@@ -23,22 +24,36 @@ class Offer:
 
     pages: int
     threads: int
+    copies: int  # of the pages: those that are shared here and will not be there
     cpu: Mapping[str, int]
     vdso: str  # build id, hexadecimal
 
     def fields(self) -> dict[str, JsonValue]:
-        return {"pages": self.pages, "threads": self.threads, "cpu": dict(self.cpu), "vdso": self.vdso}
+        return {
+            "pages": self.pages,
+            "threads": self.threads,
+            "copies": self.copies,
+            "cpu": dict(self.cpu),
+            "vdso": self.vdso,
+        }
 
     @classmethod
     def of(cls, fields: Mapping[str, JsonValue]) -> Offer:
         """From the fields of PREPARE. Raises ProtocolError."""
         pages, threads, words, vdso = (fields.get(key) for key in ("pages", "threads", "cpu", "vdso"))
+        copies = fields.get("copies", 0)
         if not (isinstance(pages, int) and isinstance(threads, int) and isinstance(words, dict)):
             raise ProtocolError("PREPARE lacks pages, threads or cpu")
+        if not isinstance(copies, int):
+            raise ProtocolError("PREPARE's copies is no number")
         if not (isinstance(vdso, str) and all(isinstance(word, int) for word in words.values())):
             raise ProtocolError("PREPARE lacks vdso or has a cpu word that is no number")
         return cls(
-            pages, threads, {name: word for name, word in words.items() if isinstance(word, int)}, vdso
+            pages,
+            threads,
+            copies,
+            {name: word for name, word in words.items() if isinstance(word, int)},
+            vdso,
         )
 
 
@@ -46,7 +61,8 @@ def offer_of(tree: Mapping[int, Sequence[proc.SmapsEntry]]) -> Offer:
     """What the running tree will ask for; `tree` has the mappings of each process by pid."""
     pages = sum((entry.rss + entry.swap) // PAGE for entries in tree.values() for entry in entries)
     threads = sum(len(thread_ids(pid)) for pid in tree)
-    return Offer(pages, threads, cpu.features(), vdso_build_id().hex())
+    copies = bytes_of_copies(tree.values()) // PAGE
+    return Offer(pages, threads, copies, cpu.features(), vdso_build_id().hex())
 
 
 def vdso_build_id() -> bytes:
@@ -61,10 +77,11 @@ def vdso_build_id() -> bytes:
 
 def objections(offer: Offer, available: int) -> Iterator[Obstacle]:
     """What about this host as a whole is against the tree. `available` is in bytes."""
-    need = offer.pages * PAGE
+    need, copies = offer.pages * PAGE, offer.copies * PAGE
     if need + HEADROOM > available:
+        shared = f", {copies >> 20} of them copies of what is shared since a fork," if copies >> 20 else ""
         yield Obstacle(
-            0, "host", f"the tree has {need >> 20} MiB and this host {available >> 20} MiB available",
+            0, "host", f"the tree has {need >> 20} MiB{shared} and this host {available >> 20} MiB available",
             "free memory there, or use receive --overcommit",
         )  # fmt: skip
     lacking = cpu.missing(offer.cpu, cpu.features())

@@ -23,15 +23,7 @@ from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.transport import listen
-from lazyproc.wire.native import (
-    Built,
-    Commit,
-    Committed,
-    Images,
-    Party,
-    Released,
-    Running,
-)
+from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Released, Running
 
 DOOR_S = 0.2
 
@@ -119,7 +111,7 @@ class _Client:
         count = sum(extent.count for extents in memory.values() for extent in extents)
         threads = sum(len(task.threads) for task in self._checkpoint.tasks)
         vdso = self._checkpoint.root.mm.vdso_build_id if self._checkpoint.root.mm else vdso_build_id()
-        offer = Offer(count, threads, {}, vdso.hex())
+        offer = Offer(count, threads, 0, {}, vdso.hex())
         against = obstacles_there(control, offer, (), self._order.fields(), self._listener)
         if against:
             raise Unfit(against)

@@ -170,6 +170,7 @@ def _offer(link: Link, dump: Dump, pages: DumpPages, server: PageServer, order: 
     images[NAME] = pack_bundle(checkpoint.memory, pages)
     link.control.send(Images(pack(images)))
     expect(link.control, Built, BUILD_S)
+    dump.demand_idle_rings()
 
 
 def _commit(link: Link, tree: FrozenTree) -> None:

@@ -16,7 +16,8 @@ from typing import NamedTuple, Self, TypeVar
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import dataclass
-from lazyproc.images.convert import memory_objects, pagemap_images, pagemap_name
+from lazyproc.images.convert import memory_objects, pagemap_name
+from lazyproc.images.draft import Draft
 from lazyproc.images.files import Folder, ImageReader
 from lazyproc.images.pagemap import PE_LAZY, Entry, Located, find, locate, merge, read_pagemap
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject
@@ -189,42 +190,25 @@ def _chain(folder: Folder) -> list[Folder]:
 # --- writing ----------------------------------------------------------------------------------------------
 
 
-def write_pages(folder: Folder, checkpoint: Checkpoint, source: PageSource, *, lazy: bool = True) -> int:
-    """Writes pages-*.img and the pagemaps that go with them; returns how many pages it wrote.
+def write_pages(draft: Draft, checkpoint: Checkpoint, source: PageSource, *, lazy: bool = True) -> int:
+    """Writes pages-*.img; returns how many pages it wrote. The pagemaps are images like others: see to_images.
 
-    With `lazy` False only the eager pages are written, and the lazy ones are said to be at a page server.
-    On any error the pages images are removed again, so that no folder looks whole and is not.
+    With `lazy` False only the eager pages are written; the pagemaps must then say that the lazy ones are elsewhere.
     """
     written = 0
-    names = [f"pages-{number}.img" for number in range(1, len(memory_objects(checkpoint)) + 1)]
-    try:
-        for name, obj in zip(names, memory_objects(checkpoint), strict=True):
-            extents = [
-                extent
-                for extent in merge(checkpoint.memory.get(obj, ()))
-                if not extent.in_parent and (lazy or not extent.lazy)
-            ]
-            written += _write_object(folder, name, obj, extents, source)
-        folder.write(pagemap_images(checkpoint, lazy_elsewhere=not lazy))
-    except BaseException:
-        for name in names:
-            folder.remove(name)
-        raise
+    for pages_id, obj in enumerate(memory_objects(checkpoint), start=1):
+        extents = [
+            extent
+            for extent in merge(checkpoint.memory.get(obj, ()))
+            if not extent.in_parent and (lazy or not extent.lazy)
+        ]
+        draft.write_file(f"pages-{pages_id}.img", _pieces(obj, extents, source))
+        written += sum(extent.count for extent in extents)
     return written
 
 
-def _write_object(
-    folder: Folder, name: str, obj: MemoryObject, extents: Sequence[Extent], source: PageSource
-) -> int:
-    fd = folder.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    try:
-        with os.fdopen(fd, "wb", buffering=0) as file:
-            for extent in extents:
-                for done in range(0, extent.count, _PIECE):
-                    count = min(_PIECE, extent.count - done)
-                    data = memoryview(source.read(obj, extent.addr + done * PAGE, count))
-                    while data:
-                        data = data[file.write(data) :]
-    except OSError as error:
-        raise folder.failed(error, folder.path / name) from None
-    return sum(extent.count for extent in extents)
+def _pieces(obj: MemoryObject, extents: Sequence[Extent], source: PageSource) -> Iterator[bytes]:
+    for extent in extents:
+        for done in range(0, extent.count, _PIECE):
+            count = min(_PIECE, extent.count - done)
+            yield source.read(obj, extent.addr + done * PAGE, count)

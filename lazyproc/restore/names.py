@@ -106,9 +106,16 @@ def address_of(sock: socket.socket, name: bytes) -> Iterator[str | bytes]:
     if name.startswith(b"\0"):
         yield name
         return
+    with descriptor_of(sock) as file:
+        yield f"/proc/self/fd/{file}"
+
+
+@contextmanager
+def descriptor_of(sock: socket.socket) -> Iterator[int]:
+    """An O_PATH descriptor of the file of a named socket of ours."""
     file = fcntl.ioctl(sock, SIOCUNIXFILE)
     try:
-        yield f"/proc/self/fd/{file}"
+        yield file
     finally:
         os.close(file)
 

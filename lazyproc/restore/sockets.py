@@ -15,14 +15,15 @@ from socket import socket
 from typing import TYPE_CHECKING, TypeVar
 
 from lazyproc.facts import dataclass
-from lazyproc.kernel.sockopt import LATE, TCP_LISTEN
-from lazyproc.model import Checkpoint, InetSocket, OpenFile, Task, UnixSocket
+from lazyproc.kernel.sockopt import LATE
+from lazyproc.model import Checkpoint, InetSocket, OpenFile, UnixSocket
 from lazyproc.restore.options import apply
 from lazyproc.restore.workshop import finish
 
 if TYPE_CHECKING:
     from lazyproc.kernel.netfilter import Flow
     from lazyproc.restore.inet import InetSockets
+    from lazyproc.restore.site import Site
     from lazyproc.restore.unix import UnixSockets
 
 S = TypeVar("S", UnixSocket, InetSocket)
@@ -57,15 +58,22 @@ class MadeSockets:
 
 
 @contextmanager
-def make_sockets(checkpoint: Checkpoint, files: dict[int, int], *, root: str = "/") -> Iterator[MadeSockets]:
+def make_sockets(
+    checkpoint: Checkpoint,
+    files: dict[int, int],
+    *,
+    root: str = "/",
+    sites: Mapping[int, Site] | None = None,
+) -> Iterator[MadeSockets]:
     """Every socket of the checkpoint, added to `files` (file id to a descriptor of ours); all are closed on
     leaving.
 
-    `root` is where the tree's root directory lies for us. TCP connections are in repair mode: closing them
-    sends nothing. Raises RestoreError naming the address or the path and what to do.
+    `root` is where the tree's root directory lies for us; `sites` are its tasks by vpid, for SO_PEERCRED. TCP
+    connections are in repair mode: closing them sends nothing. Raises RestoreError naming the address or the path and
+    what to do.
     """
     with ExitStack() as stack:
-        unix, inet = _unix_sockets(checkpoint, root, stack), _inet_sockets(checkpoint, stack)
+        unix, inet = _unix_sockets(checkpoint, root, sites or {}, stack), _inet_sockets(checkpoint, stack)
         made: dict[int, socket] = {}
         for kind in (unix, inet):
             if kind is not None:
@@ -78,13 +86,16 @@ def make_sockets(checkpoint: Checkpoint, files: dict[int, int], *, root: str = "
         yield MadeSockets(unix, inet)
 
 
-def _unix_sockets(checkpoint: Checkpoint, root: str, stack: ExitStack) -> UnixSockets | None:
+def _unix_sockets(
+    checkpoint: Checkpoint, root: str, sites: Mapping[int, Site], stack: ExitStack
+) -> UnixSockets | None:
     sockets = _by_inode(checkpoint, UnixSocket)
     if not sockets:
         return None
+    from lazyproc.restore.peercred import Callers
     from lazyproc.restore.unix import UnixSockets
 
-    return UnixSockets(sockets, root, stack)
+    return UnixSockets(sockets, root, Callers(sites), stack)
 
 
 def _inet_sockets(checkpoint: Checkpoint, stack: ExitStack) -> InetSockets | None:
@@ -103,20 +114,6 @@ def _socket_files(checkpoint: Checkpoint) -> list[OpenFile]:
 def _by_inode(checkpoint: Checkpoint, kind: type[S]) -> dict[int, S]:
     resources = (file.resource for file in checkpoint.files.values())
     return {resource.inode: resource for resource in resources if isinstance(resource, kind)}
-
-
-def listen_rows(checkpoint: Checkpoint, task: Task) -> list[tuple[int, int]]:
-    """(fd, backlog) of the unix sockets that `task` itself should listen(2) on again: SO_PEERCRED of their
-    clients then shows its pid, as before. Only where it still has the uid and gid that it listened with.
-    """
-    rows = []
-    for descriptor in task.descriptors:
-        unix = checkpoint.files[descriptor.file_id].resource
-        if isinstance(unix, UnixSocket) and unix.state == TCP_LISTEN:
-            own = (task.vpid, task.leader.credentials.euid, task.leader.credentials.egid)
-            if unix.peer_credentials == own:
-                rows.append((descriptor.fd, unix.backlog))
-    return rows
 
 
 def flows_to_hold(checkpoint: Checkpoint) -> list[Flow]:

@@ -31,7 +31,7 @@ from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
-from lazyproc.restore.sockets import MadeSockets, flows_to_hold, listen_rows, make_sockets
+from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
 from lazyproc.uffd.device import demand_for_tasks
 
 Pidns = Literal["auto", "host", "new"]
@@ -155,7 +155,7 @@ def _built(
             hold = stack.enter_context(Hold(f"to_{birth.pid}"))
             hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
             made = stack.enter_context(ExitStack())
-            files, shared, sockets = made.enter_context(files_and_objects(checkpoint, birth, listener))
+            files, shared, sockets = made.enter_context(files_and_objects(checkpoint, birth, sites, listener))
             clock.done("files")
             for site in sites.values():
                 memory.move_in(site)
@@ -187,11 +187,12 @@ def _built(
 
 @contextmanager
 def files_and_objects(
-    checkpoint: Checkpoint, birth: Nursery, listener: Listener
+    checkpoint: Checkpoint, birth: Nursery, sites: Mapping[int, Site], listener: Listener
 ) -> Iterator[tuple[Mapping[int, int], Mapping[int, int], MadeSockets]]:
     """Everything the tasks will open or map, as descriptors of ours: by OpenFile id and by SharedMemory id.
 
-    They are closed before the tree runs: a pipe end held by us would never let its reader see the end.
+    The tasks (`sites`) call what shows who called it. Ours are closed before the tree runs: a pipe end held by us
+    would never let its reader see the end.
     """
     root = f"/proc/{birth.pid}/root"
 
@@ -203,7 +204,7 @@ def files_and_objects(
         objects.made(checkpoint, made.objects) as shared,
     ):
         files = dict(made.files)
-        with make_sockets(checkpoint, files, root=root) as sockets:
+        with make_sockets(checkpoint, files, root=root, sites=sites) as sockets:
             add_orphans(checkpoint, files)
             yield files, shared, sockets
 
@@ -252,7 +253,6 @@ def _give_state(site: Site, checkpoint: Checkpoint, made: Mapping[int, int], lis
     site.run(
         *memory.lock_calls(task.mm.vmas),
         *state.signal_calls(task, bench),
-        *(Call("listen", row) for row in listen_rows(checkpoint, task)),
         Call("prctl", (state.PR_SET_DUMPABLE, 1 if task.mm.dumpable == 1 else 0)),
     )
 

@@ -18,18 +18,12 @@ from contextlib import ExitStack, contextmanager
 
 from lazyproc.errors import RestoreError
 from lazyproc.facts import dataclass, field
-from lazyproc.kernel.sockopt import (
-    EARLY,
-    SO_SNDBUFFORCE,
-    SOL_SOCKET,
-    TCP_ESTABLISHED,
-    TCP_LISTEN,
-    disconnect,
-)
+from lazyproc.kernel.sockopt import EARLY, SO_SNDBUFFORCE, SOL_SOCKET, TCP_ESTABLISHED, TCP_LISTEN, disconnect
 from lazyproc.model import Packet, UnixSocket
 from lazyproc.needs import NameNeed
-from lazyproc.restore.names import acting_as, address_of, bind, bind_with_file
+from lazyproc.restore.names import address_of, bind, bind_with_file
 from lazyproc.restore.options import apply
+from lazyproc.restore.peercred import Callers
 
 _AMPLE = 1 << 29  # bytes: SO_SNDBUFFORCE doubles it
 _MANY = 4096  # connections
@@ -44,6 +38,7 @@ class UnixSockets:
 
     sockets: Mapping[int, UnixSocket]  # by inode
     root: str
+    callers: Callers
     stack: ExitStack
     made: dict[int, socket.socket] = field(default_factory=dict)
     _feeders: dict[int, socket.socket] = field(
@@ -87,8 +82,7 @@ class UnixSockets:
         if unix.name:
             self._bind(sock, unix)
         if unix.state == TCP_LISTEN:
-            with acting_as(unix.peer_credentials):
-                sock.listen(_MANY)
+            self.callers.listen(sock, _MANY, unix.peer_credentials)
 
     def _new(self, unix: UnixSocket) -> socket.socket:
         return self._keep(unix, socket.socket(socket.AF_UNIX, unix.type))
@@ -121,8 +115,7 @@ class UnixSockets:
         return peer is not None and peer.peer == unix.inode
 
     def _make_pair(self, unix: UnixSocket, peer: UnixSocket | None) -> None:
-        with acting_as(unix.peer_credentials):
-            here, there = socket.socketpair(socket.AF_UNIX, unix.type)
+        here, there = self.callers.socketpair(unix.type, unix.peer_credentials)
         self._keep(unix, here)
         if unix.name:
             self._bind(here, unix)
@@ -145,13 +138,12 @@ class UnixSockets:
             if listener is None:
                 listener = moment.enter_context(socket.socket(socket.AF_UNIX, unix.type))
                 bind(listener, unix.name)
-                with acting_as(peer.peer_credentials if peer else None):
-                    listener.listen()
+                self.callers.listen(listener, _MANY, peer.peer_credentials if peer else None)
             there = socket.socket(socket.AF_UNIX, unix.type)
             self._keep_other(unix, peer, there)
             if peer is not None and peer.name:
                 self._bind(there, peer)
-            self._connect(there, listener, unix.name, unix.peer_credentials)
+            self.callers.connect(there, listener, unix.name, unix.peer_credentials)
             self._keep(unix, listener.accept()[0])
 
     def _listener(self, name: bytes, kind: int) -> socket.socket | None:
@@ -160,16 +152,6 @@ class UnixSockets:
                 return self.made[unix.inode]
         return None
 
-    @staticmethod
-    def _connect(
-        sock: socket.socket,
-        target: socket.socket,
-        name: bytes,
-        credentials: tuple[int, int, int] | None = None,
-    ) -> None:
-        with address_of(target, name) as address, acting_as(credentials):
-            sock.connect(address)
-
     def _queue_connections(self, unix: UnixSocket) -> None:
         """Connections that nobody has accepted yet, oldest first; then the real backlog."""
         for inode in unix.pending:
@@ -177,9 +159,8 @@ class UnixSockets:
             sock = self._new(client)
             if client.name:
                 self._bind(sock, client)
-            self._connect(sock, self.made[unix.inode], unix.name)
-        with acting_as(unix.peer_credentials):
-            self.made[unix.inode].listen(unix.backlog)
+            self.callers.connect(sock, self.made[unix.inode], unix.name, None)
+        self.callers.listen(self.made[unix.inode], unix.backlog, unix.peer_credentials)
 
     def _make_one_way(self, unix: UnixSocket, peer: UnixSocket) -> None:
         """A datagram socket connected to one that is not connected back. One without a name can only be the
@@ -198,7 +179,7 @@ class UnixSockets:
     def _connect_one_way(self, unix: UnixSocket) -> None:
         peer = self.sockets[unix.peer]
         if peer.name:
-            self._connect(self.made[unix.inode], self.made[unix.peer], peer.name)
+            self.callers.connect(self.made[unix.inode], self.made[unix.peer], peer.name, None)
 
     # --- queues
     # ---------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import pytest
 
 from lazyproc.errors import ImageError
 from lazyproc.images.convert import from_images, to_images
-from lazyproc.images.files import EXTRAS, Folder, kind_of
+from lazyproc.images.draft import filled
+from lazyproc.images.files import EXTRAS, SUMS, Folder, kind_of
 from lazyproc.model import (
     PAGE,
     Checkpoint,
@@ -105,7 +106,7 @@ def dumped(tmp_path: Path) -> Iterator[Dumped]:
     require_root()
     answer, folder = tmp_path / "answer", Folder(tmp_path / "dump")
     os.mkfifo(answer)
-    folder.create()
+    folder.path.mkdir()
     ready, theirs = os.pipe()
     cargo = subprocess.Popen(
         [sys.executable, "-I", "-c", _CARGO, str(theirs), str(answer), str(tmp_path / "scratch")],
@@ -235,10 +236,12 @@ def test_shared_memory_has_its_pages(dumped: Dumped) -> None:
 
 def _rewrite(dumped: Dumped, folder: Folder, *, extras: bool) -> None:
     """The checkpoint as lazyproc writes it, pages included."""
-    folder.create()
-    folder.write(to_images(dumped.checkpoint))
-    with ImagePages(dumped.folder, list(dumped.checkpoint.memory)) as pages:
-        write_pages(folder, dumped.checkpoint, pages)
+    with (
+        filled(folder, early=True) as draft,
+        ImagePages(dumped.folder, list(dumped.checkpoint.memory)) as pages,
+    ):
+        draft.write(to_images(dumped.checkpoint))
+        write_pages(draft, dumped.checkpoint, pages)
     if not extras:
         folder.remove(EXTRAS)
 
@@ -246,7 +249,7 @@ def _rewrite(dumped: Dumped, folder: Folder, *, extras: bool) -> None:
 def test_crit_reads_every_image_that_lazyproc_writes(dumped: Dumped, tmp_path: Path) -> None:
     folder = Folder(tmp_path / "again")
     _rewrite(dumped, folder, extras=True)
-    names = [name for name in folder.read() if name != EXTRAS]
+    names = [name for name in folder.read() if name not in (EXTRAS, SUMS)]
     assert {kind_of(name) for name in names} >= {kind_of(name) for name in dumped.folder.read()}
     # One start of the interpreter for all: crit's own decoder, image by image.
     script = (
@@ -261,6 +264,23 @@ def test_crit_reads_every_image_that_lazyproc_writes(dumped: Dumped, tmp_path: P
     counts = {name: json.loads(line) for name, line in zip(names, lines, strict=True)}
     assert counts["pstree.img"] == ["PSTREE", 3]
     assert counts["files.img"][1] >= len(dumped.checkpoint.files)
+
+
+def test_what_was_changed_with_crit_is_taken_without_the_checksums(dumped: Dumped, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "again")
+    _rewrite(dumped, folder, extras=True)
+    name = f"core-{dumped.checkpoint.root.vpid}.img"
+    script = (
+        "import sys, pycriu\n"
+        "image = pycriu.images.load(open(sys.argv[1], 'rb'))\n"
+        "image['entries'][0]['tc']['comm'] = 'changed'\n"
+        "pycriu.images.dump(image, open(sys.argv[1], 'r+b'))\n"
+    )
+    subprocess.run([*peer.pycriu_python(), "-c", script, str(folder.path / name)], check=True)
+    with pytest.raises(ImageError, match=f"{name}: is not what was written .* remove {SUMS}"):
+        from_images(folder.read())
+    folder.remove(SUMS)
+    assert from_images(folder.read()).root.comm == "changed"
 
 
 def test_what_lazyproc_writes_reads_the_same(dumped: Dumped, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lazyproc.hosts import Pair
+from lazyproc.images.files import SUMS
 from tests.live.bad_luck import lazyproc, says, unchanged, unharmed
 from tests.live.many import Done
 from tests.live.programs import Program, running
@@ -119,8 +120,11 @@ def images(pair: Pair, program: Program) -> Path:
     return source.outside / "images"
 
 
-def restored(pair: Pair, images: Path, name: str, changes: list[Change]) -> list[Done]:
-    """What `restore` and `restore --lazy` in turn make of copies of the images in which one file is changed."""
+def restored(pair: Pair, images: Path, name: str, changes: list[Change], *, sums: bool = False) -> list[Done]:
+    """What `restore` and `restore --lazy` in turn make of copies of the images in which one file is changed.
+
+    Without the checksums, as CRIU would have left them, it is for the format to see that something is wrong.
+    """
     lines = []
     for number, change in enumerate(changes):
         copy = pair.source.outside / f"{name}-{number}"
@@ -128,6 +132,8 @@ def restored(pair: Pair, images: Path, name: str, changes: list[Change]) -> list
         shutil.copy(images / name, copy / "changed")
         (copy / "changed").replace(copy / name)
         change(copy / name)
+        if not sums:
+            (copy / SUMS).unlink(missing_ok=True)
         lazy = ["--lazy"] if number % 2 else []
         lines.append(["restore", "-D", str(pair.source.scratch / copy.name), "--detach", "--json", *lazy])
     done = pair.source.run(
@@ -140,7 +146,7 @@ def restored(pair: Pair, images: Path, name: str, changes: list[Change]) -> list
 
 def test_files_that_are_missing_or_cut_short(pair: Pair, images: Path) -> None:
     with unchanged(pair.source):
-        for path in sorted(images.iterdir()):
+        for path in without_sums(images):
             size = path.stat().st_size
             lengths = sorted({0, 3, 4, 8, size // 2, size - 4, size - 1} - {OPTIONAL.get(path.name, -1)})
             # Twice each: at once and lazily.
@@ -156,7 +162,7 @@ def test_files_that_are_missing_or_cut_short(pair: Pair, images: Path) -> None:
 def test_files_with_a_flipped_bit(pair: Pair, images: Path) -> None:
     """Each is refused in a sentence, or the tree is built: another value that can be, which the format cannot know."""
     chance = random.Random(SEED)
-    for path in sorted(images.iterdir()):
+    for path in without_sums(images):
         size = path.stat().st_size
         changes = [flipped(chance.randrange(size), chance.randrange(8)) for _ in range(FLIPS)]
         for done in restored(pair, images, path.name, changes):
@@ -166,6 +172,30 @@ def test_files_with_a_flipped_bit(pair: Pair, images: Path) -> None:
         for copy in pair.source.outside.glob(f"{path.name}-*"):
             shutil.rmtree(copy)
     assert set(processes_of(pair.source).values()) <= {"unshare", "cat"}
+
+
+def test_the_checksums_find_every_flipped_bit(pair: Pair, images: Path) -> None:
+    chance = random.Random(SEED)
+    with unchanged(pair.source):
+        for path in without_sums(images):
+            if path.name.startswith("pages-"):
+                continue
+            size = path.stat().st_size
+            changes = [flipped(chance.randrange(size), chance.randrange(8)) for _ in range(2)]
+            for done in restored(pair, images, path.name, changes, sums=True):
+                assert done["code"] == 1, (path.name, done)
+                assert f"{path.name}: is not what was written" in done["err"], done
+                check_sentence(done)
+            show = lazyproc(pair.source, "show", pair.source.scratch / f"{path.name}-0")
+            says(show, 1, f"{path.name}: is not what was written", f"remove {SUMS}")
+            serve = ("serve", "-D", pair.source.scratch / f"{path.name}-0", "--listen", "127.0.0.1:0")
+            says(lazyproc(pair.source, *serve), 1, f"{path.name}: is not what was written")
+            for copy in pair.source.outside.glob(f"{path.name}-*"):
+                shutil.rmtree(copy)
+
+
+def without_sums(images: Path) -> list[Path]:
+    return sorted(path for path in images.iterdir() if path.name != SUMS)
 
 
 def check_sentence(done: Done) -> None:

@@ -265,7 +265,7 @@ def test_a_journal_that_cannot_be_written(pair: Pair, program: Program) -> None:
 
 
 def prepare() -> Prepare:
-    offer = Offer(1, 1, {}, vdso_build_id().hex())
+    offer = Offer(1, 1, 0, {}, vdso_build_id().hex())
     return Prepare({**offer.fields(), **Order().fields()})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.explain import BORROWED, notes, obstacles
 from lazyproc.dump.survey import ProcessFacts, Sharing, ThreadFacts, TreeFacts
 from lazyproc.kernel import proc
@@ -18,7 +19,17 @@ NAMESPACES = {
 }
 NAMESPACES |= {f"{name}_for_children": NAMESPACES[name] for name in ("pid", "time")}
 VDSO = proc.SmapsEntry(
-    proc.MapsEntry(0x7000, 0x8000, "r-xp", 0, (0, 0), 0, "[vdso]", False), 4096, 0, 0, 0, 0, 0, 0, frozenset()
+    proc.MapsEntry(0x7000, 0x8000, "r-xp", 0, (0, 0), 0, "[vdso]", False),
+    4096,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0,
+    frozenset(),
 )
 STAT = replace(
     proc.stat((Path(__file__).parent / "proc/stat").read_bytes()), state="S", tty=0, policy=0, flags=0
@@ -49,6 +60,26 @@ def test_an_ordinary_tree_has_neither_obstacles_nor_notes(count: int) -> None:
     facts = tree(*(process(10 + at) for at in range(count)))
     assert list(obstacles(facts)) == []
     assert list(notes(facts)) == []
+
+
+def mapping(perms: str, pages: int, sharers: int, anonymous: int) -> proc.SmapsEntry:
+    """A mapping whose every page is in `sharers` processes."""
+    rss = pages << 12
+    return VDSO._replace(
+        entry=VDSO.entry._replace(perms=perms), rss=rss, pss=rss // sharers, anonymous=anonymous << 12
+    )
+
+
+@given(st.integers(2, 9), st.integers(1, 1 << 20))
+def test_a_page_that_n_processes_share_becomes_n_minus_1_more(sharers: int, pages: int) -> None:
+    shared = mapping("rw-p", pages * sharers, sharers, pages * sharers)
+    of_a_file, shmem = mapping("r--p", pages, sharers, 0), mapping("rw-s", pages, sharers, pages)
+    members = [process(10 + at, smaps=(VDSO, shared, of_a_file, shmem)) for at in range(sharers)]
+    more = pages * sharers * (sharers - 1) << 12
+    assert bytes_of_copies([member.smaps for member in members]) == more
+    assert bytes_of_copies([members[0].smaps]) == 0
+    found = list(notes(tree(*members)))
+    assert [f"up to {more >> 20} MiB more" in note for note in found] == ([True] if more >> 20 else [])
 
 
 @given(st.sampled_from(sorted(NAMESPACES)), st.integers(1, 5), st.data())

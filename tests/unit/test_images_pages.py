@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from lazyproc.errors import ImageError
+from lazyproc.images.convert import pagemap_images
+from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
 from lazyproc.model import (
     PAGE,
@@ -56,9 +58,10 @@ def checkpoint_of(memory: Mapping[MemoryObject, tuple[Extent, ...]]) -> Checkpoi
 def folder_with(
     path: Path, memory: Mapping[MemoryObject, tuple[Extent, ...]], *, lazy: bool = True, seed: int = 0
 ) -> Folder:
-    folder = Folder(path)
-    folder.create()
-    write_pages(folder, checkpoint_of(memory), MadePages(memory, seed), lazy=lazy)
+    folder, checkpoint = Folder(path), checkpoint_of(memory)
+    with filled(folder, early=True) as draft:
+        write_pages(draft, checkpoint, MadePages(memory, seed), lazy=lazy)
+        draft.write(pagemap_images(checkpoint, lazy_elsewhere=not lazy))
     return folder
 
 
@@ -141,7 +144,7 @@ def test_a_full_disk_leaves_no_pages_behind(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (300 * PAGE, limits[1]))
     try:
         with pytest.raises(ImageError, match=r"pages-2\.img"):
-            folder_with(tmp_path, {SHARED: (Extent(0, 4, True),), OTHER: (Extent(0, 400, True),)})
+            folder_with(tmp_path / "new", {SHARED: (Extent(0, 4, True),), OTHER: (Extent(0, 400, True),)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

@@ -93,10 +93,12 @@ def test_smaps() -> None:
     )
     assert first.entry == mapping
     assert (first.page_size, first.rss, first.anonymous, first.anon_huge) == (4096, 4096, 3072, 2 << 20)
-    assert (first.swap, first.locked, first.protection_key) == (1024, 2048, 5)
+    assert (first.pss, first.swap, first.swap_pss) == (4096, 1024, 9216)
+    assert (first.locked, first.protection_key) == (2048, 5)
     assert first.vm_flags == {"rd", "wr", "mr", "mw", "me", "ac", "sd"}
     assert second.entry.path == "[vvar]"
-    assert (second.page_size, second.rss, second.protection_key) == (2 << 20, 60 << 10, 0)
+    assert (second.page_size, second.rss, second.pss) == (2 << 20, 60 << 10, 20 << 10)
+    assert second.protection_key == 0
     assert second.vm_flags == {"rd", "mr", "de", "dd"}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import struct
-from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,22 +12,6 @@ from lazyproc.dump.peek import sockaddr
 from lazyproc.kernel.inject import checksum
 from lazyproc.kernel.netfilter import Flow, plain, ruleset
 from lazyproc.migrate.address import arp_announcement, neighbour_advertisement
-from lazyproc.model import (
-    Checkpoint,
-    Clocks,
-    Credentials,
-    Descriptor,
-    OpenFile,
-    Owner,
-    Registers,
-    Scheduling,
-    SocketOptions,
-    Task,
-    TaskState,
-    Thread,
-    UnixSocket,
-)
-from lazyproc.restore.sockets import listen_rows
 
 MAC = bytes.fromhex("020000000001")
 MAPPED = bytes(10) + b"\xff\xff"
@@ -116,21 +99,3 @@ def test_socket_addresses_are_the_kernels() -> None:
     assert sockaddr(1, "/run/x") == b"\1\0/run/x"
     assert sockaddr(1, b"\0abstract") == b"\1\0\0abstract"
     assert sockaddr(1, None) == sockaddr(1, "") == b""
-
-
-def test_only_who_listened_listens_again() -> None:
-    listening = UnixSocket(5, 1, 10, 0, b"/x", True, 7, 0, SocketOptions(), peer_credentials=(20, 1000, 1000))
-    files = {1: OpenFile(1, 2, 0, Owner(), listening)}
-    tasks = tuple(_task(vpid, uid) for vpid, uid in ((10, 1000), (20, 1000), (20, 0)))
-    checkpoint = Checkpoint(tasks, files, {}, {}, {}, {}, Clocks(0, 0, 0))
-    assert [listen_rows(checkpoint, task) for task in tasks] == [[], [(3, 7)], []]
-
-
-def _task(vpid: int, uid: int) -> Task:
-    ids = Credentials(uid, uid, uid, uid, uid, uid, uid, uid, (), 0, 0, 0, 0, 0, 0, False)
-    registers = Registers(*([0] * len(Registers._fields)))
-    thread = Thread(
-        vpid, "t", registers, b"", 0, (), None, 0, 0, 0, None, ids, Scheduling(0, 0, 0), 0, 0, 0, ()
-    )
-    task = Task(vpid, 0, vpid, vpid, TaskState.ALIVE, "t", descriptors=(Descriptor(3, 1, False),))
-    return replace(task, threads=(thread,))

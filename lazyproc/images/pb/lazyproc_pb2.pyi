@@ -3,7 +3,7 @@
 isort:skip_file
 SPDX-License-Identifier: GPL-2.0-only
 
-lazyproc.img: what a checkpoint holds and CRIU's format has no field for. CRIU ignores the file; without it
+lazyproc.img (Extras): what a checkpoint holds and CRIU's format has no field for. CRIU ignores the file; without it
 a checkpoint restores with defaults. Every record names the thing it belongs to by the number it has there.
 """
 
@@ -558,3 +558,48 @@ class ContentExtra(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ContentExtra: _TypeAlias = ContentExtra  # noqa: Y015
+
+@_typing.final
+class Sums(_message.Message):
+    """lazyproc-sums.img: a checksum of every other image but the pages, as the folder was written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sum]: ...
+    def __init__(
+        self,
+        *,
+        images: _abc.Iterable[Global___Sum] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sums: _TypeAlias = Sums  # noqa: Y015
+
+@_typing.final
+class Sum(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
+    name: _builtins.bytes
+    crc32: _builtins.int
+    """of the whole file, with the polynomial of zlib"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.bytes | None = ...,
+        crc32: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "name", b"name"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sum: _TypeAlias = Sum  # noqa: Y015

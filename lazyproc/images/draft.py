@@ -1,0 +1,140 @@
+"""A checkpoint on its way into a folder: all of it gets to the disk, or nothing stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lazyproc.errors import ImageError
+from lazyproc.images.files import Folder
+from lazyproc.images.sums import sums_of
+
+_STRETCH = 8 << 20  # bytes after which the disk is given something to do
+
+
+class Draft:
+    """The files of a checkpoint, each open until it is known to be on the disk.
+
+    A disk's error is told to whoever has the file open and is forgotten with its inode (fsync(2)): a file that was
+    closed and opened again may look well.
+    """
+
+    def __init__(self, folder: Folder, *, made: bool, early: bool) -> None:
+        self._folder = folder
+        self._made = made
+        self._early = early
+        self._open: dict[Path, int] = {}
+
+    def write(self, images: Mapping[str, bytes]) -> None:
+        """Writes every image, all that are not pages in one call, and their checksums. Raises ImageError."""
+        for name, data in {**images, **sums_of(images)}.items():
+            self.write_file(name, [data])
+
+    def write_file(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Writes the file `name`, one piece after the other. Raises ImageError, and what `pieces` raises."""
+        path = self._folder.path / name
+        fd = self._open[path] = self._folder.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        started = size = 0
+        for piece in pieces:
+            with _blamed(path):
+                size += _write(fd, piece)
+                if self._early and size - started >= _STRETCH:
+                    _start(fd, started, size)
+                    started = size
+        if self._early:
+            _start(fd, started, size)
+
+    def sync(self) -> None:
+        """Waits until every file and every name is on the disk, that of a new folder too. Raises ImageError."""
+        if not self._open:
+            return
+        for path, fd in self._open.items():
+            with _blamed(path):
+                os.fsync(fd)
+        _sync_names(self._folder.path)
+        if self._made:
+            _sync_names(self._folder.path / "..")
+        self.close()
+
+    def close(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+
+@contextmanager
+def filled(folder: Folder, *, early: bool) -> Iterator[Draft]:
+    """A block that writes a whole checkpoint. After it all is on the disk; when the block or the disk fails no image
+    stays, nor the folder if that empties it.
+
+    `early`: the disk gets to work at once, so that the end of the block waits less and the writing takes longer.
+    Raises ImageError, also when there are images already: those of two checkpoints are never mixed.
+    """
+    made = _make(folder)
+    if folder.images():
+        raise ImageError(
+            "holds images already",
+            where=str(folder.path),
+            remedy="choose another folder with -D, or empty it",
+        )
+    draft = Draft(folder, made=made, early=early)
+    try:
+        yield draft
+        draft.sync()
+    except BaseException:
+        for name in folder.images():
+            folder.remove(name)
+        with suppress(OSError):
+            folder.path.rmdir()
+        raise
+    finally:
+        draft.close()
+
+
+def _make(folder: Folder) -> bool:
+    """Makes the folder (0700) unless it is there; whether it did."""
+    with _blamed(folder.path):
+        try:
+            folder.path.mkdir(mode=0o700)
+        except FileExistsError:
+            if not folder.path.is_dir():
+                raise
+            return False
+    return True
+
+
+def _write(fd: int, data: bytes) -> int:
+    """All of it; its length."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
+    return len(data)
+
+
+def _start(fd: int, start: int, end: int) -> None:
+    """Bytes `start` to `end` go to the disk without being waited for (mm/fadvise.c); on their way they stay cached."""
+    os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
+
+
+def _sync_names(directory: Path) -> None:
+    with _blamed(directory):
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # this file system cannot do more for its names
+                raise
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """Inside, an OSError becomes the ImageError of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise Folder.failed(error, path) from None

@@ -1,0 +1,100 @@
+"""SO_PEERCRED shows who called socketpair(2), listen(2) or connect(2) (init_peercred, net/unix/af_unix.c): pid,
+effective uid and gid. So the task that called it calls it again, if it is in the tree; for all others we do, and the
+pid is ours.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from lazyproc.facts import dataclass, field
+from lazyproc.kernel.remote import Call
+from lazyproc.kernel.sys import pidfd_getfd
+from lazyproc.restore.names import acting_as, address_of, descriptor_of
+from lazyproc.restore.site import Site
+
+Credentials = tuple[int, int, int]  # pid as the task itself sees it, uid, gid
+_KEEP = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Callers:
+    """The tasks of the tree, by vpid; they have our own credentials still."""
+
+    sites: Mapping[int, Site] = field(default_factory=dict)
+
+    def socketpair(self, kind: int, who: Credentials | None) -> tuple[socket.socket, socket.socket]:
+        site = self._site(who)
+        if site is None:
+            with acting_as(who):
+                return socket.socketpair(socket.AF_UNIX, kind)
+        numbers = site.bench.room(8)
+        self._run(site, who, Call("socketpair", (socket.AF_UNIX, kind, 0, numbers)))
+        here, there = struct.unpack("<2i", site.bench.read(numbers, 8))
+        one, other = (socket.socket(fileno=pidfd_getfd(site.pidfd, number)) for number in (here, there))
+        site.run(Call("close", (here,)), Call("close", (there,)))
+        return one, other
+
+    def listen(self, sock: socket.socket, backlog: int, who: Credentials | None) -> None:
+        site = self._site(who)
+        if site is None:
+            with acting_as(who):
+                sock.listen(backlog)
+            return
+        with _lent(site, sock.fileno()) as number:
+            self._run(site, who, Call("listen", (number, backlog)))
+
+    def connect(
+        self, sock: socket.socket, target: socket.socket, name: bytes, who: Credentials | None
+    ) -> None:
+        """To the listening socket `target` of ours, whatever became of its file `name`."""
+        site = self._site(who)
+        if site is None:
+            with address_of(target, name) as path, acting_as(who):
+                sock.connect(path)
+            return
+        with _lent(site, sock.fileno()) as number, _address(site, target, name) as raw:
+            address = site.bench.place(raw)
+            self._run(site, who, Call("connect", (number, address, len(raw))))
+
+    def _site(self, who: Credentials | None) -> Site | None:
+        return self.sites.get(who[0]) if who else None
+
+    @staticmethod
+    def _run(site: Site, who: Credentials | None, call: Call) -> None:
+        """With the effective ids of `who`, and root's access to files."""
+        uid, gid = os.geteuid(), os.getegid()
+        if who is None or who[1:] == (uid, gid):
+            site.run(call)
+            return
+        site.run(
+            Call("setresgid", (_KEEP, who[2], _KEEP)),
+            Call("setresuid", (_KEEP, who[1], _KEEP)),
+            Call("setfsuid", (uid,)),
+            call,
+            Call("setresuid", (_KEEP, uid, _KEEP)),
+            Call("setresgid", (_KEEP, gid, _KEEP)),
+        )
+
+
+@contextmanager
+def _lent(site: Site, fd: int) -> Iterator[int]:
+    """The number that a descriptor of ours has in the task, for the block."""
+    (number,) = site.receive([fd])
+    yield number
+    site.run(Call("close", (number,)))
+
+
+@contextmanager
+def _address(site: Site, target: socket.socket, name: bytes) -> Iterator[bytes]:
+    """struct sockaddr_un of a listening socket of ours, for the task."""
+    family = struct.pack("<H", socket.AF_UNIX)
+    if name.startswith(b"\0"):
+        yield family + name
+        return
+    with descriptor_of(target) as file, _lent(site, file) as number:
+        yield family + b"/proc/self/fd/%d\0" % number

@@ -1,0 +1,83 @@
+"""Folders of images as they are written: whole and private, or empty again."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lazyproc.errors import ImageError
+from lazyproc.images.draft import filled
+from lazyproc.images.files import SUMS, Folder
+from lazyproc.images.sums import check_sums
+
+LARGE = 20 << 20  # bytes: some stretches that the disk gets early, and a rest
+
+
+@contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_folder_gives_back_its_images_and_is_private(tmp_path: Path, early: bool) -> None:
+    folder = Folder(tmp_path / "new")
+    pieces = [os.urandom(LARGE // 16) for _ in range(16)] + [b"the end"]
+    with filled(folder, early=early) as draft:
+        draft.write_file("pages-1.img", iter(pieces))
+        draft.write({"pstree.img": b"p", "core-1.img": b"c"})
+    images = folder.read()
+    check_sums(images)
+    del images[SUMS]
+    assert images == {"core-1.img": b"c", "pstree.img": b"p"}
+    assert (folder.path / "pages-1.img").read_bytes() == b"".join(pieces)
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder.path / "pages-1.img").stat().st_mode) == 0o600
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    with filled(Folder(tmp_path / "new"), early=True) as draft:
+        draft.write({"pstree.img": b"p", "core-1.img": b"c"})
+    with pytest.raises(ZeroDivisionError), filled(Folder(tmp_path / "other"), early=True) as draft:
+        draft.write_file("pages-1.img", (bytes(1 // count) for count in (1, 0)))
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_what_cannot_be_written_whole_is_removed_with_all_others(tmp_path: Path) -> None:
+    with (
+        no_file_longer_than(4096),
+        pytest.raises(ImageError, match=r"files\.img"),
+        filled(Folder(tmp_path / "new"), early=False) as draft,
+    ):
+        draft.write({"pstree.img": b"p", "files.img": bytes(8192)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lay_in_the_folder_before_stays_there(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ImageError, match="not a name"), filled(Folder(tmp_path), early=False) as draft:
+        draft.write({"pstree.img": b"p", "../core-1.img": b"c"})
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ImageError, match=r"file: file exists; name a folder with -D"),
+        filled(Folder(tmp_path / "file"), early=False),
+    ):
+        pass
