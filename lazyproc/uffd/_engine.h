@@ -21,6 +21,7 @@
 struct fault {
     uint64_t va;
     uint64_t event_ns;
+    uint64_t queued_ns; /* asked for, 0: not yet, or by another fault */
     uint64_t sent_ns;
     uint64_t addr; /* in the object of `instance` */
     uint32_t instance;
