@@ -37,15 +37,18 @@ def observed_sleeps(pid: int) -> dict[int, sleeps.SleepBefore]:
     return seen
 
 
-def look_before(pid: int) -> Before:
-    """Raises NoSuchProcess or PermissionDenied for the root; other processes may come and go."""
+def look_before(pid: int, *, tcp_close: bool = False) -> Before:
+    """With `tcp_close` no TCP with the outside has to be held back.
+
+    Raises NoSuchProcess or PermissionDenied for the root; other processes may come and go.
+    """
     smaps = {pid: proc.smaps(proc.read(pid, "smaps"))}
     for other in tree_of(pid)[1:]:
         try:
             smaps[other] = proc.smaps(proc.read(other, "smaps"))
         except LazyprocError:
             continue
-    return Before(smaps, _flows(smaps), frozenset(_guarded(smaps)))
+    return Before(smaps, _flows(smaps, tcp_close), frozenset(_guarded(smaps)))
 
 
 def _guarded(smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]) -> Iterator[int]:
@@ -55,7 +58,7 @@ def _guarded(smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]) -> Iterator[int]:
                 yield pid
 
 
-def _flows(pids: Iterable[int]) -> tuple[Flow, ...]:
+def _flows(pids: Iterable[int], tcp_close: bool) -> tuple[Flow, ...]:
     with ExitStack() as stack:
         refs = []
         for pid in pids:
@@ -63,4 +66,4 @@ def _flows(pids: Iterable[int]) -> tuple[Flow, ...]:
                 pidfd = pidfd_open(pid)
                 stack.callback(os.close, pidfd)
                 refs.append(TaskRef(pid, pid, pidfd))
-        return tuple(early_flows(refs))
+        return tuple(early_flows(refs, tcp_close=tcp_close))

@@ -62,6 +62,7 @@ class Dump:
     pids: Mapping[int, int]  # vpid -> pid
     object_fds: Mapping[int, int]
     connections: Sequence[socket.socket]  # TCP, to be silenced once the other side has them
+    given_up: Sequence[socket.socket]  # TCP that the other side does not get, to be hung up
 
     def remove_segments(self) -> None:
         """The tree was killed here: its SysV segments that nobody has attached any more go with it."""
@@ -152,7 +153,8 @@ def dumped(
         )
         pids = {ref.vpid: ref.pid for ref in refs}
         segments = tuple(_segments(checkpoint, pids, objects.fds))
-        yield Dump(checkpoint, segments, pids, objects.fds, gathered.sockets.connections())
+        sockets = gathered.sockets
+        yield Dump(checkpoint, segments, pids, objects.fds, sockets.connections(), sockets.given_up())
 
 
 def _one_task(
