@@ -13,6 +13,7 @@ from lazyproc.model import PAGE
 MAX_PAGES = 1024  # in one GET or PAGES
 MAX_JSON = 64 << 10  # bytes
 MAX_BLOB = 64 << 20  # bytes of IMAGES or MAP
+MAX_TRACE = 1 << 20  # bytes of TRACE
 
 HEADER = struct.Struct("<BBHIQQII")
 
@@ -38,6 +39,7 @@ class Type(enum.IntEnum):
     ABORT = 28
     PING = 29
     PONG = 30
+    TRACE = 31
 
 
 class Flag(enum.IntFlag):
@@ -56,6 +58,7 @@ _LIMIT: Mapping[Type, int] = {  # bytes of payload
     Type.PONG: 0,
     Type.IMAGES: MAX_BLOB,
     Type.MAP: MAX_BLOB,
+    Type.TRACE: MAX_TRACE,
 }
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeAlias
 
 from lazyproc.errors import ProtocolError
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
+from lazyproc.trace import RECORD
 from lazyproc.wire import jsonobject
 from lazyproc.wire.frame import HEADER, Flag, Frame, Type, is_range
 from lazyproc.wire.jsonobject import JsonValue
@@ -27,6 +28,7 @@ from lazyproc.wire.jsonobject import JsonValue
 VERSION = 1
 MAX_NAME = 128  # characters of a session id or token
 _MAP_ENTRY = struct.Struct("<QQQ")  # object, addr, pages
+_LOST = struct.Struct("<Q")
 
 
 class Role(enum.StrEnum):
@@ -172,6 +174,14 @@ class Map:
 
 
 @dataclass(frozen=True, slots=True)
+class Trace:
+    """Destination: faults that are over, a whole number of records of lazyproc.trace; `lost` since the first."""
+
+    records: bytes = field(repr=False)
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ping:
     """Are you there?"""
 
@@ -181,7 +191,9 @@ class Pong:
     """I am."""
 
 
-Event: TypeAlias = Get | Pages | PageBytes | Close | Hello | Welcome | Control | Images | Map | Ping | Pong
+Event: TypeAlias = (
+    Get | Pages | PageBytes | Close | Hello | Welcome | Control | Images | Map | Trace | Ping | Pong
+)
 
 _CONTROL: Mapping[Type, type[Control]] = {
     Type.PREPARE: Prepare,
@@ -204,6 +216,7 @@ _TYPE_OF: Mapping[type[Event], Type] = {
     Welcome: Type.WELCOME,
     Images: Type.IMAGES,
     Map: Type.MAP,
+    Trace: Type.TRACE,
 }
 
 # --- who may send what, when ----------------------------------------------------------------------------
@@ -225,7 +238,7 @@ _MAY_SEND: Mapping[tuple[State, Party], frozenset[Type]] = {
     (State.CONTROL, Party.SOURCE): _EITHER
     | {Type.PREPARE, Type.IMAGES, Type.COMMIT, Type.MAP, Type.RELEASED},
     (State.CONTROL, Party.DESTINATION): _EITHER
-    | {Type.PREPARED, Type.BUILT, Type.COMMITTED, Type.RUNNING, Type.DRAINED},
+    | {Type.PREPARED, Type.BUILT, Type.COMMITTED, Type.RUNNING, Type.TRACE, Type.DRAINED},
     (State.PAGES, Party.DESTINATION): frozenset({Type.GET, Type.CLOSE}),
     (State.PAGES, Party.SOURCE): frozenset({Type.PAGES}),
     (State.CLOSING, Party.SOURCE): frozenset({Type.PAGES}),
@@ -372,6 +385,8 @@ def _to_payload(event: Event) -> bytes:
             return data
         case Map(entries):
             return b"".join(_pack_entry(entry) for entry in entries)
+        case Trace(records, lost):
+            return _pack_trace(records, lost)
     return b""
 
 
@@ -433,6 +448,21 @@ def _to_map(payload: bytes) -> Map:
     return Map(entries)
 
 
+def _to_trace(payload: bytes) -> Trace:
+    records = payload[_LOST.size :]
+    if len(payload) < _LOST.size or len(records) % RECORD.size:
+        raise ProtocolError(f"TRACE of {len(payload)} bytes is not a number and whole records")
+    return Trace(records, _LOST.unpack_from(payload)[0])
+
+
+def _pack_trace(records: bytes, lost: int) -> bytes:
+    if not 0 <= lost < 1 << 64 or len(records) % RECORD.size:
+        raise ProtocolError(
+            f"TRACE of {len(records)} bytes and {lost} lost is not a number and whole records"
+        )
+    return _LOST.pack(lost) + records
+
+
 def _pack_entry(entry: MapEntry) -> bytes:
     _check_entry(entry)
     return _MAP_ENTRY.pack(*entry)
@@ -457,4 +487,5 @@ _PARSERS: Mapping[Type, Callable[[bytes], Event]] = {
     Type.WELCOME: _to_welcome,
     Type.IMAGES: Images,
     Type.MAP: _to_map,
+    Type.TRACE: _to_trace,
 }
