@@ -115,6 +115,12 @@ static inline uint64_t min_u64(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
+/* x86 keeps stores in their order, and loads: so has the compiler to. */
+static inline void keep_order(void)
+{
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
 uint64_t now_ns(void);
 void kick(int eventfd);
 void lost(struct pager *p, const char *reason, int error);   /* the source is; asked pages are missing again */

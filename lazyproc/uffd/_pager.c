@@ -562,7 +562,7 @@ size_t pager_trace(const struct pager *p, uint64_t *next, uint64_t *lost, struct
     for (uint64_t i = from; i < end; i++)
         records[i - from] = p->ledger.trace[i % LEDGER_TRACE];
     /* What was overwritten while it was copied is not whole. */
-    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    keep_order();
     oldest = oldest_whole(__atomic_load_n(traced, __ATOMIC_RELAXED));
     oldest = oldest < from ? from : min_u64(oldest, end);
     memmove(records, records + (oldest - from), (end - oldest) * sizeof(*records));

@@ -111,7 +111,7 @@ static void record(struct pager *p, const struct fault *f, enum outcome outcome,
     head->fault_max_ns = took > head->fault_max_ns ? took : head->fault_max_ns;
     if (!p->traced)
         return;
-    __atomic_thread_fence(__ATOMIC_RELEASE); /* no earlier than the last record was announced: see pager_trace */
+    keep_order(); /* not before the last record was announced: see pager_trace */
     p->ledger.trace[head->traced % LEDGER_TRACE] = (struct pager_fault){
         .event_ns = f->event_ns,
         .queued_ns = f->queued_ns,
