@@ -70,10 +70,15 @@ def test_who_waits_for_a_page_that_is_asked_for_already_asks_for_nothing() -> No
         r.server.wait_for("urgent", r.at(3))
         second = r.child.begin("digest", addr=r.at(3) + 8, length=8)
         wait_until(lambda: _waiting(r.child.process.pid) == 2, "both wait")
+        third = r.child.begin("digest", addr=r.at(5), length=PAGE)  # whose request leaves while they wait
+        wait_until(lambda: _waiting(r.child.process.pid) == 3, "the third waits")
+        r.pager.counters()  # its request has left before the lock is free
         held.set()
         assert first.result(DEADLINE) == r.expect(3, 1)
+        assert third.result(DEADLINE) == r.expect(5, 1)
         second.result(DEADLINE)
-        seen = sorted((fault.queued_ns > 0, fault.sent_ns > 0) for fault in faults(r.pager))
+        of_page = [fault for fault in faults(r.pager) if fault.addr == r.at(3)]
+        seen = sorted((fault.queued_ns > 0, fault.sent_ns > 0) for fault in of_page)
         assert seen == [(False, False), (True, True)]
 
 
