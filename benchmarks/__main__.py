@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import blackout, local_fault, restore_start
+from benchmarks import blackout, local_fault, restore_start, trace_cost
 from benchmarks.measure import Result, load
 
 RESULTS = Path(__file__).parent / "results"
@@ -18,6 +18,7 @@ SCENES: dict[str, Callable[[int], Result]] = {
     "local-fault": local_fault.run,
     "restore-start": restore_start.run,
     "blackout": blackout.run,
+    "trace-cost": trace_cost.run,
 }
 
 

@@ -14,12 +14,13 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.measure import Goal, Result, Samples
 
 PAGES = 64 << 8  # 64 MiB
 MEMORY_PAGES = 1 << 18  # 1 GiB, for the pager's own memory
-BOARD = struct.Struct("<IIQQ")  # go, done, median, p99: first_touch.c
+BOARD = struct.Struct("<IIQQQ")  # go, done, median, p99, mean: first_touch.c
 HERE = Path(__file__).parent
 
 # Runs in a process of its own, as `restore --lazy` does; prints the pager process's own memory when told to.
@@ -28,8 +29,9 @@ import sys, time
 from pathlib import Path
 from lazyproc.events import ignore
 from lazyproc.restore.run import restore
+trace = sys.argv[3] if len(sys.argv) > 3 else None
 with restore(Path(sys.argv[1]), lazy=True, bulk=sys.argv[2] == "bulk", pidns="auto", policy="sequential",
-             listener=ignore) as restored:
+             listener=ignore, trace=trace) as restored:
     print(restored.root_pid, flush=True)
     if sys.argv[2] == "bulk":
         restored.wait_drained()
@@ -53,6 +55,15 @@ def compiled(name: str, folder: Path) -> Path:
     ]
     subprocess.run(command, check=True)
     return binary
+
+
+class Touches(NamedTuple):
+    """The shared file of first_touch.c, but for `go`; in ns."""
+
+    done: int
+    median: int
+    p99: int
+    mean: int
 
 
 class Cargo:
@@ -81,23 +92,22 @@ class Cargo:
         subprocess.run(dump, check=True, stdout=subprocess.DEVNULL)
         process.wait()
 
-    def _read(self) -> tuple[int, int, int, int]:
-        go, done, median, p99 = BOARD.unpack_from(self._board.read_bytes())
-        return go, done, median, p99
+    def _read(self) -> Touches:
+        return Touches(*BOARD.unpack_from(self._board.read_bytes())[1:])
 
     def _wait_done(self, value: int) -> None:
-        while self._read()[1] != value:
+        while self._read().done != value:
             time.sleep(0.001)
 
     def _set(self, go: int, done: int) -> None:
         with open(self._board, "r+b") as file, closing(mmap.mmap(file.fileno(), mmap.PAGESIZE)) as board:
             board[:8] = struct.pack("<II", go, done)
 
-    def touch_all(self) -> float:
-        """Median cost of a first touch in µs, nothing coming but what is touched."""
+    def touch_all(self, *trace: Path) -> Touches:
+        """What first touches cost, nothing coming but what is touched. The faults go into `trace`."""
         self._set(go=0, done=1)
         with subprocess.Popen(
-            [sys.executable, "-c", RESTORE, self.images, "demand"],
+            [sys.executable, "-c", RESTORE, self.images, "demand", *trace],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -108,7 +118,7 @@ class Cargo:
             self._wait_done(2)
             os.kill(root, signal.SIGKILL)
             pager.communicate("")
-        return self._read()[2] / 1e3
+        return self._read()
 
     def pager_kib(self) -> float:
         """Memory of the pager's process that no file backs, after it has moved everything."""
@@ -137,7 +147,7 @@ def run(rounds: int) -> Result:
         for _ in range(rounds):
             done = subprocess.run([floor, image, str(PAGES)], check=True, capture_output=True, text=True)
             plain.append(int(done.stdout.split()[0]) / 1e3)
-            ours.append(cargo.touch_all())
+            ours.append(cargo.touch_all().median / 1e3)
         memory = Cargo(folder, binary, MEMORY_PAGES).pager_kib()
     samples = {
         "first touch, lazyproc": Samples("us", tuple(ours)),

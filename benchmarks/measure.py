@@ -46,7 +46,7 @@ def interleaved(runners: Mapping[str, Runner], rounds: int, unit: str) -> dict[s
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A ratio of two medians and the most it may be; a missed goal is shown, not hidden."""
+    """A ratio of medians, or of pairs, and the most it may be; a missed goal is shown, not hidden."""
 
     name: str
     ratio: float
@@ -58,7 +58,7 @@ class Goal:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.ratio:.2f}, goal at most {self.limit:g}: {'met' if self.met else 'MISSED'}"
+            f"{self.name}: {self.ratio:.3f}, goal at most {self.limit:g}: {'met' if self.met else 'MISSED'}"
         )
 
 

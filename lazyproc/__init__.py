@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lazyproc.migrate.source import migrate as migrate
     from lazyproc.restore.run import Restored as Restored
     from lazyproc.restore.run import restore as restore
+    from lazyproc.trace import read_trace as read_trace
     from lazyproc.uffd.region import LazyRegion as LazyRegion
 
 _MODULES = {
@@ -19,6 +20,7 @@ _MODULES = {
     "Restored": "lazyproc.restore.run",
     "checkpoint": "lazyproc.dump.checkpoint",
     "explain": "lazyproc.migrate.explain",
+    "read_trace": "lazyproc.trace",
     "receive": "lazyproc.migrate.destination",
     "serve": "lazyproc.migrate.server",
 }
@@ -31,6 +33,7 @@ __all__ = [
     "errors",
     "explain",
     "migrate",
+    "read_trace",
     "receive",
     "restore",
     "serve",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_directory, add_json, add_pid, command
+from lazyproc.cli.options import Commands, add_directory, add_json, add_pid, add_tcp_close, command
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -17,9 +17,7 @@ def add(commands: Commands) -> None:
     add_pid(parser)
     add_directory(parser, "folder for the images, made unless it is there")
     parser.add_argument("--leave-running", action="store_true", help="let the tree run on afterwards")
-    parser.add_argument(
-        "--tcp-close", action="store_true", help="give up TCP connections to others; they are restored closed"
-    )
+    add_tcp_close(parser)
     add_json(parser)
     parser.set_defaults(when_interrupted="interrupted; the process runs on as before")
 

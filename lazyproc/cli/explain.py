@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_json, add_peer, add_pid, command
+from lazyproc.cli.options import Commands, add_json, add_peer, add_pid, add_tcp_close, command
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def add(commands: Commands) -> None:
     parser = command(commands, run, "explain", "say what would stop a checkpoint or a move of a process tree")
     add_pid(parser)
     add_peer(parser, "what would stop a move to the receiver there; it is asked, and nothing moves")
+    add_tcp_close(parser)
     add_json(parser)
 
 
@@ -33,7 +34,9 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         stats(event)
         listener(event)
 
-    obstacles = lazyproc.explain(args.pid, peer=args.peer, insecure=args.insecure, listener=listen)
+    obstacles = lazyproc.explain(
+        args.pid, peer=args.peer, insecure=args.insecure, tcp_close=args.tcp_close, listener=listen
+    )
     fields = [obstacle_fields(obstacle) for obstacle in obstacles]
     return Outcome(
         obstacles_text(obstacles) or _nothing(args),

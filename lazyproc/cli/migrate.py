@@ -11,6 +11,8 @@ from lazyproc.cli.options import (
     add_json,
     add_pid,
     add_policy,
+    add_tcp_close,
+    add_trace,
     command,
     count,
     endpoint,
@@ -43,6 +45,8 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--no-bulk", action="store_true", help="bring only pages that are touched")
     add_policy(parser)
+    add_tcp_close(parser)
+    add_trace(parser)
     add_insecure(parser)
     add_json(parser)
     parser.set_defaults(when_interrupted="interrupted; the process runs here as before")
@@ -61,6 +65,14 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
             args.settled = True  # whatever is pressed now, the pages follow
         listener(event)
 
-    order = Order(mode=args.mode, policy=args.policy, bulk=not args.no_bulk, max_rate=args.max_rate)
-    report = lazyproc.migrate(args.pid, args.target, order, insecure=args.insecure, listener=listen)
+    order = Order(
+        mode=args.mode,
+        policy=args.policy,
+        bulk=not args.no_bulk,
+        max_rate=args.max_rate,
+        tcp_close=args.tcp_close,
+    )
+    report = lazyproc.migrate(
+        args.pid, args.target, order, insecure=args.insecure, listener=listen, trace=args.trace
+    )
     return Outcome(migrate_text(report, args.pid, args.target), report_fields(report))

@@ -101,6 +101,18 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tcp_close(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tcp-close", action="store_true", help="give up TCP connections to others; they are restored closed"
+    )
+
+
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trace", metavar="FILE", help="write one record a page fault to FILE (docs/trace.md)"
+    )
+
+
 def pid(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= 1 << 22:  # PID_MAX_LIMIT
         raise argparse.ArgumentTypeError(f"{text!r} is not a process number")

@@ -11,6 +11,7 @@ from lazyproc.cli.options import (
     add_json,
     add_pidns,
     add_policy,
+    add_trace,
     command,
     endpoint,
 )
@@ -44,6 +45,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--pidfile", metavar="FILE", help="write the number of the root process to FILE")
     add_pidns(parser)
     add_policy(parser)
+    add_trace(parser)
     add_insecure(parser)
     add_json(parser)
     parser.set_defaults(when_interrupted="interrupted; nothing has been restored")
@@ -79,12 +81,14 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
         from lazyproc.migrate.destination import Terms
         from lazyproc.migrate.fetch import restore_from
 
-        return restore_from(args.peer, Terms(pidns=args.pidns), insecure=args.insecure, listener=listener)
+        terms = Terms(pidns=args.pidns)
+        return restore_from(args.peer, terms, insecure=args.insecure, listener=listener, trace=args.trace)
     return lazyproc.restore(
         Path(args.directory),
         lazy=args.lazy,
         pidns=args.pidns,
         policy=args.policy,
+        trace=args.trace,
         listener=listener,
     )
 

@@ -39,12 +39,14 @@ def observed_sleeps(pid: int) -> dict[int, sleeps.SleepBefore]:
     return seen
 
 
-def look_before(examined: Examined) -> Before:
-    """What `examine` has not seen yet; processes may come and go."""
-    return Before(examined.smaps, _flows(examined.smaps), examined.guarded, examined.wanted)
+def look_before(examined: Examined, *, tcp_close: bool = False) -> Before:
+    """What `examine` has not seen yet; processes may come and go. With `tcp_close` no TCP with the outside has to be
+    held back.
+    """
+    return Before(examined.smaps, _flows(examined.smaps, tcp_close), examined.guarded, examined.wanted)
 
 
-def _flows(pids: Iterable[int]) -> tuple[Flow, ...]:
+def _flows(pids: Iterable[int], tcp_close: bool) -> tuple[Flow, ...]:
     with ExitStack() as stack:
         refs = []
         for pid in pids:
@@ -52,4 +54,4 @@ def _flows(pids: Iterable[int]) -> tuple[Flow, ...]:
                 pidfd = pidfd_open(pid)
                 stack.callback(os.close, pidfd)
                 refs.append(TaskRef(pid, pid, pidfd))
-        return tuple(early_flows(refs))
+        return tuple(early_flows(refs, tcp_close=tcp_close))

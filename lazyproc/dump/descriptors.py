@@ -73,10 +73,10 @@ def gather_descriptors(
     )
 
 
-def early_flows(tasks: Sequence[TaskRef]) -> list[Flow]:
+def early_flows(tasks: Sequence[TaskRef], *, tcp_close: bool = False) -> list[Flow]:
     """What can be held back before the freeze, and so costs none of it (SocketTable.early_flows)."""
     registry = Registry(tuple(tasks), contents_wanted=False)
-    with SocketTable(registry) as sockets:
+    with SocketTable(registry, tcp_close) as sockets:
         for task in tasks:
             with suppress(NoSuchProcess):
                 _table(registry, task, {})

@@ -63,6 +63,7 @@ class Dump:
     pids: Mapping[int, int]  # vpid -> pid
     object_fds: Mapping[int, int]
     connections: Sequence[socket.socket]  # TCP, to be silenced once the other side has them
+    given_up: Sequence[socket.socket]  # TCP that the other side does not get, to be hung up
 
     def demand_idle_rings(self) -> None:
         """Right before the hand-over: an AIO request may have been completed while the tree was frozen, which neither
@@ -167,7 +168,8 @@ def dumped(
         )
         pids = {ref.vpid: ref.pid for ref in refs}
         segments = tuple(_segments(checkpoint, pids, objects.fds))
-        yield Dump(checkpoint, segments, pids, objects.fds, gathered.sockets.connections())
+        sockets = gathered.sockets
+        yield Dump(checkpoint, segments, pids, objects.fds, sockets.connections(), sockets.given_up())
 
 
 def _one_task(

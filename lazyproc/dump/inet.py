@@ -156,18 +156,23 @@ def refuse_state(ends: Ends) -> None:
         raise Refused("is a TCP connection that is being made", "try again in a moment")
 
 
-def refuse_waiting(ends: Ends, tree: set[tuple[End, End]], known: Iterable[InetInfo]) -> None:
+def refuse_waiting(
+    ends: Ends, tree: set[tuple[End, End]], known: Iterable[InetInfo], *, tcp_close: bool
+) -> None:
     """What waits at a listening socket has no descriptor yet: it can be made again only when its other end
-    is in the tree (whose connections are (local, remote)) and nothing was sent on it.
+    is in the tree (whose connections are (local, remote)) and nothing was sent on it. With `tcp_close` what comes
+    from outside is given up.
     """
     for info in known:
         if info.inode or info.state not in CONNECTED or not _arrived_at(ends, info.local):
             continue
         mirrored = (plain(info.remote), plain(info.local)) if info.remote else None
+        if tcp_close and mirrored not in tree:
+            continue
         if mirrored not in tree or info.state != TCP_ESTABLISHED or info.rqueue:
             raise Refused(
                 f"holds a connection from {_text(info.remote)} that was not accepted yet",
-                "try again in a moment, or stop the clients from connecting",
+                "try again in a moment, stop the clients from connecting, or use --tcp-close",
             )
 
 

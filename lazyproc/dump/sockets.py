@@ -98,7 +98,7 @@ class SocketTable:
     """Duplicates of all sockets of a tree. A context manager: leaving it closes the duplicates.
 
     With `tcp_close` connections to outside of the tree become connections that have ended: what arrived
-    can be read.
+    can be read. Those that nobody has accepted yet are not there at all.
     """
 
     registry: Registry
@@ -141,22 +141,31 @@ class SocketTable:
 
     def flows(self) -> list[Flow]:
         """What has to be held back (kernel/netfilter) before the queues are read: every bound TCP and UDP
-        socket.
+        socket, but for what is given up.
         """
-        return [taken.ends.flow for taken in self._taken.values() if taken.ends and taken.ends.local[1]]
+        return [ends.flow for ends in self._bound() if not self._is_given_up(ends)]
 
     def early_flows(self) -> list[Flow]:
         """What may be held back while the tree still runs: TCP with the outside, which sends again what was
         dropped. A dropped datagram is lost, and its sender sees EPERM; between two ends in the tree TCP would stall.
         """
-        inet = [taken.ends for taken in self._taken.values() if taken.ends and taken.ends.local[1]]
         return [
-            ends.flow for ends in inet if ends.protocol == socket.IPPROTO_TCP and not self._is_inside(ends)
+            ends.flow
+            for ends in self._bound()
+            if ends.protocol == socket.IPPROTO_TCP
+            and not self._is_inside(ends)
+            and not self._is_given_up(ends)
         ]
 
     def connections(self) -> list[socket.socket]:
-        """The TCP connections, for `lazyproc.dump.tcp.silence` after the hand-over."""
-        return [taken.sock for taken in self._taken.values() if taken.ends and taken.ends.is_connection]
+        """The TCP connections that travel, for `lazyproc.dump.tcp.silence` after the hand-over."""
+        inet = ((taken.sock, taken.ends) for taken in self._taken.values() if taken.ends)
+        return [sock for sock, ends in inet if ends.is_connection and not self._is_given_up(ends)]
+
+    def given_up(self) -> list[socket.socket]:
+        """The TCP connections that do not, and the listening sockets, for `lazyproc.dump.tcp.hang_up` then."""
+        inet = ((taken.sock, taken.ends) for taken in self._taken.values() if taken.ends)
+        return [sock for sock, ends in inet if self._is_given_up(ends)]
 
     def read_queues(self) -> None:
         """Read the queues not read yet. New files found in messages are put on the registry's queue, and
@@ -197,11 +206,11 @@ class SocketTable:
             tree = frozenset(self._taken) | self._refused
             return gather_unix(self.registry, taken.sock, known.unix, tree, options, queue)
         if ends.state == TCP_LISTEN and tcp.info(taken.sock).pending:
-            refuse_waiting(ends, self._connections(), known.tcp)
+            refuse_waiting(ends, self._connections(), known.tcp, tcp_close=self.tcp_close)
         return gather_inet(
             taken.sock,
             ends,
-            close=self.tcp_close and ends.is_connection and not self._is_inside(ends),
+            close=ends.is_connection and self._is_given_up(ends),
             options=options,
             queue=queue,
             udp=known.udp if ends.protocol == socket.IPPROTO_UDP else {},
@@ -216,6 +225,13 @@ class SocketTable:
     def _is_inside(self, ends: Ends) -> bool:
         """Whether the other end of a connection is in the tree."""
         return ends.remote is not None and (plain(ends.remote), plain(ends.local)) in self._connections()
+
+    def _is_given_up(self, ends: Ends) -> bool:
+        """TCP with the outside; a listening socket with everything that waits there."""
+        return self.tcp_close and ends.protocol == socket.IPPROTO_TCP and not self._is_inside(ends)
+
+    def _bound(self) -> list[Ends]:
+        return [taken.ends for taken in self._taken.values() if taken.ends and taken.ends.local[1]]
 
     def _intern(self, fd: int) -> int:
         self._messages.append(fd)

@@ -58,6 +58,15 @@ def read_ended(sock: socket.socket) -> TcpState:
     return TcpState(0, 0, b"", data, 0, 0, 0, 0, 0, 0, b"")
 
 
+def hang_up(connections: Iterable[socket.socket]) -> None:
+    """End given up connections, and what waits at listening sockets, now rather than when their tree is killed: the
+    others see the end as soon as their peer runs elsewhere without them.
+    """
+    for sock in connections:
+        with suppress(OSError):  # ended already, or never begun
+            sock.shutdown(socket.SHUT_RDWR)
+
+
 def silence(connections: Iterable[socket.socket]) -> None:
     """After the hand-over was committed: closing these connections, and killing who has them, sends
     neither FIN nor RST. They never run again.

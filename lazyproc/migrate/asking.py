@@ -24,7 +24,19 @@ def obstacles_there(
     order: Mapping[str, str | int | bool],
     listener: Listener,
 ) -> tuple[Obstacle, ...]:
-    """What at the destination stands in the way of the tree; when nothing does, it is ready for the images.
+    """What at the destination stands in the way of the tree; when nothing does, it is ready for the images."""
+    answer = asked(control, offer, wanted, order, listener)
+    return answer if isinstance(answer, tuple) else ()
+
+
+def asked(
+    control: Channel,
+    offer: Offer,
+    wanted: Sequence[Wanted],
+    order: Mapping[str, str | int | bool],
+    listener: Listener,
+) -> Prepared | tuple[Obstacle, ...]:
+    """The destination's answer to PREPARE: that it is ready for the images, or all that stands in the way.
 
     Raises Refused with the reason of a destination that is too old to list obstacles, ConnectionLost, ProtocolError.
     """
@@ -39,5 +51,4 @@ def obstacles_there(
     answer = expect(control, Control, PREPARE_S)
     if isinstance(answer, Obstacles):
         return obstacles_in(answer, control.peer)
-    checked(answer, Prepared, control)
-    return ()
+    return checked(answer, Prepared, control)

@@ -28,8 +28,10 @@ from lazyproc.pages.transport import listen
 from lazyproc.restore.lazy import finish, pager_of
 from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
+from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.policy import POLICIES, Policy
+from lazyproc.uffd.recorder import Recorder, Sink
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import (
     Abort,
@@ -43,6 +45,7 @@ from lazyproc.wire.native import (
     Prepared,
     Released,
     Running,
+    Trace,
 )
 
 PREPARE_S = 60.0
@@ -70,13 +73,18 @@ class Arrived:
 
 @dataclass(slots=True)
 class Arrival:
-    """One migration on its way in. One thread does all its work: ptrace calls have one tracer thread."""
+    """One migration on its way in. One thread does all its work: ptrace calls have one tracer thread.
+
+    With `trace` the faults go into that file, and the source does not get them.
+    """
 
     link: Link
     terms: Terms
     listener: Listener
+    trace: TraceFile | None = None
     committed: bool = False
     journal: Journal = field(init=False)
+    recorder: Recorder | None = field(default=None, init=False)
     report: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,7 +101,12 @@ class Arrival:
         except (LazyprocError, OSError) as error:
             self.listener(Note(f"session {self.link.session.id}: {error}"))
         finally:
-            self.link.control.close()
+            self.close()
+
+    def close(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
+        self.link.control.close()
 
     def begin(self) -> Arrived:
         """Up to the first instruction of the tree here. Until the commit every error is told to the source."""
@@ -111,12 +124,15 @@ class Arrival:
         checkpoint = from_images(images)
         lazy = order["mode"] == "postcopy"
         with built_tree(checkpoint, source, self.listener, lazy=lazy, pidns=self.terms.pidns) as tree:
-            pager = pager_of(tree)
+            sink = self._sink(order)
+            pager = pager_of(tree, trace=sink is not None)
             self._commit(tree)
             pager.serve_remote(self.link.urgent.detach(), self.link.bulk.detach())
             pager.start(bulk=order.get("bulk") is not False, max_rate=_number(order, "max_rate"))
             tree.release()
             self.link.control.send(Running({"root_pid": tree.root_pid}))
+            if sink is not None:  # not before: RUNNING is what the source waits for
+                self.recorder = Recorder(pager, sink)
             self.listener(StateChanged("running", time.monotonic()))
             self._announce(flows_to_hold(checkpoint))
         return Arrived(tree, pager, POLICIES[str(order["policy"])])
@@ -149,11 +165,29 @@ class Arrival:
                 extents = extents_of(checked(event, Map, control))
                 pager.plan(arrived.policy(extents))
                 pager.apply_map(extents)
-        self._say_drained(pager.counters(), ended=not pager.spaces())
+        self._say_drained(self._last_counters(pager), ended=not pager.spaces())
         finish(pager, arrived.tree)
         self.journal.remove()
         expect(control, Released, FREEZE_S)
         return True
+
+    def _sink(self, order: Mapping[str, JsonValue]) -> Sink | None:
+        if self.trace is not None:
+            return self.trace.write
+        control = self.link.control
+        return (
+            (lambda records, lost: control.send(Trace(records, lost))) if order.get("trace") is True else None
+        )
+
+    def _last_counters(self, pager: Pager) -> Counters:
+        """The counters of the report. The trace that the source has asked for ends with the same fault."""
+        if self.recorder is None or self.trace is not None:
+            return pager.counters()
+        self.recorder.stop()
+        counters = pager.counters()
+        self.recorder.drain(counters.fault_us.count)
+        self.recorder = None
+        return counters
 
     def _announce(self, flows: list[Flow]) -> None:
         try:
@@ -178,7 +212,11 @@ class Arrival:
         against = obstacles_here(order, wanted, pidns=self.terms.pidns, overcommit=self.terms.overcommit)
         if obstacles := tuple(against):
             raise Unfit(obstacles)
-        self.link.control.send(Prepared())
+        clock = Clock.now()
+        if self.trace is not None:
+            self.trace.begin(self.link.session.id, clock)
+        traced = self.trace is None and order.get("trace") is True
+        self.link.control.send(Prepared({"trace": asdict(clock)} if traced else {}))
         return order
 
     def _commit(self, tree: BuiltTree) -> None:
@@ -247,7 +285,12 @@ def _finishing(arrivals: Sequence[tuple[Arrival, threading.Thread]]) -> Iterator
 
 
 @contextmanager
-def fetched(target: str, terms: Terms, *, insecure: bool, listener: Listener) -> Iterator[Arrival]:
+def fetched(
+    target: str, terms: Terms, *, insecure: bool, listener: Listener, trace: TraceFile | None
+) -> Iterator[Arrival]:
     """An arrival from whoever serves a tree at `target`; the caller begins and drains it."""
-    with dialled(target, Party.DESTINATION, Trust(insecure)) as link:
-        yield Arrival(link, terms, listener)
+    with (
+        dialled(target, Party.DESTINATION, Trust(insecure)) as link,
+        closing(Arrival(link, terms, listener, trace)) as arrival,
+    ):
+        yield arrival

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass
 from lazyproc.migrate.destination import Arrival, Arrived, Terms, fetched
 from lazyproc.restore.run import Restored
+from lazyproc.trace import TraceFile
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,13 +27,20 @@ class Fetched(Restored):
 
 
 @contextmanager
-def restore_from(target: str, terms: Terms, *, insecure: bool, listener: Listener) -> Iterator[Fetched]:
+def restore_from(
+    target: str, terms: Terms, *, insecure: bool, listener: Listener, trace: Path | str | None = None
+) -> Iterator[Fetched]:
     """The tree that `lazyproc serve` offers at `target` (HOST:PORT); it runs when the context is entered.
 
-    Raises what `migrate` raises; the tree then runs on at its source.
+    Its faults are written to `trace` (docs/trace.md). Raises what `migrate` raises; the tree then runs on at its
+    source.
     """
     started = time.monotonic()
-    with fetched(target, terms, insecure=insecure, listener=listener) as arrival:
+    with ExitStack() as stack:
+        file = stack.enter_context(TraceFile(trace, listener)) if trace is not None else None
+        arrival = stack.enter_context(
+            fetched(target, terms, insecure=insecure, listener=listener, trace=file)
+        )
         arrived = arrival.begin()
         tree = arrived.tree
         vpid = tree.checkpoint.root.vpid

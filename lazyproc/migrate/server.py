@@ -42,7 +42,7 @@ def serve_process(pid: int, address: str, order: Order, *, insecure: bool, liste
     A client that fails before the commit lets the tree run on, and the next one may try. Raises CannotBeDone, and
     what `migrate` does after the commit.
     """
-    look(pid, listener)
+    look(pid, listener, tcp_close=order.tcp_close)
     gathering = Gathering()
     with listen(address, Party.SOURCE, trust=Trust(insecure), report=listener) as door, closing(gathering):
         listener(Note(f"listening on port {door.port}"))
@@ -51,7 +51,8 @@ def serve_process(pid: int, address: str, order: Order, *, insecure: bool, liste
             if link is None:
                 continue
             try:
-                hand_over(pid, link, look(pid, listener), order, time.monotonic(), listener)
+                before = look(pid, listener, tcp_close=order.tcp_close)
+                hand_over(pid, link, before, order, time.monotonic(), listener)
                 return
             except LazyprocError as error:
                 if error.exit_code != 1 and not isinstance(error, Unfit):

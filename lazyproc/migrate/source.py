@@ -11,13 +11,14 @@ import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from lazyproc.dump.before import Before, look_before, observed_sleeps
 from lazyproc.dump.explain import examine
 from lazyproc.dump.freeze import FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
 from lazyproc.dump.source import DumpPages, dump_pages
-from lazyproc.dump.tcp import silence
+from lazyproc.dump.tcp import hang_up, silence
 from lazyproc.errors import (
     CannotBeDone,
     ConnectionLost,
@@ -32,7 +33,7 @@ from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
 from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.netfilter import Hold
-from lazyproc.migrate.asking import obstacles_there
+from lazyproc.migrate.asking import asked
 from lazyproc.migrate.link import Link, dialled
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.report import MigrateReport
@@ -42,6 +43,7 @@ from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.transport import Channel
+from lazyproc.trace import Clock, TraceFile
 from lazyproc.wire.native import (
     Built,
     Commit,
@@ -51,6 +53,7 @@ from lazyproc.wire.native import (
     Party,
     Released,
     Running,
+    Trace,
 )
 
 BUILD_S = 60.0
@@ -67,43 +70,60 @@ class Order:
     policy: str = "sequential"
     bulk: bool = True
     max_rate: int = 0  # bytes a second, 0 without limit
+    tcp_close: bool = False  # TCP connections to others are given up
 
     def fields(self) -> dict[str, str | int | bool]:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def migrate(pid: int, target: str, order: Order, *, insecure: bool, listener: Listener) -> MigrateReport:
+def migrate(
+    pid: int,
+    target: str,
+    order: Order,
+    *,
+    insecure: bool,
+    listener: Listener,
+    trace: Path | str | None = None,
+) -> MigrateReport:
     """Move the tree under `pid` to the receiver at `target` (HOST:PORT); returns when its memory has followed.
 
-    Raises CannotBeDone (Unfit: by the other host), Refused, ConnectionLost and the dump's errors with the tree running
+    The faults at the destination go to `trace` (docs/trace.md). Raises CannotBeDone (Unfit: by the other
+    host), Refused, ConnectionLost, LazyprocError (`trace` cannot be written), the dump's errors, with the tree running
     as before; Parked when it is not known whether the other side has it; LostAfterCommit.
     """
     started = time.monotonic()
-    before = look(pid, listener)
-    with dialled(target, Party.SOURCE, Trust(insecure)) as link:
-        return hand_over(pid, link, before, order, started, listener)
+    with ExitStack() as stack:
+        file = stack.enter_context(TraceFile(trace, listener)) if trace is not None else None
+        before = look(pid, listener, tcp_close=order.tcp_close)
+        link = stack.enter_context(dialled(target, Party.SOURCE, Trust(insecure)))
+        return hand_over(pid, link, before, order, started, listener, trace=file)
 
 
-def look(pid: int, listener: Listener = ignore) -> Before:
+def look(pid: int, listener: Listener = ignore, *, tcp_close: bool = False) -> Before:
     """What is learned while the tree still runs. Raises CannotBeDone with all obstacles.
 
     What stands in the way may be over in a moment (a child before its exec, or that ends), so it is looked at again.
     """
     for attempt in range(LOOKS):
-        examined = examine(pid, listener=ignore if attempt else listener)
+        examined = examine(pid, tcp_close=tcp_close, listener=ignore if attempt else listener)
         if not examined.obstacles:
-            return look_before(examined)
+            return look_before(examined, tcp_close=tcp_close)
         time.sleep(LOOK_AGAIN_S)
     raise CannotBeDone(examined.obstacles)
 
 
 def hand_over(
-    pid: int, link: Link, before: Before, order: Order, started: float, listener: Listener
+    pid: int,
+    link: Link,
+    before: Before,
+    order: Order,
+    started: float,
+    listener: Listener,
+    *,
+    trace: TraceFile | None = None,
 ) -> MigrateReport:
     """The whole of it over connections that stand, whoever opened them; see `migrate`."""
-    against = obstacles_there(link.control, offer_of(before.smaps), before.wanted, order.fields(), listener)
-    if against:
-        raise Unfit(against)
+    _prepare(link, before, order, trace, listener)
     listener(StateChanged("prepared", time.monotonic()))
     with ExitStack() as last, ExitStack() as stack:
         hold = stack.enter_context(Hold(link.session.id))
@@ -113,7 +133,7 @@ def hand_over(
         tree = stack.enter_context(frozen_tree(pid, asleep=asleep))
         stack.callback(hold.release)  # before the tree is let go: its sends must not fail
         listener(StateChanged("frozen", time.monotonic()))
-        dump, pages = stack.enter_context(_described(tree, before, hold))
+        dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close))
         server = stack.enter_context(PageServer(pages.segments()))
         _offer(link, dump, pages, server, order)
         last.enter_context(deaf())  # until all is put away
@@ -123,7 +143,8 @@ def hand_over(
             running = expect(link.control, Running, BUILD_S)
             blackout_ms = milliseconds(frozen)
             listener(StateChanged("running", time.monotonic()))
-            drained = _serve(link, dump, server, order, listener).fields
+            hang_up(dump.given_up)
+            drained = _serve(link, dump, server, order, listener, trace).fields
         silence(dump.connections)
         tree.kill()
         dump.remove_segments()
@@ -152,10 +173,28 @@ def hand_over(
     )
 
 
+def _prepare(link: Link, before: Before, order: Order, trace: TraceFile | None, listener: Listener) -> None:
+    """Raises Unfit with all that stands in the way at the destination."""
+    wishes = {**order.fields(), "trace": trace is not None}
+    answer = asked(link.control, offer_of(before.smaps), before.wanted, wishes, listener)
+    if isinstance(answer, tuple):
+        raise Unfit(answer)
+    clock = answer.fields.get("trace")
+    if trace is None:
+        return
+    if not isinstance(clock, dict):
+        raise LazyprocError(
+            "the receiver sends no trace", where=link.control.peer, remedy="update it, or leave out --trace"
+        )
+    trace.begin(link.session.id, Clock(_number(clock, "monotonic_ns"), _number(clock, "realtime_ns")))
+
+
 @contextmanager
-def _described(tree: FrozenTree, before: Before, hold: Hold) -> Iterator[tuple[Dump, DumpPages]]:
+def _described(
+    tree: FrozenTree, before: Before, hold: Hold, tcp_close: bool
+) -> Iterator[tuple[Dump, DumpPages]]:
     with (
-        dumped(tree, smaps=before.smaps, guarded=before.guarded, hold=hold.add) as dump,
+        dumped(tree, smaps=before.smaps, guarded=before.guarded, tcp_close=tcp_close, hold=hold.add) as dump,
         dump_pages(dump) as pages,
     ):
         yield dump, pages
@@ -216,18 +255,24 @@ def _pids(tree: FrozenTree) -> list[str]:
     return [str(task.pid) for task in tree.tasks.values() if not task.zombie]
 
 
-def _serve(link: Link, dump: Dump, server: PageServer, order: Order, listener: Listener) -> Drained:
+def _serve(
+    link: Link, dump: Dump, server: PageServer, order: Order, listener: Listener, trace: TraceFile | None
+) -> Drained:
     """Tell what there is, then wait while the C threads serve it."""
     extents = dump.lazy_extents() if order.mode == "postcopy" else {}
     link.control.send(map_of(extents))
     total = sum(e.count for runs in extents.values() for e in runs)
-    while (event := link.control.receive(POLL_S)) is None:
+    while not isinstance(event := link.control.receive(POLL_S), Drained):
+        if isinstance(event, Trace) and trace is not None:
+            trace.write(event.records, event.lost)
+        elif event is not None:
+            return checked(event, Drained, link.control)
         counters = server.counters()
         urgent, bulk = counters["urgent"], counters["bulk"]
         zero = urgent.zero + bulk.zero
         moved = urgent.pages + bulk.pages
         listener(PagesMoved(total, moved, zero, urgent.pages, bulk.pages, 0))
-    return checked(event, Drained, link.control)
+    return event
 
 
 def _number(fields: Mapping[str, object], name: str) -> int:

@@ -21,7 +21,7 @@ ROUNDS = 8
 def pager_of(tree: BuiltTree, *, trace: bool = False) -> Pager:
     """A pager that knows the tree's processes and which of their pages are there already; not started."""
     pager = Pager(trace=trace)
-    spaces = {vpid: pager.add_space(os.dup(fd)) for vpid, fd in tree.userfaultfds.items()}
+    spaces = {vpid: pager.add_space(os.dup(fd), vpid) for vpid, fd in tree.userfaultfds.items()}
     for r in tree.lazy:
         pager.add_region(spaces[r.vpid], r.addr, r.length, r.object, r.object_addr)
     count = 0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lazyproc.errors import LostAfterCommit
+from lazyproc.errors import LostAfterCommit, UsageError
 from lazyproc.events import Listener, StateChanged
 from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
@@ -102,29 +102,56 @@ def restore(
     policy: str,
     listener: Listener,
     bulk: bool = True,
+    trace: Path | str | None = None,
 ) -> Iterator[Restored]:
     """Restore the tree in `directory`; it runs when the context is entered. Without `bulk` only what is touched comes.
 
+    Faults, which only a lazy restore has, are written to `trace` (docs/trace.md).
+
     Leaving the context before `wait_drained` leaves missing pages parked: whoever touches one waits. Raises
-    ImageError, RestoreError, HostLacks, UsageError (no such policy); then nothing half-built is left.
+    ImageError, RestoreError, HostLacks, UsageError (no such policy), LazyprocError (`trace` cannot be written); then
+    nothing half-built is left.
     """
     started = time.monotonic()
     order = named(policy)
+    if trace is not None and not lazy:
+        raise UsageError("only a lazy restore has faults to trace", where=str(trace), remedy="add --lazy")
     folder = Folder(directory)
     checkpoint = from_images(folder.read())
     with ExitStack() as stack:
+        record = stack.enter_context(_recording(trace, listener)) if trace is not None else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
         with built_tree(checkpoint, source, listener, lazy=lazy, pidns=pidns) as tree:
-            pager = stack.enter_context(_started_pager(tree, source, order, bulk)) if lazy else None
+            started_pager = _started_pager(tree, source, order, bulk, trace is not None)
+            pager = stack.enter_context(started_pager) if lazy else None
             tree.release()
+            if record is not None and pager is not None:
+                record(pager)
             listener(StateChanged("running", time.monotonic()))
         root = tree.root_pid
         yield Restored(tree, tree.nursery.pid, root, checkpoint.root.vpid, started, pager)
 
 
 @contextmanager
-def _started_pager(tree: BuiltTree, source: ImagePages, order: Policy, bulk: bool) -> Iterator[Pager]:
-    with pager_of(tree) as pager:
+def _recording(path: Path | str, listener: Listener) -> Iterator[Callable[[Pager], None]]:
+    """A trace file and what begins to fill it from a pager that runs."""
+    from lazyproc.trace import Clock, TraceFile  # json, threads: nobody else's start should wait for them
+    from lazyproc.uffd.recorder import Recorder
+
+    with TraceFile(path, listener) as file, ExitStack() as stack:
+        file.begin("", Clock.now())
+
+        def record(pager: Pager) -> None:
+            stack.callback(Recorder(pager, file.write).close)
+
+        yield record
+
+
+@contextmanager
+def _started_pager(
+    tree: BuiltTree, source: ImagePages, order: Policy, bulk: bool, trace: bool
+) -> Iterator[Pager]:
+    with pager_of(tree, trace=trace) as pager:
         pager.serve_segments(source.segments())
         lazy = {obj: [e for e in runs if e.lazy] for obj, runs in tree.checkpoint.memory.items()}
         pager.apply_map(lazy)

@@ -21,6 +21,7 @@
 struct fault {
     uint64_t va;
     uint64_t event_ns;
+    uint64_t queued_ns; /* asked for, 0: not yet, or by another fault */
     uint64_t sent_ns;
     uint64_t addr; /* in the object of `instance` */
     uint32_t instance;
@@ -112,6 +113,12 @@ struct pager {
 static inline uint64_t min_u64(uint64_t a, uint64_t b)
 {
     return a < b ? a : b;
+}
+
+/* x86 keeps stores in their order, and loads: so has the compiler to. */
+static inline void keep_order(void)
+{
+    atomic_signal_fence(memory_order_seq_cst);
 }
 
 uint64_t now_ns(void);

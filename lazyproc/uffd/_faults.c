@@ -35,6 +35,9 @@ static int on_fault(struct pager *p, uint32_t space, const struct uffd_msg *msg,
         .tid = msg->arg.pagefault.feat.ptid,
     };
 
+    /* A forked child is not named by its message; it has one thread at first, whose number is its own. */
+    if (!p->ledger.spaces[space].vpid)
+        p->ledger.spaces[space].vpid = f.tid;
     return faults_push(&p->fresh, &f);
 }
 
@@ -110,14 +113,21 @@ void drain_all(struct pager *p)
 /* --- faults ------------------------------------------------------------------------------------------------------ */
 
 /* Waits for its page, which is asked for unless it is on its way on this connection already. */
-static int await_page(struct pager *p, const struct fault *f, enum page_state state)
+static int await_page(struct pager *p, struct fault *f, enum page_state state)
 {
     const struct instance *i = &p->ledger.instances[f->instance];
     uint32_t primary = i->primary;
     uint64_t pages = 1, object = i->object;
     const uint8_t *data = local_pages(p, object, f->addr, &pages);
-    int error = faults_push(&p->waiting, f);
+    /* Under way in bulk: asked for again, since it may stand behind much else there. */
+    bool ask = !data && p->online && state < PAGE_ASKED_URGENT;
+    int error;
 
+    if (ask) {
+        f->queued_ns = now_ns();
+        f->sent_ns = 0;
+    }
+    error = faults_push(&p->waiting, f);
     if (error)
         return error;
     if (data)
@@ -129,12 +139,11 @@ static int await_page(struct pager *p, const struct fault *f, enum page_state st
             p->retry = p->ledger.head->map_known; /* it was no content, then: zero */
         return 0;
     }
-    /* Under way in bulk: asked for again, since it may stand behind much else there. */
-    if (!p->online || state >= PAGE_ASKED_URGENT)
+    if (!ask)
         return 0;
     ledger_mark(&p->ledger, primary, f->addr, 1, PAGE_ASKED_URGENT, PAGE_ASKED_URGENT);
     atomic_fetch_add(&p->urgent_outstanding, 1);
-    return link_ask(&p->urgent, primary, object, f->addr, 1, now_ns());
+    return link_ask(&p->urgent, primary, object, f->addr, 1, f->queued_ns);
 }
 
 /* What no region covers is a grown stack, or memory that mremap(2) left behind or added: zero. */
@@ -246,7 +255,7 @@ static void note_sent(struct pager *p)
     uint64_t now = now_ns();
 
     for (uint32_t i = 0; i < p->waiting.count; i++)
-        if (!p->waiting.items[i].sent_ns)
+        if (p->waiting.items[i].queued_ns && !p->waiting.items[i].sent_ns)
             p->waiting.items[i].sent_ns = now;
 }
 

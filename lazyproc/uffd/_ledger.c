@@ -89,7 +89,7 @@ void ledger_close(struct ledger *l)
 
 /* --- spaces and regions ------------------------------------------------------------------------------------------ */
 
-int ledger_add_space(struct ledger *l, int uffd)
+int ledger_add_space(struct ledger *l, int uffd, uint32_t vpid)
 {
     uint32_t i = 0;
 
@@ -97,7 +97,7 @@ int ledger_add_space(struct ledger *l, int uffd)
         i++;
     if (i == LEDGER_SPACES)
         return -ENOSPC;
-    l->spaces[i] = (struct space){.uffd = uffd, .live = 1};
+    l->spaces[i] = (struct space){.uffd = uffd, .live = 1, .vpid = vpid};
     if (i == l->head->spaces)
         l->head->spaces++;
     return (int)i;
@@ -608,7 +608,7 @@ static int child_instance(struct ledger *l, uint32_t parent, uint32_t space)
 
 int ledger_fork(struct ledger *l, uint32_t parent, int uffd)
 {
-    int space = ledger_add_space(l, uffd);
+    int space = ledger_add_space(l, uffd, 0);
 
     if (space < 0)
         return space;

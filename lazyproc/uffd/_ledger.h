@@ -54,7 +54,7 @@ struct space {
     int32_t uffd;
     uint32_t live;
     uint32_t regions;
-    uint32_t reserved;
+    uint32_t vpid; /* 0: not known yet */
 };
 
 /* [start, end) of a space shows an object from `addr` on. Sorted by start within its space. */
@@ -144,7 +144,7 @@ static inline bool page_waits(uint8_t byte)
 int ledger_open(struct ledger *l, int fd); /* fd < 0: a new one */
 void ledger_close(struct ledger *l);
 
-int ledger_add_space(struct ledger *l, int uffd);
+int ledger_add_space(struct ledger *l, int uffd, uint32_t vpid);
 int ledger_add_region(struct ledger *l, uint32_t space, uint64_t start, uint64_t length, uint64_t object,
                       uint64_t addr);
 int64_t ledger_primary(const struct ledger *l, uint64_t object); /* index or -ENOENT */

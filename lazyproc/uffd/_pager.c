@@ -21,6 +21,8 @@
 #define MAP_SLICE 65536u /* pages of the map that are applied before the lock is let go */
 #define FIRST_WINDOW (256u << 10)
 
+_Static_assert(sizeof(struct pager_fault) == 72, "a record of docs/trace.md");
+
 uint64_t now_ns(void)
 {
     struct timespec now;
@@ -188,12 +190,12 @@ int pager_ledger_fd(const struct pager *p)
 
 /* --- tables ------------------------------------------------------------------------------------------------------ */
 
-int pager_add_space(struct pager *p, int uffd)
+int pager_add_space(struct pager *p, int uffd, uint32_t vpid)
 {
     int space, error;
 
     pthread_mutex_lock(&p->lock);
-    space = ledger_add_space(&p->ledger, uffd);
+    space = ledger_add_space(&p->ledger, uffd, vpid);
     if (space >= 0) {
         error = watch_space(p, (uint32_t)space);
         if (error) {
@@ -544,11 +546,29 @@ void pager_counters(struct pager *p, struct pager_counters *c)
     pthread_mutex_unlock(&p->lock);
 }
 
-const struct pager_fault *pager_trace(struct pager *p, uint64_t *written, uint64_t *slots)
+/* The number of the oldest record that is whole, when `written` have been: the next one may be in the making, in the
+ * slot of the oldest. */
+static uint64_t oldest_whole(uint64_t written)
 {
-    *written = __atomic_load_n(&p->ledger.head->traced, __ATOMIC_ACQUIRE);
-    *slots = LEDGER_TRACE;
-    return p->ledger.trace;
+    return written < LEDGER_TRACE ? 0 : written + 1 - LEDGER_TRACE;
+}
+
+size_t pager_trace(const struct pager *p, uint64_t *next, uint64_t *lost, struct pager_fault *records, size_t count)
+{
+    const uint64_t *traced = &p->ledger.head->traced;
+    uint64_t written = __atomic_load_n(traced, __ATOMIC_ACQUIRE), oldest = oldest_whole(written);
+    uint64_t from = *next > oldest ? *next : oldest, end = from + min_u64(written - from, count);
+
+    for (uint64_t i = from; i < end; i++)
+        records[i - from] = p->ledger.trace[i % LEDGER_TRACE];
+    /* What was overwritten while it was copied is not whole. */
+    keep_order();
+    oldest = oldest_whole(__atomic_load_n(traced, __ATOMIC_RELAXED));
+    oldest = oldest < from ? from : min_u64(oldest, end);
+    memmove(records, records + (oldest - from), (end - oldest) * sizeof(*records));
+    *lost += oldest - *next;
+    *next = end;
+    return end - oldest;
 }
 
 uint32_t pager_crc32c(const void *pages, size_t count)

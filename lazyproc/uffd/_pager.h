@@ -45,10 +45,11 @@ struct pager_counters {
     uint64_t fault_ns[1024]; /* log-linear, 16 buckets to the octave, 0 to 15 ns one each */
 };
 
+/* As it lies in a trace file (docs/trace.md). Times are CLOCK_MONOTONIC, 0: it did not happen. */
 struct pager_fault {
-    uint64_t event_ns, sent_ns, installed_ns; /* CLOCK_MONOTONIC, 0: it was not sent */
+    uint64_t event_ns, queued_ns, sent_ns, installed_ns;
     uint64_t va, object, addr;
-    uint32_t tid, space, outcome, page_class;
+    uint32_t vpid, tid, outcome, page_class;
 };
 
 /* ledger_fd < 0: a new ledger; else goes on with that one, whose pager must have ended. */
@@ -56,7 +57,9 @@ int pager_new(int ledger_fd, bool trace, struct pager **result);
 void pager_free(struct pager *p); /* stops; closes no userfaultfd */
 int pager_ledger_fd(const struct pager *p);
 
-int pager_add_space(struct pager *p, int uffd); /* owns uffd until pager_spaces after a stop hands it back */
+/* Owns uffd until pager_spaces after a stop hands it back. vpid 0: not known, as of a forked child; its first fault's
+ * tid is taken for it. */
+int pager_add_space(struct pager *p, int uffd, uint32_t vpid);
 int pager_add_region(struct pager *p, int space, uint64_t start, uint64_t length, uint64_t object, uint64_t addr);
 int pager_add_eager(struct pager *p, uint64_t pages);
 int pager_mark_installed(struct pager *p, uint64_t object, uint64_t addr, uint64_t pages);
@@ -70,7 +73,9 @@ int pager_start(struct pager *p, bool bulk, uint64_t max_rate); /* bytes a secon
 int pager_wait(struct pager *p, int timeout_ms); /* enum pager_status, at once when it is not RUNNING; -ETIMEDOUT */
 int pager_status(struct pager *p, char *reason, size_t size);
 void pager_counters(struct pager *p, struct pager_counters *counters);
-const struct pager_fault *pager_trace(struct pager *p, uint64_t *written, uint64_t *slots);
+/* Copies at most `count` records from number *next on and returns how many; *next moves behind them, and *lost grows by
+ * those that were overwritten before. Takes no lock. One caller at a time. */
+size_t pager_trace(const struct pager *p, uint64_t *next, uint64_t *lost, struct pager_fault *records, size_t count);
 void pager_stop(struct pager *p);
 
 int pager_spaces(struct pager *p, int *uffds, size_t count); /* userfaultfds of the processes that live */

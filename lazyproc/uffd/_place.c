@@ -111,15 +111,17 @@ static void record(struct pager *p, const struct fault *f, enum outcome outcome,
     head->fault_max_ns = took > head->fault_max_ns ? took : head->fault_max_ns;
     if (!p->traced)
         return;
+    keep_order(); /* not before the last record was announced: see pager_trace */
     p->ledger.trace[head->traced % LEDGER_TRACE] = (struct pager_fault){
         .event_ns = f->event_ns,
+        .queued_ns = f->queued_ns,
         .sent_ns = f->sent_ns,
         .installed_ns = now,
         .va = f->va,
         .object = f->instance == NO_INSTANCE ? 0 : p->ledger.instances[f->instance].object,
         .addr = f->addr,
+        .vpid = p->ledger.spaces[f->space].vpid,
         .tid = f->tid,
-        .space = f->space,
         .outcome = outcome,
         .page_class = as,
     };

@@ -87,24 +87,8 @@ class Counters:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One fault of the trace. Times are CLOCK_MONOTONIC in ns; `sent_ns` is 0 when nothing had to be asked for."""
-
-    event_ns: int
-    sent_ns: int
-    installed_ns: int
-    va: int
-    key: int  # MemoryObject.key, 0 when the address belongs to no object
-    addr: int
-    tid: int  # as its own pid namespace numbers it
-    space: int
-    outcome: Outcome
-    source: str  # "urgent", "bulk" (it came that way before the answer), "zero"
-
-
 _OUTCOMES = tuple(Outcome)
-_CLASSES = ("none", "zero", "urgent", "bulk", "dropped", "eager")  # enum page_class of _ledger.h
+TRACE_PIECE = 4096  # records
 
 
 def bucket_floor(index: int) -> int:
@@ -164,7 +148,7 @@ class Pager:
             )
         _check(result, "cannot make a pager")
         self._pager: Any = ffi.gc(out[0], lib.pager_free)
-        self._seen = 0
+        self._next, self._lost = ffi.new("uint64_t *"), ffi.new("uint64_t *")  # records of the trace
 
     def __enter__(self) -> Self:
         return self
@@ -176,12 +160,13 @@ class Pager:
 
     # --- tables ---
 
-    def add_space(self, uffd: int) -> int:
+    def add_space(self, uffd: int, vpid: int = 0) -> int:
         """A process, by its userfaultfd (API done, ranges registered); returns its number.
 
+        `vpid` is for the trace; 0: not known, then the tid of its first fault is taken for it.
         The descriptor belongs to the pager from now on. It is closed when the process turns out to be gone.
         """
-        return _check(lib.pager_add_space(self._pager, uffd), f"userfaultfd {uffd}")
+        return _check(lib.pager_add_space(self._pager, uffd, vpid), f"userfaultfd {uffd}")
 
     def add_region(self, space: int, start: int, length: int, obj: MemoryObject, obj_addr: int) -> None:
         """`length` bytes from `start` of a process show `obj` from `obj_addr` on. Whole pages."""
@@ -289,26 +274,20 @@ class Pager:
             fault_us=_fault_times(raw),
         )
 
-    def faults(self) -> Iterator[Fault]:
-        """The faults of the trace since the last call; the oldest are lost when more than 65536 came in between."""
-        written = ffi.new("uint64_t[2]")
-        rows = lib.pager_trace(self._pager, written, written + 1)
-        total, slots = int(written[0]), int(written[1])
-        for number in range(max(self._seen, total - slots), total):
-            row = rows[number % slots]
-            yield Fault(
-                row.event_ns,
-                row.sent_ns,
-                row.installed_ns,
-                row.va,
-                row.object,
-                row.addr,
-                row.tid,
-                row.space,
-                _OUTCOMES[row.outcome],
-                _CLASSES[row.page_class],
-            )
-        self._seen = total
+    def trace(self, end: int | None = None) -> Iterator[tuple[bytes, int]]:
+        """The faults since the last call, in pieces: records as docs/trace.md has them, and how many were lost so far.
+
+        The oldest are lost when more than 65535 came in between. With `end` nothing behind the pager's first `end`
+        faults. One thread at a time.
+        """
+        rows = ffi.new("struct pager_fault[]", TRACE_PIECE)
+        seen = -1
+        while seen != self._next[0]:
+            seen = int(self._next[0])
+            wanted = TRACE_PIECE if end is None else max(0, min(TRACE_PIECE, end - seen))
+            count = lib.pager_trace(self._pager, self._next, self._lost, rows, wanted)
+            if seen != self._next[0]:
+                yield bytes(ffi.buffer(rows, count * ffi.sizeof("struct pager_fault"))), int(self._lost[0])
 
     @property
     def ledger(self) -> int:

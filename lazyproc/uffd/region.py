@@ -110,7 +110,7 @@ class LazyRegion:
             self._view = memoryview(self._map)
             addr = int(ffi.cast("uintptr_t", ffi.from_buffer(self._map)))
             uffd.register(addr, self._length)
-            space = self._pager.add_space(uffd.detach())
+            space = self._pager.add_space(uffd.detach(), os.getpid())
         self._pager.add_region(space, addr, self._length, _OBJECT, 0)
         self._pager.apply_map({_OBJECT: [Extent(0, self._length // PAGE, lazy=True)]})
         self._pager.start(bulk=self._bulk)

@@ -14,6 +14,7 @@ MAX_PAGES = 1024  # in one GET or PAGES
 MAX_JSON = 64 << 10  # bytes
 MAX_NEEDS = 4 << 20  # bytes of NEEDS or OBSTACLES
 MAX_BLOB = 64 << 20  # bytes of IMAGES or MAP
+MAX_TRACE = 1 << 20  # bytes of TRACE
 
 HEADER = struct.Struct("<BBHIQQII")
 
@@ -43,6 +44,7 @@ class Type(enum.IntEnum):
     OBSTACLES = 32
     ASK = 33
     HOST = 34
+    TRACE = 35
 
 
 class Flag(enum.IntFlag):
@@ -64,6 +66,7 @@ _LIMIT: Mapping[Type, int] = {  # bytes of payload
     Type.OBSTACLES: MAX_NEEDS,
     Type.IMAGES: MAX_BLOB,
     Type.MAP: MAX_BLOB,
+    Type.TRACE: MAX_TRACE,
 }
 
 

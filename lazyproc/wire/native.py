@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeAlias
 from lazyproc.errors import ProtocolError
 from lazyproc.facts import dataclass, field
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
+from lazyproc.trace import RECORD
 from lazyproc.wire import jsonobject
 from lazyproc.wire.frame import HEADER, Flag, Frame, Type, is_range
 from lazyproc.wire.jsonobject import JsonValue
@@ -28,6 +29,7 @@ VERSION = 1
 REVISION = 1  # of what may be said besides: frames that an end of an earlier revision does not know
 MAX_NAME = 128  # characters of a session id or token
 _MAP_ENTRY = struct.Struct("<QQQ")  # object, addr, pages
+_LOST = struct.Struct("<Q")
 
 
 class Role(enum.StrEnum):
@@ -187,6 +189,14 @@ class Map:
 
 
 @dataclass(frozen=True, slots=True)
+class Trace:
+    """Destination: faults that are over, a whole number of records of lazyproc.trace; `lost` since the first."""
+
+    records: bytes = field(repr=False)
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ping:
     """Are you there?"""
 
@@ -202,7 +212,7 @@ class Ask:
 
 
 Event: TypeAlias = (
-    Get | Pages | PageBytes | Close | Hello | Welcome | Control | Images | Map | Ping | Pong | Ask
+    Get | Pages | PageBytes | Close | Hello | Welcome | Control | Images | Map | Trace | Ping | Pong | Ask
 )
 
 _CONTROL: Mapping[Type, type[Control]] = {
@@ -231,6 +241,7 @@ _TYPE_OF: Mapping[type[Event], Type] = {
     Welcome: Type.WELCOME,
     Images: Type.IMAGES,
     Map: Type.MAP,
+    Trace: Type.TRACE,
 }
 
 # --- who may send what, when ----------------------------------------------------------------------------
@@ -252,7 +263,8 @@ _MAY_SEND: Mapping[tuple[State, Party], frozenset[Type]] = {
     (State.CONTROL, Party.SOURCE): _EITHER
     | {Type.ASK, Type.NEEDS, Type.PREPARE, Type.IMAGES, Type.COMMIT, Type.MAP, Type.RELEASED},
     (State.CONTROL, Party.DESTINATION): _EITHER
-    | {Type.HOST, Type.PREPARED, Type.OBSTACLES, Type.BUILT, Type.COMMITTED, Type.RUNNING, Type.DRAINED},
+    | {Type.HOST, Type.PREPARED, Type.OBSTACLES, Type.BUILT, Type.COMMITTED, Type.RUNNING, Type.TRACE}
+    | {Type.DRAINED},
     (State.PAGES, Party.DESTINATION): frozenset({Type.GET, Type.CLOSE}),
     (State.PAGES, Party.SOURCE): frozenset({Type.PAGES}),
     (State.CLOSING, Party.SOURCE): frozenset({Type.PAGES}),
@@ -403,6 +415,8 @@ def _to_payload(event: Event) -> bytes:
             return data
         case Map(entries):
             return b"".join(_pack_entry(entry) for entry in entries)
+        case Trace(records, lost):
+            return _pack_trace(records, lost)
     return b""
 
 
@@ -472,6 +486,21 @@ def _to_map(payload: bytes) -> Map:
     return Map(entries)
 
 
+def _to_trace(payload: bytes) -> Trace:
+    records = payload[_LOST.size :]
+    if len(payload) < _LOST.size or len(records) % RECORD.size:
+        raise ProtocolError(f"TRACE of {len(payload)} bytes is not a number and whole records")
+    return Trace(records, _LOST.unpack_from(payload)[0])
+
+
+def _pack_trace(records: bytes, lost: int) -> bytes:
+    if not 0 <= lost < 1 << 64 or len(records) % RECORD.size:
+        raise ProtocolError(
+            f"TRACE of {len(records)} bytes and {lost} lost is not a number and whole records"
+        )
+    return _LOST.pack(lost) + records
+
+
 def _pack_entry(entry: MapEntry) -> bytes:
     _check_entry(entry)
     return _MAP_ENTRY.pack(*entry)
@@ -496,4 +525,5 @@ _PARSERS: Mapping[Type, Callable[[bytes], Event]] = {
     Type.WELCOME: _to_welcome,
     Type.IMAGES: Images,
     Type.MAP: _to_map,
+    Type.TRACE: _to_trace,
 }

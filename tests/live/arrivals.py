@@ -19,8 +19,9 @@ from lazyproc.model import PAGE, Checkpoint, MemoryObject, ObjectKind
 from lazyproc.pages.images import ImagePages, Segment
 from lazyproc.restore.lazy import finish, pager_of
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
-from lazyproc.uffd.pager import Counters, Fault, Pager
-from tests.live.lazy_rig import Server, balanced
+from lazyproc.trace import Fault
+from lazyproc.uffd.pager import Counters, Pager
+from tests.live.lazy_rig import Server, balanced, faults
 from tests.live.programs import Phase, Watch, running, wait_until
 
 END_S = 15.0
@@ -99,11 +100,11 @@ class Arrival:
 
     def faults(self) -> list[Fault]:
         """All faults so far that are over."""
-        self._faults.extend(self.pager.faults())
+        self._faults.extend(faults(self.pager))
         return self._faults
 
     def was_missed(self, addr: int) -> bool:
-        return any(fault.va == addr for fault in self.faults())
+        return any(fault.addr == addr for fault in self.faults())
 
     def drain(self) -> None:
         """Started in bulk: let all pages come, and give the memory back to the kernel alone."""

@@ -22,6 +22,7 @@ from typing import Any
 from lazyproc.kernel import sys as kernel
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
 from lazyproc.pages.server import crc32c
+from lazyproc.trace import Fault, decode
 from lazyproc.uffd.pager import Pager
 
 ROOT = Path(__file__).parents[2]
@@ -221,6 +222,14 @@ def pager(**options: Any) -> Iterator[Pager]:
             made.stop()
             for uffd in made.spaces():
                 os.close(uffd)
+
+
+def faults(made: Pager) -> list[Fault]:
+    """The faults of the trace since the last call. Who was woken may run before its fault is written down, but not
+    before the lock that `counters` takes is free again.
+    """
+    made.counters()
+    return [fault for records, _lost in made.trace() for fault in decode(records)]
 
 
 def whole(addr: int, pages: int) -> list[Extent]:

@@ -180,20 +180,6 @@ def test_a_plan_is_followed_and_replaced() -> None:
         r.finish_in_bulk()
 
 
-def test_the_trace_has_one_record_a_fault() -> None:
-    with rig(8, trace=True) as r:
-        r.start()
-        for page in (5, 1, 7):
-            r.child.call("digest", addr=r.at(page), length=PAGE)
-        faults = list(r.pager.faults())
-        assert [fault.va for fault in faults] == [r.at(5), r.at(1), r.at(7)]
-        assert all(fault.event_ns <= fault.sent_ns <= fault.installed_ns for fault in faults)
-        assert {(fault.key, fault.source, fault.outcome) for fault in faults} == {
-            (TASK.key, "urgent", Outcome.INSTALLED)
-        }
-        assert list(r.pager.faults()) == []
-
-
 def test_shared_memory_of_two_processes() -> None:
     pages = 32
     data = content(pages)

@@ -513,7 +513,7 @@ def test_a_connection_being_made_and_one_that_waits() -> None:
                     assert words(gathered) == [
                         "fd 10: is a TCP connection that is being made; try again in a moment",
                         "fd 11: holds a connection from 127.0.0.1 port 6000 that was not accepted yet; "
-                        "try again in a moment, or stop the clients from connecting",
+                        "try again in a moment, stop the clients from connecting, or use --tcp-close",
                     ]
 
 

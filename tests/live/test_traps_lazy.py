@@ -114,8 +114,8 @@ def test_a_handler_runs_on_missing_stack_and_the_stack_grows_below_what_is_regis
         stack = next(v for v in it.tree.checkpoint.root.mm.vmas if v.name == "[stack]")  # type: ignore[union-attr]
         it.go()
         counters = it.end_well()
-        assert any(stack.start <= fault.va < stack.end for fault in it.faults())
-        below = [fault for fault in it.faults() if stack.start - (1 << 21) < fault.va < stack.start]
+        assert any(stack.start <= fault.addr < stack.end for fault in it.faults())
+        below = [fault for fault in it.faults() if stack.start - (1 << 21) < fault.addr < stack.start]
         assert len(below) > 100
         assert {fault.source for fault in below} == {"zero"}
         assert counters.outcomes["zero"][Outcome.INSTALLED] >= len(below)

@@ -71,8 +71,8 @@ def test_two_processes_want_the_same_missing_page_at_the_same_time(tmp_path: Pat
         it.let_come(FIRST * PAGE)
         it.end_well()
         key = MemoryObject(ObjectKind.SHARED, object_of(it, SharedKind.ANON).id).key
-        waited = [fault for fault in it.faults() if (fault.key, fault.addr) == (key, FIRST * PAGE)]
-        assert len({fault.space for fault in waited}) == 2
+        waited = [fault for fault in it.faults() if (fault.object, fault.object_addr) == (key, FIRST * PAGE)]
+        assert len({fault.vpid for fault in waited}) == 2
 
 
 def test_a_memfd_with_a_descriptor_has_its_content_before_any_page_comes(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ static struct pager *make_pager(const struct target *t)
     int space;
 
     check(pager_new(-1, true, &p) == 0, "pager_new");
-    space = pager_add_space(p, t->uffd);
+    space = pager_add_space(p, t->uffd, 0);
     check(space == 0, "pager_add_space");
     for (int r = 0; r < 2; r++) {
         const struct range *range = &t->ranges[r];
@@ -211,6 +211,19 @@ static struct pager *make_pager(const struct target *t)
     check(pager_apply_map(p, map, 2) == 0, "pager_apply_map");
     check(pager_set_plan(p, map, 2) == 0, "pager_set_plan");
     return p;
+}
+
+/* The trace has each fault, when this pager has served them all. */
+static void read_trace(struct pager *p, uint64_t faults)
+{
+    static struct pager_fault records[48];
+    uint64_t next = 0, lost = 0, seen = 0;
+    size_t count;
+
+    while ((count = pager_trace(p, &next, &lost, records, 48)) > 0)
+        for (size_t i = 0; i < count; i++, seen++)
+            check(records[i].installed_ns >= records[i].event_ns && records[i].vpid, "a record is whole");
+    check(next == seen + lost && next <= faults, "each record comes once");
 }
 
 static void finish(struct pager *p)
@@ -227,6 +240,7 @@ static void finish(struct pager *p)
     check(c.total == c.zero + c.eager + c.urgent + c.bulk + c.dropped, "each page counts once");
     errno = -pager_finish(p);
     check(errno == 0, "pager_finish");
+    read_trace(p, c.faults);
     pager_free(p);
 }
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lazyproc.errors import ProtocolError
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 from lazyproc.wire import native
-from lazyproc.wire.frame import HEADER, MAX_BLOB, MAX_JSON, MAX_NEEDS, MAX_PAGES, Flag, Frame, Type
+from lazyproc.wire.frame import HEADER, MAX_BLOB, MAX_JSON, MAX_NEEDS, MAX_PAGES, MAX_TRACE, Flag, Frame, Type
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Connection, Event, Hello, PageBytes, Pages, Party, Role, State, Welcome
 
@@ -56,6 +56,9 @@ empty_pages = st.builds(
     st.just(0),
 )
 maps = st.lists(st.builds(native.MapEntry, keys, pages, counts), max_size=5).map(native.Map)
+traces = st.builds(
+    native.Trace, st.integers(0, 3).flatmap(lambda n: st.binary(min_size=72 * n, max_size=72 * n)), words
+)
 either = st.builds(native.Abort, fields) | st.just(native.Ping()) | st.just(native.Pong())
 from_source = (
     st.builds(native.Prepare, fields)
@@ -74,6 +77,7 @@ from_destination = (
     | st.builds(native.Built, fields)
     | st.builds(native.Committed, fields)
     | st.builds(native.Running, fields)
+    | traces
     | st.builds(native.Drained, fields)
     | either
 )
@@ -253,19 +257,20 @@ def test_a_changed_byte_is_a_protocol_error_or_another_event(event: Event, data:
 
 
 @pytest.mark.parametrize(
-    ("kind", "limit"),
+    ("kind", "limit", "side"),
     [
-        (Type.HELLO, MAX_JSON),
-        (Type.PREPARE, MAX_JSON),
-        (Type.IMAGES, MAX_BLOB),
-        (Type.MAP, MAX_BLOB),
-        (Type.NEEDS, MAX_NEEDS),
-        (Type.ASK, 0),
-        (Type.PING, 0),
+        (Type.HELLO, MAX_JSON, Party.DESTINATION),
+        (Type.PREPARE, MAX_JSON, Party.DESTINATION),
+        (Type.IMAGES, MAX_BLOB, Party.DESTINATION),
+        (Type.MAP, MAX_BLOB, Party.DESTINATION),
+        (Type.NEEDS, MAX_NEEDS, Party.DESTINATION),
+        (Type.ASK, 0, Party.DESTINATION),
+        (Type.TRACE, MAX_TRACE, Party.SOURCE),
+        (Type.PING, 0, Party.DESTINATION),
     ],
 )
-def test_lengths_are_refused_before_a_byte_of_payload_comes(kind: Type, limit: int) -> None:
-    connection = receiver(None if kind is Type.HELLO else Role.CONTROL, Party.DESTINATION)
+def test_lengths_are_refused_before_a_byte_of_payload_comes(kind: Type, limit: int, side: Party) -> None:
+    connection = receiver(None if kind is Type.HELLO else Role.CONTROL, side)
     assert Frame.unpack(HEADER.pack(kind, 0, 0, limit, 0, 0, 0, 0)).length == limit
     with pytest.raises(ProtocolError, match=f"limit is {limit}"):
         connection.receive_data(HEADER.pack(kind, 0, 0, limit + 1, 0, 0, 0, 0))
@@ -347,12 +352,29 @@ def test_a_map_is_a_whole_number_of_entries() -> None:
         )
 
 
+@pytest.mark.parametrize("length", [0, 7, 9, 8 + 71, 8 + 73])
+def test_a_trace_is_a_number_and_whole_records(length: int) -> None:
+    with pytest.raises(ProtocolError, match="whole records"):
+        receiver(Role.CONTROL, Party.SOURCE).receive_data(
+            HEADER.pack(Type.TRACE, 0, 0, length, 0, 0, 0, 0) + bytes(length)
+        )
+
+
+@pytest.mark.parametrize(
+    ("length", "lost"), [(1, 0), (71, 0), (0, -1), (0, 2**64), (MAX_TRACE // 72 * 72 + 72, 0)]
+)
+def test_what_is_no_trace_is_not_sent(length: int, lost: int) -> None:
+    with pytest.raises(ProtocolError):
+        receiver(Role.CONTROL, Party.DESTINATION).send(native.Trace(bytes(length), lost))
+
+
 @pytest.mark.parametrize(
     ("role", "side", "event"),
     [
         (None, Party.SOURCE, native.Ping()),
         (None, Party.SOURCE, Welcome("5e")),
         (Role.CONTROL, Party.SOURCE, native.Committed()),
+        (Role.CONTROL, Party.SOURCE, native.Trace(b"", 0)),
         (Role.CONTROL, Party.DESTINATION, native.Commit()),
         (Role.CONTROL, Party.DESTINATION, native.Needs()),
         (Role.CONTROL, Party.SOURCE, native.Obstacles()),
