@@ -134,7 +134,9 @@ def _compiled_init(cls: Any, frozen: bool) -> Callable[..., None]:
     if hasattr(cls, "__post_init__"):
         lines.append("self.__post_init__()")
     parameters = ", ".join(positional + (keywords if len(keywords) > 1 else []))
-    exec(f"def __init__({parameters}):\n " + "\n ".join(lines), names)
+    text = f"def __init__({parameters}):\n " + "\n ".join(lines)
+    # Compiled apart: an interrupt within exec() of a string ends Python by SIGINT, whatever is made of it.
+    exec(compile(text, f"<{cls.__qualname__}>", "exec"), names)
     init: Callable[..., None] = names["__init__"]
     init.__qualname__ = f"{cls.__qualname__}.__init__"
     return init

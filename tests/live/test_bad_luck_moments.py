@@ -38,7 +38,7 @@ from tests.live.real_gate import gate_to
 from tests.live.tracees import state_of
 
 SEED = 11
-LONGEST_S = 0.9  # of an undisturbed command, on a busy machine
+LONGEST_S = 0.4  # of an undisturbed command
 GARBAGE = bytes(range(256))
 
 
@@ -235,7 +235,7 @@ def test_the_process_ends_at_any_moment(pair: Pair) -> None:
                 pid = pair.source.vpid(program.pid)
                 words = ("-D", f"/tmp/images-{turn}") if turn % 2 else (receiver.address, "--insecure")
                 process = started(pair.source, "checkpoint" if turn % 2 else "migrate", pid, *words)
-                time.sleep(moments.uniform(0.1, LONGEST_S))
+                time.sleep(moments.uniform(0.05, LONGEST_S))
                 program.process.kill()
                 _, error = process.communicate(timeout=COMMAND_S)
                 if process.returncode:
