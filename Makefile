@@ -40,7 +40,7 @@ sanitize: build $(VENV)/.tools
 	  CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" \
 	  ../../$(BIN)/python setup.py -q build_ext --inplace
 	@cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 ../../$(PYTEST) -m "not long and not slow" -k "core or pager or server or tracee or remote"
+	  ASAN_OPTIONS=detect_leaks=0 ../../$(PYTEST) -m "not long and not slow" -k "core or pagemap or pager or server or tracee or remote"
 	@for driver in tests/sanitize/*.sh; do bash $$driver || exit; done
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/setup

@@ -8,7 +8,7 @@ are those seen inside the tree's own pid namespace (`vpid`, `tid`), times are na
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lazyproc.facts import dataclass, field
@@ -593,7 +593,7 @@ class Checkpoint:
     pipes: Mapping[int, Pipe]
     shared: Mapping[int, SharedMemory]
     contents: Mapping[int, FileContent]
-    memory: Mapping[MemoryObject, tuple[Extent, ...]]
+    memory: Mapping[MemoryObject, Sequence[Extent]]
     clocks: Clocks
     hostname: str = ""
 

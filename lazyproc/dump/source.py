@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from lazyproc.dump.gather import Dump
@@ -19,7 +19,7 @@ class DumpPages:
         self._dump = dump
         self._processes = processes
 
-    def extents(self) -> Mapping[MemoryObject, tuple[Extent, ...]]:
+    def extents(self) -> Mapping[MemoryObject, Sequence[Extent]]:
         return self._dump.checkpoint.memory
 
     def read(self, obj: MemoryObject, addr: int, count: int) -> bytes:

@@ -40,7 +40,6 @@ from lazyproc.model import (
     Checkpoint,
     Clocks,
     Descriptor,
-    Extent,
     Fs,
     MemoryObject,
     Mm,
@@ -49,6 +48,7 @@ from lazyproc.model import (
     Task,
     TaskState,
 )
+from lazyproc.runs import Extents
 
 PSTREE = "pstree.img"
 CGROUP = "cgroup.img"
@@ -362,11 +362,11 @@ def _only(images: Mapping[str, bytes], name: str, kind: type[M]) -> M:
 
 def _read_memory(
     images: Mapping[str, bytes], found: Sequence[Task], shared: Mapping[int, SharedMemory]
-) -> dict[MemoryObject, tuple[Extent, ...]]:
+) -> dict[MemoryObject, Extents]:
     extents = {}
     for obj in _objects(found, shared):
         # A pagemap that is missing must not read as memory full of zeros.
-        if runs := to_extents(read_pagemap(open_image(images, pagemap_name(obj)))[1]):
+        if runs := to_extents(read_pagemap(open_image(images, pagemap_name(obj)))):
             extents[obj] = runs
     return extents
 

@@ -136,6 +136,11 @@ class ImageReader:
     def more(self) -> bool:
         return self._at < len(self._data)
 
+    @property
+    def ahead(self) -> memoryview:
+        """What has not been read yet. Reads nothing."""
+        return memoryview(self._data)[self._at :]
+
     def raw(self, count: int) -> bytes:
         """The next `count` bytes."""
         if count > len(self._data) - self._at:

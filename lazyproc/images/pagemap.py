@@ -1,59 +1,93 @@
 """Arithmetic of extents, and the pagemap images that hold them. Pure.
 
 A pagemap entry is a run of pages with flags; the pages marked PRESENT lie one after the other in
-pages-<pages_id>.img, in the order of the entries (CRIU 4.2: criu/pagemap.c, criu/include/pagemap.h:133).
+pages-<pages_id>.img, in the order of the entries (CRIU 4.2: criu/pagemap.c, criu/include/pagemap.h:133). A large
+process has a million entries: they are columns here, filled by _pagemap.c.
 Functions that take extents take them in any order and give them sorted by address.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import re
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import dataclass, replace
+from lazyproc.images._pagemap import ffi, lib
 from lazyproc.images.files import ImageReader, ImageWriter
 from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.model import PAGE, Extent
+from lazyproc.runs import Extents
 
+# Bits of an entry's flags; the first two are the kinds of lazyproc.runs.
 PE_PARENT = 1  # the content lies in the parent image
 PE_LAZY = 2  # may come after the process runs
 PE_PRESENT = 4  # the content lies in the pages image next to this pagemap
 
 MAX_PAGES = 1024  # of one entry: CRIU's lazy client has a buffer for the longest one, its server 4 MiB pipes
+_ALL_FLAGS = PE_PARENT | PE_LAZY | PE_PRESENT
+_NOT_HERE = re.compile(rb"[\x00\x02]")  # flags without PARENT and PRESENT
 _ADDRESS_LIMIT = 1 << 64
+_SHORTEST_RECORD = 8  # bytes: a size and two fields
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A pagemap entry; `offset` is the byte in the pages image, meaningful when PRESENT."""
 
     addr: int
-    count: int
+    end: int
+    offset: int
     flags: int
-    offset: int = 0
-
-    @property
-    def end(self) -> int:
-        return self.addr + self.count * PAGE
-
-    @property
-    def present(self) -> bool:
-        return bool(self.flags & PE_PRESENT)
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
-    """Pages in one layer (0 the newest folder, n its nth parent), from byte `offset` of its pages image."""
+class Pagemap:
+    """The entries of a pagemap image in columns, sorted by address: see Entry."""
 
-    addr: int
-    count: int
-    layer: int
-    offset: int
+    pages_id: int
+    addrs: array[int]
+    ends: array[int]
+    offsets: array[int]
+    flags: bytes
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self.between(0, _ADDRESS_LIMIT)
+
+    def between(self, start: int, end: int) -> Iterator[Entry]:
+        """The entries that touch the addresses from `start` up to `end`."""
+        touched = slice(bisect_right(self.ends, start), bisect_left(self.addrs, end))
+        return map(Entry, self.addrs[touched], self.ends[touched], self.offsets[touched], self.flags[touched])
 
     @property
-    def end(self) -> int:
-        return self.addr + self.count * PAGE
+    def size(self) -> int:
+        """Bytes that the pages image must have."""
+        last = len(self.flags) - 1
+        if last < 0:
+            return 0
+        return self.offsets[last] + bool(self.flags[last] & PE_PRESENT) * (self.ends[last] - self.addrs[last])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every page lies in the pages image, none in a parent or at a page server."""
+        return self.flags.count(PE_PRESENT) + self.flags.count(PE_PRESENT | PE_LAZY) == len(self.flags)
+
+    def elsewhere(self, start: int = 0, end: int = _ADDRESS_LIMIT) -> int | None:
+        """The first entry from `start` up to `end` whose pages are in no image but at a page server: its address."""
+        first, last = bisect_right(self.ends, start), bisect_left(self.addrs, end)
+        found = _NOT_HERE.search(self.flags, first, last)
+        return self.addrs[found.start()] if found else None
+
+
+class Located(NamedTuple):
+    """Runs of pages in columns: where they lie in which layer (0 the newest folder, n its nth parent)."""
+
+    addrs: array[int]
+    ends: array[int]
+    offsets: array[int]  # in the layer's pages image
+    layers: array[int]
 
 
 # --- extents ------------------------------------------------------------------------------------------------
@@ -150,66 +184,86 @@ def write_pagemap(
         writer.add(name, entry)
 
 
-def read_pagemap(reader: ImageReader) -> tuple[int, tuple[Entry, ...]]:
-    """pages_id and the entries, sorted, each with its place in the pages image.
+def read_pagemap(reader: ImageReader) -> Pagemap:
+    """The entries, each with its place in the pages image.
 
-    Raises ImageError when entries overlap, are not aligned or leave the address space.
+    Raises ImageError when entries overlap, are not aligned, leave the address space or have unknown flags.
     """
     pages_id = reader.message(pb.pagemap_head).pages_id
-    entries: list[Entry] = []
+    return _read_in_c(pages_id, reader.ahead) or _read_messages(pages_id, reader)
+
+
+def _read_in_c(pages_id: int, records: memoryview) -> Pagemap | None:
+    """None for what is wrong, or written in an unusual way: protobuf knows which of the two."""
+    room = len(records) // _SHORTEST_RECORD
+    columns = [ffi.new("uint64_t[]", room) for _ in range(3)]
+    flags = ffi.new("uint8_t[]", room)
+    count = lib.lp_pagemap_read(ffi.from_buffer(records), len(records), *columns, flags)
+    if count < 0:
+        return None
+    addrs, ends, offsets = (_taken(column, count) for column in columns)
+    return Pagemap(pages_id, addrs, ends, offsets, bytes(ffi.buffer(flags, count)))
+
+
+def _taken(column: Any, count: int) -> array[int]:
+    taken = array("Q")
+    taken.frombytes(ffi.buffer(column, count * taken.itemsize))
+    return taken
+
+
+def _read_messages(pages_id: int, reader: ImageReader) -> Pagemap:
+    rows: list[Entry] = []
     offset = end = 0
     while reader.more:
         message = reader.message(pb.pagemap_entry)
-        count = message.nr_pages or message.compat_nr_pages
-        flags = message.flags
+        addr, count, flags = message.vaddr, message.nr_pages or message.compat_nr_pages, message.flags
         if not message.HasField("flags"):  # CRIU before 2.0 had only in_parent
             flags = PE_PARENT if message.in_parent else PE_PRESENT
-        entry = Entry(message.vaddr, count, flags, offset)
-        if not count or entry.addr % PAGE or entry.addr < end or entry.end > _ADDRESS_LIMIT:
-            raise reader.error(f"pagemap entry of {count} pages at {entry.addr:#x}")
-        end = entry.end
-        if entry.present:
+        if not count or addr % PAGE or addr < end or addr + count * PAGE >= _ADDRESS_LIMIT:
+            raise reader.error(f"pagemap entry of {count} pages at {addr:#x}")
+        if flags > _ALL_FLAGS:
+            raise reader.error(f"pagemap entry with the unknown flags {flags:#x}")
+        end = addr + count * PAGE
+        rows.append(Entry(addr, end, offset, flags))
+        if flags & PE_PRESENT:
             offset += count * PAGE
-        entries.append(entry)
-    return pages_id, tuple(entries)
+    addrs, ends, offsets = (array("Q", (row[index] for row in rows)) for index in range(3))
+    return Pagemap(pages_id, addrs, ends, offsets, bytes(row.flags for row in rows))
 
 
-def to_extents(entries: Iterable[Entry]) -> tuple[Extent, ...]:
-    """The model's view of pagemap entries."""
-    return merge(
-        Extent(entry.addr, entry.count, bool(entry.flags & PE_LAZY), bool(entry.flags & PE_PARENT))
-        for entry in entries
-    )
+def to_extents(pagemap: Pagemap) -> Extents:
+    """The model's view of a pagemap: what CRIU's limits cut is whole again."""
+    count = len(pagemap.flags)
+    addrs, counts, kinds = (ffi.new(kind, count) for kind in ("uint64_t[]", "uint64_t[]", "uint8_t[]"))
+    columns = (ffi.from_buffer("uint64_t[]", column) for column in (pagemap.addrs, pagemap.ends))
+    merged = lib.lp_pagemap_merge(*columns, pagemap.flags, count, addrs, counts, kinds)
+    return Extents(_taken(addrs, merged), _taken(counts, merged), bytes(ffi.buffer(kinds, merged)))
 
 
-def find(entries: Sequence[Entry] | Sequence[Located], addr: int) -> int:
-    """The index of the first entry that ends behind `addr`; len(entries) when there is none."""
-    index = bisect_right(entries, addr, key=lambda entry: entry.addr)
-    return index - 1 if index and entries[index - 1].end > addr else index
-
-
-def locate(layers: Sequence[Sequence[Entry]]) -> tuple[Located, ...]:
+def locate(layers: Sequence[Pagemap]) -> Located:
     """Where each page's content lies, in a chain of folders with the newest first.
 
     Entries that are only LAZY lie in none of them and are left out. Raises ImageError when a page is said to
     be in the parent and no layer has it.
     """
-    found: list[Located] = []
+    newest = layers[0]
+    if newest.is_complete:  # as without a pre-dump
+        return Located(newest.addrs, newest.ends, newest.offsets, array("Q", [0]) * len(newest.flags))
+    found = Located(array("Q"), array("Q"), array("Q"), array("Q"))
 
     def walk(layer: int, start: int, end: int) -> None:
-        entries = layers[layer] if layer < len(layers) else ()
-        index = find(entries, start)
-        while index < len(entries) and entries[index].addr < end:
-            entry = entries[index]
+        entries = layers[layer].between(start, end) if layer < len(layers) else ()
+        for entry in entries:
             first, last = max(entry.addr, start), min(entry.end, end)
             if first > start and layer:
                 break
             if entry.flags & PE_PARENT:
                 walk(layer + 1, first, last)
-            elif entry.present:
-                found.append(Located(first, (last - first) // PAGE, layer, entry.offset + first - entry.addr))
+            elif entry.flags & PE_PRESENT:
+                row = (first, last, entry.offset + first - entry.addr, layer)
+                for column, value in zip(found, row, strict=True):
+                    column.append(value)
             start = last
-            index += 1
         if layer and start < end:
             raise ImageError(
                 f"the page {start:#x} is in no parent",
@@ -218,4 +272,4 @@ def locate(layers: Sequence[Sequence[Entry]]) -> tuple[Located, ...]:
             )
 
     walk(0, 0, _ADDRESS_LIMIT)
-    return tuple(found)
+    return found

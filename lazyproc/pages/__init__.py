@@ -6,7 +6,7 @@ written against that and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from lazyproc.model import Extent, MemoryObject
@@ -15,7 +15,7 @@ from lazyproc.model import Extent, MemoryObject
 class PageSource(Protocol):
     """Pages that can be asked for again until they are acknowledged."""
 
-    def extents(self) -> Mapping[MemoryObject, tuple[Extent, ...]]:
+    def extents(self) -> Mapping[MemoryObject, Sequence[Extent]]:
         """Which pages have content; everything else is zero."""
         ...
 

@@ -48,7 +48,7 @@ class FrozenPages:
     Raises NoSuchProcess or PermissionDenied when a process cannot be opened.
     """
 
-    def __init__(self, places: Iterable[Place], extents: Mapping[MemoryObject, tuple[Extent, ...]]) -> None:
+    def __init__(self, places: Iterable[Place], extents: Mapping[MemoryObject, Sequence[Extent]]) -> None:
         self._extents = extents
         arranged = without_overlaps(places)
         with ExitStack() as stack:
@@ -71,7 +71,7 @@ class FrozenPages:
         """Sorted and without overlaps; valid until `close`."""
         return self._segments
 
-    def extents(self) -> Mapping[MemoryObject, tuple[Extent, ...]]:
+    def extents(self) -> Mapping[MemoryObject, Sequence[Extent]]:
         return self._extents
 
     def read(self, obj: MemoryObject, addr: int, count: int) -> bytes:

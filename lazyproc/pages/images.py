@@ -7,45 +7,42 @@ lies in the folder that the link `parent` names (CRIU 4.2: criu/pagemap.c).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import Self
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import dataclass
 from lazyproc.images.convert import memory_objects, pagemap_name
 from lazyproc.images.draft import Draft
 from lazyproc.images.files import Folder, ImageReader
-from lazyproc.images.pagemap import PE_LAZY, Entry, Located, find, locate, merge, read_pagemap
+from lazyproc.images.pagemap import PE_LAZY, Located, Pagemap, locate, merge, read_pagemap
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject
 from lazyproc.pages import PageSource
+from lazyproc.runs import Segments, interleaved
 
 _PIECE = 256  # pages that are read and written at once: 1 MiB
 _MAX_PARENTS = 1024
-
-R = TypeVar("R", Entry, Located)
-
-
-class Segment(NamedTuple):
-    """A run of an object's pages in a file: addresses start to end lie from `offset` on in `fd`."""
-
-    key: int
-    start: int
-    end: int
-    fd: int
-    offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Object:
     """One object: the newest pagemap, where the pages lie, and the pages image of each layer."""
 
-    entries: tuple[Entry, ...]
-    located: tuple[Located, ...]
+    pagemap: Pagemap
+    located: Located
     fds: tuple[int, ...]
+
+    def rows(self, key: int) -> array[int]:
+        """As Segments has them."""
+        addrs, ends, offsets, layers = self.located
+        one_folder = len(self.fds) == 1  # as without a pre-dump
+        fds = array("Q", self.fds) * len(addrs) if one_folder else array("Q", [self.fds[n] for n in layers])
+        return interleaved(array("Q", [key]) * len(addrs), addrs, ends, fds, offsets)
 
 
 class ImagePages:
@@ -82,52 +79,53 @@ class ImagePages:
         """The pages that lie here, including those in parents; those only at a page server are left out."""
         return {
             obj: merge(
-                Extent(entry.addr, entry.count, bool(entry.flags & PE_LAZY))
-                for entry in held.entries
+                Extent(entry.addr, (entry.end - entry.addr) // PAGE, bool(entry.flags & PE_LAZY))
+                for entry in held.pagemap
                 if entry.flags & ~PE_LAZY
             )
             for obj, held in self._objects.items()
         }
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> Segments:
         """Every run of pages with the file it lies in, sorted by object key and address; for C code.
 
         The descriptors belong to this object and are open until close(). Raises ImageError for a page that is only at
         a page server.
         """
-        for obj, held in self._objects.items():
-            _demand_here(obj, held.entries)
-        return sorted(
-            Segment(obj.key, run.addr, run.end, held.fds[run.layer], run.offset)
-            for obj, held in self._objects.items()
-            for run in held.located
-        )
+        rows = array("Q")
+        for obj, held in sorted(self._objects.items(), key=lambda item: item[0].key):
+            _demand_here(obj, held.pagemap.elsewhere())
+            rows += held.rows(obj.key)
+        return Segments(rows)
 
     def read(self, obj: MemoryObject, addr: int, count: int) -> bytes:
         """See PageSource. Raises ImageError for a page that is only at a page server."""
+        if obj not in self._objects:
+            return bytes(count * PAGE)
         end = addr + count * PAGE
-        held = self._objects.get(obj, _NOTHING)
-        _demand_here(obj, _between(held.entries, addr, end))
+        held = self._objects[obj]
+        _demand_here(obj, held.pagemap.elsewhere(addr, end))
+        addrs, ends, offsets, layers = held.located
         parts, at = [], addr
-        for run in _between(held.located, addr, end):
-            first, last = max(run.addr, at), min(run.end, end)
+        for index in range(bisect_right(ends, addr), bisect_left(addrs, end)):
+            first, last = max(addrs[index], at), min(ends[index], end)
             parts.append(bytes(first - at))
-            parts.append(_pread(held.fds[run.layer], last - first, run.offset + first - run.addr, obj))
+            parts.append(
+                _pread(held.fds[layers[index]], last - first, offsets[index] + first - addrs[index], obj)
+            )
             at = last
         parts.append(bytes(end - at))
         return b"".join(parts)
 
     def _open_object(self, obj: MemoryObject, chain: Sequence[Folder]) -> _Object:
         name = pagemap_name(obj)
-        layers: list[tuple[Entry, ...]] = []
+        layers: list[Pagemap] = []
         fds: list[int] = []
         for folder in chain:
             if layers and not (folder.path / name).exists():
                 break  # the object is younger than that pre-dump
-            pages_id, entries = read_pagemap(ImageReader(name, folder.contents(name)))
-            size = sum(entry.count for entry in entries if entry.present) * PAGE
-            layers.append(entries)
-            fds.append(self._open_pages(folder, f"pages-{pages_id}.img", size))
+            layers.append(read_pagemap(ImageReader(name, folder.contents(name))))
+            fds.append(self._open_pages(folder, f"pages-{layers[-1].pages_id}.img", layers[-1].size))
         return _Object(layers[0], locate(layers), tuple(fds))
 
     def _open_pages(self, folder: Folder, name: str, size: int) -> int:
@@ -146,25 +144,13 @@ class ImagePages:
         return self._fds[path]
 
 
-_NOTHING = _Object((), (), ())
-
-
-def _demand_here(obj: MemoryObject, entries: Iterable[Entry]) -> None:
-    for entry in entries:
-        if not entry.flags & ~PE_LAZY:
-            raise ImageError(
-                f"the page {entry.addr:#x} is not in the images but at a page server",
-                where=pagemap_name(obj),
-                remedy="restore with --from HOST:PORT",
-            )
-
-
-def _between(runs: Sequence[R], start: int, end: int) -> Iterator[R]:
-    """The sorted runs that touch the addresses from start to end."""
-    for run in islice(runs, find(runs, start), None):
-        if run.addr >= end:
-            return
-        yield run
+def _demand_here(obj: MemoryObject, elsewhere: int | None) -> None:
+    if elsewhere is not None:
+        raise ImageError(
+            f"the page {elsewhere:#x} is not in the images but at a page server",
+            where=pagemap_name(obj),
+            remedy="restore with --from HOST:PORT",
+        )
 
 
 def _pread(fd: int, length: int, offset: int, obj: MemoryObject) -> bytes:

@@ -12,6 +12,7 @@ from lazyproc.kernel.sys import pidfd_open
 from lazyproc.model import Extent
 from lazyproc.restore.pages import LazyRange
 from lazyproc.restore.tree import BuiltTree
+from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Pager
 
 USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
@@ -26,8 +27,8 @@ def pager_of(tree: BuiltTree, *, trace: bool = False) -> Pager:
         pager.add_region(spaces[r.vpid], r.addr, r.length, r.object, r.object_addr)
     count = 0
     for obj, extents in tree.checkpoint.memory.items():
-        eager = [extent for extent in extents if not extent.lazy]
-        count += sum(extent.count for extent in eager)
+        eager = Extents.of(extents).where(lazy=False)
+        count += sum(eager.counts)
         for extent in _inside(eager, [r for r in tree.lazy if r.object == obj]):
             pager.mark_installed(obj, extent.addr, extent.count)
     pager.add_eager(count)

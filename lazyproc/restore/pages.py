@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -15,6 +14,7 @@ from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject, ObjectKind, Vma, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.restore.site import Site
+from lazyproc.runs import Extents
 from lazyproc.uffd.device import Outcome, Userfaultfd
 
 O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
@@ -22,6 +22,7 @@ ABOVE_TRANSPORT = 3  # see the nursery's start: it uses two numbers above its so
 PIECE = 256  # pages read and written at a time: 1 MiB
 ZERO_PAGE = bytes(PAGE)
 ATTEMPTS = 16
+ADDRESS_LIMIT = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +45,31 @@ def arranged(checkpoint: Checkpoint, *, lazy: bool) -> Checkpoint:
     """
     mappings = {task.vpid: task.mm.vmas for task in checkpoint.tasks if task.mm}
     memory = {}
-    for obj, extents in checkpoint.memory.items():
-        if obj.kind is ObjectKind.SHARED:
-            may_be = lazy and checkpoint.shared[obj.id].lazy
-            memory[obj] = tuple(replace(extent, lazy=extent.lazy and may_be) for extent in extents)
+    for obj, runs in checkpoint.memory.items():
+        extents = Extents.of(runs)
+        if obj.kind is ObjectKind.TASK:
+            memory[obj] = Extents.joined(_cut(extents, mappings.get(obj.id, ()), lazy, f"pid {obj.id}"))
         else:
-            memory[obj] = tuple(_cut(extents, mappings.get(obj.id, ()), lazy, f"pid {obj.id}"))
+            memory[obj] = extents if lazy and checkpoint.shared[obj.id].lazy else extents.as_eager()
     return replace(checkpoint, memory=memory)
 
 
-def _cut(extents: Sequence[Extent], vmas: Sequence[Vma], lazy: bool, where: str) -> Iterator[Extent]:
-    starts = [vma.start for vma in vmas]
-    for extent in extents:
-        addr = extent.addr
-        while addr < extent.end:
-            at = bisect_right(starts, addr) - 1
-            vma = vmas[at] if at >= 0 else None
-            if vma is None or addr >= vma.end:
-                raise ImageError(
-                    f"a page at {addr:#x} lies in no mapping", where=where, remedy="dump it again"
-                )
-            end = min(extent.end, vma.end)
-            is_lazy = extent.lazy and lazy and vma.may_be_lazy
-            yield replace(extent, addr=addr, count=(end - addr) // PAGE, lazy=is_lazy)
-            addr = end
+def _cut(extents: Extents, vmas: Sequence[Vma], lazy: bool, where: str) -> Iterator[Extents]:
+    """What lies in each mapping; the work does not grow with the number of extents in it."""
+    at = 0
+    for vma in vmas:
+        _demand_none(extents.within(at, vma.start), where)
+        inside = extents.within(vma.start, vma.end)
+        yield inside if lazy and vma.may_be_lazy else inside.as_eager()
+        at = vma.end
+    _demand_none(extents.within(at, ADDRESS_LIMIT), where)
+
+
+def _demand_none(stray: Extents, where: str) -> None:
+    if stray:
+        raise ImageError(
+            f"a page at {stray[0].addr:#x} lies in no mapping", where=where, remedy="dump it again"
+        )
 
 
 def lazy_ranges(checkpoint: Checkpoint) -> Iterator[LazyRange]:
@@ -119,7 +121,7 @@ def fill(
 ) -> None:
     """Put the eager pages in place."""
     for obj, extents in checkpoint.memory.items():
-        wanted = [extent for extent in extents if not extent.lazy]
+        wanted = Extents.of(extents).where(lazy=False)
         if obj.kind is ObjectKind.SHARED:
             _fill_object(obj, wanted, source, objects[obj.id])
         else:

@@ -14,9 +14,11 @@ from lazyproc.events import Listener, StateChanged
 from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
+from lazyproc.model import Checkpoint, MemoryObject
 from lazyproc.pages.images import ImagePages
 from lazyproc.restore.lazy import finish, pager_of
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
+from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.policy import Policy, named
 
@@ -48,12 +50,19 @@ class Restored:
     root_vpid: int
     started: float
     pager: Pager | None
+    _policy: Policy | None = field(default=None, kw_only=True)  # until the pager has its plan
     _status: int | None = field(default=None, kw_only=True)
 
     def wait_drained(self, timeout: float | None = None) -> bool:
-        """True when every page is there and nothing of ours is left in the tree. Raises LostAfterCommit."""
+        """True when every page is there and nothing of ours is left in the tree. Raises LostAfterCommit.
+
+        The first call asks the policy for its plan; until then bulk goes by address. Raises what the policy raises.
+        """
         if self.pager is None:
             return True
+        if self._policy is not None:
+            policy, self._policy = self._policy, None
+            self.pager.plan(policy(_lazy(self.tree.checkpoint)))
         if not self.pager.wait(timeout):
             self._demand_source(self.pager)
             return False
@@ -110,7 +119,7 @@ def restore(
 
     Leaving the context before `wait_drained` leaves missing pages parked: whoever touches one waits. Raises
     ImageError, RestoreError, HostLacks, UsageError (no such policy), LazyprocError (`trace` cannot be written); then
-    nothing half-built is left.
+    nothing half-built is left. An interrupt that comes when the tree runs leaves it running, its missing pages parked.
     """
     started = time.monotonic()
     order = named(policy)
@@ -122,14 +131,17 @@ def restore(
         record = stack.enter_context(_recording(trace, listener)) if trace is not None else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
         with built_tree(checkpoint, source, listener, lazy=lazy, pidns=pidns) as tree:
-            started_pager = _started_pager(tree, source, order, bulk, trace is not None)
+            started_pager = _started_pager(tree, source, bulk, trace is not None)
             pager = stack.enter_context(started_pager) if lazy else None
             tree.release()
             if record is not None and pager is not None:
                 record(pager)
             listener(StateChanged("running", time.monotonic()))
+            if pager is not None:
+                # Only now: content is served without the map, and the map's cost grows with memory.
+                pager.apply_map(tree.checkpoint.memory)
         root = tree.root_pid
-        yield Restored(tree, tree.nursery.pid, root, checkpoint.root.vpid, started, pager)
+        yield Restored(tree, tree.nursery.pid, root, checkpoint.root.vpid, started, pager, _policy=order)
 
 
 @contextmanager
@@ -148,13 +160,12 @@ def _recording(path: Path | str, listener: Listener) -> Iterator[Callable[[Pager
 
 
 @contextmanager
-def _started_pager(
-    tree: BuiltTree, source: ImagePages, order: Policy, bulk: bool, trace: bool
-) -> Iterator[Pager]:
+def _started_pager(tree: BuiltTree, source: ImagePages, bulk: bool, trace: bool) -> Iterator[Pager]:
     with pager_of(tree, trace=trace) as pager:
         pager.serve_segments(source.segments())
-        lazy = {obj: [e for e in runs if e.lazy] for obj, runs in tree.checkpoint.memory.items()}
-        pager.apply_map(lazy)
-        pager.plan(order(lazy))
         pager.start(bulk=bulk)
         yield pager
+
+
+def _lazy(checkpoint: Checkpoint) -> Mapping[MemoryObject, Extents]:
+    return {obj: Extents.of(runs).where(lazy=True) for obj, runs in checkpoint.memory.items()}

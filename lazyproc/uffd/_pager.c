@@ -281,7 +281,7 @@ static int add_segment(struct pager *p, const struct pager_segment *s)
         return -EINVAL;
     if (last && (s->object < last->object || (s->object == last->object && s->start < last->end)))
         return -EINVAL;
-    file = map_file(p, s->fd);
+    file = map_file(p, (int)s->fd);
     if (!file)
         return -errno;
     if (s->offset > file->size || s->end - s->start > file->size - s->offset)

@@ -26,8 +26,8 @@ struct pager_segment {
     uint64_t object;
     uint64_t start; /* addresses within the object */
     uint64_t end;
+    uint64_t fd; /* so wide that Python has rows of one kind of number */
     uint64_t offset; /* of `start` in the file */
-    int32_t fd;
 };
 
 struct pager_run {

@@ -9,6 +9,7 @@ import enum
 import errno
 import os
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +18,7 @@ from lazyproc.errors import HostLacks, LazyprocError, Parked, UsageError
 from lazyproc.events import PagesMoved
 from lazyproc.facts import dataclass
 from lazyproc.model import Extent, MemoryObject
+from lazyproc.runs import Extents, Segment, Segments, interleaved
 from lazyproc.uffd._pager import ffi, lib
 from lazyproc.uffd.device import Outcome
 from lazyproc.uffd.policy import Chunk
@@ -33,10 +35,6 @@ class PagerState(enum.IntEnum):
     LOST = 3  # the source is gone or talked garbage; who touches a missing page waits. `reconnect` goes on
     FAILED = 4  # the kernel refused something: waits as well, and another pager has to take over
     STOPPED = 5
-
-
-Segment = tuple[int, int, int, int, int]
-"""Pages of an object in a file: MemoryObject.key, start and end address, descriptor, offset in the file. In bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +121,10 @@ def _check(result: int, what: str) -> int:
     return result
 
 
-def _runs(chunks: Sequence[Chunk]) -> Any:
-    return ffi.new("struct pager_run[]", [(chunk.obj.key, chunk.addr, chunk.pages) for chunk in chunks])
+def _table(kind: str, rows: array[int]) -> tuple[Any, int]:
+    """Rows as an array of C structures that consist of u64, and how many there are."""
+    table = ffi.from_buffer(f"struct {kind}[]", rows)
+    return table, len(table)
 
 
 class Pager:
@@ -189,9 +189,7 @@ class Pager:
 
         Raises UsageError when segments overlap or a file is shorter than they say.
         """
-        rows = [(key, start, end, offset, fd) for key, start, end, fd, offset in sorted(segments)]
-        table = ffi.new("struct pager_segment[]", rows)
-        result = lib.pager_set_segments(self._pager, table, len(rows))
+        result = lib.pager_set_segments(self._pager, *_table("pager_segment", Segments.of(segments).rows))
         if result < 0:
             raise UsageError(f"the segments cannot be served: {os.strerror(-result)}", where="pager")
 
@@ -204,21 +202,19 @@ class Pager:
 
     def plan(self, chunks: Iterable[Chunk]) -> None:
         """The order of the bulk transfer, from now on; what it leaves out comes last."""
-        rows = tuple(chunks)
-        _check(lib.pager_set_plan(self._pager, _runs(rows), len(rows)), "plan")
+        rows = array("Q", (number for obj, addr, pages in chunks for number in (obj.key, addr, pages)))
+        _check(lib.pager_set_plan(self._pager, *_table("pager_run", rows)), "plan")
 
     def apply_map(self, extents: Mapping[MemoryObject, Sequence[Extent]]) -> None:
         """Which lazy pages have content; all others are zero. Once, before or after `start`.
 
         Extents that are not lazy, or lie in no region, are not the pager's and not counted.
         """
-        rows = [
-            Chunk(obj, extent.addr, extent.count)
-            for obj, runs in extents.items()
-            for extent in runs
-            if extent.lazy
-        ]
-        lib.pager_apply_map(self._pager, _runs(rows), len(rows))
+        rows = array("Q")
+        for obj, runs in extents.items():
+            lazy = Extents.of(runs).where(lazy=True)
+            rows += interleaved(array("Q", [obj.key]) * len(lazy), lazy.addrs, lazy.counts)
+        lib.pager_apply_map(self._pager, *_table("pager_run", rows))
 
     # --- running ---
 

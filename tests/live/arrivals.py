@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,10 @@ from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.kernel import proc
 from lazyproc.model import PAGE, Checkpoint, MemoryObject, ObjectKind
-from lazyproc.pages.images import ImagePages, Segment
+from lazyproc.pages.images import ImagePages
 from lazyproc.restore.lazy import finish, pager_of
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
+from lazyproc.runs import Segment
 from lazyproc.trace import Fault
 from lazyproc.uffd.pager import Counters, Pager
 from tests.live.lazy_rig import Server, balanced, faults
@@ -159,7 +160,7 @@ def arriving(
         yield arrival
 
 
-def _on_time(segments: Sequence[Segment], late: Mapping[MemoryObject, int]) -> Iterator[Segment]:
+def _on_time(segments: Iterable[Segment], late: Mapping[MemoryObject, int]) -> Iterator[Segment]:
     """The segments without the late pages."""
     holes = {obj.key: addr for obj, addr in late.items()}
     for segment in segments:

@@ -12,6 +12,19 @@ from tests.live.programs import Watch, running, wait_until
 
 MIB, THREADS = 64, 2
 
+# Is interrupted as soon as the tree runs, before the pager knows which pages have content.
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from lazyproc.events import StateChanged
+from lazyproc.restore.run import restore
+def listener(event):
+    if isinstance(event, StateChanged):
+        raise KeyboardInterrupt
+with restore(Path(sys.argv[1]), lazy=True, pidns="auto", policy="sequential", listener=listener):
+    pass
+"""
+
 # Brings only what is touched, and tells when the tree runs.
 PAGER = """
 import sys
@@ -64,6 +77,20 @@ def test_a_killed_pager_leaves_its_process_waiting_and_never_reading_zeros(tmp_p
     finally:
         os.kill(pid, signal.SIGKILL)
         pager.communicate()
+    wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "the process is gone")
+
+
+def test_a_restore_that_is_interrupted_once_the_tree_runs_leaves_it_waiting(tmp_path: Path) -> None:
+    images, watch = checkpointed(tmp_path)
+    command = [sys.executable, "-c", INTERRUPTED, str(images)]
+    assert "KeyboardInterrupt" in subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
+    pid = watch.read().pid
+    try:
+        wait_until(lambda: all_wait_for_pages(pid), "every worker waits for a page")
+        assert "TracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text()
+        assert watch.read().errors == 0, str(watch.read())
+    finally:
+        os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "the process is gone")
 
 

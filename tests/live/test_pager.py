@@ -6,11 +6,15 @@ import os
 
 import pytest
 
+from lazyproc.kernel import proc
 from lazyproc.model import PAGE, Extent
+from lazyproc.runs import Segment
 from lazyproc.uffd.device import Outcome
 from lazyproc.uffd.pager import PagerState
 from lazyproc.uffd.policy import around, sequential
+from tests.live.arrivals import waits_for_page
 from tests.live.lazy_rig import DEADLINE, SHARED, TASK, child, content, digest, pager, rig, server, whole
+from tests.live.programs import wait_until
 
 
 def test_a_touched_page_comes_on_demand() -> None:
@@ -129,7 +133,10 @@ def test_local_segments() -> None:
         # the first half of the file lies behind the second in memory
         half = 32 * PAGE
         made.serve_segments(
-            [(TASK.key, addr + half, addr + 2 * half, image, 0), (TASK.key, addr, addr + half, image, half)]
+            [
+                Segment(TASK.key, addr + half, addr + 2 * half, image, 0),
+                Segment(TASK.key, addr, addr + half, image, half),
+            ]
         )
         made.apply_map({TASK: whole(addr, 64)})
         made.start(bulk=False)
@@ -148,7 +155,7 @@ def test_local_segments_in_bulk_then_finish() -> None:
         image = os.memfd_create("pages-1.img")
         os.write(image, data)
         made.add_region(made.add_space(process.register((addr, 300 * PAGE))), addr, 300 * PAGE, TASK, addr)
-        made.serve_segments([(TASK.key, addr, addr + 300 * PAGE, image, 0)])
+        made.serve_segments([Segment(TASK.key, addr, addr + 300 * PAGE, image, 0)])
         os.close(image)  # it is mapped
         made.apply_map({TASK: whole(addr, 200)})
         made.start()
@@ -158,6 +165,32 @@ def test_local_segments_in_bulk_then_finish() -> None:
         assert process.call("digest", addr=addr, length=300 * PAGE) == digest(
             data[: 200 * PAGE] + bytes(100 * PAGE)
         )
+
+
+def test_local_faults_before_the_map() -> None:
+    """Content is served at once; whether a page without any is zero, only the map knows."""
+    with child() as process, pager() as made:
+        data = content(8)
+        addr = process.call("mmap", length=16 * PAGE)
+        image = os.memfd_create("pages-1.img")
+        os.write(image, data)
+        made.add_region(made.add_space(process.register((addr, 16 * PAGE))), addr, 16 * PAGE, TASK, addr)
+        made.serve_segments([Segment(TASK.key, addr, addr + 8 * PAGE, image, 0)])
+        os.close(image)
+        made.start()
+        assert process.call("digest", addr=addr + PAGE, length=PAGE) == digest(data[PAGE : 2 * PAGE])
+        reading = process.begin("digest", addr=addr + 8 * PAGE, length=PAGE)
+        pid = process.process.pid
+        wait_until(lambda: any(waits_for_page(pid, tid) for tid in proc.task_ids(pid)), "somebody waits")
+        assert not made.wait(0.01)
+        assert (made.counters().bulk, made.counters().total) == (0, 0)
+        assert not reading.done()
+        made.apply_map({TASK: whole(addr, 8)})
+        assert reading.result(DEADLINE) == digest(bytes(PAGE))
+        assert made.wait(DEADLINE)
+        counters = made.counters()
+        assert (counters.total, counters.urgent, counters.bulk) == (8, 1, 7)
+        assert process.call("digest", addr=addr, length=16 * PAGE) == digest(data + bytes(8 * PAGE))
 
 
 def test_a_rate_limit_holds() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from lazyproc.kernel import sys as kernel
 from lazyproc.model import PAGE
+from lazyproc.runs import Segment
 from lazyproc.uffd.pager import Pager
 from tests.live.lazy_rig import DEADLINE, TASK, Server, balanced, pager, whole
 
@@ -111,7 +112,7 @@ def test_without_server_help(toucher: Path, tmp_path: Path) -> None:
             segments = []
             for addr, length in target.ranges:
                 made.add_region(space, addr, length, TASK, addr)
-                segments.append((TASK.key, addr, addr + length, image.fileno(), image.tell()))
+                segments.append(Segment(TASK.key, addr, addr + length, image.fileno(), image.tell()))
                 image.write(words(length))
             image.flush()
             made.serve_segments(segments)

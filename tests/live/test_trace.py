@@ -24,6 +24,7 @@ from lazyproc.migrate.talk import expect
 from lazyproc.model import PAGE
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.transport import listen
+from lazyproc.runs import Segment
 from lazyproc.trace import FIELDS, HEADER_BYTES, Fault, Trace, decode
 from lazyproc.uffd.recorder import Recorder
 from lazyproc.wire.native import Needs, Party, Prepare, Prepared
@@ -98,7 +99,7 @@ def test_pages_at_hand_are_neither_asked_for_nor_sent() -> None:
         image = os.memfd_create("pages-1.img")
         os.write(image, data)
         made.add_region(made.add_space(process.register((addr, 4 * PAGE)), 77), addr, 4 * PAGE, TASK, addr)
-        made.serve_segments([(TASK.key, addr, addr + 4 * PAGE, image, 0)])
+        made.serve_segments([Segment(TASK.key, addr, addr + 4 * PAGE, image, 0)])
         os.close(image)
         made.start(bulk=False)
         assert process.call("digest", addr=addr, length=PAGE) == digest(data[:PAGE])

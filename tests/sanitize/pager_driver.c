@@ -174,7 +174,7 @@ static void serve_file(struct pager *p, const struct target *t)
 
     for (int r = 0; r < 2; r++) {
         segments[r] = (struct pager_segment){
-            OBJECT, t->ranges[r].addr, t->ranges[r].addr + t->ranges[r].length, offset, fd};
+            OBJECT, t->ranges[r].addr, t->ranges[r].addr + t->ranges[r].length, (uint64_t)fd, offset};
         for (uint64_t at = 0; at < t->ranges[r].length; at += sizeof(page)) {
             fill(t, t->ranges[r].addr + at, page);
             check(write(fd, page, sizeof(page)) == (ssize_t)sizeof(page), "write");

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +17,8 @@ from lazyproc.images.pagemap import (
     PE_PARENT,
     PE_PRESENT,
     Entry,
-    find,
+    Located,
+    Pagemap,
     intersect,
     locate,
     merge,
@@ -25,6 +29,8 @@ from lazyproc.images.pagemap import (
     to_extents,
     write_pagemap,
 )
+from lazyproc.images.pagemap import _read_in_c as read_in_c
+from lazyproc.images.pagemap import _read_messages as read_messages
 from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.model import PAGE, Extent
 from tests.unit.model_strategies import extents
@@ -84,16 +90,20 @@ def _image(runs: tuple[Extent, ...], *, lazy_elsewhere: bool = False) -> ImageRe
 def test_a_pagemap_comes_back_in_entries_of_at_most_1024_pages(
     runs: tuple[Extent, ...], elsewhere: bool
 ) -> None:
-    pages_id, entries = read_pagemap(_image(runs, lazy_elsewhere=elsewhere))
-    assert pages_id == 3
-    assert to_extents(entries) == runs
-    assert all(entry.count <= MAX_PAGES for entry in entries)
+    pagemap = read_pagemap(_image(runs, lazy_elsewhere=elsewhere))
+    assert pagemap.pages_id == 3
+    assert to_extents(pagemap) == runs
     offset = 0
-    for entry in entries:
-        if entry.present:
-            assert entry.offset == offset
-            offset += entry.count * PAGE
-        assert entry.present == (not entry.flags & PE_PARENT and not (elsewhere and entry.flags & PE_LAZY))
+    for entry in pagemap:
+        present = bool(entry.flags & PE_PRESENT)
+        assert entry.end - entry.addr <= MAX_PAGES * PAGE
+        assert entry.offset == offset
+        assert present == (not entry.flags & PE_PARENT and not (elsewhere and entry.flags & PE_LAZY))
+        offset += present * (entry.end - entry.addr)
+    assert pagemap.size == offset
+    absent = [run.addr for run in runs if elsewhere and run.lazy and not run.in_parent]
+    assert pagemap.elsewhere() == (absent[0] if absent else None)
+    assert pagemap.is_complete == (not absent and not any(run.in_parent for run in runs))
 
 
 def test_both_page_counts_are_written() -> None:
@@ -111,6 +121,8 @@ def test_both_page_counts_are_written() -> None:
         [{"vaddr": PAGE, "compat_nr_pages": 1}, {"vaddr": 0, "compat_nr_pages": 1}],
         [{"vaddr": 0, "compat_nr_pages": 2}, {"vaddr": PAGE, "compat_nr_pages": 1}],
         [{"vaddr": 2**64 - PAGE, "compat_nr_pages": 2}],
+        [{"vaddr": 2**64 - PAGE, "compat_nr_pages": 1}],
+        [{"vaddr": 0, "compat_nr_pages": 1, "flags": 8}],
         [{"vaddr": 0, "compat_nr_pages": 0, "nr_pages": 2**60}],
     ],
 )
@@ -128,16 +140,122 @@ def test_old_images_without_flags_are_read() -> None:
     writer.add(NAME, pb.pagemap_head(pages_id=1))
     writer.add(NAME, pb.pagemap_entry(vaddr=0, compat_nr_pages=1))
     writer.add(NAME, pb.pagemap_entry(vaddr=PAGE, compat_nr_pages=2, in_parent=True))
-    _, entries = read_pagemap(ImageReader(NAME, writer.finish()[NAME]))
-    assert [entry.flags for entry in entries] == [PE_PRESENT, PE_PARENT]
+    pagemap = read_pagemap(ImageReader(NAME, writer.finish()[NAME]))
+    assert list(pagemap.flags) == [PE_PRESENT, PE_PARENT]
 
 
-@given(extents(), st.integers(0, 300))
-def test_find_gives_the_first_entry_that_ends_behind_an_address(runs: tuple[Extent, ...], page: int) -> None:
-    entries = [Entry(run.addr, run.count, PE_PRESENT) for run in runs]
-    index = find(entries, page * PAGE)
-    assert all(entry.end <= page * PAGE for entry in entries[:index])
-    assert index == len(entries) or entries[index].end > page * PAGE
+# --- the two ways to read entries ---------------------------------------------------------------------------
+
+FIELDS = ("vaddr", "compat_nr_pages", "in_parent", "flags", "nr_pages")
+EDGES = [0, 1, 7, 8, PAGE - 1, PAGE, 2**32 - 1, 2**32, 2**63, 2**64 - PAGE, 2**64 - 1]
+
+
+def records(rows: Sequence[pb.pagemap_entry]) -> bytes:
+    writer = ImageWriter()
+    writer.create(NAME)
+    head = len(writer.finish()[NAME])
+    for row in rows:
+        writer.add(NAME, row)
+    return writer.finish()[NAME][head:]
+
+
+def behind_head(data: bytes) -> ImageReader:
+    writer = ImageWriter()
+    writer.add(NAME, pb.pagemap_head(pages_id=1))
+    reader = ImageReader(NAME, writer.finish()[NAME] + data)
+    reader.message(pb.pagemap_head)
+    return reader
+
+
+@st.composite
+def ordinary(draw: st.DrawFn) -> list[pb.pagemap_entry]:
+    """Entries that are right, with any of the optional fields."""
+    rows, addr = [], draw(st.sampled_from([0, 1 << 20, (1 << 47) - (1 << 30)])) * PAGE
+    for _ in range(draw(st.integers(0, 6))):
+        count = draw(st.integers(1, 300))
+        row = pb.pagemap_entry(vaddr=addr, compat_nr_pages=draw(st.sampled_from([0, count])))
+        if not row.compat_nr_pages or draw(st.booleans()):
+            row.nr_pages = count
+        if draw(st.booleans()):
+            row.flags = draw(st.integers(0, 7))
+        if draw(st.booleans()):
+            row.in_parent = draw(st.booleans())
+        rows.append(row)
+        addr += (count + draw(st.integers(0, 2))) * PAGE
+    return rows
+
+
+@given(ordinary())
+def test_ordinary_entries_are_read_in_c_and_as_by_protobuf(rows: list[pb.pagemap_entry]) -> None:
+    data = records(rows)
+    quick = read_in_c(1, memoryview(data))
+    assert quick == read_messages(1, behind_head(data))
+    assert quick is not None
+    assert to_extents(quick) == merge(
+        Extent(e.addr, (e.end - e.addr) // PAGE, bool(e.flags & PE_LAZY), bool(e.flags & PE_PARENT))
+        for e in quick
+    )
+
+
+def agree(data: bytes) -> None:
+    """What C reads, protobuf reads too, and what protobuf refuses, C does not read."""
+    try:
+        slow = read_messages(1, behind_head(data))
+    except ImageError:
+        slow = None
+    quick = read_in_c(1, memoryview(data))
+    assert quick is None or quick == slow
+
+
+@given(
+    ordinary(), st.lists(st.tuples(st.integers(0, 120), st.integers(0, 255)), max_size=3), st.integers(0, 20)
+)
+def test_no_garbled_entry_is_read_in_c(
+    rows: list[pb.pagemap_entry], changes: list[tuple[int, int]], lost: int
+) -> None:
+    data = bytearray(records(rows))
+    for at, byte in changes:
+        if at < len(data):
+            data[at] = byte
+    agree(bytes(data[: len(data) - lost]))
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS[:2] + FIELDS[3:]), st.sampled_from(EDGES), min_size=1))
+def test_numbers_at_their_limits(fields: dict[str, int]) -> None:
+    """Written by hand: protobuf's own classes take no number that is too large for its field."""
+    body = b"".join(
+        bytes([FIELDS.index(name) + 1 << 3]) + varint(fields[name]) for name in FIELDS if name in fields
+    )
+    agree(len(body).to_bytes(4, "little") + body)
+
+
+def varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+
+def test_unusual_entries_are_left_to_protobuf() -> None:
+    """Fields in another order, twice, or unknown are no mistake."""
+    one = pb.pagemap_entry(vaddr=PAGE, compat_nr_pages=1, flags=PE_PRESENT).SerializeToString()
+    count, rest = one[:3], one[3:]
+    assert count + rest == one
+    for body in (rest + count, one + one, one + b"\x30\x01"):
+        reader = behind_head(len(body).to_bytes(4, "little") + body)
+        assert read_in_c(1, reader.ahead) is None
+        assert list(read_messages(1, reader)) == [Entry(PAGE, 2 * PAGE, 0, PE_PRESENT)]
+
+
+# --- chains of folders --------------------------------------------------------------------------------------
+
+
+def pagemap_of(flags: list[int]) -> Pagemap:
+    """Page n has flags[n]; 0 means that there is no entry for it."""
+    rows, offset = [], 0
+    for page, flag in enumerate(flags):
+        if flag:
+            rows.append((page * PAGE, (page + 1) * PAGE, offset))
+        offset += PAGE if flag == PE_PRESENT else 0
+    addrs, ends, offsets = (array("Q", (row[index] for row in rows)) for index in range(3))
+    return Pagemap(1, addrs, ends, offsets, bytes(filter(None, flags)))
 
 
 @given(
@@ -148,15 +266,8 @@ def test_find_gives_the_first_entry_that_ends_behind_an_address(runs: tuple[Exte
     )
 )
 def test_pages_are_found_in_the_newest_layer_that_has_them(flags: list[list[int]]) -> None:
-    layers, offsets = [], []
-    for row in flags:
-        entries, offset = [], 0
-        for page, flag in enumerate(row):
-            if flag:
-                entries.append(Entry(page * PAGE, 1, flag, offset))
-            offset += PAGE if flag == PE_PRESENT else 0
-        layers.append(entries)
-        offsets.append({entry.addr: entry.offset for entry in entries})
+    layers = [pagemap_of(row) for row in flags]
+    offsets = [{entry.addr: entry.offset for entry in layer} for layer in layers]
     expected = {}
     for page in range(12):
         layer = 0
@@ -168,9 +279,14 @@ def test_pages_are_found_in_the_newest_layer_that_has_them(flags: list[list[int]
             return
         if flags[layer][page]:
             expected[page * PAGE] = (layer, offsets[layer][page * PAGE])
-    found = {
-        run.addr + index * PAGE: (run.layer, run.offset + index * PAGE)
-        for run in locate(layers)
-        for index in range(run.count)
-    }
+    found = {addr: (layer, offset) for addr, offset, layer in pages_of(locate(layers))}
     assert found == expected
+
+
+def pages_of(located: Located) -> list[tuple[int, int, int]]:
+    """Address, offset and layer of every page."""
+    return [
+        (addr + at, offset + at, layer)
+        for addr, end, offset, layer in zip(*located, strict=True)
+        for at in range(0, end - addr, PAGE)
+    ]
