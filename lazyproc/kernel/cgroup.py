@@ -6,7 +6,6 @@ The path of a group is that of /proc/PID/cgroup: "/" is the root of the hierarch
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,14 +16,12 @@ from lazyproc.kernel import proc
 V2 = ""  # what /proc/PID/cgroup has in place of controllers
 SYSTEMD = "name=systemd"  # where a systemd that does not use v2 keeps its units
 GRACE_S = 10  # an empty group of this age is not waiting for its first process
-
-
-_OWN = re.compile(r"lazyproc-\d+-[0-9a-f]{8}")
+_OWN = "lazyproc-"
 
 
 def own_name(label: int) -> str:
     """The name of a new group for a tree; `sweep` knows it again."""
-    return f"lazyproc-{label}-{os.urandom(4).hex()}"
+    return f"{_OWN}{label}-{os.urandom(4).hex()}"
 
 
 class NotJoined(OSError):
@@ -48,7 +45,7 @@ class Hierarchy:
 
     def folder(self, path: str) -> str:
         """The directory of a group that is shown."""
-        return os.path.join(self.point, os.path.relpath(path, self.root)).removesuffix("/.")
+        return (self.point + path[len(self.root.rstrip("/")) :]).rstrip("/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +69,19 @@ def hierarchies() -> tuple[Hierarchy, ...]:
 
 
 def _found(mounts: Sequence[proc.Mount], own: Mapping[str, str]) -> tuple[Hierarchy, ...]:
+    """The options of a v1 mount have its controllers, as /proc/PID/cgroup has them, among flags."""
+    words = {each: set(each.split(",")) for each in own if each != V2}
     found: dict[str, Hierarchy] = {}
     for mount in mounts:
-        controllers = _controllers(mount, own)
-        if controllers is not None and not mount.root.startswith("/.."):
-            found.setdefault(controllers, Hierarchy(controllers, mount.point, mount.root, own[controllers]))
+        if mount.root.startswith("/.."):
+            continue
+        if mount.kind == "cgroup2":
+            named = [V2] if V2 in own else []
+        else:
+            named = [each for each, names in words.items() if names.issubset(mount.options)]
+        for each in named:
+            found.setdefault(each, Hierarchy(each, mount.point, mount.root, own[each]))
     return tuple(found.values())
-
-
-def _controllers(mount: proc.Mount, own: Mapping[str, str]) -> str | None:
-    """Which line of /proc/PID/cgroup is about a mount: the options of one of v1 have its controllers, among flags."""
-    if mount.kind == "cgroup2":
-        return V2 if V2 in own else None
-    named = (each for each in own if each != V2 and set(each.split(",")) <= set(mount.options))
-    return next(named, None)
 
 
 @contextmanager
@@ -124,8 +120,19 @@ def remove(folders: Sequence[str]) -> None:
 def sweep(folder: str) -> None:
     """Remove the groups below `folder` that were made for trees which have ended: nobody of us was there then."""
     with suppress(OSError), os.scandir(folder) as entries:
-        ours = [entry for entry in entries if _OWN.fullmatch(entry.name)]
+        ours = [entry for entry in entries if _is_own(entry.name)]
         remove([entry.path for entry in ours if time.time() - entry.stat().st_mtime > GRACE_S])
+
+
+def _is_own(name: str) -> bool:
+    """Without a regular expression: compiling one is 0.2 ms of a restore."""
+    label, _, number = name.removeprefix(_OWN).partition("-")
+    return (
+        name.startswith(_OWN)
+        and label.isdecimal()
+        and len(number) == 8
+        and not number.strip("0123456789abcdef")
+    )
 
 
 @contextmanager
@@ -154,7 +161,7 @@ def _opened(places: Sequence[Place], stack: ExitStack) -> tuple[int, list[int]]:
 
 def _make(place: Place, made: list[str]) -> None:
     folder = place.hierarchy.point
-    for name in os.path.relpath(place.folder, folder).split("/"):
+    for name in place.folder[len(folder) + 1 :].split("/"):
         folder = f"{folder}/{name}"
         with suppress(FileExistsError):
             os.mkdir(folder)
