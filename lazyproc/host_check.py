@@ -11,6 +11,7 @@ from pathlib import Path
 from lazyproc.errors import LazyprocError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import host, netfilter, proc
+from lazyproc.restore import groups
 from lazyproc.uffd.device import DEVICE, PAGER_FEATURES, Feature, Userfaultfd, demand_for_tasks
 
 HEADROOM = 256 << 20  # bytes; with less available no process of any size can arrive
@@ -70,6 +71,8 @@ PROBES = (
           "restores trees whose numbers are taken here", State.MISSING, AS_ROOT),
     Probe("time namespaces", lambda: host.new_namespace(host.CLONE_NEWTIME),
           "lets monotonic clocks go on across hosts", State.MISSING, AS_ROOT + ", on a kernel with CONFIG_TIME_NS"),
+    Probe("cgroups", lambda: groups.tried(None), "let restored trees outlive the service that restored them",
+          State.DEGRADED, groups.AMENDS),
     Probe("TCP_REPAIR", host.repair_tcp, "moves established TCP connections", State.DEGRADED, AS_ROOT),
     Probe("nftables", netfilter.leftovers, "holds packets back while connections move", State.DEGRADED, AS_ROOT),
     Probe("POSIX timers", host.timer_ids, "gives restored timers their numbers", State.DEGRADED, NEWER + " (6.16)"),

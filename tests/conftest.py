@@ -8,12 +8,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 
 import pytest
 
 from lazyproc.errors import HostLacks
 from lazyproc.hosts import Host, Pair, Trio, ground, pair_of_hosts, trio_of_hosts
+from lazyproc.kernel.cgroup import hierarchies, own_name, remove
+from lazyproc.restore.groups import places
 from tests.needs import lacking
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -59,6 +62,19 @@ def host() -> Iterator[Host]:
 def _orphans_come_to_us() -> None:
     """As a subreaper the test session also sees the children of what it started."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cgroup_is_left() -> Iterator[None]:
+    """Groups of trees that have outlived the command that made them: nobody else comes to remove them."""
+    before = _tree_groups()
+    yield
+    remove(sorted(_tree_groups() - before))
+
+
+def _tree_groups() -> frozenset[str]:
+    homes = [os.path.dirname(place.folder) for place in places(hierarchies(), None, own_name(0))]
+    return frozenset(folder for home in homes for folder in glob(f"{home}/lazyproc-[0-9]*"))
 
 
 @pytest.fixture(autouse=True)

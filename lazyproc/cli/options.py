@@ -92,6 +92,14 @@ def add_pidns(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cgroup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cgroup",
+        metavar="PATH",
+        help="cgroup of the tree, as /proc/PID/cgroup has it, made when it is missing (default: a new one)",
+    )
+
+
 def add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_insecure, add_json, add_listen, add_pidns, command, uid
+from lazyproc.cli.options import (
+    Commands,
+    add_cgroup,
+    add_insecure,
+    add_json,
+    add_listen,
+    add_pidns,
+    command,
+    uid,
+)
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -17,6 +26,7 @@ def add(commands: Commands) -> None:
     add_listen(parser)
     parser.add_argument("--once", action="store_true", help="end when one tree has come, with all its pages")
     add_pidns(parser)
+    add_cgroup(parser)
     parser.add_argument(
         "--allow-uid",
         metavar="UID",
@@ -49,7 +59,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     try:
         lazyproc.receive(
             args.listen,
-            Terms(args.pidns, args.overcommit),
+            Terms(args.pidns, args.overcommit, args.cgroup),
             once=args.once,
             allow_uids=frozenset(args.allow_uid),
             insecure=args.insecure,

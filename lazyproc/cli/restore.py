@@ -7,6 +7,7 @@ import argparse
 from lazyproc.cli.options import (
     HOST_PORT,
     Commands,
+    add_cgroup,
     add_insecure,
     add_json,
     add_pidns,
@@ -44,6 +45,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--pidfile", metavar="FILE", help="write the number of the root process to FILE")
     add_pidns(parser)
+    add_cgroup(parser)
     add_policy(parser)
     add_trace(parser)
     add_insecure(parser)
@@ -81,13 +83,14 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
         from lazyproc.migrate.destination import Terms
         from lazyproc.migrate.fetch import restore_from
 
-        terms = Terms(pidns=args.pidns)
+        terms = Terms(pidns=args.pidns, cgroup=args.cgroup)
         return restore_from(args.peer, terms, insecure=args.insecure, listener=listener, trace=args.trace)
     return lazyproc.restore(
         Path(args.directory),
         lazy=args.lazy,
         pidns=args.pidns,
         policy=args.policy,
+        cgroup=args.cgroup,
         trace=args.trace,
         listener=listener,
     )

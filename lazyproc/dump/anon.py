@@ -12,7 +12,6 @@ from lazyproc.dump.look import Look, look_at
 from lazyproc.dump.pipes import unread
 from lazyproc.dump.registry import Inode, Refused, Registry
 from lazyproc.errors import UnexpectedProcText
-from lazyproc.facts import dataclass
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.proc_fdinfo import EpollInfo, InotifyInfo, TimerFdInfo
 from lazyproc.model import Epoll, EpollTarget, EventFd, Inotify, InotifyWatch, SignalFd, TimerFd
@@ -100,25 +99,17 @@ def _is_signalfd_elsewhere(registry: Registry, file_id: int, look: Look, number:
 # --- inotify ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Mount:
-    """A line of /proc/PID/mountinfo: `point` is a path of the process."""
-
-    dev: proc.Device
-    point: str
-
-
 def gather_inotify(registry: Registry, look: Look, taken: int) -> Inotify:
     if waiting := unread(taken):
         raise Refused(
             f"{waiting} bytes of file events wait in it, which cannot be copied out and put back",
             "try again when the program has read them",
         )
-    mounts = _mounts(proc.read(look.pid, "mountinfo")) if look.info.inotify else ()
+    mounts = proc.mountinfo(proc.read(look.pid, "mountinfo")) if look.info.inotify else ()
     return Inotify(tuple(_watch(registry, mounts, entry) for entry in look.info.inotify))
 
 
-def _watch(registry: Registry, mounts: Sequence[_Mount], entry: InotifyInfo) -> InotifyWatch:
+def _watch(registry: Registry, mounts: Sequence[proc.Mount], entry: InotifyInfo) -> InotifyWatch:
     if entry.wd > LAST_WATCH:
         raise Refused(f"its watch descriptor {entry.wd} is too high to be made again", "restart the program")
     for path in _watched_paths(registry, mounts, entry):
@@ -137,7 +128,7 @@ def _inode(entry: InotifyInfo) -> Inode:
     return os.makedev(*entry.dev), entry.inode
 
 
-def _watched_paths(registry: Registry, mounts: Sequence[_Mount], entry: InotifyInfo) -> Iterator[str]:
+def _watched_paths(registry: Registry, mounts: Sequence[proc.Mount], entry: InotifyInfo) -> Iterator[str]:
     """Where the watched inode may be: by its handle, or a mount point, or something that is open."""
     points = [mount.point for mount in mounts if mount.dev == entry.dev]
     if entry.handle is not None and entry.handle_type is not None:
@@ -161,20 +152,3 @@ def _path_of_handle(registry: Registry, point: str, handle_type: int, handle: by
         return registry.inside(os.readlink(f"/proc/self/fd/{fd}"))
     finally:
         os.close(fd)
-
-
-@proc.parser("mountinfo")
-def _mounts(data: bytes) -> tuple[_Mount, ...]:
-    """ "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw": blanks in paths are \\040 (fs/proc_namespace.c)."""
-    rows = [line.split(b" ") for line in data.split(b"\n") if line]
-    return tuple(_Mount(_device(row[2]), os.fsdecode(_unescape(row[4]))) for row in rows)
-
-
-def _device(text: bytes) -> proc.Device:
-    major, minor = text.split(b":")
-    return int(major), int(minor)
-
-
-def _unescape(path: bytes) -> bytes:
-    first, *rest = path.split(b"\\")
-    return first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest)

@@ -6,6 +6,7 @@
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/sched.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -437,6 +438,26 @@ static int raise_descriptor_limit(void)
 	return setrlimit(RLIMIT_NOFILE, &limit) < 0 ? -errno : 0;
 }
 
+/* Writing 0 to `tasks` moves the caller, a single thread, without the lock that moving another process takes. */
+static int join_v1_groups(const struct lp_birth *birth)
+{
+	for (int i = 0; i < birth->tasks_count; i++)
+		if (write(birth->tasks[i], "0", 1) < 0)
+			return -errno;
+	return 0;
+}
+
+/* A child of our parent, born in the v2 group if there is one. A clone3 with CLONE_PARENT takes no exit signal: the
+ * child has ours, SIGCHLD. */
+static long clone_sibling(int32_t cgroup)
+{
+	struct clone_args arguments = { .flags = CLONE_PARENT | CLONE_INTO_CGROUP, .cgroup = (uint64_t)cgroup };
+
+	if (cgroup < 0)
+		return syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
+	return syscall(SYS_clone3, &arguments, sizeof(arguments));
+}
+
 /* The middle process: it moves its children into the new namespaces and goes; CLONE_PARENT makes the nursery
  * the caller's own child. */
 static void middle(const struct lp_birth *birth, int report)
@@ -444,6 +465,11 @@ static void middle(const struct lp_birth *birth, int report)
 	int err = raise_descriptor_limit();
 	long pid;
 
+	if (err == 0) {
+		err = join_v1_groups(birth);
+		if (err < 0)
+			report_and_exit(report, err - LP_NOT_JOINED);
+	}
 	/* The nursery leaves the caller's session without leading one: as pid 1 of a namespace it may have to lead
 	 * its own later, or be in none that the namespace can see. */
 	if (err == 0 && setsid() < 0)
@@ -454,9 +480,9 @@ static void middle(const struct lp_birth *birth, int report)
 		err = write_text("/proc/self/timens_offsets", birth->timens_offsets);
 	if (err < 0)
 		report_and_exit(report, err);
-	pid = syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
+	pid = clone_sibling(birth->cgroup);
 	if (pid < 0)
-		report_and_exit(report, -errno);
+		report_and_exit(report, birth->cgroup < 0 ? -errno : -errno - LP_NOT_JOINED);
 	if (pid == 0) {
 		err = become(birth, &report);
 		report_and_exit(report, err);

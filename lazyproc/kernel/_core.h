@@ -46,6 +46,9 @@ struct lp_birth {
 	const char *timens_offsets; /* of a new time namespace, or NULL */
 	uint64_t namespaces;
 	int32_t exe_fd, keep_fd, keep_as;
+	int32_t cgroup;       /* the v2 group in which it is born, or -1 for the caller's */
+	int32_t tasks_count;
+	const int32_t *tasks; /* files `tasks` of v1 groups to be born in */
 };
 
 long lp_syscall(long nr, long a, long b, long c, long d, long e, long f);
@@ -57,6 +60,7 @@ long lp_step(int tid, const void *regs, int64_t *result);
 long lp_step_interrupted(int tid, const void *regs, int64_t *result);
 long lp_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded,
 		     uint64_t anyof, void *regions, size_t count, uint64_t *walked);
+#define LP_NOT_JOINED 4096 /* added to the errno when it is a group that refuses */
 long lp_spawn(const struct lp_birth *birth, int *pidfd);
 int lp_cpuid(uint32_t leaf, uint32_t sub, uint32_t out[4]);
 

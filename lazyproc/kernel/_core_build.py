@@ -20,6 +20,7 @@ struct lp_thread {
 struct lp_birth {
     const char *const *argv; const char *timens_offsets; uint64_t namespaces;
     int32_t exe_fd; int32_t keep_fd; int32_t keep_as;
+    int32_t cgroup; int32_t tasks_count; const int32_t *tasks;
 };
 long lp_syscall(long nr, long a, long b, long c, long d, long e, long f);
 long lp_ptrace(long request, int pid, uint64_t addr, uint64_t data);
@@ -30,6 +31,7 @@ long lp_step(int tid, const void *regs, int64_t *result);
 long lp_step_interrupted(int tid, const void *regs, int64_t *result);
 long lp_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded,
                      uint64_t anyof, void *regions, size_t count, uint64_t *walked);
+#define LP_NOT_JOINED 4096
 long lp_spawn(const struct lp_birth *birth, int *pidfd);
 int lp_cpuid(uint32_t leaf, uint32_t sub, uint32_t *out);
 const uint8_t *lp_blob(size_t *size);

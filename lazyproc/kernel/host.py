@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel import tcp
@@ -97,6 +98,11 @@ def choose_pid() -> None:
 def new_namespace(flag: int) -> None:
     """unshare(2) in a child of ours."""
     _in_child(lambda: kernel.syscall(SYS_UNSHARE, flag))
+
+
+def join_group(folder: str) -> None:
+    """A child of ours in the cgroup whose directory this is."""
+    _in_child(lambda: Path(folder, "cgroup.procs").write_text("0"))
 
 
 def _in_child(work: Callable[[], object]) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lazyproc.errors import HostLacks
 from lazyproc.facts import dataclass
+from lazyproc.kernel import cgroup
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel._core import ffi, lib
 from lazyproc.kernel.remote import BLOB, Bench
@@ -76,9 +77,14 @@ class Nursery:
 
 
 def _spawn(
-    transport: socket.socket, transport_fd: int, *, pidns: bool, timens: str | None
+    transport: socket.socket,
+    transport_fd: int,
+    *,
+    pidns: bool,
+    timens: str | None,
+    groups: Sequence[cgroup.Place],
 ) -> tuple[int, int]:
-    """Start it: its pid and a pidfd. HostLacks."""
+    """Start it: its pid and a pidfd. HostLacks, NotJoined."""
     image = os.memfd_create("lazyproc-nursery", os.MFD_CLOEXEC)
     try:
         os.write(image, elf())
@@ -90,7 +96,12 @@ def _spawn(
         offsets = ffi.new("char[]", (timens or "").encode())  # cffi frees what no name of ours refers to
         birth.timens_offsets = offsets if timens else ffi.NULL
         pidfd = ffi.new("int *")
-        return check(lib.lp_spawn(birth, pidfd)), int(pidfd[0])
+        with cgroup.doors(groups) as (birth.cgroup, numbers):
+            tasks = ffi.new("int32_t[]", numbers)
+            birth.tasks, birth.tasks_count = tasks, len(numbers)
+            return _demand_joined(lib.lp_spawn(birth, pidfd)), int(pidfd[0])
+    except cgroup.NotJoined:
+        raise
     except OSError as error:
         raise HostLacks(
             f"could not start the nursery: {error.strerror}",
@@ -101,15 +112,25 @@ def _spawn(
         os.close(image)
 
 
+def _demand_joined(result: int) -> int:
+    if result < -lib.LP_NOT_JOINED:
+        number = -result - int(lib.LP_NOT_JOINED)
+        raise cgroup.NotJoined(number, os.strerror(number))
+    return check(result)
+
+
 @contextmanager
-def nursery(*, pidns: bool, timens: str | None, transport_fd: int) -> Iterator[Nursery]:
+def nursery(
+    *, pidns: bool, timens: str | None, transport_fd: int, groups: Sequence[cgroup.Place] = ()
+) -> Iterator[Nursery]:
     """A stopped nursery, killed with everything forked from it (EXITKILL too) unless it was let go.
 
-    `timens` is what goes into timens_offsets of a new time namespace, None for ours.
+    `timens` is what goes into timens_offsets of a new time namespace, None for ours. It is born in `groups`, and
+    what is forked from it too. HostLacks, NotJoined.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        pid, pidfd = _spawn(theirs, transport_fd, pidns=pidns, timens=timens)
+        pid, pidfd = _spawn(theirs, transport_fd, pidns=pidns, timens=timens, groups=groups)
         try:
             tracee = Tracee(pid)
             tracee.seize(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL)

@@ -12,7 +12,7 @@ import functools
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, UnexpectedProcText
@@ -353,6 +353,36 @@ def cgroup(data: bytes) -> dict[str, str]:
     """/proc/PID/cgroup: controllers, as written there, to path; "" is the v2 hierarchy."""
     lines = (line.split(b":", 2) for line in data.split(b"\n") if line)
     return {controllers.decode("ascii"): os.fsdecode(path) for _, controllers, path in lines}
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo: the directory `root` of a file system of this `kind` is seen at `point`."""
+
+    dev: Device
+    root: str
+    point: str
+    kind: str
+    options: tuple[str, ...]  # of the file system
+
+
+@parser("mountinfo")
+def mountinfo(data: bytes) -> tuple[Mount, ...]:
+    """ "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw": blanks in paths are \\040 (fs/proc_namespace.c)."""
+    rows = [line.partition(b" - ") for line in data.split(b"\n") if line]
+    return tuple(_mount(head.split(b" "), tail.split(b" ")) for head, _, tail in rows)
+
+
+def _mount(head: Sequence[bytes], tail: Sequence[bytes]) -> Mount:
+    major, minor = head[2].split(b":")
+    root, point, kind, options = (
+        os.fsdecode(_unescape(word)) for word in (head[3], head[4], tail[0], tail[2])
+    )
+    return Mount((int(major), int(minor)), root, point, kind, tuple(options.split(",")))
+
+
+def _unescape(path: bytes) -> bytes:
+    first, *rest = path.split(b"\\")
+    return first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest)
 
 
 @parser("task/TID/children")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from lazyproc.errors import Obstacle
+from lazyproc.errors import Obstacle, RestoreError, UsageError
 from lazyproc.migrate.needs import needs_in
 from lazyproc.migrate.prepare import Offer, objections
-from lazyproc.migrate.room import available_memory
+from lazyproc.migrate.room import Room, least_room
 from lazyproc.migrate.talk import checked, next_event
 from lazyproc.needs import FeatureNeed, PidNeed, Wanted
 from lazyproc.pages.transport import Channel
+from lazyproc.restore.groups import whereabouts
 from lazyproc.restore.tree import Pidns, is_taken
 from lazyproc.uffd.policy import POLICIES
 from lazyproc.wire.jsonobject import JsonValue
@@ -42,10 +43,20 @@ def heard(control: Channel, timeout: float) -> tuple[Mapping[str, JsonValue], tu
 
 
 def obstacles_here(
-    order: Mapping[str, JsonValue], wanted: Sequence[Wanted], *, pidns: Pidns, overcommit: bool
+    order: Mapping[str, JsonValue],
+    wanted: Sequence[Wanted],
+    *,
+    pidns: Pidns,
+    overcommit: bool,
+    cgroup: str | None,
 ) -> Iterator[Obstacle]:
     """Everything about this host that would stop a restore of the tree. Raises ProtocolError."""
-    yield from objections(Offer.of(order), 1 << 62 if overcommit else available_memory())
+    groups: Mapping[str, str] = {}
+    try:
+        groups = whereabouts(cgroup)
+    except (RestoreError, UsageError) as error:
+        yield Obstacle(0, "host", f"{error.where}: {error.what}", error.remedy)
+    yield from objections(Offer.of(order), Room(1 << 62) if overcommit else least_room(groups))
     if order.get("policy") not in POLICIES or order.get("mode") not in MODES:
         why = f"policy {order.get('policy')!r} or mode {order.get('mode')!r} is not known here"
         yield Obstacle(0, "host", why, "choose another, or use the same lazyproc on both hosts")

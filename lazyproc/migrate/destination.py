@@ -13,6 +13,7 @@ from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.facts import asdict, dataclass, field
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
+from lazyproc.kernel.cgroup import remove
 from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
@@ -60,6 +61,7 @@ class Terms:
 
     pidns: Pidns = "auto"
     overcommit: bool = False
+    cgroup: str | None = None  # a path as in /proc/PID/cgroup; None: one of its own
 
 
 @dataclass(slots=True)
@@ -96,8 +98,7 @@ class Arrival:
             arrived = self.begin()
             while not self.drained(arrived, POLL_S):
                 self.listener(arrived.pager.counters().as_event())
-            nursery = arrived.tree.nursery.pid
-            threading.Thread(target=os.waitpid, args=(nursery, 0), daemon=True).start()
+            threading.Thread(target=_outlived, args=(arrived.tree,), daemon=True).start()
         except (LazyprocError, OSError) as error:
             self.listener(Note(f"session {self.link.session.id}: {error}"))
         finally:
@@ -123,7 +124,8 @@ class Arrival:
         source = BundledPages(images.pop(NAME, b""), RemotePages(self.link.urgent, {}))
         checkpoint = from_images(images)
         lazy = order["mode"] == "postcopy"
-        with built_tree(checkpoint, source, self.listener, lazy=lazy, pidns=self.terms.pidns) as tree:
+        pidns, cgroup = self.terms.pidns, self.terms.cgroup
+        with built_tree(checkpoint, source, self.listener, lazy=lazy, pidns=pidns, cgroup=cgroup) as tree:
             sink = self._sink(order)
             pager = pager_of(tree, trace=sink is not None)
             self._commit(tree)
@@ -209,7 +211,10 @@ class Arrival:
 
     def _prepare(self) -> Mapping[str, JsonValue]:
         order, wanted = heard(self.link.control, PREPARE_S)
-        against = obstacles_here(order, wanted, pidns=self.terms.pidns, overcommit=self.terms.overcommit)
+        terms = self.terms
+        against = obstacles_here(
+            order, wanted, pidns=terms.pidns, overcommit=terms.overcommit, cgroup=terms.cgroup
+        )
         if obstacles := tuple(against):
             raise Unfit(obstacles)
         clock = Clock.now()
@@ -240,6 +245,12 @@ class Arrival:
         pages: dict[str, JsonValue] = {f"pages_{name}": getattr(counters, name) for name in names}
         self.report = {**pages, "fault_us": faults, "ended": ended}
         self.link.control.send(Drained(self.report))
+
+
+def _outlived(tree: BuiltTree) -> None:
+    """Until the end of a tree that ends before us; then its cgroup is empty."""
+    os.waitpid(tree.nursery.pid, 0)
+    remove(tree.groups)
 
 
 def _number(fields: Mapping[str, JsonValue], name: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass
+from lazyproc.kernel.cgroup import remove
 from lazyproc.migrate.destination import Arrival, Arrived, Terms, fetched
 from lazyproc.restore.run import Restored
 from lazyproc.trace import TraceFile
@@ -43,6 +44,7 @@ def restore_from(
         )
         arrived = arrival.begin()
         tree = arrived.tree
+        stack.callback(remove, tree.groups)  # in case it ends before us
         vpid = tree.checkpoint.root.vpid
         yield Fetched(
             tree,

@@ -10,6 +10,7 @@ from lazyproc.dump.walk import thread_ids
 from lazyproc.errors import Obstacle, ProtocolError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import cpu, elf, proc
+from lazyproc.migrate.room import Room
 from lazyproc.model import PAGE
 from lazyproc.wire.jsonobject import JsonValue
 
@@ -75,14 +76,14 @@ def vdso_build_id() -> bytes:
     return b""
 
 
-def objections(offer: Offer, available: int) -> Iterator[Obstacle]:
-    """What about this host as a whole is against the tree. `available` is in bytes."""
+def objections(offer: Offer, room: Room) -> Iterator[Obstacle]:
+    """What about this host as a whole is against the tree."""
     need, copies = offer.pages * PAGE, offer.copies * PAGE
-    if need + HEADROOM > available:
+    if need + HEADROOM > room.bytes:
         shared = f", {copies >> 20} of them copies of what is shared since a fork," if copies >> 20 else ""
         yield Obstacle(
-            0, "host", f"the tree has {need >> 20} MiB{shared} and this host {available >> 20} MiB available",
-            "free memory there, or use receive --overcommit",
+            0, "host", f"the tree has {need >> 20} MiB{shared} and {room.whose} {room.bytes >> 20} MiB available",
+            f"{f'raise its {room.limit}' if room.limit else 'free memory there'}, or use receive --overcommit",
         )  # fmt: skip
     lacking = cpu.missing(offer.cpu, cpu.features())
     if lacking:

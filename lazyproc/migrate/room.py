@@ -1,55 +1,61 @@
-"""How much memory this host, or the cgroup we are in, has left for a tree."""
+"""How much memory this host, or a cgroup that a tree would be in, has left for it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from lazyproc.facts import dataclass
-from lazyproc.kernel import proc
+from lazyproc.kernel.cgroup import V2, Hierarchy, hierarchies
 
-MOUNT = Path("/sys/fs/cgroup")
+UNLIMITED_V1 = 1 << 62  # what memory.limit_in_bytes says without a limit is near 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that can be used without swapping, and what sets the limit; `limit` is the file to raise it in."""
+
+    bytes: int
+    whose: str = "this host"
+    limit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Controller:
     """Where a version of cgroups says how many bytes may be and are used (cgroup-v2.rst, cgroup-v1/memory.rst)."""
 
-    mounts: tuple[Path, ...]
     limit: str
     usage: str
     page_cache: str  # in memory.stat: counted as used, and given back before anybody is killed
 
 
-V1 = Controller((MOUNT / "memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-V2 = Controller((MOUNT, MOUNT / "unified"), "memory.max", "memory.current", "inactive_file")
+MEMORY_V1 = Controller("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+MEMORY_V2 = Controller("memory.max", "memory.current", "inactive_file")
 
 
-def available_memory() -> int:
-    """Bytes that can be used without swapping: MemAvailable, or less where a memory cgroup limits us."""
+def least_room(groups: Mapping[str, str]) -> Room:
+    """MemAvailable, or less where a memory cgroup limits a tree that is in `groups` (controllers to path)."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return min([int(meminfo["MemAvailable"].split()[0]) * 1024, *_cgroup_rooms()])
+    found = [Room(int(meminfo["MemAvailable"].split()[0]) * 1024)]
+    for each in hierarchies():
+        if each.controllers == V2 or "memory" in each.controllers.split(","):
+            found += rooms(each, groups.get(each.controllers, each.own))
+    return min(found, key=lambda room: room.bytes)
 
 
-def _cgroup_rooms() -> Iterator[int]:
-    for controllers, path in proc.cgroup(proc.read(os.getpid(), "cgroup")).items():
-        if "memory" in controllers.split(","):
-            yield from _rooms(V1, path)
-        elif not controllers:
-            yield from _rooms(V2, path)
-
-
-def _rooms(controller: Controller, path: str) -> Iterator[int]:
-    """What is left in a cgroup and in each above it, as far as they have limits and are to be seen here."""
-    for mount in controller.mounts:
-        folder = mount / path.lstrip("/")
-        while folder.is_relative_to(mount):
-            with suppress(OSError):
-                limit = (folder / controller.limit).read_text().strip()
-                if limit != "max":
-                    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    used = int((folder / controller.usage).read_text()) - int(stat[controller.page_cache])
-                    yield int(limit) - used
-            folder = folder.parent
+def rooms(hierarchy: Hierarchy, path: str) -> Iterator[Room]:
+    """What is left in a group and in each above it, as far as they have limits and are to be seen here."""
+    controller = MEMORY_V2 if hierarchy.controllers == V2 else MEMORY_V1
+    while hierarchy.shows(path):
+        folder = Path(hierarchy.folder(path))
+        with suppress(OSError):
+            limit = (folder / controller.limit).read_text().strip()
+            if limit != "max" and int(limit) < UNLIMITED_V1:
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / controller.usage).read_text()) - int(stat[controller.page_cache])
+                yield Room(int(limit) - used, f"cgroup {path}", controller.limit)
+        if path == hierarchy.root:
+            return
+        path = os.path.dirname(path)

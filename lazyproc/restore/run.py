@@ -14,6 +14,7 @@ from lazyproc.events import Listener, StateChanged
 from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
+from lazyproc.kernel.cgroup import remove
 from lazyproc.model import Checkpoint, MemoryObject
 from lazyproc.pages.images import ImagePages
 from lazyproc.restore.lazy import finish, pager_of
@@ -111,15 +112,18 @@ def restore(
     policy: str,
     listener: Listener,
     bulk: bool = True,
+    cgroup: str | None = None,
     trace: Path | str | None = None,
 ) -> Iterator[Restored]:
     """Restore the tree in `directory`; it runs when the context is entered. Without `bulk` only what is touched comes.
 
+    The tree is in a cgroup of its own, or in `cgroup`, a path as in /proc/PID/cgroup, which is made when it is missing.
     Faults, which only a lazy restore has, are written to `trace` (docs/trace.md).
 
     Leaving the context before `wait_drained` leaves missing pages parked: whoever touches one waits. Raises
-    ImageError, RestoreError, HostLacks, UsageError (no such policy), LazyprocError (`trace` cannot be written); then
-    nothing half-built is left. An interrupt that comes when the tree runs leaves it running, its missing pages parked.
+    ImageError, RestoreError, HostLacks, UsageError (no such policy, no path of a cgroup), LazyprocError (`trace` cannot
+    be written); then nothing half-built is left. An interrupt that comes when the tree runs leaves it running, its
+    missing pages parked.
     """
     started = time.monotonic()
     order = named(policy)
@@ -130,7 +134,8 @@ def restore(
     with ExitStack() as stack:
         record = stack.enter_context(_recording(trace, listener)) if trace is not None else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
-        with built_tree(checkpoint, source, listener, lazy=lazy, pidns=pidns) as tree:
+        with built_tree(checkpoint, source, listener, lazy=lazy, pidns=pidns, cgroup=cgroup) as tree:
+            stack.callback(remove, tree.groups)  # in case it ends before us
             started_pager = _started_pager(tree, source, bulk, trace is not None)
             pager = stack.enter_context(started_pager) if lazy else None
             tree.release()

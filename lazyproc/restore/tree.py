@@ -21,7 +21,7 @@ from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.netfilter import Hold
-from lazyproc.kernel.nursery import Nursery, nursery
+from lazyproc.kernel.nursery import Nursery
 from lazyproc.kernel.remote import Call, step
 from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
 from lazyproc.pages import PageSource
@@ -29,6 +29,7 @@ from lazyproc.restore import descriptors, memory, objects, pages, restarts, stat
 from lazyproc.restore.creation import Maker, make_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
+from lazyproc.restore.groups import nursery_in_group
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
@@ -39,13 +40,17 @@ Pidns = Literal["auto", "host", "new"]
 
 @dataclass(slots=True)
 class BuiltTree:
-    """A complete tree that has not run an instruction. `userfaultfds` are ours, by vpid."""
+    """A complete tree that has not run an instruction. `userfaultfds` are ours, by vpid.
+
+    `groups` are the directories of cgroups that were made for it: to be removed when it has ended.
+    """
 
     checkpoint: Checkpoint
     nursery: Nursery
     sites: Mapping[int, Site]
     userfaultfds: Mapping[int, int]
     lazy: Sequence[pages.LazyRange]
+    groups: Sequence[str]
     _sockets: MadeSockets
     _made: ExitStack  # our descriptors of everything the tasks opened
     _hold: Hold
@@ -97,12 +102,19 @@ def timens_text(clocks: Clocks) -> str:
 
 @contextmanager
 def built_tree(
-    checkpoint: Checkpoint, source: PageSource, listener: Listener, *, lazy: bool, pidns: Pidns
+    checkpoint: Checkpoint,
+    source: PageSource,
+    listener: Listener,
+    *,
+    lazy: bool,
+    pidns: Pidns,
+    cgroup: str | None = None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
-    `source` gives the pages that have to be there at once (all of them unless `lazy`). Raises RestoreError naming
-    the step, PidTaken in pid namespace "host", ImageError, and whatever the kernel refuses.
+    `source` gives the pages that have to be there at once (all of them unless `lazy`). The tree is in a cgroup of its
+    own, or in `cgroup` (a path as in /proc/PID/cgroup). Raises RestoreError naming the step, PidTaken in pid namespace
+    "host", ImageError, UsageError for `cgroup`, and whatever the kernel refuses.
     """
     if lazy:
         demand_for_tasks()
@@ -110,11 +122,11 @@ def built_tree(
     new = pidns == "new" or (pidns == "auto" and needs_new_pidns(checkpoint))
     with ExitStack() as stack:
         try:
-            tree = stack.enter_context(_built(checkpoint, source, listener, lazy, new))
+            tree = stack.enter_context(_built(checkpoint, source, listener, lazy, new, cgroup))
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
-            tree = stack.enter_context(_built(checkpoint, source, listener, lazy, True))
+            tree = stack.enter_context(_built(checkpoint, source, listener, lazy, True, cgroup))
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -138,13 +150,23 @@ def _without_parent(checkpoint: Checkpoint, listener: Listener) -> Checkpoint:
 
 @contextmanager
 def _built(
-    checkpoint: Checkpoint, source: PageSource, listener: Listener, lazy: bool, new_pidns: bool
+    checkpoint: Checkpoint,
+    source: PageSource,
+    listener: Listener,
+    lazy: bool,
+    new_pidns: bool,
+    cgroup: str | None,
 ) -> Iterator[BuiltTree]:
     with ExitStack() as stack:
         clock = _StepClock(listener)
-        birth = stack.enter_context(
-            nursery(
-                pidns=new_pidns, timens=timens_text(checkpoint.clocks), transport_fd=_free_number(checkpoint)
+        birth, groups = stack.enter_context(
+            nursery_in_group(
+                cgroup,
+                checkpoint.root.vpid,
+                listener,
+                pidns=new_pidns,
+                timens=timens_text(checkpoint.clocks),
+                transport_fd=_free_number(checkpoint),
             )
         )
         tree: BuiltTree | None = None
@@ -178,7 +200,7 @@ def _built(
             ):  # a parent learns of its children's stops before its own end
                 _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
             clock.done("registers")
-            tree = BuiltTree(checkpoint, birth, sites, userfaultfds, ranges, sockets, made, hold)
+            tree = BuiltTree(checkpoint, birth, sites, userfaultfds, ranges, groups, sockets, made, hold)
             yield tree
         finally:
             if tree is None or not tree.released:

@@ -137,9 +137,9 @@ class Receiver:
 
 
 @contextmanager
-def receiving(host: Host, *options: str, by: Sequence[str] = ()) -> Iterator[Receiver]:
+def receiving(host: Host, *options: str, by: Sequence[str] = (), expected: int = 0) -> Iterator[Receiver]:
     """`lazyproc receive` on a port of its own choice, run `by` another command that becomes it; interrupted at the
-    end, which must be exit 0.
+    end, which must be exit 0 (`expected`: otherwise when the test has ended it).
     """
     log = host.outside / "receive.log"
     log.write_text("")
@@ -154,7 +154,7 @@ def receiving(host: Host, *options: str, by: Sequence[str] = ()) -> Iterator[Rec
         assert port, log.read_text()
         yield Receiver(host, process, log, f"{host.address}:{port[1]}")
         process.send_signal(2)
-        assert process.wait(END_S) == 0, log.read_text()
+        assert process.wait(END_S) == expected, log.read_text()
     finally:
         process.kill()
         process.wait()

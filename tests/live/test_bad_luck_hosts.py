@@ -128,8 +128,9 @@ def test_too_little_memory_there(pair: Pair, program: Program, overcommit: bool)
                     done,
                     3,
                     receiver.address,
+                    f"cgroup /{group.name} ",
                     "MiB available",
-                    "free memory there, or use receive --overcommit",
+                    "raise its memory.limit_in_bytes, or use receive --overcommit",
                 )
 
 

@@ -13,6 +13,7 @@ from lazyproc.dump.explain import examine, explain
 from lazyproc.events import Event, Note
 from lazyproc.hosts import Pair
 from lazyproc.migrate.prepare import objections, offer_of
+from lazyproc.migrate.room import Room
 from lazyproc.model import PAGE
 from tests.live.moving import receiving
 from tests.live.programs import Program, running
@@ -44,12 +45,12 @@ def test_the_destination_counts_the_copies_and_says_so(program: Program) -> None
     assert abs(offer.copies * PAGE - (COPIES << 20)) <= ROUGHLY << 20
     assert offer.pages * PAGE >= (CHILDREN + 1) * MIB << 20
     assert type(offer).of(offer.fields()) == offer
-    (obstacle,) = objections(offer, offer.pages * PAGE)
+    (obstacle,) = objections(offer, Room(offer.pages * PAGE))
     assert (
         f"MiB, {offer.copies * PAGE >> 20} of them copies of what is shared since a fork, and this host"
         in obstacle.why
     )
-    assert list(objections(offer, 2 * offer.pages * PAGE)) == []
+    assert list(objections(offer, Room(2 * offer.pages * PAGE))) == []
 
 
 def test_one_process_shares_with_nobody_in_its_tree(program: Program) -> None:
