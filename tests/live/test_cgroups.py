@@ -127,7 +127,7 @@ def test_the_next_command_removes_what_was_left_behind(host: Host, v2: str) -> N
 def test_a_named_group_is_made_and_its_v1_namesake_is_joined(host: Host, v2: str) -> None:
     images = left(host, "threads")
     v1 = next((each for each in hierarchies() if each.controllers == "memory"), None)
-    name = f"lazyproc-test-{os.getpid()}"
+    name = f"lazyproc-groups-{os.getpid()}"
     path = f"/{name}/inner"
     with ExitStack() as stack:
         if v1 is not None:
@@ -148,7 +148,7 @@ def test_a_named_group_is_made_and_its_v1_namesake_is_joined(host: Host, v2: str
 
 def test_the_end_of_the_service_is_not_the_end_of_the_tree(pair: Pair, v2: str) -> None:
     """What a service manager does: every process in the service's group is killed."""
-    above = Path(v2, f"lazyproc-test-{os.getpid()}.slice")
+    above = Path(v2, f"lazyproc-groups-{os.getpid()}.slice")
     service = above / "receive.service"
     with ExitStack() as stack:
         stack.enter_context(group(above, service))
@@ -205,7 +205,7 @@ def test_a_group_that_cannot_be_had(
     pair: Pair, v2: str, file: str, text: str, below: str, words: str
 ) -> None:
     """A restore builds nothing; a migration is refused before the freeze."""
-    name = f"lazyproc-test-{os.getpid()}"
+    name = f"lazyproc-groups-{os.getpid()}"
     with group(Path(v2, name)) as folder:
         (folder / file).write_text(text)
         path = f"/{name}{below}"
@@ -240,7 +240,7 @@ def test_a_group_with_too_little_memory(pair: Pair, v2: str, overcommit: bool) -
     v1 = next((each for each in hierarchies() if each.controllers == "memory"), None)
     if v1 is None:
         lacking("no memory cgroup can be made here", "mount the memory controller at /sys/fs/cgroup/memory")
-    name = f"lazyproc-test-{os.getpid()}"
+    name = f"lazyproc-groups-{os.getpid()}"
     options = ("--cgroup", f"/{name}", *(["--overcommit"] if overcommit else []))
     with (
         group(Path(v1.point, name)) as memory,
@@ -265,7 +265,7 @@ def test_a_group_with_too_little_memory(pair: Pair, v2: str, overcommit: bool) -
 
 
 def test_trying_leaves_nothing_behind(v2: str) -> None:
-    name = f"lazyproc-test-{os.getpid()}"
+    name = f"lazyproc-groups-{os.getpid()}"
     home = Path(v2, whereabouts(None)[V2].lstrip("/")).parent
     before = set(os.listdir(home))
     assert whereabouts(f"/{name}/a/b")[V2] == f"/{name}/a/b"
@@ -274,4 +274,4 @@ def test_trying_leaves_nothing_behind(v2: str) -> None:
         with pytest.raises(RestoreError, match=f"cgroup /{name}/a/b: .*a limit is reached"):
             whereabouts(f"/{name}/a/b")
         assert not (folder / "a").exists()
-    assert {entry for entry in set(os.listdir(home)) - before if "test" in entry} == set()
+    assert {entry for entry in set(os.listdir(home)) - before if "groups" in entry} == set()
