@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.explain import explain as explain
     from lazyproc.migrate.server import serve as serve
+    from lazyproc.migrate.sessions import abort as abort
+    from lazyproc.migrate.sessions import resume as resume
+    from lazyproc.migrate.sessions import sessions as sessions
     from lazyproc.migrate.source import migrate as migrate
     from lazyproc.restore.run import Restored as Restored
     from lazyproc.restore.run import restore as restore
@@ -17,18 +20,22 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "LazyRegion": "lazyproc.uffd.region",
+    "abort": "lazyproc.migrate.sessions",
     "Restored": "lazyproc.restore.run",
     "checkpoint": "lazyproc.dump.checkpoint",
     "explain": "lazyproc.migrate.explain",
     "read_trace": "lazyproc.trace",
     "receive": "lazyproc.migrate.destination",
+    "resume": "lazyproc.migrate.sessions",
     "serve": "lazyproc.migrate.server",
+    "sessions": "lazyproc.migrate.sessions",
 }
 _PACKAGES = ("errors", "migrate", "restore")  # the last two are callable, see callables.py
 
 __all__ = [
     "LazyRegion",
     "Restored",
+    "abort",
     "checkpoint",
     "errors",
     "explain",
@@ -36,7 +43,9 @@ __all__ = [
     "read_trace",
     "receive",
     "restore",
+    "resume",
     "serve",
+    "sessions",
 ]
 
 

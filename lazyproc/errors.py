@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lazyproc.facts import dataclass
 
 
@@ -20,9 +22,19 @@ class LazyprocError(Exception):
         self.where = where
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[Callable[..., LazyprocError], tuple[object, ...]]:
+        """As it is, for whoever waits in another process; `__init__` takes other arguments than `args`."""
+        return _again, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}; {self.remedy}" if self.remedy else text
+
+
+def _again(kind: type[LazyprocError], args: tuple[object, ...], state: dict[str, object]) -> LazyprocError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(LazyprocError):

@@ -10,14 +10,27 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lazyproc.cli import check, checkpoint, demo, explain, migrate, receive, restore, serve, show
+from lazyproc.cli import (
+    abort,
+    check,
+    checkpoint,
+    demo,
+    explain,
+    migrate,
+    receive,
+    restore,
+    resume,
+    serve,
+    sessions,
+    show,
+)
 from lazyproc.cli.options import Formatter
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from lazyproc.cli.outcome import Outcome
 
-COMMANDS = (check, explain, checkpoint, restore, serve, receive, migrate, show, demo)
+COMMANDS = (check, explain, checkpoint, restore, serve, receive, migrate, sessions, resume, abort, show, demo)
 NAMES = tuple(module.__name__.rpartition(".")[2] for module in COMMANDS)
 FAILED = 1
 EPILOG = (

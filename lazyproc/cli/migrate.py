@@ -11,6 +11,7 @@ from lazyproc.cli.options import (
     add_json,
     add_pid,
     add_policy,
+    add_retry,
     add_tcp_close,
     add_trace,
     command,
@@ -43,6 +44,7 @@ def add(commands: Commands) -> None:
         default=0,
         help="bring what nobody waits for no faster, a second",
     )
+    add_retry(parser)
     parser.add_argument("--no-bulk", action="store_true", help="bring only pages that are touched")
     add_policy(parser)
     add_tcp_close(parser)
@@ -73,6 +75,12 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         tcp_close=args.tcp_close,
     )
     report = lazyproc.migrate(
-        args.pid, args.target, order, insecure=args.insecure, listener=listen, trace=args.trace
+        args.pid,
+        args.target,
+        order,
+        insecure=args.insecure,
+        listener=listen,
+        retry_for=args.retry_for,
+        trace=args.trace,
     )
     return Outcome(migrate_text(report, args.pid, args.target), report_fields(report))

@@ -83,6 +83,19 @@ def add_peer(parser: argparse.ArgumentParser, words: str) -> None:
     add_insecure(parser)
 
 
+def add_session(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("session", metavar="ID", type=session, help="as `lazyproc sessions` shows it")
+
+
+def add_retry(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--retry-for",
+        metavar="SECONDS",
+        type=seconds,
+        help="open a lost connection again for so long (default: without end)",
+    )
+
+
 def add_pidns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pidns",
@@ -138,6 +151,22 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
+
+
+def session(text: str) -> str:
+    if not text or set(text) - set("0123456789abcdefABCDEF"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a session")
+    return text
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
 
 
 def uid(text: str) -> int:

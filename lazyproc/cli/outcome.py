@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lazyproc.facts import dataclass, field
 
@@ -12,5 +12,5 @@ class Outcome:
     """`text` for people, `fields` for --json, and the exit code."""
 
     text: str = ""
-    fields: Mapping[str, object] = field(default_factory=dict)
+    fields: Mapping[str, object] | Sequence[Mapping[str, object]] = field(default_factory=dict)
     status: int = 0

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     import lazyproc
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Event, StateChanged
-    from lazyproc.migrate.destination import Terms
+    from lazyproc.migrate.arrival import Terms
 
     committed = 0
 

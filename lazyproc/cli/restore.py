@@ -80,7 +80,7 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
     import lazyproc
 
     if args.peer is not None:
-        from lazyproc.migrate.destination import Terms
+        from lazyproc.migrate.arrival import Terms
         from lazyproc.migrate.fetch import restore_from
 
         terms = Terms(pidns=args.pidns, cgroup=args.cgroup)

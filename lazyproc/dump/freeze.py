@@ -46,26 +46,11 @@ class FrozenTree:
 
     tasks: dict[int, FrozenTask] = field(default_factory=dict)
     frozen_at_ns: int = 0
+    parked: bool = False  # they stay as they are when they are let go
 
     def tracees(self) -> Iterator[Tracee]:
         for task in self.tasks.values():
             yield from task.threads
-
-    def stop_for_good(self) -> None:
-        """Queue a SIGSTOP for every process: it stays stopped when it is let go, also by our death (a stray SIGCONT
-        releases it).
-        """
-        for task in self._running():
-            os.kill(task.pid, signal.SIGSTOP)
-
-    def not_for_good(self) -> None:
-        """Take `stop_for_good` back: SIGCONT removes the SIGSTOP from the queue (signal(7))."""
-        for task in self._running():
-            os.kill(task.pid, signal.SIGCONT)
-
-    def _running(self) -> Iterator[FrozenTask]:
-        """The processes that run when they are let go."""
-        return (task for task in self.tasks.values() if task.threads and not task.threads[0].stop_signal)
 
     def kill(self) -> None:
         """End the whole tree."""
@@ -249,12 +234,17 @@ def _let_go(tree: FrozenTree) -> None:
     """Detach everything that is still there."""
     for task in tree.tasks.values():
         for tracee, stopped in zip(task.threads, task.stopped, strict=False):
-            with suppress(LazyprocError):
-                settle_again(tracee, stopped)
+            if not tree.parked:
+                _settle_again(tracee, stopped)
         for tracee in reversed(task.threads):
             with suppress(LazyprocError):
                 tracee.detach()
         _close(task)
+
+
+def _settle_again(tracee: Tracee, stopped: Stopped) -> None:
+    with suppress(LazyprocError):
+        settle_again(tracee, stopped.interrupted_epoll, stopped.status, stopped.state.blocked)
 
 
 def _close(task: FrozenTask) -> None:

@@ -218,3 +218,15 @@ def continued(registers: Registers) -> Registers:
     if not code:
         return registers
     return rewind(registers, SYS["restart_syscall"] if code == ERESTART_RESTARTBLOCK else None)
+
+
+# --- parking ---------------------------------------------------------------------------------------------------
+
+PARK = b"\xb8" + struct.pack("<I", 34) + SYSCALL_INSTRUCTION + b"\xeb\xf7" + b"\xeb\xfe"
+"""pause(2) for ever: `1: mov $34, %eax; syscall; jmp 1b`. Behind it, at SPIN, a loop without a call: `2: jmp 2b`."""
+SPIN = len(PARK) - 2
+
+
+def parked(registers: Registers, at: int) -> Registers:
+    """Registers of a thread that runs the code at `at` from now on; no interrupted call is made again there."""
+    return registers._replace(ip=at, ax=0, orig_ax=MASK64)

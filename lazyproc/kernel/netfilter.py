@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import subprocess
 
 PREFIX = "lazyproc_"
+KEEP = b"keep\n"
 MARK = 0x6C70  # SO_MARK of packets that the restore itself injects; they pass
 _BEFORE_CONNTRACK = -350  # NF_IP_PRI_RAW is -300: a packet held back leaves no conntrack entry either
 End = tuple[bytes, int]  # packed address, port
@@ -121,18 +122,30 @@ class Hold:
             hold(self._session, wanted)
             self._flows = wanted
 
+    def keep(self) -> None:
+        """From now on our death lets nothing through: whoever ends the session calls `netfilter.release`."""
+        if self._sweeper is not None:
+            self._sweeper.communicate(KEEP)
+            self._sweeper = None
+
+    def forget(self) -> None:
+        """What is kept is somebody else's to release."""
+        self._flows = frozenset()
+
     def release(self) -> None:
         """Let everything through again."""
         if self._sweeper is not None:
             self._sweeper.communicate()
-            self._sweeper, self._flows = None, frozenset()
+        elif self._flows:
+            release(PREFIX + self._session)
+        self._sweeper, self._flows = None, frozenset()
 
 
 def _sweeper(table: str) -> subprocess.Popen[bytes]:
     """Removes the table when its input ends: when `communicate` says so, and when we are killed."""
     import subprocess
 
-    words = 'cat; exec "$1" delete table inet "$2"'
+    words = 'read word; [ "$word" = keep ] || exec "$1" delete table inet "$2"'
     return subprocess.Popen(
         ["sh", "-c", words, "lazyproc-hold", _program(), table],
         stdin=subprocess.PIPE,

@@ -196,6 +196,15 @@ class Stat:
     exit_code: int  # wait status
 
 
+def lives(pid: int, started: int) -> bool:
+    """Whether the process that began at `started` (Stat.start_time) still lives, and no other one has its number."""
+    try:
+        found = stat(read(pid, "stat"))
+    except NoSuchProcess:
+        return False
+    return found.start_time == started and found.state not in "ZX"
+
+
 @parser("stat")
 def stat(data: bytes) -> Stat:
     """/proc/PID/stat. The command's name is not escaped there: it ends at the *last* closing parenthesis."""

@@ -24,6 +24,7 @@ from lazyproc.facts import dataclass, field
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel._core import ffi, lib
 from lazyproc.kernel.arch_x86_64 import SYS
+from lazyproc.kernel.padding import padding
 from lazyproc.kernel.proc import MapsEntry
 from lazyproc.kernel.tracee import Memory, State, Tracee
 from lazyproc.model import PAGE, Registers
@@ -249,23 +250,6 @@ def put_back(tracee: Tracee, state: State) -> None:
 STUB_ROOM = len(arch.SYSCALL_INSTRUCTION) + arch.HOME_SIZE
 
 
-def _padding(maps: Sequence[MapsEntry], states: Sequence[State], memory: Memory) -> int:
-    """An executable place for the stub whose bytes mean nothing: zeros at the end of the vdso or of a code segment.
-
-    A stub that a killed tracer has left there, and that no thread stands in any more, means nothing either.
-    """
-    executable = [m for m in maps if "x" in m.perms and m.path != "[vsyscall]"]
-    for entry in sorted(executable, key=lambda m: m.path != "[vdso]"):
-        addr = entry.end - STUB_ROOM
-        content = memory.read(addr, STUB_ROOM)
-        occupied = any(addr <= state.registers.ip < entry.end for state in states)
-        if not any(content) or (_is_stub(content) and not occupied):
-            return addr
-    raise TraceeError(
-        "no executable padding for a remote call", where="process", remedy="report it with its maps"
-    )
-
-
 def _is_stub(content: bytes) -> bool:
     return content.startswith(arch.SYSCALL_INSTRUCTION) and bool(
         arch.HOME.fullmatch(content, len(arch.SYSCALL_INSTRUCTION))
@@ -298,7 +282,8 @@ def _stub(
     tracee: Tracee, states: Sequence[State], memory: Memory, maps: Sequence[MapsEntry]
 ) -> Iterator[Stub]:
     """`states` are those of all stopped threads, the first one's being `tracee`'s."""
-    state, addr = states[0], _padding(maps, states, memory)
+    ips = (state.registers.ip for state in states)
+    state, addr = states[0], padding(maps, memory, STUB_ROOM, behind=0, stale=_is_stub, ips=ips)
     memory.write(addr, arch.SYSCALL_INSTRUCTION + arch.way_home(state.registers, state.blocked))
     try:
         yield Stub(tracee, state, addr)

@@ -92,13 +92,15 @@ def _waiting(tracee: Tracee, status: proc.Status, blocked: int) -> int:
     return _mask(*{_NUMBER.unpack_from(info)[0] for info in queued}) & ~blocked & ~ignored
 
 
-def settle_again(tracee: Tracee, stopped: Stopped) -> None:
+def settle_again(
+    tracee: Tracee, interrupted_epoll: Registers | None, status: proc.Status, blocked: int
+) -> None:
     """Before the thread is let go: a signal that came during the freeze ends its epoll_wait with EINTR after all.
 
     Else its handler would run before a call that then waits for ever; programs rely on it to notice a flag.
     """
-    if stopped.interrupted_epoll is not None and _waiting(tracee, stopped.status, stopped.state.blocked):
-        tracee.set_registers(stopped.interrupted_epoll)
+    if interrupted_epoll is not None and _waiting(tracee, status, blocked):
+        tracee.set_registers(interrupted_epoll)
 
 
 def resumed(

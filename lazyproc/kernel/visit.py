@@ -33,6 +33,6 @@ def call_in(pid: int, name: str, *args: int) -> None:
                 tracee.set_options(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_SUSPEND_SECCOMP)
             with lone_stub(tracee, stopped.state, memory, proc.maps(proc.read(pid, "maps"))) as stub:
                 stub.call(name, *args)
-            settle_again(tracee, stopped)
+            settle_again(tracee, stopped.interrupted_epoll, status, stopped.state.blocked)
     finally:
         tracee.detach()

@@ -10,8 +10,7 @@ from lazyproc.host_check import Finding, State
 from lazyproc.migrate.about import about_here, about_in, fit
 from lazyproc.migrate.asking import ONLY_ASKED, PREPARE_S
 from lazyproc.migrate.link import Link, dialled
-from lazyproc.migrate.source import rtt_us
-from lazyproc.migrate.talk import expect
+from lazyproc.migrate.talk import expect, rtt_us
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.transport import Unreachable
 from lazyproc.wire.native import REVISION, VERSION, Ask, Host, Party

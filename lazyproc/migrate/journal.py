@@ -1,13 +1,23 @@
-"""The durable record of a migration: one JSON file a session, replaced atomically and fsynced at every state."""
+"""The durable record of a migration: one JSON file a session and side, replaced atomically at every state.
+
+Whoever finds it can tell who may run the tree, and finish the work: docs/reliability.md lists the states.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from lazyproc.errors import LazyprocError
+from lazyproc.errors import LazyprocError, UsageError
+from lazyproc.facts import dataclass
+
+KEPT_S = 7 * 86400
+SOURCE, DESTINATION = "source", "destination"
 
 
 def folder() -> Path:
@@ -16,28 +26,51 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or default) / "lazyproc/sessions"
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a journal says. `facts` are the state's own."""
+
+    session: str
+    role: str
+    state: str
+    since: float  # time.time() of the last change of state
+    facts: Mapping[str, Any]
+
+    @property
+    def rebooted(self) -> bool:
+        """Whether everything it speaks of has ended with this host's last run."""
+        return self.facts.get("boot_id") != _boot_id()
+
+
 class Journal:
-    """The record of one session on this host."""
+    """The record of one session on this host. `facts` of an earlier process's journal are gone on with."""
 
-    def __init__(self, session: str, role: str) -> None:
+    def __init__(self, session: str, role: str, facts: Mapping[str, object] | None = None) -> None:
         self._path = folder() / f"{session}-{role}.json"
-        self._facts: dict[str, object] = {"id": session, "role": role}
+        self.facts: dict[str, Any] = {
+            **(facts or {}),
+            "id": session,
+            "role": role,
+        }  # of the last state written
 
-    def write(self, state: str, **facts: object) -> None:
-        """Record a state; on return it is on disk, after a power failure too.
+    def write(self, state: str, *, durable: bool = True, **facts: object) -> None:
+        """Record a state; facts of earlier states are kept. `durable`: on return it is on disk, after a power failure
+        too; else it survives our own death only.
 
         Raises LazyprocError when that cannot be; then there is no record of the session any more.
         """
-        self._facts |= {"boot_id": _boot_id(), "state": state, **facts}
+        self.facts |= {"boot_id": _boot_id(), "state": state, "since": time.time(), **facts}
         draft = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(self._facts, file)
+                json.dump(self.facts, file)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.rename(draft, self._path)
-            _sync_folder(self._path.parent)
+            if durable:
+                _sync_folder(self._path.parent)
         except OSError as error:
             for path in (draft, self._path):
                 with suppress(OSError):
@@ -48,10 +81,56 @@ class Journal:
                 remedy="make room there, or name another folder with XDG_STATE_HOME",
             ) from error
 
+    def reload(self) -> None:
+        """What another process of ours has written since. Without a record the state is ""."""
+        try:
+            self.facts = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            self.facts = {}
+
+    def remove_if(self, state: str) -> None:
+        """Remove it unless it has come further."""
+        if self.facts.get("state") == state:
+            self.remove()
+
     def remove(self) -> None:
         """The session is over and nobody has to be told."""
         with suppress(OSError):
             self._path.unlink()
+
+
+def records() -> Iterator[Record]:
+    """Of all sessions on this host, the oldest first. What cannot be read is named by its state `garbled`."""
+    for path in sorted(folder().glob("*.json"), key=lambda path: path.name):
+        session, _, role = path.stem.rpartition("-")
+        try:
+            facts = json.loads(path.read_text())
+            yield Record(session, role, str(facts["state"]), float(facts.get("since", 0)), facts)
+        except FileNotFoundError:  # it has just ended
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield Record(session, role, "garbled", 0.0, {"reason": f"{path}: {error}"})
+
+
+def forget_old() -> None:
+    """Remove what was kept for another host to learn, and it never asked."""
+    for record in records():
+        if record.state in ("aborted", "drained") and time.time() - record.since > KEPT_S:
+            Journal(record.session, record.role).remove()
+
+
+def find(session: str, role: str = "") -> Record:
+    """The record of a session, or of that side of it. Raises UsageError when there is none, or one on each side."""
+    found = [record for record in records() if record.session == session and role in ("", record.role)]
+    if not found:
+        raise UsageError("no such session on this host", where=session, remedy="see lazyproc sessions")
+    if len(found) > 1:  # both ends are on this host and share one folder
+        raise UsageError(
+            "both sides of this session are on this host",
+            where=session,
+            remedy="give each its own XDG_STATE_HOME",
+        )
+    return found[0]
 
 
 def _sync_folder(path: Path) -> None:

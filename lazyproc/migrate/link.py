@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 
+from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
+from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.facts import dataclass
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import Channel, Listener, Session, dial
-from lazyproc.wire.native import Party, Role
+from lazyproc.pages.transport import Channel, Declined, Door, Session, dial
+from lazyproc.wire.native import Hello, Party, Role
 
 MAX_INCOMPLETE = 64  # sessions
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 5.0  # between two attempts to reconnect
+NOT_KNOWN = "no such session here"
 ROLES = (Role.CONTROL, Role.URGENT, Role.BULK)
 
 
@@ -23,34 +29,114 @@ class Link:
     urgent: Channel
     bulk: Channel
 
+    def hang_up(self) -> None:
+        """`close`, and for whoever has duplicates as well: the other side is to notice."""
+        with suppress(OSError):
+            self.control.socket.shutdown(socket.SHUT_RDWR)
+        self.close()
+
+    def close(self) -> None:
+        """What has been detached belongs to somebody else."""
+        for channel in (self.control, self.urgent, self.bulk):
+            channel.close()
+
+
+def linked(target: str, side: Party, trust: Trust, session: Session, *, resume: bool = False) -> Link:
+    """The session's connections to whoever listens at `target`; `resume`: to go on, not to begin.
+
+    Raises what transport.dial does; Declined when the session is not known there.
+    """
+    with ExitStack() as stack:
+        control, urgent, bulk = (
+            stack.enter_context(dial(target, session.hello(role, resume=resume), side, trust=trust))
+            for role in ROLES
+        )
+        stack.pop_all()
+        return Link(session, control, urgent, bulk)
+
 
 @contextmanager
 def dialled(target: str, side: Party, trust: Trust) -> Iterator[Link]:
-    """A new session with whoever listens at `target`. Raises what transport.dial does."""
-    session = Session.new()
-    with ExitStack() as stack:
-        control, urgent, bulk = (
-            stack.enter_context(dial(target, session.hello(role), side, trust=trust)) for role in ROLES
-        )
-        yield Link(session, control, urgent, bulk)
+    """A new session with whoever listens at `target`, closed at the end."""
+    with closing(linked(target, side, trust, Session.new())) as link:
+        yield link
+
+
+class Chain:
+    """The links of one session, each opened when the one before it was lost.
+
+    `retry_for`: for how many seconds a lost link is tried again, None without end.
+    """
+
+    def __init__(
+        self,
+        session: str,
+        first: Link | None,
+        dial_again: Callable[[], Link],
+        retry_for: float | None,
+        listener: Listener,
+    ) -> None:
+        self.session = session
+        self.reconnects = 0
+        self._link = first
+        self._dial_again = dial_again
+        self._retry_for = retry_for
+        self._listener = listener
+
+    @property
+    def current(self) -> Link:
+        """Raises ConnectionLost before the first one."""
+        if self._link is None:
+            raise ConnectionLost("the connection went with the process that had it")
+        return self._link
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+
+    def relink(self, lost: LazyprocError) -> Link:
+        """The next link, in place of one that is `lost`. Raises `lost` when time is up, Declined when the session is
+        not known there.
+        """
+        if self._link is not None:
+            self._link.close()
+            self._listener(Note(f"the connection was lost and is opened again: {lost}"))
+        self._listener(StateChanged("reconnecting", time.monotonic()))
+        until = None if self._retry_for is None else time.monotonic() + self._retry_for
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                self._link = self._dial_again()
+                self.reconnects += 1
+                return self._link
+            except (ConnectionLost, ProtocolError) as error:
+                if isinstance(error, Declined):
+                    raise
+                if until is not None and time.monotonic() + pause > until:
+                    raise lost from None
+            time.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_S)
 
 
 class Gathering:
     """Sessions whose connections come one by one, the control connection first."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Session | None = None) -> None:
+        """`known`: a session that was handed over and may be gone on with; no other is then taken in."""
+        self._known = known
         self._open: dict[str, tuple[Session, dict[Role, Channel]]] = {}
 
     def add(self, channel: Channel) -> Link | None:
         """Welcome a connection, or refuse it; the Link when it was a session's last."""
         hello = channel.hello
         assert hello is not None, "the listener has read the HELLO"
-        if hello.role is Role.CONTROL and hello.session not in self._open:
+        if hello.role is Role.CONTROL and self._may_open(hello):
             self._make_room()
+            self._forget(hello.session)  # who begins anew has lost what came before
             self._open[hello.session] = Session(hello.session, hello.token), {}
         session, channels = self._open.get(hello.session, (None, {}))
         if session is None or not session.owns(hello) or hello.role in channels:
-            channel.refuse("no such session here")
+            channel.refuse(NOT_KNOWN)
             return None
         channel.welcome()
         channels[hello.role] = channel
@@ -59,7 +145,12 @@ class Gathering:
         del self._open[hello.session]
         return Link(session, channels[Role.CONTROL], channels[Role.URGENT], channels[Role.BULK])
 
-    def next(self, door: Listener, timeout: float) -> Link | None:
+    def _may_open(self, hello: Hello) -> bool:
+        if self._known is None:
+            return not hello.resume and hello.session not in self._open
+        return hello.resume and self._known.owns(hello)
+
+    def next(self, door: Door, timeout: float) -> Link | None:
         """The next whole link, None when none is whole after `timeout` seconds of quiet."""
         while (channel := door.accept(timeout)) is not None:
             link = self.add(channel)
@@ -77,5 +168,5 @@ class Gathering:
             self._forget(session)
 
     def _forget(self, session: str) -> None:
-        for channel in self._open.pop(session)[1].values():
+        for channel in self._open.pop(session, (None, {}))[1].values():
             channel.close()

@@ -7,12 +7,13 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from lazyproc.errors import LazyprocError
+from lazyproc.errors import ConnectionLost, LazyprocError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.images.convert import from_images, memory_objects, to_images
 from lazyproc.images.files import Folder, pack
 from lazyproc.migrate.asking import obstacles_there
-from lazyproc.migrate.link import Gathering, Link
+from lazyproc.migrate.journal import SOURCE, Journal
+from lazyproc.migrate.link import Chain, Gathering, Link
 from lazyproc.migrate.prepare import Offer, vdso_build_id
 from lazyproc.migrate.source import BUILD_S, Order, hand_over, look
 from lazyproc.migrate.talk import Unfit, expect
@@ -52,12 +53,27 @@ def serve_process(pid: int, address: str, order: Order, *, insecure: bool, liste
                 continue
             try:
                 before = look(pid, listener, tcp_close=order.tcp_close)
-                hand_over(pid, link, before, order, time.monotonic(), listener)
+                journal = Journal(link.session.id, SOURCE)
+                journal.write(
+                    "preparing",
+                    durable=False,
+                    peer=link.control.peer,
+                    root_pid=pid,
+                    mode=order.mode,
+                    started=time.time(),
+                )
+                with closing(Chain(link.session.id, link, _nobody_comes_back, 0, listener)) as chain:
+                    hand_over(pid, chain, before, order, journal, listener)
                 return
             except LazyprocError as error:
                 if error.exit_code != 1 and not isinstance(error, Unfit):
                     raise
+                journal.remove()
                 listener(Note(f"session {link.session.id}: {error}; the tree runs on"))
+
+
+def _nobody_comes_back() -> Link:
+    raise ConnectionLost("who fetches a tree does not come back")
 
 
 def serve_folder(directory: Path, address: str, order: Order, *, insecure: bool, listener: Listener) -> None:

@@ -6,58 +6,49 @@ it never runs here again. In between is doubt: the tree stays stopped and the op
 
 from __future__ import annotations
 
-import socket
-import struct
+import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from lazyproc.dump.before import Before, look_before, observed_sleeps
 from lazyproc.dump.explain import examine
 from lazyproc.dump.freeze import FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
+from lazyproc.dump.park import park_tree, parking, unpark_tree
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import hang_up, silence
-from lazyproc.errors import (
-    CannotBeDone,
-    ConnectionLost,
-    LazyprocError,
-    LostAfterCommit,
-    Parked,
-    ProtocolError,
-)
-from lazyproc.events import Listener, PagesMoved, StateChanged, ignore
+from lazyproc.dump.walk import tree_of
+from lazyproc.errors import CannotBeDone, LazyprocError, Obstacle, Parked
+from lazyproc.events import Listener, StateChanged, ignore
 from lazyproc.facts import dataclass
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
+from lazyproc.kernel import netfilter
 from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.netfilter import Hold
+from lazyproc.migrate.apart import Client, apart
 from lazyproc.migrate.asking import asked
-from lazyproc.migrate.link import Link, dialled
+from lazyproc.migrate.desk import Desk
+from lazyproc.migrate.holding import from_facts, holding_of, to_facts
+from lazyproc.migrate.journal import SOURCE, Journal, Record, find
+from lazyproc.migrate.link import Chain, Link, linked
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.report import MigrateReport
-from lazyproc.migrate.talk import Refused, Unfit, checked, expect, milliseconds
-from lazyproc.pages.bundle import NAME, pack_bundle
+from lazyproc.migrate.serving import Serving, number_in, report_of
+from lazyproc.migrate.talk import Refused, Unfit, expect, milliseconds
+from lazyproc.pages.bundle import NAME as BUNDLE
+from lazyproc.pages.bundle import pack_bundle
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
-from lazyproc.pages.transport import Channel
+from lazyproc.pages.transport import Channel, Session
 from lazyproc.trace import Clock, TraceFile
-from lazyproc.wire.native import (
-    Built,
-    Commit,
-    Committed,
-    Drained,
-    Images,
-    Party,
-    Released,
-    Running,
-    Trace,
-)
+from lazyproc.wire.native import Built, Commit, Images, Party
 
+NAME = "lazyproc-source"
 BUILD_S = 60.0
-POLL_S = 0.1
 LOOKS = 3
 LOOK_AGAIN_S = 0.02
 
@@ -83,20 +74,76 @@ def migrate(
     *,
     insecure: bool,
     listener: Listener,
+    retry_for: float | None = None,
     trace: Path | str | None = None,
 ) -> MigrateReport:
     """Move the tree under `pid` to the receiver at `target` (HOST:PORT); returns when its memory has followed.
 
-    The faults at the destination go to `trace` (docs/trace.md). Raises CannotBeDone (Unfit: by the other
-    host), Refused, ConnectionLost, LazyprocError (`trace` cannot be written), the dump's errors, with the tree running
-    as before; Parked when it is not known whether the other side has it; LostAfterCommit.
+    The faults at the destination go to `trace` (docs/trace.md). The work is done in a process that outlives this one;
+    a lost connection is opened again for `retry_for` seconds (None: until it comes). Raises CannotBeDone (Unfit: by the
+    other host), Refused, ConnectionLost, the dump's errors and LazyprocError (`trace` cannot be written) with the tree
+    running as before; Parked when that is not known, or when it runs there and its memory has stopped following.
     """
-    started = time.monotonic()
-    with ExitStack() as stack:
-        file = stack.enter_context(TraceFile(trace, listener)) if trace is not None else None
-        before = look(pid, listener, tcp_close=order.tcp_close)
-        link = stack.enter_context(dialled(target, Party.SOURCE, Trust(insecure)))
-        return hand_over(pid, link, before, order, started, listener, trace=file)
+    session = Session.new()
+    trust = Trust(insecure)
+
+    def first(client: Client) -> MigrateReport:
+        client.stop_without_it()
+        with ExitStack() as stack:
+            stack.callback(journal.remove_if, "preparing")
+            file = stack.enter_context(TraceFile(trace, client.tell)) if trace is not None else None
+            before = look(pid, client.tell, tcp_close=order.tcp_close)
+            journal.write("preparing", durable=False, **begun, **_crew())
+            link = linked(target, Party.SOURCE, trust, session)
+            chain = stack.enter_context(_chain(session, link, target, trust, retry_for, client))
+            return hand_over(pid, chain, before, order, journal, client.tell, trace=file)
+
+    def again(client: Client) -> MigrateReport:
+        with _chain(session, None, target, trust, retry_for, client) as chain:
+            return go_on(find(session.id, SOURCE), chain, client.tell)
+
+    _demand_apart(pid)
+    journal = Journal(session.id, SOURCE)
+    begun: dict[str, Any] = {
+        "peer": target,
+        "token": session.token,
+        "insecure": insecure,
+        "root_pid": pid,
+        "mode": order.mode,
+        "started": time.time(),
+    }
+    lost = f"see lazyproc sessions, and lazyproc resume {session.id}"
+    return apart(first, again, listener, NAME, staff=lambda: Desk(session.id, SOURCE), lost=lost)
+
+
+def _demand_apart(pid: int) -> None:
+    """Raises CannotBeDone when this very process is in the tree: what does the work is not."""
+    if os.getpid() in tree_of(pid):
+        raise CannotBeDone(
+            (Obstacle(os.getpid(), "process", "is lazyproc itself", "start lazyproc outside of the tree"),)
+        )
+
+
+def migrate_on(record: Record, *, retry_for: float | None, listener: Listener) -> MigrateReport:
+    """Go on with a migration whose processes at the source are all gone; see `migrate`."""
+    facts, session = record.facts, Session(record.session, str(record.facts["token"]))
+    trust = Trust(bool(facts.get("insecure")))
+
+    def again(client: Client) -> MigrateReport:
+        with _chain(session, None, str(facts["peer"]), trust, retry_for, client) as chain:
+            return go_on(find(session.id, SOURCE), chain, client.tell)
+
+    lost = f"see lazyproc sessions, and lazyproc resume {session.id}"
+    return apart(again, again, listener, NAME, staff=lambda: Desk(session.id, SOURCE), lost=lost)
+
+
+def _chain(
+    session: Session, first: Link | None, target: str, trust: Trust, retry_for: float | None, client: Client
+) -> AbstractContextManager[Chain]:
+    def dial_again() -> Link:
+        return linked(target, Party.SOURCE, trust, session, resume=True)
+
+    return closing(Chain(session.id, first, dial_again, retry_for, client.tell))
 
 
 def look(pid: int, listener: Listener = ignore, *, tcp_close: bool = False) -> Before:
@@ -114,69 +161,62 @@ def look(pid: int, listener: Listener = ignore, *, tcp_close: bool = False) -> B
 
 def hand_over(
     pid: int,
-    link: Link,
+    chain: Chain,
     before: Before,
     order: Order,
-    started: float,
+    journal: Journal,
     listener: Listener,
     *,
     trace: TraceFile | None = None,
 ) -> MigrateReport:
     """The whole of it over connections that stand, whoever opened them; see `migrate`."""
-    _prepare(link, before, order, trace, listener)
+    control = chain.current.control
+    _prepare(chain.session, control, before, order, trace, listener)
     listener(StateChanged("prepared", time.monotonic()))
     with ExitStack() as last, ExitStack() as stack:
-        hold = stack.enter_context(Hold(link.session.id))
+        hold = stack.enter_context(Hold(chain.session))
         hold.add(before.flows)
         asleep = observed_sleeps(pid)
-        frozen = time.monotonic()
+        frozen, frozen_at = time.monotonic(), time.time()
         tree = stack.enter_context(frozen_tree(pid, asleep=asleep))
         stack.callback(hold.release)  # before the tree is let go: its sends must not fail
         listener(StateChanged("frozen", time.monotonic()))
         dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close))
         server = stack.enter_context(PageServer(pages.segments()))
-        _offer(link, dump, pages, server, order)
-        last.enter_context(deaf())  # until all is put away
-        _commit(link, tree)
-        frozen_ms = milliseconds(frozen)
-        with _lost_from_here(tree, server):
-            running = expect(link.control, Running, BUILD_S)
+        extents = dump.lazy_extents if order.mode == "postcopy" else dict
+        serving = Serving(chain, server, extents, pid, listener, trace)
+        serving.answer(chain.current)
+        _send_images(control, dump, pages, order)
+        with _parked(tree, dump, hold, journal, frozen_at):  # while the other side builds
+            expect(control, Built, BUILD_S)
+            dump.demand_idle_rings()
+            last.enter_context(deaf())  # until all is put away
+            control.send(Commit())
+            serving.until_committed()
+            frozen_ms = milliseconds(frozen)
+            journal.write("committed", durable=False)
+            running = serving.until_running()
             blackout_ms = milliseconds(frozen)
-            listener(StateChanged("running", time.monotonic()))
             hang_up(dump.given_up)
-            drained = _serve(link, dump, server, order, listener, trace).fields
+            figures = {"frozen_ms": frozen_ms, "blackout_ms": blackout_ms}
+            journal.write("running", durable=False, remote_pid=running.get("root_pid"), **figures)
+            drained = serving.until_drained()
+        report = report_of(journal.facts, drained, server, chain)
         silence(dump.connections)
         tree.kill()
         dump.remove_segments()
-        with suppress(ConnectionLost):  # it has every page and does without this word
-            link.control.send(Released())
+        serving.release()
+        journal.remove()
         listener(StateChanged("released", time.monotonic()))
-    return MigrateReport(
-        session=link.session.id,
-        mode=order.mode,
-        root_pid=_number(running.fields, "root_pid"),
-        root_vpid=dump.checkpoint.root.vpid,
-        frozen_ms=frozen_ms,
-        blackout_ms=blackout_ms,
-        total_ms=milliseconds(started),
-        rtt_us=rtt_us(link.control),
-        pages_total=_number(drained, "pages_total"),
-        pages_zero=_number(drained, "pages_zero"),
-        pages_eager=_number(drained, "pages_eager"),
-        pages_urgent=_number(drained, "pages_urgent"),
-        pages_bulk=_number(drained, "pages_bulk"),
-        pages_dropped=_number(drained, "pages_dropped"),
-        bytes_wire=sum(c.bytes_in + c.bytes_out for c in server.counters().values()),
-        reconnects=0,
-        fault_us=_faults(drained),
-        ended=drained.get("ended") is True,
-    )
+    return report
 
 
-def _prepare(link: Link, before: Before, order: Order, trace: TraceFile | None, listener: Listener) -> None:
+def _prepare(
+    session: str, control: Channel, before: Before, order: Order, trace: TraceFile | None, listener: Listener
+) -> None:
     """Raises Unfit with all that stands in the way at the destination."""
     wishes = {**order.fields(), "trace": trace is not None}
-    answer = asked(link.control, offer_of(before.smaps), before.wanted, wishes, listener)
+    answer = asked(control, offer_of(before.smaps), before.wanted, wishes, listener)
     if isinstance(answer, tuple):
         raise Unfit(answer)
     clock = answer.fields.get("trace")
@@ -184,9 +224,9 @@ def _prepare(link: Link, before: Before, order: Order, trace: TraceFile | None, 
         return
     if not isinstance(clock, dict):
         raise LazyprocError(
-            "the receiver sends no trace", where=link.control.peer, remedy="update it, or leave out --trace"
+            "the receiver sends no trace", where=control.peer, remedy="update it, or leave out --trace"
         )
-    trace.begin(link.session.id, Clock(_number(clock, "monotonic_ns"), _number(clock, "realtime_ns")))
+    trace.begin(session, Clock(number_in(clock, "monotonic_ns"), number_in(clock, "realtime_ns")))
 
 
 @contextmanager
@@ -200,96 +240,71 @@ def _described(
         yield dump, pages
 
 
-def _offer(link: Link, dump: Dump, pages: DumpPages, server: PageServer, order: Order) -> None:
-    """Send the description and what must be there at once; the other side builds the tree from it."""
-    server.serve(link.urgent.detach(), "urgent")
-    server.serve(link.bulk.detach(), "bulk")
+def _send_images(control: Channel, dump: Dump, pages: DumpPages, order: Order) -> None:
+    """The description, and the pages that must be there at once; the other side builds the tree from it."""
     checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
     images = to_images(checkpoint)
-    images[NAME] = pack_bundle(checkpoint.memory, pages)
-    link.control.send(Images(pack(images)))
-    expect(link.control, Built, BUILD_S)
-    dump.demand_idle_rings()
-
-
-def _commit(link: Link, tree: FrozenTree) -> None:
-    """From COMMIT on the tree stays stopped whatever becomes of us, unless the other side says no."""
-    tree.stop_for_good()
-    try:
-        link.control.send(Commit())
-        _await_committed(link, tree)
-    except (ConnectionLost, Refused):  # it has not left, or was answered with no
-        tree.not_for_good()
-        raise
-
-
-def _await_committed(link: Link, tree: FrozenTree) -> None:
-    """Only the other side knows who runs the tree until it has said so."""
-    try:
-        expect(link.control, Committed, BUILD_S)
-    except (ConnectionLost, ProtocolError) as error:
-        pids = _pids(tree)
-        raise Parked(
-            f"it is not known whether it runs on the other host ({error.what}); it stays stopped here",
-            where=f"pid {pids[0]}",
-            remedy=f"if it does not run there, let it run here with: kill -CONT {' '.join(pids)}",
-        ) from error
+    images[BUNDLE] = pack_bundle(checkpoint.memory, pages)
+    control.send(Images(pack(images)))
 
 
 @contextmanager
-def _lost_from_here(tree: FrozenTree, server: PageServer) -> Iterator[None]:
-    """The tree runs on the other host, which has failed or gone before it had every page."""
+def _parked(tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_at: float) -> Iterator[None]:
+    """Inside, no thread of the tree runs on, whatever becomes of us. It goes on here after every error but Parked."""
+    processes = parking(tree)
+    held = to_facts(holding_of(dump, processes))
+    journal.write("parked", held=held, root_vpid=dump.checkpoint.root.vpid, frozen_at=frozen_at)
+    park_tree(tree, processes)
+    hold.keep()
     try:
         yield
-    except LazyprocError as error:
-        sent = sum(counters.pages + counters.zero for counters in server.counters().values())
-        pids = _pids(tree)
-        raise LostAfterCommit(
-            f"the move to the other host was lost after {sent} pages ({error.what}); it stays stopped here",
-            where=f"pid {pids[0]}",
-            remedy=f"if it does not run there, let it run here with: kill -CONT {' '.join(pids)}; else end it",
-        ) from error
+    except Parked:
+        hold.forget()
+        raise
+    except BaseException:
+        unpark_tree(tree, processes)
+        journal.remove()
+        raise
 
 
-def _pids(tree: FrozenTree) -> list[str]:
-    return [str(task.pid) for task in tree.tasks.values() if not task.zombie]
+def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
+    """In place of a process that was killed after it had parked the tree: the same from there, by the journal.
+
+    Raises LazyprocError when nothing was parked yet: then the tree runs.
+    """
+    journal = Journal(record.session, SOURCE, record.facts)
+    journal.facts |= _crew()
+    if record.state == "preparing":
+        journal.remove()
+        raise LazyprocError(
+            "the process that was moving it was killed; it runs here as before",
+            where=f"pid {record.facts['root_pid']}",
+        )
+    journal.write(record.state, durable=False)
+    held = from_facts(record.facts["held"])
+    with deaf(), held.open() as pages, PageServer(pages.segments()) as server:
+        serving = Serving(chain, server, held.extents, held.root_pid, listener)
+        try:
+            serving.until_committed()
+            frozen_ms = (time.time() - float(record.facts["frozen_at"])) * 1e3
+            running = serving.until_running()
+        except Refused:
+            held.let_run()
+            journal.remove()
+            raise
+        for name in ("frozen_ms", "blackout_ms"):  # of the first time, if it came so far
+            journal.facts.setdefault(name, frozen_ms)
+        journal.write("running", durable=False, remote_pid=running.get("root_pid"))
+        drained = serving.until_drained()
+        report = report_of(journal.facts, drained, server, chain)
+        held.end()
+        netfilter.release(netfilter.PREFIX + chain.session)
+        serving.release()
+        journal.remove()
+        listener(StateChanged("released", time.monotonic()))
+    return report
 
 
-def _serve(
-    link: Link, dump: Dump, server: PageServer, order: Order, listener: Listener, trace: TraceFile | None
-) -> Drained:
-    """Tell what there is, then wait while the C threads serve it."""
-    extents = dump.lazy_extents() if order.mode == "postcopy" else {}
-    link.control.send(map_of(extents))
-    total = sum(e.count for runs in extents.values() for e in runs)
-    while not isinstance(event := link.control.receive(POLL_S), Drained):
-        if isinstance(event, Trace) and trace is not None:
-            trace.write(event.records, event.lost)
-        elif event is not None:
-            return checked(event, Drained, link.control)
-        counters = server.counters()
-        urgent, bulk = counters["urgent"], counters["bulk"]
-        zero = urgent.zero + bulk.zero
-        moved = urgent.pages + bulk.pages
-        listener(PagesMoved(total, moved, zero, urgent.pages, bulk.pages, 0))
-    return event
-
-
-def _number(fields: Mapping[str, object], name: str) -> int:
-    value = fields.get(name)
-    if not isinstance(value, int):
-        raise ProtocolError(f"the receiver gave no {name}")
-    return value
-
-
-def _faults(fields: Mapping[str, object]) -> dict[str, float]:
-    faults = fields.get("fault_us")
-    if not isinstance(faults, dict):
-        raise ProtocolError("the receiver gave no fault_us")
-    return {str(name): float(value) for name, value in faults.items()}
-
-
-def rtt_us(channel: Channel) -> float:
-    """The kernel's smoothed round trip time, tcpi_rtt of struct tcp_info (tcp(7))."""
-    info = channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-    return float(struct.unpack_from("<I", info, 68)[0])
+def _crew() -> dict[str, int]:
+    """Who works on it, for `sessions` and `abort`."""
+    return {"server_pid": os.getpid(), "keeper_pid": os.getppid()}

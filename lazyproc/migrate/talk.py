@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import time
 from typing import TypeVar
 
 from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, ProtocolError
 from lazyproc.pages.transport import Channel
-from lazyproc.wire.native import Abort, Event
+from lazyproc.wire.native import Abort, Event, Ping
 
 E = TypeVar("E", bound=Event)
+PING_S = 1.0
+DEAD_S = 5.0  # a peer that has not even answered for so long is gone
 
 
 class Refused(LazyprocError):
@@ -47,6 +51,31 @@ def checked(event: Event, kind: type[E], channel: Channel) -> E:
     return event
 
 
+class Pulse:
+    """Whether the other side of a control channel is still there: a cable that is cut says nothing, and TCP notices
+    only what was sent.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._asked = 0.0
+
+    def check(self) -> None:
+        """To be called again and again between calls of `receive`. Raises ConnectionLost."""
+        now = time.monotonic()
+        if now - self._channel.heard > DEAD_S:
+            raise ConnectionLost(f"nothing heard for {DEAD_S:.0f} s", where=self._channel.peer)
+        if now - self._asked > PING_S:
+            self._asked = now
+            self._channel.send(Ping())
+
+
 def milliseconds(since: float) -> float:
     """Since a reading of time.monotonic()."""
     return (time.monotonic() - since) * 1e3
+
+
+def rtt_us(channel: Channel) -> float:
+    """The kernel's smoothed round trip time, tcpi_rtt of struct tcp_info (tcp(7))."""
+    info = channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return float(struct.unpack_from("<I", info, 68)[0])

@@ -51,8 +51,8 @@ class Session:
     def new(cls) -> Session:
         return cls(secrets.token_hex(8), secrets.token_hex(16))
 
-    def hello(self, role: Role) -> Hello:
-        return Hello(role, self.id, self.token)
+    def hello(self, role: Role, *, resume: bool = False) -> Hello:
+        return Hello(role, self.id, self.token, resume=resume)
 
     def owns(self, hello: Hello) -> bool:
         """Whether a HELLO belongs to this session; takes the same time whatever is wrong with the token."""
@@ -73,12 +73,24 @@ class Channel:
     def __init__(self, sock: socket.socket, side: Party, *, dialled: bool) -> None:
         self.peer = peer_name(sock)
         self.hello: Hello | None = None  # once it has passed
+        self.heard = time.monotonic()  # when the peer last said anything
         self._sock = sock
         self._connection = Connection(side, dialled=dialled)
         self._sending = threading.Lock()
         sock.setblocking(True)
         if sock.family != socket.AF_UNIX:
             _tune(sock)
+
+    @classmethod
+    def adopted(cls, sock: socket.socket, side: Party, hello: Hello, *, welcomed: bool) -> Channel:
+        """A connection whose HELLO another process has read, and answered if it is `welcomed`."""
+        channel = cls(sock, side, dialled=False)
+        other = Party.DESTINATION if side is Party.SOURCE else Party.SOURCE
+        channel._connection.receive_data(Connection(other, dialled=True).send(hello))
+        channel.hello = hello
+        if welcomed:
+            channel._connection.send(Welcome(hello.session))
+        return channel
 
     def __enter__(self) -> Self:
         return self
@@ -133,9 +145,9 @@ class Channel:
         assert self.hello is not None, "the HELLO has come"
         self.send(Welcome(self.hello.session))
 
-    def refuse(self, reason: str) -> None:
-        """Says why, to a peer who may know, and hangs up. Who may not know is just closed."""
-        self.send(Abort({"reason": reason}))
+    def refuse(self, reason: str, *, again: bool = False) -> None:
+        """Says why, to a peer who may know, and hangs up; who may not is just closed. `again`: later it may be yes."""
+        self.send(Abort({"reason": reason, **({"again": True} if again else {})}))
         self.close()
 
     def check_version(self) -> None:
@@ -169,6 +181,7 @@ class Channel:
             return None
         if not data:
             raise ConnectionLost("the peer has hung up", where=self.peer)
+        self.heard = time.monotonic()
         try:
             event = next(iter(self._connection.receive_data(data)), None)
         except ProtocolError as error:
@@ -210,6 +223,10 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(level, name, value)
 
 
+class Declined(ProtocolError):
+    """The HELLO was understood, and answered with no."""
+
+
 # --- who dials ------------------------------------------------------------------------------------------
 
 
@@ -236,7 +253,10 @@ def _check_answer(answer: Event | None, hello: Hello, address: str) -> None:
     if answer is None:
         raise ConnectionLost("connected, but there is no answer", where=address, remedy="is it lazyproc?")
     if isinstance(answer, Abort):
-        raise ProtocolError(f"refused: {answer.fields.get('reason')!s:.200}", where=address)
+        refusal = f"refused: {answer.fields.get('reason')!s:.200}"
+        if answer.fields.get("again") is True:
+            raise ConnectionLost(refusal, where=address)
+        raise Declined(refusal, where=address)
     if not isinstance(answer, Welcome) or (answer.session, answer.version) != (hello.session, VERSION):
         raise ProtocolError(f"{answer} is no answer to {hello}", where=address)
 
@@ -260,8 +280,8 @@ def _connect(address: str, timeout: float) -> socket.socket:
 # --- who listens ----------------------------------------------------------------------------------------
 
 
-def listen(address: str, side: Party, *, trust: Trust, report: events.Listener = events.ignore) -> Listener:
-    """A Listener at HOST:PORT; port 0 takes a free one. Raises UsageError for the address, CannotListen."""
+def listen(address: str, side: Party, *, trust: Trust, report: events.Listener = events.ignore) -> Door:
+    """A Door at HOST:PORT; port 0 takes a free one. Raises UsageError for the address, CannotListen."""
     host, port = parse_address(address)
     try:
         family, kind, protocol, _, name = socket.getaddrinfo(
@@ -278,7 +298,7 @@ def listen(address: str, side: Party, *, trust: Trust, report: events.Listener =
         sock.close()
         what, remedy = _BIND.get(error.errno or 0, (str(error.strerror), ""))
         raise CannotListen(what, where=address, remedy=remedy) from None
-    return Listener(sock, side, trust, report)
+    return Door(sock, side, trust, report)
 
 
 _BIND = {
@@ -288,7 +308,7 @@ _BIND = {
 }
 
 
-class Listener:
+class Door:
     """Lets peers in: checks who they are, waits for their HELLO, and hands them out. A context manager.
 
     `fileno` becomes readable when `accept` has something to do. Refusals go to `report` as a Note and change
@@ -314,6 +334,12 @@ class Listener:
     @property
     def port(self) -> int:
         return int(self._sock.getsockname()[1])
+
+    @property
+    def address(self) -> str:
+        """Where it listens, for `listen` to do so again."""
+        host, port = self._sock.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def fileno(self) -> int:
         return self._selector.fileno()

@@ -10,18 +10,18 @@ from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.kernel import proc
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.model import Extent
+from lazyproc.restore.lazytree import LazyTree
 from lazyproc.restore.pages import LazyRange
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Pager
 
-USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
+ANCHOR_LINKS = ("anon_inode:[userfaultfd]", "/memfd:lazyproc-ledger (deleted)")
 ROUNDS = 8
 
 
-def pager_of(tree: BuiltTree, *, trace: bool = False) -> Pager:
-    """A pager that knows the tree's processes and which of their pages are there already; not started."""
-    pager = Pager(trace=trace)
+def introduce(pager: Pager, tree: BuiltTree) -> None:
+    """Tell the pager, whose ledger the tree was built with, of its processes and the pages that are there already."""
     spaces = {vpid: pager.add_space(os.dup(fd), vpid) for vpid, fd in tree.userfaultfds.items()}
     for r in tree.lazy:
         pager.add_region(spaces[r.vpid], r.addr, r.length, r.object, r.object_addr)
@@ -32,7 +32,6 @@ def pager_of(tree: BuiltTree, *, trace: bool = False) -> Pager:
         for extent in _inside(eager, [r for r in tree.lazy if r.object == obj]):
             pager.mark_installed(obj, extent.addr, extent.count)
     pager.add_eager(count)
-    return pager
 
 
 def _inside(extents: Sequence[Extent], ranges: Sequence[LazyRange]) -> Iterator[Extent]:
@@ -41,7 +40,7 @@ def _inside(extents: Sequence[Extent], ranges: Sequence[LazyRange]) -> Iterator[
             yield extent
 
 
-def finish(pager: Pager, tree: BuiltTree) -> None:
+def finish(pager: Pager, tree: LazyTree) -> None:
     """Every page is there: the kernel serves the memory alone again, in huge pages where the source had them.
 
     The anchors go between the pager's two steps: memory that grew while it was registered is let go by that.
@@ -50,19 +49,19 @@ def finish(pager: Pager, tree: BuiltTree) -> None:
     _drop_anchors(tree)
     with ExitStack() as stack:
         pidfds = {}
-        for vpid, site in tree.sites.items():
+        for task in tree.tasks:
             with suppress(ProcessLookupError):
-                pidfds[vpid] = pidfd_open(site.pid)
-                stack.callback(os.close, pidfds[vpid])
-        pager.finish((pidfds[r.vpid], r.addr, r.length) for r in tree.lazy if r.huge and r.vpid in pidfds)
+                pidfds[task.pid] = pidfd_open(task.pid)
+                stack.callback(os.close, pidfds[task.pid])
+        pager.finish((pidfds[pid], addr, length) for pid, addr, length in tree.huge if pid in pidfds)
 
 
-def _drop_anchors(tree: BuiltTree) -> None:
+def _drop_anchors(tree: LazyTree) -> None:
     """In the tasks, and in the children they have forked meanwhile, which have inherited them: parents first, and
     again until nobody has one, since a child may be forked while we are on our way.
     """
-    numbers = {site.anchor for site in tree.sites.values()} - {-1}
-    roots = [tree.nursery.pid, *(site.pid for site in tree.sites.values())]  # orphans are the nursery's
+    numbers = {number for task in tree.tasks for number in (task.userfaultfd, task.ledger)}
+    roots = [tree.nursery_pid, *(task.pid for task in tree.tasks)]  # orphans are the nursery's
     failed: LazyprocError | None = None
     for _ in range(ROUNDS):
         holders = [(pid, n) for pid in _family(roots) for n in numbers if _is_anchor(pid, n)]
@@ -85,7 +84,7 @@ def _close_in(pid: int, number: int) -> None:
 
 def _is_anchor(pid: int, number: int) -> bool:
     try:
-        return os.readlink(f"/proc/{pid}/fd/{number}") == USERFAULTFD_LINK
+        return os.readlink(f"/proc/{pid}/fd/{number}") in ANCHOR_LINKS
     except OSError:
         return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 from lazyproc.errors import ImageError, RestoreError
 from lazyproc.facts import dataclass, replace
@@ -85,12 +85,14 @@ def lazy_ranges(checkpoint: Checkpoint) -> Iterator[LazyRange]:
 
 
 def register(
-    sites: Mapping[int, Site], checkpoint: Checkpoint, stack: ExitStack
+    sites: Mapping[int, Site], checkpoint: Checkpoint, ledger: int, stack: ExitStack
 ) -> tuple[dict[int, int], tuple[LazyRange, ...]]:
     """A userfaultfd in every task that has lazy ranges, shared with us and registered. Ours is closed by `stack`.
 
     The task keeps its own as an *anchor*, on a number out of the program's way: when the last reference to a
     userfaultfd goes, missing pages read as zeros. So they wait as long as the process lives, whatever becomes of us.
+    With it goes the pager's `ledger`, which tells whoever completes the tree then what never came from what was
+    dropped. The task may only read it.
     """
     ranges = tuple(lazy_ranges(checkpoint))
     userfaultfds = {}
@@ -99,10 +101,10 @@ def register(
         if not mine:
             continue
         (theirs,) = site.run(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)))
-        (site.anchor,) = site.run(
-            Call("fcntl", (theirs, fcntl.F_DUPFD_CLOEXEC, site.transport_fd + ABOVE_TRANSPORT))
-        )
-        site.run(Call("close", (theirs,)))
+        site.anchor = _out_of_the_way(site, theirs)
+        with _readable(ledger) as own:
+            (copy,) = site.receive([own])
+        site.ledger = _out_of_the_way(site, copy)
         fd = userfaultfds[vpid] = pidfd_getfd(site.pidfd, site.anchor)
         stack.callback(os.close, fd)
         device = Userfaultfd.from_fd(fd)
@@ -110,6 +112,25 @@ def register(
         for r in mine:
             device.register(r.addr, r.length)
     return userfaultfds, ranges
+
+
+def _out_of_the_way(site: Site, fd: int) -> int:
+    """The number of a task's descriptor after it was moved above all that the program uses."""
+    lowest = site.transport_fd + ABOVE_TRANSPORT
+    (moved,) = site.run(Call("fcntl", (fd, fcntl.F_DUPFD_CLOEXEC, lowest)))
+    site.run(Call("close", (fd,)))
+    return moved
+
+
+@contextmanager
+def _readable(ledger: int) -> Iterator[int]:
+    """The ledger once more, for reading only; its mode keeps the task's user from opening it again for writing."""
+    os.fchmod(ledger, 0o600)
+    fd = os.open(f"/proc/self/fd/{ledger}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def fill(

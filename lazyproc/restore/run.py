@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.kernel.cgroup import remove
-from lazyproc.model import Checkpoint, MemoryObject
+from lazyproc.model import Extent, MemoryObject
 from lazyproc.pages.images import ImagePages
-from lazyproc.restore.lazy import finish, pager_of
-from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
+from lazyproc.restore.lazy import finish, introduce
+from lazyproc.restore.lazytree import LazyTree
+from lazyproc.restore.tree import Pidns, built_tree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Counters, Pager, PagerState
-from lazyproc.uffd.policy import Policy, named
+from lazyproc.uffd.policy import Chunk, named
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,10 @@ class RestoreReport:
 class Restored:
     """A tree that runs. `pager` is None when nothing was lazy."""
 
-    tree: BuiltTree
-    nursery_pid: int
-    root_pid: int
-    root_vpid: int
+    tree: LazyTree
     started: float
     pager: Pager | None
-    _policy: Policy | None = field(default=None, kw_only=True)  # until the pager has its plan
+    _plan: Callable[[], Iterable[Chunk]] | None = field(default=None, kw_only=True)  # until the pager has it
     _status: int | None = field(default=None, kw_only=True)
 
     def wait_drained(self, timeout: float | None = None) -> bool:
@@ -61,9 +59,9 @@ class Restored:
         """
         if self.pager is None:
             return True
-        if self._policy is not None:
-            policy, self._policy = self._policy, None
-            self.pager.plan(policy(_lazy(self.tree.checkpoint)))
+        if self._plan is not None:
+            plan, self._plan = self._plan, None
+            self.pager.plan(plan())
         if not self.pager.wait(timeout):
             self._demand_source(self.pager)
             return False
@@ -84,9 +82,13 @@ class Restored:
     def wait_root(self, *, block: bool = True) -> int | None:
         """The root's exit status as a shell gives it (128 + signal), None while it runs and `block` is False."""
         if self._status is None:
-            pid, status = os.waitpid(self.nursery_pid, 0 if block else os.WNOHANG)
+            pid, status = os.waitpid(self.tree.nursery_pid, 0 if block else os.WNOHANG)
             self._status = os.waitstatus_to_exitcode(status) if pid else None
         return self._status
+
+    @property
+    def root_pid(self) -> int:
+        return self.tree.root_pid
 
     def forward(self, sig: signal.Signals) -> None:
         os.kill(self.root_pid, sig)
@@ -94,7 +96,7 @@ class Restored:
     def report(self) -> RestoreReport:
         """The figures so far."""
         total_ms = (time.monotonic() - self.started) * 1e3
-        report = RestoreReport(self.root_pid, self.root_vpid, total_ms, ended=self._status is not None)
+        report = RestoreReport(self.root_pid, self.tree.root_vpid, total_ms, ended=self._status is not None)
         counters = self.counters()
         if counters is None:
             return report
@@ -134,10 +136,15 @@ def restore(
     with ExitStack() as stack:
         record = stack.enter_context(_recording(trace, listener)) if trace is not None else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
-        with built_tree(checkpoint, source, listener, lazy=lazy, pidns=pidns, cgroup=cgroup) as tree:
+        pager = stack.enter_context(Pager(trace=trace is not None)) if lazy else None
+        ledger = pager.ledger if pager else None
+        with built_tree(checkpoint, source, listener, ledger=ledger, pidns=pidns, cgroup=cgroup) as tree:
             stack.callback(remove, tree.groups)  # in case it ends before us
-            started_pager = _started_pager(tree, source, bulk, trace is not None)
-            pager = stack.enter_context(started_pager) if lazy else None
+            if pager is not None:
+                introduce(pager, tree)
+                pager.serve_segments(source.segments())
+                pager.start(bulk=bulk)
+            remains = tree.lazy_tree()
             tree.release()
             if record is not None and pager is not None:
                 record(pager)
@@ -145,8 +152,8 @@ def restore(
             if pager is not None:
                 # Only now: content is served without the map, and the map's cost grows with memory.
                 pager.apply_map(tree.checkpoint.memory)
-        root = tree.root_pid
-        yield Restored(tree, tree.nursery.pid, root, checkpoint.root.vpid, started, pager, _policy=order)
+        memory = tree.checkpoint.memory
+        yield Restored(remains, started, pager, _plan=lambda: order(_lazy(memory)))
 
 
 @contextmanager
@@ -164,13 +171,5 @@ def _recording(path: Path | str, listener: Listener) -> Iterator[Callable[[Pager
         yield record
 
 
-@contextmanager
-def _started_pager(tree: BuiltTree, source: ImagePages, bulk: bool, trace: bool) -> Iterator[Pager]:
-    with pager_of(tree, trace=trace) as pager:
-        pager.serve_segments(source.segments())
-        pager.start(bulk=bulk)
-        yield pager
-
-
-def _lazy(checkpoint: Checkpoint) -> Mapping[MemoryObject, Extents]:
-    return {obj: Extents.of(runs).where(lazy=True) for obj, runs in checkpoint.memory.items()}
+def _lazy(memory: Mapping[MemoryObject, Sequence[Extent]]) -> Mapping[MemoryObject, Extents]:
+    return {obj: Extents.of(runs).where(lazy=True) for obj, runs in memory.items()}

@@ -33,6 +33,7 @@ class Site:
     transport_fd: int
     threads: dict[int, Tracee] = field(default_factory=dict)  # by tid as the task sees it
     anchor: int = -1  # number of the userfaultfd in the task's own descriptor table
+    ledger: int = -1  # of the pager's ledger there
 
     @property
     def pid(self) -> int:

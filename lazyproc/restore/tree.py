@@ -30,6 +30,7 @@ from lazyproc.restore.creation import Maker, make_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
 from lazyproc.restore.groups import nursery_in_group
+from lazyproc.restore.lazytree import LazyTask, LazyTree
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
@@ -60,6 +61,21 @@ class BuiltTree:
     def root_pid(self) -> int:
         return self.sites[self.checkpoint.root.vpid].pid
 
+    def lazy_tree(self) -> LazyTree:
+        """What is needed to complete it when it runs."""
+        anchored = [site for site in self.sites.values() if site.anchor >= 0]
+        return LazyTree(
+            root_pid=self.root_pid,
+            root_vpid=self.checkpoint.root.vpid,
+            nursery_pid=self.nursery.pid,
+            tasks=tuple(
+                LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger)
+                for site in anchored
+            ),
+            huge=tuple((self.sites[r.vpid].pid, r.addr, r.length) for r in self.lazy if r.huge),
+            groups=tuple(self.groups),
+        )
+
     def release(self) -> None:
         """Let it run. From here on it is nobody's tracee.
 
@@ -75,6 +91,10 @@ class BuiltTree:
                 tracee.detach()
         if self.checkpoint.root.vpid != 1:
             self.nursery.become_parent_of(self.checkpoint.root.vpid)
+
+
+def _started(pid: int) -> int:
+    return proc.stat(proc.read(pid, "stat")).start_time
 
 
 def needs_new_pidns(checkpoint: Checkpoint) -> bool:
@@ -106,27 +126,28 @@ def built_tree(
     source: PageSource,
     listener: Listener,
     *,
-    lazy: bool,
+    ledger: int | None,
     pidns: Pidns,
     cgroup: str | None = None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
-    `source` gives the pages that have to be there at once (all of them unless `lazy`). The tree is in a cgroup of its
-    own, or in `cgroup` (a path as in /proc/PID/cgroup). Raises RestoreError naming the step, PidTaken in pid namespace
-    "host", ImageError, UsageError for `cgroup`, and whatever the kernel refuses.
+    `source` gives the pages that have to be there at once: all of them, unless a pager, whose `ledger` this is, brings
+    the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Raises
+    RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and whatever
+    the kernel refuses.
     """
-    if lazy:
+    if ledger is not None:
         demand_for_tasks()
-    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=lazy), listener)
+    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=ledger is not None), listener)
     new = pidns == "new" or (pidns == "auto" and needs_new_pidns(checkpoint))
     with ExitStack() as stack:
         try:
-            tree = stack.enter_context(_built(checkpoint, source, listener, lazy, new, cgroup))
+            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, new, cgroup))
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
-            tree = stack.enter_context(_built(checkpoint, source, listener, lazy, True, cgroup))
+            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, True, cgroup))
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -153,7 +174,7 @@ def _built(
     checkpoint: Checkpoint,
     source: PageSource,
     listener: Listener,
-    lazy: bool,
+    ledger: int | None,
     new_pidns: bool,
     cgroup: str | None,
 ) -> Iterator[BuiltTree]:
@@ -184,7 +205,11 @@ def _built(
                 memory.map_all(site, checkpoint, files, shared)
             objects.mark_removed(checkpoint)
             clock.done("memory map")
-            userfaultfds, ranges = pages.register(sites, checkpoint, stack) if lazy else ({}, ())
+            if ledger is None:
+                userfaultfds: dict[int, int] = {}
+                ranges: tuple[pages.LazyRange, ...] = ()
+            else:
+                userfaultfds, ranges = pages.register(sites, checkpoint, ledger, stack)
             pages.fill(sites, checkpoint, source, userfaultfds, shared)
             seal_memfds(checkpoint, shared)
             clock.done("eager pages")

@@ -40,6 +40,11 @@ def migrate_text(report: MigrateReport, pid: int, target: str) -> str:
     return f"pid {pid} is at {target} and {ending}\n{measures(asdict(report))}"
 
 
+def resume_text(session: str, fields: Mapping[str, object]) -> str:
+    """Of either side of a session that is complete."""
+    return f"session {session} is complete: {fields['pages_total']} pages ({_by_way(fields)})"
+
+
 def measures(fields: Mapping[str, object]) -> str:
     """The figures of a migration's report, as `--json` has them, as a table."""
     rows = [

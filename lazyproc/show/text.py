@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
-def print_json(fields: Mapping[str, object]) -> None:
-    """One object on one line of standard output."""
+def print_json(fields: Mapping[str, object] | Sequence[Mapping[str, object]]) -> None:
+    """One object, or a list of them, on one line of standard output."""
     import json
 
     print(json.dumps(fields), flush=True)

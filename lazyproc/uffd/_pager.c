@@ -150,6 +150,33 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
     return error;
 }
 
+int pager_rebind(int ledger_fd, const int *uffds, size_t count)
+{
+    struct ledger ledger;
+    int error = ledger_open(&ledger, ledger_fd);
+
+    if (error)
+        return error;
+    for (uint32_t s = 0; s < ledger.head->spaces; s++) {
+        if (s < count && uffds[s] >= 0)
+            ledger.spaces[s].uffd = uffds[s];
+        else if (ledger.spaces[s].live)
+            ledger_retire(&ledger, s);
+    }
+    ledger_close(&ledger);
+    return 0;
+}
+
+int64_t pager_remaining(int ledger_fd)
+{
+    uint64_t remaining;
+    ssize_t n = pread(ledger_fd, &remaining, sizeof(remaining), offsetof(struct ledger_head, remaining));
+
+    if (n < 0)
+        return -errno;
+    return n == sizeof(remaining) ? (int64_t)remaining : -EINVAL;
+}
+
 static void close_if_open(int fd)
 {
     if (fd >= 0)
@@ -441,6 +468,16 @@ int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count)
     kick(p->fault_kick);
     kick(p->bulk_kick);
     return error;
+}
+
+bool pager_map_known(struct pager *p)
+{
+    bool known;
+
+    pthread_mutex_lock(&p->lock);
+    known = p->ledger.head->map_known;
+    pthread_mutex_unlock(&p->lock);
+    return known;
 }
 
 /* --- running ----------------------------------------------------------------------------------------------------- */

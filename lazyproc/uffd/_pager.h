@@ -54,6 +54,10 @@ struct pager_fault {
 
 /* ledger_fd < 0: a new ledger; else goes on with that one, whose pager must have ended. */
 int pager_new(int ledger_fd, bool trace, struct pager **result);
+/* The userfaultfds of a ledger whose processes are all gone, by the order in which they were added: those of children
+ * that were forked since are lost. Before pager_new. */
+int pager_rebind(int ledger_fd, const int *uffds, size_t count);
+int64_t pager_remaining(int ledger_fd); /* pages that still wait; the descriptor may be for reading only */
 void pager_free(struct pager *p); /* stops; closes no userfaultfd */
 int pager_ledger_fd(const struct pager *p);
 
@@ -69,6 +73,7 @@ int pager_set_remote(struct pager *p, int urgent, int bulk);                    
 int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count);
 int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count);
 
+bool pager_map_known(struct pager *p); /* to this pager or an earlier one of its ledger */
 int pager_start(struct pager *p, bool bulk, uint64_t max_rate); /* bytes a second, 0: as fast as faults allow */
 int pager_wait(struct pager *p, int timeout_ms); /* enum pager_status, at once when it is not RUNNING; -ETIMEDOUT */
 int pager_status(struct pager *p, char *reason, size_t size);

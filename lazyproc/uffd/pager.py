@@ -127,6 +127,18 @@ def _table(kind: str, rows: array[int]) -> tuple[Any, int]:
     return table, len(table)
 
 
+def rebind(ledger: int, userfaultfds: Sequence[int]) -> None:
+    """Give a ledger, whose pagers are gone with their descriptor table, the userfaultfds of its processes anew, in the
+    order in which they were added (-1: that process has ended). Before a Pager takes it over.
+    """
+    _check(lib.pager_rebind(ledger, ffi.new("int[]", list(userfaultfds)), len(userfaultfds)), "ledger")
+
+
+def remaining(ledger: int) -> int:
+    """How many pages still wait, by a ledger that is open for reading."""
+    return _check(int(lib.pager_remaining(ledger)), "ledger")
+
+
 class Pager:
     """Serves the missing pages of one or more processes. A context manager that stops the threads.
 
@@ -215,6 +227,11 @@ class Pager:
             lazy = Extents.of(runs).where(lazy=True)
             rows += interleaved(array("Q", [obj.key]) * len(lazy), lazy.addrs, lazy.counts)
         lib.pager_apply_map(self._pager, *_table("pager_run", rows))
+
+    @property
+    def map_known(self) -> bool:
+        """Whether `apply_map` was called, for this pager or an earlier one of its ledger."""
+        return bool(lib.pager_map_known(self._pager))
 
     # --- running ---
 

@@ -100,6 +100,7 @@ class Hello:
     token: str = field(repr=False)
     version: int = VERSION
     revision: int = REVISION
+    resume: bool = False  # to go on with a session that has been handed over
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,10 +403,11 @@ def _to_frame(kind: Type, event: Event, length: int) -> Frame:
 
 def _to_payload(event: Event) -> bytes:
     match event:
-        case Hello(role, session, token, version, revision):
+        case Hello(role, session, token, version, revision, resume):
             _check_names(session, token)
             greeting: dict[str, JsonValue] = {"version": version, "revision": revision, "role": role.value}
-            return jsonobject.encode({**greeting, "session": session, "token": token})
+            going_on: dict[str, JsonValue] = {"resume": True} if resume else {}
+            return jsonobject.encode({**greeting, "session": session, "token": token, **going_on})
         case Welcome(session, version, revision):
             _check_names(session)
             return jsonobject.encode({"version": version, "revision": revision, "session": session})
@@ -439,7 +441,11 @@ def _to_hello(payload: bytes) -> Hello:
         role = Role(str(fields.get("role")))
     except ValueError:
         raise ProtocolError(f"HELLO names the unknown role {fields.get('role')!r:.40}") from None
-    return Hello(role, _name(fields, "session"), _name(fields, "token"), _version(fields), _revision(fields))
+    resume = fields.get("resume", False)
+    if not isinstance(resume, bool):
+        raise ProtocolError("HELLO's resume is neither true nor false")
+    names = _name(fields, "session"), _name(fields, "token")
+    return Hello(role, *names, _version(fields), _revision(fields), resume)
 
 
 def _to_welcome(payload: bytes) -> Welcome:

@@ -17,7 +17,8 @@ from lazyproc.images.files import Folder
 from lazyproc.kernel import proc
 from lazyproc.model import PAGE, Checkpoint, MemoryObject, ObjectKind
 from lazyproc.pages.images import ImagePages
-from lazyproc.restore.lazy import finish, pager_of
+from lazyproc.restore.lazy import finish, introduce
+from lazyproc.restore.lazytree import LazyTree
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.runs import Segment
 from lazyproc.trace import Fault
@@ -70,6 +71,7 @@ class Arrival:
     """A restored tree whose lazy pages come on demand only. `pid` is its root, as we see it."""
 
     tree: BuiltTree
+    remains: LazyTree
     pager: Pager
     source: ImagePages
     watch: Watch
@@ -110,7 +112,7 @@ class Arrival:
     def drain(self) -> None:
         """Started in bulk: let all pages come, and give the memory back to the kernel alone."""
         assert self.pager.wait(END_S), self.pager.reason
-        finish(self.pager, self.tree)
+        finish(self.pager, self.remains)
 
     def wait_exit(self) -> int:
         """The root's exit status, which the nursery passes on."""
@@ -145,15 +147,16 @@ def arriving(
     with ExitStack() as stack:
         source = stack.enter_context(ImagePages(Folder(left.images), memory_objects(wanted)))
         server = stack.enter_context(closing(LatePages(source)))
-        with built_tree(wanted, source, ignore, lazy=True, pidns=pidns) as tree:
-            pager = stack.enter_context(pager_of(tree, trace=True))
+        pager = stack.enter_context(Pager(trace=True))
+        with built_tree(wanted, source, ignore, ledger=pager.ledger, pidns=pidns) as tree:
+            introduce(pager, tree)
             stack.callback(_let_go, tree, pager)
             pager.serve_segments(_on_time(source.segments(), late))
             for addr in late.values():
                 server.hold("urgent", addr)
             pager.serve_remote(*server.connect())
             pager.apply_map(tree.checkpoint.memory)
-            arrival = Arrival(tree, pager, source, left.watch, server)
+            arrival = Arrival(tree, tree.lazy_tree(), pager, source, left.watch, server)
             if start:
                 arrival.start()
             tree.release()

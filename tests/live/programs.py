@@ -191,3 +191,10 @@ def running(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def stands_still(program: Program, seconds: float = 0.2) -> bool:
+    """Nothing tells when nothing happens: this is the one thing that only time can show."""
+    before = program.watch.read()
+    time.sleep(seconds)
+    return program.watch.read() == before

@@ -265,19 +265,6 @@ def test_killed_while_frozen_a_tree_is_gone(tmp_path: Path) -> None:
         assert not Path(f"/proc/{program.pid}").exists()
 
 
-def test_a_tree_stopped_for_good_does_not_run_without_its_tracer(tmp_path: Path) -> None:
-    with tracee(PLAIN, tmp_path) as it:
-        child = os.fork()
-        if child == 0:
-            with frozen_tree(it.pid) as tree:
-                tree.stop_for_good()
-                os.kill(os.getpid(), signal.SIGKILL)
-        os.waitpid(child, 0)
-        wait_until(lambda: state_of(it.pid) == "T", "it is stopped")
-        os.kill(it.pid, signal.SIGCONT)
-        wait_until(lambda: state_of(it.pid) == "S", "it goes on")
-
-
 def test_a_freeze_belongs_to_the_thread_that_made_it(tmp_path: Path) -> None:
     """A tracing thread that ends lets everything go."""
     with tracee(PLAIN, tmp_path) as it:

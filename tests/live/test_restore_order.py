@@ -46,4 +46,4 @@ def test_the_policy_is_asked_once_and_when_the_tree_runs(
             left.watch.wait_beats()
         finally:
             restored.forward(signal.SIGKILL)
-            os.waitpid(restored.nursery_pid, 0)
+            os.waitpid(restored.tree.nursery_pid, 0)

@@ -32,7 +32,7 @@ from lazyproc.pages.frozen import FrozenPages, Place
 from lazyproc.pages.peer import Trust, find_uid, peer_uid
 from lazyproc.pages.remote import RemotePages, extents_of, map_of
 from lazyproc.pages.server import PageServer
-from lazyproc.pages.transport import Channel, Listener, Session, dial, listen, parse_address
+from lazyproc.pages.transport import Channel, Door, Session, dial, listen, parse_address
 from lazyproc.wire.frame import Flag, Type
 from lazyproc.wire.native import (
     Connection,
@@ -62,7 +62,7 @@ US = Trust()
 
 
 @contextmanager
-def listening(address: str = "127.0.0.1:0", trust: Trust = US) -> Iterator[tuple[Listener, str, list[str]]]:
+def listening(address: str = "127.0.0.1:0", trust: Trust = US) -> Iterator[tuple[Door, str, list[str]]]:
     """(listener, its address, what it reported); the listener is the destination."""
     notes: list[str] = []
 
@@ -74,7 +74,7 @@ def listening(address: str = "127.0.0.1:0", trust: Trust = US) -> Iterator[tuple
         yield listener, f"{address.rpartition(':')[0]}:{listener.port}", notes
 
 
-def accepted(listener: Listener) -> Channel:
+def accepted(listener: Door) -> Channel:
     channel = listener.accept(10)
     assert channel is not None
     return channel

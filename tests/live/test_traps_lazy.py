@@ -148,7 +148,7 @@ def test_the_end_of_the_process_is_the_end_of_the_pager(tmp_path: Path) -> None:
         it.go()
         counters = it.end_well()
         assert counters.dropped >= PAGES
-        finish(it.pager, it.tree)
+        finish(it.pager, it.remains)
         assert it.pager.spaces() == ()
 
 

@@ -36,7 +36,7 @@ def moved(pid: int, sig: int = 0) -> Iterator[tuple[int, int]]:
         _signalled(pid, sig),
         dumped(tree) as dump,
         dump_pages(dump) as pages,
-        built_tree(dump.whole(), pages, ignore, lazy=False, pidns="new") as built,
+        built_tree(dump.whole(), pages, ignore, ledger=None, pidns="new") as built,
     ):
         root, parent = built.root_pid, built.nursery.pid
         tree.kill()

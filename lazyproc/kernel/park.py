@@ -1,0 +1,139 @@
+"""Parked, a process stays where it is whatever becomes of its tracer.
+
+ptrace is no freeze: a dead tracer's tracees run at once (tried), and any SIGCONT undoes a SIGSTOP. So each thread gets
+an endless pause(2) to run, with all signals blocked: traced it does not run at all, without a tracer it sleeps, and
+only SIGKILL ends it. Its own registers and mask are kept by whoever may let it go on (docs/adr/0009-parking.md). A
+thread with seccomp filters, which might kill it for pause(2), gets a loop without any call: that costs a CPU, but only
+while no tracer is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from lazyproc.errors import LazyprocError, NoSuchProcess, TraceeError
+from lazyproc.facts import dataclass
+from lazyproc.kernel import arch_x86_64 as arch
+from lazyproc.kernel import proc
+from lazyproc.kernel import tracee as ptrace
+from lazyproc.kernel.padding import padding
+from lazyproc.kernel.remote import STUB_ROOM
+from lazyproc.kernel.settle import Stopped, settle_again
+from lazyproc.kernel.tracee import Memory, Tracee
+from lazyproc.model import Registers
+
+STOP_MS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedThread:
+    """Where a thread goes on when it is let go."""
+
+    tid: int  # in our pid namespace
+    registers: Registers
+    blocked: int
+    interrupted_epoll: (
+        Registers | None
+    )  # in place of `registers` when a signal has come meanwhile: kernel/settle.py
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedProcess:
+    """One process of a parked tree. `started` (clock ticks since boot) tells it from a later one with its number."""
+
+    pid: int
+    started: int
+    at: int  # address of the code that its threads run
+    threads: tuple[ParkedThread, ...]
+
+
+def place_for(
+    pid: int, started: int, tracees: Sequence[Tracee], stopped: Sequence[Stopped], memory: Memory
+) -> ParkedProcess:
+    """What parking would do to a frozen process; nothing is done yet. Raises TraceeError."""
+    at = padding(
+        proc.maps(proc.read(pid, "maps")),
+        memory,
+        len(arch.PARK),
+        behind=STUB_ROOM,
+        stale=arch.PARK.__eq__,
+        ips=(each.state.registers.ip for each in stopped),
+    )
+    threads = tuple(
+        ParkedThread(tracee.tid, each.state.registers, each.state.blocked, each.interrupted_epoll)
+        for tracee, each in zip(tracees, stopped, strict=True)
+    )
+    return ParkedProcess(pid, started, at, threads)
+
+
+def park(process: ParkedProcess, tracees: Sequence[Tracee], filtered: Sequence[bool], memory: Memory) -> None:
+    """Park a frozen process. `filtered`: whether each thread has seccomp filters.
+
+    Registers before masks: between the two a dead tracer's thread pauses and still takes its signals.
+    """
+    memory.write(process.at, arch.PARK)
+    for tracee, thread, is_filtered in zip(tracees, process.threads, filtered, strict=True):
+        at = process.at + (arch.SPIN if is_filtered else 0)
+        tracee.set_registers(arch.parked(thread.registers, at))
+        tracee.set_blocked(arch.MASK64)
+
+
+def unpark(process: ParkedProcess, tracees: Sequence[Tracee], memory: Memory) -> None:
+    """The way back, by who has parked it and holds it still."""
+    for tracee, thread in zip(tracees, process.threads, strict=True):
+        _take_out(tracee, thread)
+    memory.write(process.at, bytes(len(arch.PARK)))
+
+
+def is_there(process: ParkedProcess) -> bool:
+    """Whether the process still lives, and is not another one with its number."""
+    return proc.lives(process.pid, process.started)
+
+
+def let_run(process: ParkedProcess) -> None:
+    """A process that was parked by somebody who is gone runs on where it was.
+
+    Raises NoSuchProcess when it has ended, PermissionDenied when somebody traces it, TraceeError when it runs.
+    """
+    if not is_there(process):
+        raise NoSuchProcess("has ended meanwhile", where=f"pid {process.pid}")
+    tracees: list[Tracee] = []
+    try:
+        for thread in process.threads:
+            tracee = Tracee(thread.tid)
+            tracee.seize()
+            tracees.append(tracee)
+            tracee.interrupt()
+            tracee.wait_stop(STOP_MS)
+        _put_back(process, tracees)
+    finally:
+        for tracee in reversed(tracees):
+            with suppress(LazyprocError):
+                tracee.detach()
+
+
+def _put_back(process: ParkedProcess, tracees: Sequence[Tracee]) -> None:
+    """Those that stand in the parking code. When its tracer died while it was being parked, the others run already:
+    their registers are their own, and the code stays, since a signal handler may have to return to it.
+    """
+    parked = [
+        (tracee, thread)
+        for tracee, thread in zip(tracees, process.threads, strict=True)
+        if process.at <= tracee.registers().ip < process.at + len(arch.PARK)
+    ]
+    if not parked:
+        raise TraceeError("is not parked: it runs already", where=f"pid {process.pid}")
+    with ptrace.memory(process.pid) as memory:
+        for tracee, thread in parked:
+            _take_out(tracee, thread)
+            status = proc.status(proc.read(process.pid, f"task/{thread.tid}/status"))
+            settle_again(tracee, thread.interrupted_epoll, status, thread.blocked)
+        if len(parked) == len(tracees):
+            memory.write(process.at, bytes(len(arch.PARK)))
+
+
+def _take_out(tracee: Tracee, thread: ParkedThread) -> None:
+    """Mask before registers: nobody runs on with all signals blocked."""
+    tracee.set_blocked(thread.blocked)
+    tracee.set_registers(thread.registers)

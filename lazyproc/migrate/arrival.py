@@ -1,0 +1,186 @@
+"""The destination's side of a hand-over, in order: prepare, build, commit, run. The pages follow (drain.py)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
+from lazyproc.events import Listener, Note, StateChanged
+from lazyproc.facts import asdict, dataclass
+from lazyproc.images.convert import from_images
+from lazyproc.images.files import unpack
+from lazyproc.kernel.netfilter import Flow
+from lazyproc.migrate.address import announce_all
+from lazyproc.migrate.answering import heard, obstacles_here
+from lazyproc.migrate.journal import Journal
+from lazyproc.migrate.link import Link
+from lazyproc.migrate.needs import obstacles_frame
+from lazyproc.migrate.talk import Unfit, expect
+from lazyproc.pages.bundle import NAME, BundledPages
+from lazyproc.pages.remote import RemotePages
+from lazyproc.restore.lazy import introduce
+from lazyproc.restore.lazytree import LazyTree, to_facts
+from lazyproc.restore.sockets import flows_to_hold
+from lazyproc.restore.tree import Pidns, built_tree
+from lazyproc.trace import Clock, TraceFile
+from lazyproc.uffd.pager import Pager
+from lazyproc.wire.jsonobject import JsonValue
+from lazyproc.wire.native import Abort, Built, Commit, Committed, Images, Prepared, Running
+
+PREPARE_S = 60.0
+FREEZE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which terms trees are taken in."""
+
+    pidns: Pidns = "auto"
+    overcommit: bool = False
+    cgroup: str | None = None  # a path as in /proc/PID/cgroup; None: one of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the source asked for in PREPARE."""
+
+    lazy: bool
+    policy: str
+    bulk: bool
+    max_rate: int
+    traced: bool  # it wants the faults
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], *, traced: bool | None = None) -> Wishes:
+        """Raises ProtocolError."""
+        max_rate = fields.get("max_rate", 0)
+        if not isinstance(max_rate, int):
+            raise ProtocolError("PREPARE's max_rate is no number")
+        lazy, bulk = fields.get("mode") == "postcopy", fields.get("bulk") is not False
+        wanted = fields.get("trace") is True if traced is None else traced
+        return cls(lazy, str(fields.get("policy")), bulk, max_rate, wanted)
+
+    def fields(self) -> dict[str, JsonValue]:
+        """As PREPARE has them; for a journal."""
+        mode = "postcopy" if self.lazy else "stopcopy"
+        return {
+            "mode": mode,
+            "policy": self.policy,
+            "bulk": self.bulk,
+            "max_rate": self.max_rate,
+            "trace": self.traced,
+        }
+
+
+class Arrival:
+    """One migration on its way in, up to the first instruction of the tree here. One thread does all its work: ptrace
+    calls have one tracer thread.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        terms: Terms,
+        journal: Journal,
+        listener: Listener,
+        *,
+        trace: TraceFile | None = None,
+        settle: Callable[[], object] = lambda: None,
+    ) -> None:
+        """With `trace` the faults go into that file, and the source does not get them. `settle` is called right before
+        the commit: from then on nothing is to interrupt us.
+        """
+        self._link = link
+        self._terms = terms
+        self._journal = journal
+        self._listener = listener
+        self._trace = trace
+        self._settle = settle
+        self.built = False  # it was said: from here on the source may be in doubt
+        self.committed = False
+
+    def begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
+        """Build the tree, commit, let it run. `pager` learns of its memory; `serve` is called when that is to be
+        filled, right before the tree runs: the journal has what it needs by then. Until the commit every error is
+        told to the source, and nothing is left here.
+        """
+        try:
+            return self._begin(pager, serve)
+        except (LazyprocError, OSError) as error:
+            if not self.committed:
+                self._refuse(error)
+            raise
+        except KeyboardInterrupt:
+            self._refuse(LazyprocError("the receiver was stopped"))
+            raise
+
+    def _begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
+        control = self._link.control
+        wishes = self._prepare()
+        images = unpack(expect(control, Images, FREEZE_S).data)
+        source = BundledPages(images.pop(NAME, b""), RemotePages(self._link.urgent, {}))
+        checkpoint = from_images(images)
+        ledger = pager.ledger if wishes.lazy else None
+        pidns, cgroup = self._terms.pidns, self._terms.cgroup
+        with built_tree(
+            checkpoint, source, self._listener, ledger=ledger, pidns=pidns, cgroup=cgroup
+        ) as tree:
+            introduce(pager, tree)
+            remains = tree.lazy_tree()
+            self._commit(remains, wishes, pager.ledger)
+            serve()
+            tree.release()
+            with suppress(ConnectionLost):  # whoever drains notices
+                control.send(Running({"root_pid": tree.root_pid}))
+            self._listener(StateChanged("running", time.monotonic()))
+            self._announce(flows_to_hold(checkpoint))
+        return remains
+
+    def _announce(self, flows: list[Flow]) -> None:
+        try:
+            announce_all(flows)
+        except OSError as error:
+            self._listener(Note(f"the moved addresses could not be announced: {error.strerror}"))
+
+    def _refuse(self, error: LazyprocError | OSError) -> None:
+        control = self._link.control
+        with suppress(ConnectionLost, ProtocolError):  # the source has given up itself
+            if not isinstance(error, Unfit):
+                control.send(Abort({"reason": str(error)}))
+            elif control.peer_revision:
+                control.send(obstacles_frame(error.obstacles))
+            else:
+                control.send(Abort({"reason": "; ".join(map(str, error.obstacles))}))
+
+    def _prepare(self) -> Wishes:
+        order, wanted = heard(self._link.control, PREPARE_S)
+        terms = self._terms
+        against = obstacles_here(
+            order, wanted, pidns=terms.pidns, overcommit=terms.overcommit, cgroup=terms.cgroup
+        )
+        if obstacles := tuple(against):
+            raise Unfit(obstacles)
+        clock = Clock.now()
+        if self._trace is not None:
+            self._trace.begin(self._link.session.id, clock)
+        wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
+        self._link.control.send(Prepared({"trace": asdict(clock)} if wishes.traced else {}))
+        return wishes
+
+    def _commit(self, remains: LazyTree, wishes: Wishes, ledger: int) -> None:
+        """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
+        it will when it asks again.
+        """
+        control = self._link.control
+        self.built = True
+        control.send(Built())
+        expect(control, Commit, FREEZE_S)
+        self._settle()
+        self._journal.write("committed", tree=to_facts(remains), wishes=wishes.fields(), ledger=ledger)
+        self.committed = True
+        self._listener(StateChanged("committed", time.monotonic()))
+        with suppress(ConnectionLost):
+            control.send(Committed())

@@ -1,0 +1,92 @@
+"""Where a session's keeper can be reached by other commands of this host: a unix socket with the session's name.
+
+It is an abstract one, so it is there exactly as long as its keeper, and belongs to the network namespace. Who asks must
+be root or the same user. A request and its answer are one packet each: JSON, and for a connection its descriptor.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from lazyproc.errors import PermissionDenied
+from lazyproc.pages.peer import Trust
+
+PACKET_MAX = 1 << 16
+ANSWER_S = 5.0
+
+
+def _name(session: str, role: str) -> str:
+    return f"\0lazyproc/{role}/{session[:64]}"  # sun_path has 108 bytes, a session up to 128
+
+
+class Desk:
+    """The keeper's end. `fileno` becomes readable when `next` has something."""
+
+    def __init__(self, session: str, role: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.bind(_name(session, role))
+        self._socket.listen()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def next(self) -> Request | None:
+        """Who asks now; None when he may not, or has gone."""
+        caller, _ = self._socket.accept()
+        caller.settimeout(ANSWER_S)
+        try:
+            Trust().check(caller)
+            data, fds, _, _ = socket.recv_fds(caller, PACKET_MAX, 1)
+            return Request(caller, json.loads(data), fds[0] if fds else -1)
+        except (PermissionDenied, OSError, ValueError):
+            caller.close()
+            return None
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Request:
+    """What is asked, with the descriptor that came along or -1, which is the receiver's from now on."""
+
+    def __init__(self, caller: socket.socket, fields: Mapping[str, Any], fd: int) -> None:
+        self._caller = caller
+        self.fields = fields
+        self.fd = fd
+
+    def answer(self, fields: Mapping[str, object]) -> None:
+        with self._caller, suppress(OSError):
+            self._caller.send(json.dumps(fields).encode())
+
+
+def ask(session: str, role: str, fields: Mapping[str, object], fd: int = -1) -> Mapping[str, Any] | None:
+    """The keeper's answer; None when there is no keeper. `fd` stays the caller's."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+        caller.settimeout(ANSWER_S)
+        try:
+            caller.connect(_name(session, role))
+            Trust().check(caller)
+            rights = array.array("i", [fd] if fd >= 0 else [])
+            caller.sendmsg([json.dumps(fields).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            answer: Mapping[str, Any] = json.loads(caller.recv(PACKET_MAX))
+            return answer
+        except (PermissionDenied, OSError, ValueError):
+            return None
+
+
+def is_staffed(session: str, role: str) -> bool:
+    """Whether a keeper, or one of those who have his descriptors, lives."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+        caller.settimeout(ANSWER_S)
+        try:
+            caller.connect(_name(session, role))
+        except BlockingIOError:  # many are asking
+            return True
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,155 @@
+"""The destination after the hand-over: a tree runs, and its missing pages come over one link after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from lazyproc.errors import ConnectionLost, ProtocolError
+from lazyproc.events import Listener, Note, StateChanged
+from lazyproc.facts import asdict
+from lazyproc.kernel.cgroup import remove
+from lazyproc.migrate.link import Link
+from lazyproc.migrate.talk import Pulse
+from lazyproc.model import Extent, MemoryObject
+from lazyproc.pages.images import ImagePages
+from lazyproc.pages.remote import extents_of
+from lazyproc.restore.lazy import finish
+from lazyproc.restore.lazytree import LazyTree
+from lazyproc.uffd.pager import Counters, Pager, PagerState
+from lazyproc.uffd.policy import Policy
+from lazyproc.uffd.recorder import Recorder
+from lazyproc.wire.jsonobject import JsonValue
+from lazyproc.wire.native import Committed, Drained, Event, Map, Pong, Released, Running, Trace
+
+
+class Drain:
+    """One tree's. `attach` gives it a link, as often as the last one is lost; `step` does what there is to do."""
+
+    def __init__(self, pager: Pager, tree: LazyTree, policy: Policy, listener: Listener) -> None:
+        self._pager = pager
+        self._tree = tree
+        self._policy = policy
+        self._listener = listener
+        self._link: Link | None = None
+        self._alone = False
+        self._recorder: Recorder | None = None
+        self._mapped = False
+        self.report: Mapping[str, JsonValue] | None = None  # once every page is here
+        self.released = False  # the source knows it and has ended its side
+
+    @property
+    def linked(self) -> bool:
+        return self._link is not None
+
+    def attach(self, link: Link) -> None:
+        """Go on over this link. Who is at the other end learns first that the tree runs here."""
+        self._lose()
+        try:
+            link.control.send(Committed())
+            link.control.send(Running({"root_pid": self._tree.root_pid}))
+        except (ConnectionLost, ProtocolError) as error:
+            self._listener(Note(f"session {link.session.id}: {error}"))
+            link.close()
+            return
+        self.take(link)
+        self._listener(StateChanged("running", time.monotonic()))
+
+    def take(self, link: Link) -> None:
+        """As `attach`, when that has been said."""
+        self._link = link
+        self._pulse = Pulse(link.control)
+        self._pager.serve_remote(link.urgent.detach(), link.bulk.detach())
+        if self.report is not None:
+            self._send(Drained(self.report))
+
+    def take_images(self, source: ImagePages) -> None:
+        """What is missing comes from these images, and nobody has to be told. Before the pager is started."""
+        self._alone = True
+        self._pager.serve_segments(source.segments())
+        self._apply(source.extents())
+
+    def record(self) -> None:
+        """The source gets the faults as well, while it can be reached."""
+        self._recorder = Recorder(self._pager, self._send_trace)
+
+    def step(self, timeout: float) -> None:
+        """Wait for `timeout` seconds at most for what the source has to say, and see how far the pages are."""
+        if self._link is not None:
+            self._listen(self._link, timeout)
+        if self.report is None and self._pager.wait(0 if self.linked else timeout):
+            self._complete()
+
+    def _listen(self, link: Link, timeout: float) -> None:
+        try:
+            event = link.control.receive(timeout)
+            if event is not None:
+                self._hear(event)
+            self._pulse.check()
+            if self._pager.state is PagerState.LOST:  # by one of the other two connections
+                raise ConnectionLost(self._pager.reason)
+        except (ConnectionLost, ProtocolError) as error:
+            self._listener(Note(f"session {link.session.id}: the source is lost: {error}"))
+            self._listener(StateChanged("reconnecting", time.monotonic()))
+            self._lose()
+
+    def _hear(self, event: Event) -> None:
+        match event:
+            case Map() if not self._mapped:
+                self._apply(extents_of(event))
+            case Released():
+                self.released = True
+            case Map() | Pong():
+                return
+            case _:
+                raise ProtocolError(f"{type(event).__name__} from the source of a tree that runs here")
+
+    def _apply(self, extents: Mapping[MemoryObject, Sequence[Extent]]) -> None:
+        """Once in the life of a ledger: what comes later says the same."""
+        self._pager.plan(self._policy(extents))
+        if not self._pager.map_known:
+            self._pager.apply_map(extents)
+        self._mapped = True
+
+    def _complete(self) -> None:
+        counters = self._last_counters()
+        ended = not self._pager.spaces()
+        finish(self._pager, self._tree)
+        self.report = report_of(counters, ended=ended)
+        if ended:
+            remove(self._tree.groups)
+        self._send(Drained(self.report))
+        self.released = self._alone
+
+    def _last_counters(self) -> Counters:
+        """The counters of the report. The trace that the source has asked for ends with the same fault."""
+        if self._recorder is None:
+            return self._pager.counters()
+        self._recorder.stop()
+        counters = self._pager.counters()
+        self._recorder.drain(counters.fault_us.count)
+        return counters
+
+    def _send_trace(self, records: bytes, lost: int) -> None:
+        if self._link is None:
+            raise ConnectionLost("nobody takes the trace")
+        self._link.control.send(Trace(records, lost))
+
+    def _send(self, event: Event) -> None:
+        if self._link is not None:
+            with suppress(ConnectionLost):  # `_listen` notices
+                self._link.control.send(event)
+
+    def _lose(self) -> None:
+        if self._link is not None:
+            self._link.hang_up()
+            self._link = None
+
+
+def report_of(counters: Counters, *, ended: bool) -> Mapping[str, JsonValue]:
+    """What DRAINED says, in the words of MigrateReport."""
+    faults: dict[str, JsonValue] = asdict(counters.fault_us)
+    names = ("total", "zero", "eager", "urgent", "bulk", "dropped")
+    pages: dict[str, JsonValue] = {f"pages_{name}": getattr(counters, name) for name in names}
+    return {**pages, "fault_us": faults, "ended": ended}

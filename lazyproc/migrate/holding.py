@@ -1,0 +1,214 @@
+"""What the source holds after the commit: a parked tree whose pages are still needed, and how it is ended.
+
+Everything is known by numbers, so that another process can go on when the one that froze the tree is gone: ptrace is
+not needed to read a parked process, nor to end it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from lazyproc.dump.gather import Dump
+from lazyproc.dump.memory import private_extents, shared_extents
+from lazyproc.dump.tcp import silence
+from lazyproc.errors import LazyprocError, NoSuchProcess
+from lazyproc.facts import dataclass
+from lazyproc.kernel import park, proc, sysvipc
+from lazyproc.kernel import sys as kernel
+from lazyproc.kernel.park import ParkedProcess, ParkedThread
+from lazyproc.model import Extent, MemoryObject, ObjectKind, Registers, SharedKind, Vma, VmaKind
+from lazyproc.pages.frozen import FrozenPages, Place
+
+GONE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A parked tree. `lazy` are the ranges (start, end) of each object that may be asked for, by vpid or object id."""
+
+    processes: tuple[ParkedProcess, ...]  # the root first
+    places: tuple[Place, ...]
+    lazy: Mapping[MemoryObject, tuple[tuple[int, int], ...]]
+    sysv: tuple[int, ...]  # ids of SysV segments that go with the tree
+
+    @property
+    def root_pid(self) -> int:
+        return self.processes[0].pid
+
+    def extents(self) -> dict[MemoryObject, tuple[Extent, ...]]:
+        """Every page with content in the lazy ranges; some may be at the destination already. Grows with memory."""
+        pids = {place.obj: place.pid for place in self.places}
+        found = {}
+        for obj, ranges in self.lazy.items():
+            if obj.kind is ObjectKind.TASK:
+                found[obj] = private_extents(pids[obj], [_anonymous(start, end) for start, end in ranges])
+            else:
+                place = next(place for place in self.places if place.obj == obj)
+                with _mapped_object(place) as fd:
+                    found[obj] = shared_extents(fd, ranges[-1][1], lazy=True)
+        return found
+
+    def end(self) -> None:
+        """The tree goes; its connections, which live at the destination now, without FIN or RST."""
+        for process in self.processes:
+            if park.is_there(process):
+                with _connections(process.pid) as connections:
+                    silence(connections)
+        for process in self.processes:
+            _kill(process)
+        attached = sysvipc.segments()
+        for number in self.sysv:
+            if number in attached and not attached[number].attachments:
+                sysvipc.remove_segment(number)
+
+    def let_run(self) -> None:
+        """The tree goes on here. Raises what park.let_run does, for the first process that cannot, after the others."""
+        errors = []
+        for process in self.processes:
+            try:
+                park.let_run(process)
+            except LazyprocError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def open(self) -> FrozenPages:
+        """The pages where they lie. Raises NoSuchProcess, PermissionDenied."""
+        for process in self.processes:
+            if not park.is_there(process):
+                raise NoSuchProcess("the parked process has ended", where=f"pid {process.pid}")
+        return FrozenPages(self.places, {})
+
+
+def holding_of(dump: Dump, processes: tuple[ParkedProcess, ...]) -> Holding:
+    """Of a tree that was just parked."""
+    tree = dump.checkpoint
+    lazy: dict[MemoryObject, tuple[tuple[int, int], ...]] = {}
+    places = [Place(s.object, s.start, s.end, s.pid, s.addr) for s in dump.segments if s.fd < 0]
+    for task in tree.tasks:
+        vmas = task.mm.vmas if task.mm else ()
+        if ranges := tuple((vma.start, vma.end) for vma in vmas if vma.may_be_lazy):
+            lazy[MemoryObject(ObjectKind.TASK, task.vpid)] = ranges
+        for vma in vmas:
+            if vma.kind is VmaKind.SHARED and tree.shared[vma.object_id].lazy:
+                obj = MemoryObject(ObjectKind.SHARED, vma.object_id)
+                lazy[obj] = ((0, tree.shared[vma.object_id].size),)
+                end = vma.offset + vma.length
+                places.append(Place(obj, vma.offset, end, dump.pids[task.vpid], vma.start))
+    sysv = tuple(s.sysv_shmid for s in tree.shared.values() if s.kind is SharedKind.SYSV)
+    return Holding(processes, tuple(places), lazy, sysv)
+
+
+def _anonymous(start: int, end: int) -> Vma:
+    return Vma(start, end, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, VmaKind.ANON)
+
+
+@contextmanager
+def _mapped_object(place: Place) -> Iterator[int]:
+    """A descriptor of the shared object that lies at a place (proc(5), map_files)."""
+    for entry in proc.maps(proc.read(place.pid, "maps")):
+        if entry.start == place.addr:
+            fd = os.open(f"/proc/{place.pid}/map_files/{entry.start:x}-{entry.end:x}", os.O_RDONLY)
+            try:
+                yield fd
+            finally:
+                os.close(fd)
+            return
+    raise NoSuchProcess("maps a shared object no more", where=f"pid {place.pid} at {place.addr:#x}")
+
+
+@contextmanager
+def _connections(pid: int) -> Iterator[list[socket.socket]]:
+    """Duplicates of the TCP connections a process has."""
+    found: list[socket.socket] = []
+    pidfd = kernel.pidfd_open(pid)
+    try:
+        for number in proc.descriptor_numbers(pid):
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
+                    sock = socket.socket(fileno=kernel.pidfd_getfd(pidfd, number))
+                    found.append(sock)
+        yield [sock for sock in found if _is_connection(sock)]
+    finally:
+        os.close(pidfd)
+        for sock in found:
+            sock.close()
+
+
+def _is_connection(sock: socket.socket) -> bool:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        return False
+    with suppress(OSError):
+        return bool(sock.getpeername())
+    return False
+
+
+def _kill(process: ParkedProcess) -> None:
+    """SIGKILL, and wait until its memory is free. Whoever traces it takes what it leaves."""
+    if not park.is_there(process):
+        return
+    pidfd = kernel.pidfd_open(process.pid)
+    try:
+        if park.is_there(process):  # it is still the same now that it cannot be another one's number
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [], GONE_S)
+    finally:
+        os.close(pidfd)
+
+
+# --- for the journal --------------------------------------------------------------------------------------------
+
+
+def to_facts(holding: Holding) -> dict[str, object]:
+    """What `from_facts` takes; JSON has it as it is."""
+    return {
+        "processes": [
+            [
+                p.pid,
+                p.started,
+                p.at,
+                [[t.tid, t.registers, t.blocked, t.interrupted_epoll] for t in p.threads],
+            ]
+            for p in holding.processes
+        ],
+        "places": [[p.obj.kind, p.obj.id, p.start, p.end, p.pid, p.addr] for p in holding.places],
+        "lazy": [[obj.kind, obj.id, ranges] for obj, ranges in holding.lazy.items()],
+        "sysv": holding.sysv,
+    }
+
+
+def from_facts(facts: Mapping[str, Any]) -> Holding:
+    """Raises KeyError, TypeError, ValueError for what is no holding."""
+    return Holding(
+        tuple(_process(*row) for row in facts["processes"]),
+        tuple(Place(_object(kind, number), *map(int, rest)) for kind, number, *rest in facts["places"]),
+        {
+            _object(kind, number): tuple((int(start), int(end)) for start, end in ranges)
+            for kind, number, ranges in facts["lazy"]
+        },
+        tuple(map(int, facts["sysv"])),
+    )
+
+
+def _process(pid: Any, started: Any, at: Any, threads: Any) -> ParkedProcess:
+    return ParkedProcess(int(pid), int(started), int(at), tuple(_thread(*row) for row in threads))
+
+
+def _thread(tid: Any, registers: Any, blocked: Any, epoll: Any) -> ParkedThread:
+    return ParkedThread(
+        int(tid),
+        Registers(*map(int, registers)),
+        int(blocked),
+        None if epoll is None else Registers(*map(int, epoll)),
+    )
+
+
+def _object(kind: Any, number: Any) -> MemoryObject:
+    return MemoryObject(ObjectKind(int(kind)), int(number))

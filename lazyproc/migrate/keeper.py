@@ -1,0 +1,394 @@
+"""The destination's keeper of one session: from its first link to the last page, whoever is killed meanwhile.
+
+Three processes with one descriptor table: the keeper, who built the tree; the pager; and a guard, which becomes the
+keeper when that is killed. A pager or guard that is killed is replaced. When all are killed at once the tree waits, by
+the anchors in its own descriptor tables, for `lazyproc resume`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from lazyproc.errors import CannotListen, ConnectionLost, LazyprocError, ProtocolError
+from lazyproc.events import Listener, Note
+from lazyproc.facts import dataclass
+from lazyproc.images.convert import from_images, memory_objects
+from lazyproc.images.files import Folder
+from lazyproc.kernel import family
+from lazyproc.kernel.sys import pidfd_open
+from lazyproc.migrate.anchors import anchors
+from lazyproc.migrate.apart import MESSAGE_MAX, Client, Messages, result, stream, unplug
+from lazyproc.migrate.arrival import Arrival, Terms, Wishes
+from lazyproc.migrate.desk import Desk, Request
+from lazyproc.migrate.drain import Drain
+from lazyproc.migrate.journal import DESTINATION, Journal, Record
+from lazyproc.migrate.link import Gathering, Link
+from lazyproc.pages.images import ImagePages
+from lazyproc.pages.peer import Trust
+from lazyproc.pages.transport import Channel, Door, Session, listen
+from lazyproc.restore.lazytree import from_facts
+from lazyproc.uffd.pager import Pager, rebind
+from lazyproc.uffd.policy import POLICIES
+from lazyproc.wire.native import Hello, Party, Role
+
+NAME = "lazyproc-keeper"
+WATCH_S = 0.5
+STEP_S = 0.02
+RELEASE_S = 60.0  # the tree is complete: how long the source is waited for, to be told so
+LIVING = ("committed", "running", "drained")
+MEMBERS = 100  # helpers that are killed so often are killed on purpose
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the source can reach this host again, and who is let in there."""
+
+    address: str
+    trust: Trust
+
+    def facts(self) -> dict[str, object]:
+        """For the journal."""
+        uids = sorted(self.trust.uids)
+        return {"address": self.address, "insecure": self.trust.insecure, "uids": uids}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Place:
+        return cls(str(facts["address"]), Trust(bool(facts["insecure"]), frozenset(facts["uids"])))
+
+
+def keep(link: Link, terms: Terms, place: Place, not_ours: Sequence[Closable]) -> Messages:
+    """Start the keeper of a session whose connections stand; what it tells. `not_ours` are closed in it.
+
+    For the caller the link is over.
+    """
+    ours, theirs = stream()
+
+    def run() -> None:
+        ours.close()
+        for each in not_ours:
+            each.close()
+        unplug()
+        facts = {"token": link.session.token, "peer": link.control.peer, **place.facts()}
+        journal = Journal(link.session.id, DESTINATION, facts)
+        Keeper(link.session, journal, place, Client(theirs)).take_in(link, terms)
+
+    with theirs:
+        family.daemon(run, NAME)
+    return Messages(ours)
+
+
+def keep_on(record: Record, directory: Path | None, listener: Listener) -> Mapping[str, object]:
+    """A new keeper for a tree whose helpers are all gone; the report when it is complete. See `sessions.resume`.
+
+    Raises LostAfterCommit when the tree is gone, too; Parked when the keeper is gone.
+    """
+    ours, theirs = stream()
+    tree = from_facts(record.facts["tree"])
+
+    def run() -> None:
+        ours.close()
+        unplug()
+        client = Client(theirs)
+        try:
+            ledger, userfaultfds = anchors(tree.tasks)
+            rebind(ledger, userfaultfds)
+            facts = {**record.facts, "ledger": ledger, "connections": []}
+            journal = Journal(record.session, DESTINATION, facts)
+            journal.write(record.state, durable=False)
+            session = Session(record.session, str(record.facts["token"]))
+            keeper = Keeper(session, journal, Place.of(record.facts), client, directory)
+        except (LazyprocError, OSError) as error:
+            client.failed(error)
+            return
+        keeper.go_on()
+
+    with ours:
+        with theirs:
+            family.daemon(run, NAME)
+        lost = f"see lazyproc sessions, and lazyproc resume {record.session}"
+        report: Mapping[str, object] = result(ours, listener, lost=lost)
+        return report
+
+
+class Member:
+    """A process of the crew, whoever its parent is."""
+
+    def __init__(self, pid: int, pidfd: int = -1) -> None:
+        """`pidfd` when another process of the crew has it open already."""
+        self.pid = pid
+        self.pidfd = pidfd_open(pid) if pidfd < 0 else pidfd
+
+    def alive(self) -> bool:
+        return not select.select([self.pidfd], [], [], 0)[0]
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self.forget()
+
+    def forget(self) -> None:
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
+        os.close(self.pidfd)
+
+
+class Keeper:
+    """Everything here is known to the guard as well, since that is a fork: it goes on with the same descriptors."""
+
+    def __init__(
+        self, session: Session, journal: Journal, place: Place, client: Client, images: Path | None = None
+    ) -> None:
+        """`images`: pages come from there, and not over a link."""
+        self._session = session
+        self._journal = journal
+        self._place = place
+        self._client = client
+        self._images = images
+        self._desk = Desk(session.id, DESTINATION)
+        self._door: Door | None = None
+        self._gathering = Gathering(session)
+        self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeper, pager
+        self._connections: list[socket.socket] = []  # of the newest link; the pager has duplicates of its own
+        self._committed = False
+        self._left = MEMBERS
+        self._keeper = Member(os.getpid())
+
+    # --- the keeper ---
+
+    def take_in(self, link: Link, terms: Terms) -> None:
+        """A new session, from PREPARE to the last page."""
+        self._connections = [each.socket for each in (link.control, link.urgent, link.bulk)]
+        tables = Pager()  # its threads run in the pager; here its tables are filled
+        self._pager = self._new_pager()
+        self._guard = self._new_guard()
+        arrival = Arrival(link, terms, self._journal, self._client.tell, settle=_deaf)
+
+        def serve() -> None:
+            say(self._near, "serve", None)
+            say(self._near, "take", [each.fileno() for each in self._connections])
+
+        try:
+            self._client.stop_without_it()
+            arrival.begin(tables, serve)
+        except (LazyprocError, OSError, KeyboardInterrupt) as error:
+            self._client.failed(LazyprocError(f"session {self._session.id}: {error}"))
+            if not arrival.committed:
+                if arrival.built:  # a source in doubt will ask
+                    self._journal.write("aborted", reason=str(error))
+                self._dismiss()
+                return
+        self._committed = True
+        self._watch()
+
+    def go_on(self) -> None:
+        """A session that was handed over; the ledger and the userfaultfds are in our table again."""
+        _deaf()
+        self._committed = True
+        self._pager = self._new_pager()
+        self._guard = self._new_guard()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Until the pager says that it has done everything."""
+        self._note_crew()
+        while True:
+            watched = [self._near.fileno(), self._desk.fileno(), self._pager.pidfd, self._guard.pidfd]
+            watched += [self._door.fileno()] if self._door else []
+            ready = select.select(watched, [], [], WATCH_S)[0]
+            alive = self._pager.alive()  # what it said before its end is there by now
+            if self._heard_the_end():
+                break
+            if not alive:
+                self._replace_pager()
+            if not self._guard.alive():
+                self._guard.forget()
+                self._guard = self._new_guard()
+                self._note_crew()
+            if self._desk.fileno() in ready and (request := self._desk.next()) is not None:
+                self._serve(request)
+            self._attend_door()
+        self._dismiss()
+
+    def _heard_the_end(self) -> bool:
+        """Whether the pager has said that there is nothing left to do."""
+        return any(kind == "over" for kind, _ in heard(self._near))
+
+    def _replace_pager(self) -> None:
+        """What was under way to a dead pager is asked for again, over a new link: the old one is out of step."""
+        self._client.tell(Note(f"session {self._session.id}: the pager was killed and is replaced"))
+        self._pager.forget()
+        self._drop_connections()
+        self._pager = self._new_pager()
+        self._note_crew()
+
+    def _new_pager(self) -> Member:
+        return Member(family.child_sharing_descriptors(self._be_pager, "lazyproc-pager"))
+
+    def _new_guard(self) -> Member:
+        self._left -= 1
+        if self._left < 0:
+            raise LazyprocError("its helpers are killed again and again", where=f"session {self._session.id}")
+        return Member(family.child_sharing_descriptors(self._be_guard, "lazyproc-guard"))
+
+    def _note_crew(self) -> None:
+        """For `sessions`, and for the guard: descriptors are the same there."""
+        self._journal.reload()
+        state = str(self._journal.facts["state"])
+        self._journal.write(
+            "running" if state == "committed" else state,
+            durable=False,
+            keeper_pid=os.getpid(),
+            pager_pid=self._pager.pid,
+            pager_pidfd=self._pager.pidfd,
+            guard_pid=self._guard.pid,
+            connections=[each.fileno() for each in self._connections],
+        )
+
+    def _dismiss(self) -> None:
+        self._guard.end()
+        self._pager.end()
+
+    # --- links ---
+
+    def _serve(self, request: Request) -> None:
+        """What another command of this host asks."""
+        if request.fields.get("do") == "connect" and request.fd >= 0:
+            request.answer({})
+            hello = Hello(
+                Role(request.fields["role"]), request.fields["session"], request.fields["token"], resume=True
+            )
+            sock = socket.socket(fileno=request.fd)
+            self._take(Channel.adopted(sock, Party.DESTINATION, hello, welcomed=False))
+        else:
+            request.answer({"error": "not understood"})
+
+    def _attend_door(self) -> None:
+        """While `receive` is there it hands connections on; without it we wait for them ourselves."""
+        if self._door is None and not self._client.listens():
+            with suppress(CannotListen):
+                self._door = listen(self._place.address, Party.DESTINATION, trust=self._place.trust)
+        if self._door is not None and (channel := self._door.accept(0)) is not None:
+            self._take(channel)
+
+    def _take(self, channel: Channel) -> None:
+        try:
+            link = self._gathering.add(channel)
+        except (ConnectionLost, ProtocolError):
+            return
+        if link is not None:
+            self._drop_connections()
+            self._connections = [each.socket for each in (link.control, link.urgent, link.bulk)]
+            self._note_crew()
+            say(self._near, "link", [each.fileno() for each in self._connections])
+
+    def _drop_connections(self) -> None:
+        """A duplicate that a dead pager has left in our table must not keep them open."""
+        for each in self._connections:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._connections = []
+
+    # --- the guard ---
+
+    def _be_guard(self) -> None:
+        """Do nothing until the keeper is dead, then be it. Before the commit there is nothing to keep."""
+        select.select([self._keeper.pidfd], [], [])
+        self._journal.reload()
+        facts = self._journal.facts
+        if facts.get("state") not in LIVING:
+            return
+        self._committed = True
+        self._keeper = Member(os.getpid())
+        self._pager = Member(int(facts["pager_pid"]), int(facts["pager_pidfd"]))
+        self._connections = [socket.socket(fileno=fd) for fd in facts["connections"]]
+        self._guard = self._new_guard()
+        self._client.tell(Note(f"session {self._session.id}: the keeper was killed and is replaced"))
+        self._watch()
+
+    # --- the pager ---
+
+    def _be_pager(self) -> None:
+        """The first one is there before the tree is, and waits for it."""
+        if not self._committed and not self._awaits_the_commit():
+            return
+        self._journal.reload()
+        facts = self._journal.facts
+        wishes = Wishes.of(facts["wishes"])
+        with ExitStack() as stack:
+            pager = stack.enter_context(Pager(ledger=int(facts["ledger"]), trace=wishes.traced))
+            drain = Drain(pager, from_facts(facts["tree"]), POLICIES[wishes.policy], self._client.tell)
+            if wishes.traced:
+                drain.record()
+            if self._images is not None:
+                drain.take_images(stack.enter_context(_image_pages(self._images)))
+            pager.start(bulk=wishes.bulk or self._images is not None, max_rate=wishes.max_rate)
+            self._drain(drain)
+
+    def _awaits_the_commit(self) -> bool:
+        while self._keeper.alive():
+            if any(kind == "serve" for kind, _ in heard(self._far, WATCH_S, 1)):
+                return True
+        return False
+
+    def _drain(self, drain: Drain) -> None:
+        """To the end, whoever else is alive by then."""
+        until = None
+        while not drain.released and (until is None or time.monotonic() < until):
+            for kind, fds in heard(self._far):
+                link = self._duplicated(fds)
+                drain.take(link) if kind == "take" else drain.attach(link)
+            drain.step(STEP_S)
+            if drain.report is not None and until is None:
+                until = time.monotonic() + RELEASE_S
+                self._journal.reload()
+                self._journal.write("drained", report=drain.report)
+        if drain.released:
+            self._journal.remove()
+        self._client.done(drain.report)
+        say(self._far, "over", None)
+
+    def _duplicated(self, fds: Sequence[int]) -> Link:
+        """The connections that the keeper has welcomed."""
+        channels = []
+        for role, fd in zip((Role.CONTROL, Role.URGENT, Role.BULK), fds, strict=True):
+            hello = Hello(role, self._session.id, self._session.token, resume=True)
+            sock = socket.socket(fileno=os.dup(fd))
+            channels.append(Channel.adopted(sock, Party.DESTINATION, hello, welcomed=True))
+        return Link(self._session, *channels)
+
+
+def _deaf() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _image_pages(directory: Path) -> ImagePages:
+    folder = Folder(directory)
+    return ImagePages(folder, memory_objects(from_images(folder.read())))
+
+
+def say(end: socket.socket, kind: str, value: object) -> None:
+    """One message between the keeper and the pager; it waits there for a pager that is still to come."""
+    with suppress(OSError):
+        end.send(pickle.dumps((kind, value)), socket.MSG_DONTWAIT)
+
+
+def heard(end: socket.socket, timeout: float = 0, most: int = 64) -> Iterator[tuple[str, Any]]:
+    """The messages that are there, or come within `timeout` seconds; not more than `most`."""
+    while most and select.select([end], [], [], timeout)[0]:
+        timeout, most = 0, most - 1
+        message: tuple[str, Any] = pickle.loads(end.recv(MESSAGE_MAX))
+        yield message

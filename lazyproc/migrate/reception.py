@@ -1,0 +1,64 @@
+"""A connection that goes on with a session: handed to the keeper, or answered from the journal when he has gone."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from lazyproc.errors import ConnectionLost, ProtocolError, UsageError
+from lazyproc.kernel import family
+from lazyproc.migrate.desk import ask
+from lazyproc.migrate.journal import DESTINATION, Journal, Record, find
+from lazyproc.migrate.link import NOT_KNOWN
+from lazyproc.migrate.talk import expect
+from lazyproc.pages.transport import Channel
+from lazyproc.wire.native import Abort, Committed, Drained, Hello, Map, Released, Role, Running
+
+SAY_S = 30.0
+
+
+def hand_on(channel: Channel, hello: Hello) -> None:
+    """The connection is over for the caller. Raises ConnectionLost, ProtocolError."""
+    with channel:
+        fields = {"do": "connect", "role": hello.role.value, "session": hello.session, "token": hello.token}
+        if ask(hello.session, DESTINATION, fields, channel.fileno()) is not None:
+            return
+        record = _record(hello)
+        if record is None:
+            channel.refuse(NOT_KNOWN)
+        elif record.state not in ("aborted", "drained"):
+            channel.refuse(f"it is orphaned here: lazyproc resume {hello.session} on this host", again=True)
+        else:
+            channel.welcome()
+            if hello.role is Role.CONTROL:
+                family.child(lambda: _tell(channel, record), "lazyproc-tell")
+
+
+def _record(hello: Hello) -> Record | None:
+    """Of the session, when the caller has its secret."""
+    with suppress(UsageError):
+        record = find(hello.session, DESTINATION)
+        token = str(record.facts.get("token", ""))
+        if token and secrets.compare_digest(token.encode(), hello.token.encode()):
+            return record
+    return None
+
+
+def _tell(channel: Channel, record: Record) -> None:
+    """How it has ended here. What is known is kept until the source knows it."""
+    with suppress(ConnectionLost, ProtocolError):
+        if record.state == "aborted":
+            channel.send(Abort({"reason": str(record.facts.get("reason"))}))
+        else:
+            _tell_drained(channel, record.facts)
+        Journal(record.session, DESTINATION).remove()
+
+
+def _tell_drained(channel: Channel, facts: Mapping[str, Any]) -> None:
+    channel.send(Committed())
+    channel.send(Running({"root_pid": facts["tree"]["root_pid"]}))
+    expect(channel, Map, SAY_S)
+    channel.send(Drained(facts["report"]))
+    expect(channel, Released, SAY_S)

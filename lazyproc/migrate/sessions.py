@@ -1,0 +1,200 @@
+"""What is under way or parked on this host, and what an operator can do about it: `sessions`, `resume`, `abort`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lazyproc.errors import LazyprocError, UsageError
+from lazyproc.events import Listener, ignore
+from lazyproc.facts import asdict, dataclass
+from lazyproc.kernel import netfilter, proc
+from lazyproc.kernel.sys import pidfd_open
+from lazyproc.migrate import holding
+from lazyproc.migrate.desk import is_staffed
+from lazyproc.migrate.journal import DESTINATION, SOURCE, Journal, Record, find, records
+from lazyproc.restore.lazytree import from_facts
+from lazyproc.uffd.pager import remaining
+
+ORPHANED, GONE = "orphaned", "gone"
+ENDED = ("aborted", "drained")  # what is kept for the other side to learn
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """One side of a session on this host. The states are listed in docs/reliability.md; pids are this host's."""
+
+    id: str
+    role: str
+    peer: str
+    state: str
+    since: float  # seconds since 1970
+    reason: str
+    root_pid: int | None
+    pager_pid: int | None
+    guard_pid: int | None
+    keeper_pid: int | None
+    pages_remaining: int | None
+
+
+def sessions() -> list[SessionInfo]:
+    """All of them, the oldest first."""
+    return sorted((_info(record) for record in records()), key=lambda info: info.since)
+
+
+def _info(record: Record) -> SessionInfo:
+    facts, state = record.facts, state_of(record)
+    tree = facts.get("tree") or {}
+    alive = state not in (ORPHANED, GONE)
+    return SessionInfo(
+        id=record.session,
+        role=record.role,
+        peer=str(facts.get("peer", "")),
+        state=state,
+        since=record.since,
+        reason=str(facts.get("reason", "")) if alive else f"was {record.state}; nobody works on it",
+        root_pid=tree.get("root_pid", facts.get("root_pid")),
+        pager_pid=facts.get("pager_pid") if alive else None,
+        guard_pid=facts.get("guard_pid") if alive else None,
+        keeper_pid=facts.get("keeper_pid") if alive else None,
+        pages_remaining=_remaining(facts) if record.role == DESTINATION else None,
+    )
+
+
+def state_of(record: Record) -> str:
+    """The state, as it is now: a journal knows nothing of who was killed since."""
+    if record.state in ("garbled", *ENDED):
+        return record.state
+    if record.rebooted:
+        return GONE
+    return record.state if is_staffed(record.session, record.role) else ORPHANED
+
+
+def _remaining(facts: Mapping[str, Any]) -> int | None:
+    """By the ledger that the tree itself keeps."""
+    if "tree" not in facts:
+        return None
+    for task in from_facts(facts["tree"]).tasks:
+        with suppress(OSError, LazyprocError):
+            fd = os.open(f"/proc/{task.pid}/fd/{task.ledger}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return remaining(fd)
+            finally:
+                os.close(fd)
+    return None
+
+
+def resume(
+    session: str,
+    *,
+    here: bool = False,
+    force: bool = False,
+    directory: Path | None = None,
+    retry_for: float | None = None,
+    listener: Listener = ignore,
+) -> Mapping[str, object] | None:
+    """Go on with a session that nobody works on any more; returns the report when its memory is complete.
+
+    At the source the pages are served again; `here` lets its tree run on instead, which is right only if it does not
+    run at the destination: so it takes `force` too. At the destination the missing pages are awaited from the source,
+    or taken from the images in `directory`. Raises UsageError, Parked, and what `migrate` raises.
+    """
+    record = find(session)
+    _demand_orphaned(record)
+    if record.role == SOURCE and here:
+        _run_here(record, force)
+        return None
+    if record.role == SOURCE:
+        from lazyproc.migrate.source import migrate_on
+
+        return asdict(migrate_on(record, retry_for=retry_for, listener=listener))
+    if here:
+        raise UsageError(
+            "--here is for the source of a session", where=session, remedy="use resume without it"
+        )
+    from lazyproc.migrate.keeper import keep_on
+
+    return keep_on(record, directory, listener)
+
+
+def _demand_orphaned(record: Record) -> None:
+    state = state_of(record)
+    if state in ENDED:
+        raise UsageError("has ended; only the other side does not know it yet", where=record.session)
+    if state == GONE:
+        Journal(record.session, record.role).remove()
+        raise UsageError(
+            "is of before this host was started again: its process is gone", where=record.session
+        )
+    if state != ORPHANED:
+        raise UsageError(
+            "is being worked on", where=record.session, remedy="see its processes in lazyproc sessions"
+        )
+
+
+def _run_here(record: Record, force: bool) -> None:
+    """The operator knows that the tree does not run elsewhere, or takes the risk."""
+    if record.state in ("committed", "running"):
+        raise UsageError(
+            "it runs on the other host: a second copy here would be another process with the same past",
+            where=record.session,
+            remedy="let its memory follow with lazyproc resume, or end it with lazyproc abort",
+        )
+    if record.state == "parked" and not force:
+        raise UsageError(
+            "it is not known whether it runs on the other host; if it does, it would run twice",
+            where=record.session,
+            remedy="make sure that it does not run there, and add --force",
+        )
+    if record.state == "parked":
+        holding.from_facts(record.facts["held"]).let_run()
+        netfilter.release(netfilter.PREFIX + record.session)
+    Journal(record.session, SOURCE).remove()
+
+
+def abort(session: str) -> str:
+    """End what is left of a session on this host, its tree included; what that means, as a sentence.
+
+    Raises UsageError when there is no such session.
+    """
+    record = find(session)
+    state, left = state_of(record), _remaining(record.facts)
+    _end_helpers(record)
+    if state not in (GONE, *ENDED):
+        _end_tree(record)
+    if record.role == SOURCE:
+        with suppress(LazyprocError):  # without nft nothing was held back
+            netfilter.release(netfilter.PREFIX + session)
+    Journal(session, record.role).remove()
+    missing = f", {left} of its pages were missing" if left is not None else ""
+    return f"session {session} ({record.role}, {state}) is ended{missing}"
+
+
+def _end_helpers(record: Record) -> None:
+    """The keeper and the guard first, who would replace the others."""
+    if not is_staffed(record.session, record.role):
+        return
+    pids = [record.facts.get(f"{name}_pid") for name in ("guard", "keeper", "pager", "server")]
+    pidfds = []
+    for pid in filter(None, pids):
+        with suppress(ProcessLookupError):
+            pidfds.append(pidfd_open(int(pid)))
+    for sig in (signal.SIGSTOP, signal.SIGKILL):  # none is to see another one's end
+        for pidfd in pidfds:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, sig)
+    for pidfd in pidfds:
+        os.close(pidfd)
+
+
+def _end_tree(record: Record) -> None:
+    if record.role == SOURCE and record.state in ("parked", "committed", "running"):
+        holding.from_facts(record.facts["held"]).end()
+    if "tree" in record.facts:
+        for task in from_facts(record.facts["tree"]).tasks:
+            if proc.lives(task.pid, task.started):
+                os.kill(task.pid, signal.SIGKILL)

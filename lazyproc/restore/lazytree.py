@@ -1,0 +1,60 @@
+"""A running tree whose memory is still coming: what has to be known to complete it, by whoever does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lazyproc.facts import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTask:
+    """One process that keeps its userfaultfd, and the pager's ledger, in its own descriptor table as *anchors*.
+
+    `started` (clock ticks since boot) tells it from a later process with its number.
+    """
+
+    vpid: int
+    pid: int  # in our pid namespace
+    started: int
+    userfaultfd: int  # descriptor numbers of its own
+    ledger: int
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTree:
+    """`huge` are ranges (pid, address, length in bytes) that had huge pages at the source, `groups` the directories of
+    cgroups that were made for it.
+    """
+
+    root_pid: int
+    root_vpid: int
+    nursery_pid: int
+    tasks: tuple[LazyTask, ...]
+    huge: tuple[tuple[int, int, int], ...]
+    groups: tuple[str, ...]
+
+
+def to_facts(tree: LazyTree) -> dict[str, object]:
+    """For a journal."""
+    return {
+        "root_pid": tree.root_pid,
+        "root_vpid": tree.root_vpid,
+        "nursery_pid": tree.nursery_pid,
+        "tasks": [[task.vpid, task.pid, task.started, task.userfaultfd, task.ledger] for task in tree.tasks],
+        "huge": tree.huge,
+        "groups": tree.groups,
+    }
+
+
+def from_facts(facts: Mapping[str, Any]) -> LazyTree:
+    """What `to_facts` gave. Raises KeyError, TypeError, ValueError for anything else."""
+    return LazyTree(
+        int(facts["root_pid"]),
+        int(facts["root_vpid"]),
+        int(facts["nursery_pid"]),
+        tuple(LazyTask(*map(int, row)) for row in facts["tasks"]),
+        tuple((int(pid), int(addr), int(length)) for pid, addr, length in facts["huge"]),
+        tuple(map(str, facts["groups"])),
+    )

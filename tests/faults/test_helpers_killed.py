@@ -1,0 +1,126 @@
+"""Whoever of the helpers is killed, at either end: no byte is wrong, one side runs, and it completes by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lazyproc.hosts import Pair
+from tests.faults.helpers import DESTINATION, SOURCE, journal, journals, kill, sessions
+from tests.live.moving import receiving, run_cli
+from tests.live.programs import Program, running, wait_until
+from tests.live.real import Journey, ending, migrating, runs
+
+MIB = "64"
+SLOW = ("--max-rate", "20000000")  # 3 seconds for 64 MiB
+
+
+@pytest.fixture
+def program(pair: Pair) -> Iterator[Program]:
+    with running("memory_random", MIB, "2", directory=pair.shared, host=pair.source, exclusive=True) as it:
+        it.watch.wait_beats()
+        yield it
+
+
+def completes(pair: Pair, journey: Journey, program: Program) -> dict[str, object]:
+    """By itself, and everything is right."""
+    new, report = journey.arrive()
+    with ending(new):
+        program.watch.wait_beats()
+        os.kill(new, signal.SIGTERM)
+        program.watch.wait_ended()
+    wait_until(lambda: not journals(pair.source, SOURCE), "the source's journal is closed")
+    wait_until(lambda: not journals(pair.destination, DESTINATION), "the destination's journal is closed")
+    return report
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("pager",), ("guard",), ("keeper",), ("pager", "guard"), ("keeper", "pager"), ("keeper", "guard")],
+)
+def test_killed_at_the_destination(pair: Pair, program: Program, names: tuple[str, ...]) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *SLOW) as journey,
+    ):
+        journey.wait_running()
+        program.watch.wait_beats()
+        kill(pair.destination, DESTINATION, *names)
+        program.watch.wait_beats()
+        completes(pair, journey, program)
+
+
+@pytest.mark.parametrize("names", [("server",), ("keeper",)])
+def test_killed_at_the_source(pair: Pair, program: Program, names: tuple[str, ...]) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *SLOW) as journey,
+    ):
+        journey.wait_running()
+        program.watch.wait_beats()
+        kill(pair.source, SOURCE, *names)
+        try:
+            program.watch.wait_beats()
+        except AssertionError:
+            print(journey.log(), receiver.notes(), journals(pair.source, SOURCE)[0]["state"])
+            os.system("ps -eo pid,ppid,stat,comm,wchan | grep lazyproc")
+            raise
+        report = completes(pair, journey, program)
+        assert report["reconnects"] == (1 if "server" in names else 0)
+
+
+def test_everything_killed_at_the_destination_is_completed_by_one_resume(
+    pair: Pair, program: Program
+) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *SLOW) as journey,
+    ):
+        journey.wait_running()
+        program.watch.wait_beats()
+        kill(pair.destination, DESTINATION, "keeper", "pager", "guard")
+        root = pair.destination.pid(journal(pair.destination, DESTINATION)["tree"]["root_pid"])
+        wait_until(lambda: waits_for_a_page(root), "a thread waits for its page")
+        assert program.watch.read().errors == 0
+        (orphan,) = sessions(pair.destination)
+        assert (orphan["state"], orphan["keeper_pid"]) == ("orphaned", None)
+        assert orphan["pages_remaining"] > 0
+        run_cli(pair.destination, "resume", orphan["id"])
+        completes(pair, journey, program)
+
+
+def test_everything_killed_at_the_source_is_completed_by_one_resume(pair: Pair, program: Program) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *SLOW) as journey,
+    ):
+        journey.wait_running()
+        program.watch.wait_beats()
+        kill(pair.source, SOURCE, "keeper", "server")
+        assert journey.finish(expected=4)["exit_code"] == 4
+        (orphan,) = sessions(pair.source)
+        assert orphan["state"] == "orphaned"
+        assert (
+            "second copy"
+            in run_cli(pair.source, "resume", orphan["id"], "--here", "--force", expected=2).stderr
+        )
+        answer = json.loads(run_cli(pair.source, "resume", orphan["id"], "--json").stdout)
+        assert answer["reconnects"] == 1
+        assert not runs(program.pid)
+        new = pair.destination.pid(answer["root_pid"])
+        with ending(new):
+            program.watch.wait_beats()
+            os.kill(new, signal.SIGTERM)
+            program.watch.wait_ended()
+
+
+def waits_for_a_page(root: int) -> bool:
+    return any(
+        Path(f"/proc/{root}/task/{tid}/wchan").read_text() == "handle_userfault"
+        for tid in os.listdir(f"/proc/{root}/task")
+    )

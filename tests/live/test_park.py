@@ -1,0 +1,165 @@
+"""A parked tree stays where it is without its tracer, whatever signals come, and runs on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lazyproc.dump.freeze import FrozenTree, frozen_tree
+from lazyproc.dump.gather import dumped
+from lazyproc.dump.park import park_tree, parking, unpark_tree
+from lazyproc.errors import NoSuchProcess, TraceeError
+from lazyproc.kernel import park, proc
+from lazyproc.kernel import tracee as ptrace
+from lazyproc.kernel.park import ParkedProcess
+from tests.live.programs import running, stands_still, wait_until
+from tests.live.test_freeze import PLAIN
+from tests.live.tracees import state_of, tracee
+
+# name and arguments: threads, sleeps and timers, seccomp filters, a tree, signals that come all the time
+CARGO = [
+    ("memory_random", "8", "3"),
+    ("threads",),
+    ("sleeps",),
+    ("timers",),
+    ("seccomp",),
+    ("tree",),
+    ("signals",),
+]
+
+
+def by_a_tracer_that_dies(pid: int, act: Callable[[FrozenTree], object]) -> tuple[ParkedProcess, ...]:
+    """What a tracer has parked before it killed itself: `act` is called with the frozen, dumped tree."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with frozen_tree(pid) as tree, dumped(tree):
+            os.write(writing, pickle.dumps(act(tree)))
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading, "rb") as pipe:
+        parked: tuple[ParkedProcess, ...] = pickle.load(pipe)
+    return parked
+
+
+def park_all(tree: FrozenTree) -> tuple[ParkedProcess, ...]:
+    processes = parking(tree)
+    park_tree(tree, processes)
+    return processes
+
+
+@pytest.mark.parametrize("cargo", CARGO, ids=[name for name, *_ in CARGO])
+def test_a_parked_tree_survives_its_tracer_and_runs_on(cargo: tuple[str, ...], tmp_path: Path) -> None:
+    name, *arguments = cargo
+    with running(name, *arguments, directory=tmp_path) as program:
+        program.watch.wait_beats()
+        processes = by_a_tracer_that_dies(program.pid, park_all)
+        wait_until(lambda: proc.status(proc.read(program.pid, "status")).tracer_pid == 0, "no tracer")
+        assert stands_still(program)
+        for process in processes:
+            park.let_run(process)
+        program.watch.wait_beats()
+        program.stop_and_verify()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGCONT, signal.SIGTERM, signal.SIGUSR1, signal.SIGSTOP])
+def test_no_signal_lets_it_run(sig: signal.Signals, tmp_path: Path) -> None:
+    with running("memory_random", "8", "2", directory=tmp_path) as program:
+        (process,) = by_a_tracer_that_dies(program.pid, park_all)
+        os.kill(program.pid, sig)
+        os.kill(program.pid, signal.SIGCONT)
+        assert stands_still(program)
+        assert park.is_there(process)
+
+
+def test_a_signal_that_came_meanwhile_is_delivered_when_it_runs(tmp_path: Path) -> None:
+    with running("memory_random", "8", "2", directory=tmp_path) as program:
+        (process,) = by_a_tracer_that_dies(program.pid, park_all)
+        os.kill(program.pid, signal.SIGTERM)  # asks for the last check
+        assert stands_still(program)
+        park.let_run(process)
+        assert program.process.wait(30) == 0
+        program.watch.wait_ended()
+
+
+def test_a_stopped_process_is_parked_and_stays_stopped_when_it_is_let_go(tmp_path: Path) -> None:
+    with tracee(PLAIN, tmp_path) as it:
+        os.kill(it.pid, signal.SIGSTOP)
+        wait_until(lambda: state_of(it.pid) == "T", "it is stopped")
+        (process,) = by_a_tracer_that_dies(it.pid, park_all)
+        wait_until(lambda: state_of(it.pid) == "T", "it is stopped again")
+        park.let_run(process)
+        wait_until(lambda: state_of(it.pid) == "T", "and stays so")
+        (own,) = process.threads
+        os.kill(it.pid, signal.SIGCONT)
+        wait_until(lambda: state_of(it.pid) == "S", "it goes on")
+        with frozen_tree(it.pid) as tree:
+            assert tree.tasks[it.pid].stopped[0].state.registers.sp == own.registers.sp
+
+
+def test_killed_it_is_gone(tmp_path: Path) -> None:
+    with running("memory_random", "8", "2", directory=tmp_path) as program:
+        (process,) = by_a_tracer_that_dies(program.pid, park_all)
+        program.process.kill()
+        program.process.wait()
+        assert not park.is_there(process)
+        with pytest.raises(NoSuchProcess):
+            park.let_run(process)
+
+
+def test_who_runs_is_not_given_old_registers(tmp_path: Path) -> None:
+    with running("memory_random", "8", "2", directory=tmp_path) as program:
+        (process,) = by_a_tracer_that_dies(program.pid, park_all)
+        park.let_run(process)
+        program.watch.wait_beats(1)
+        with pytest.raises(TraceeError, match="is not parked"):
+            park.let_run(process)
+        program.watch.wait_beats()
+        program.stop_and_verify()
+
+
+def test_taken_back_by_who_parked_it(tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        with frozen_tree(program.pid) as tree, dumped(tree):
+            processes = parking(tree)
+            park_tree(tree, processes)
+            unpark_tree(tree, processes)
+        program.watch.wait_beats()
+        program.stop_and_verify()
+
+
+def test_half_parked_it_runs_on_from_the_record(tmp_path: Path) -> None:
+    """The record is made before the first register is changed, so a tracer may die anywhere in between."""
+
+    def half(tree: FrozenTree) -> tuple[ParkedProcess, ...]:
+        processes = parking(tree)
+        (task,) = tree.tasks.values()
+        first = park.ParkedProcess(task.pid, processes[0].started, processes[0].at, processes[0].threads[:1])
+        with ptrace.memory(task.pid) as memory:
+            park.park(first, task.threads[:1], [False], memory)
+        return processes
+
+    with running("memory_random", "8", "3", directory=tmp_path) as program:
+        (process,) = by_a_tracer_that_dies(program.pid, half)
+        park.let_run(process)
+        program.watch.wait_beats()
+        program.stop_and_verify()
+
+
+def test_a_parked_tree_can_be_read_and_parked_again(tmp_path: Path) -> None:
+    """The place of a tracer that died is found and used again."""
+    with running("memory_random", "8", "2", directory=tmp_path) as program:
+        (first,) = by_a_tracer_that_dies(program.pid, park_all)
+        park.let_run(first)
+        program.watch.wait_beats()
+        (second,) = by_a_tracer_that_dies(program.pid, park_all)
+        assert second.at == first.at
+        park.let_run(second)
+        program.watch.wait_beats()
+        program.stop_and_verify()
