@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import blackout, local_fault, restore_start, trace_cost
+from benchmarks import blackout, local_fault, restore_start, tls, trace_cost
 from benchmarks.measure import Result, load
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,6 +19,7 @@ SCENES: dict[str, Callable[[int], Result]] = {
     "restore-start": restore_start.run,
     "blackout": blackout.run,
     "trace-cost": trace_cost.run,
+    "tls": tls.run,
 }
 
 

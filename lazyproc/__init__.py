@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lazyproc.migrate.sessions import resume as resume
     from lazyproc.migrate.sessions import sessions as sessions
     from lazyproc.migrate.source import migrate as migrate
+    from lazyproc.pages.tls import Tls as Tls
     from lazyproc.restore.run import Restored as Restored
     from lazyproc.restore.run import restore as restore
     from lazyproc.trace import read_trace as read_trace
@@ -22,6 +23,7 @@ _MODULES = {
     "LazyRegion": "lazyproc.uffd.region",
     "abort": "lazyproc.migrate.sessions",
     "Restored": "lazyproc.restore.run",
+    "Tls": "lazyproc.pages.tls",
     "checkpoint": "lazyproc.dump.checkpoint",
     "explain": "lazyproc.migrate.explain",
     "read_trace": "lazyproc.trace",
@@ -35,6 +37,7 @@ _PACKAGES = ("errors", "migrate", "restore")  # the last two are callable, see c
 __all__ = [
     "LazyRegion",
     "Restored",
+    "Tls",
     "abort",
     "checkpoint",
     "errors",

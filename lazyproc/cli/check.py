@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_json, add_peer, command
+from lazyproc.cli.options import Commands, add_json, add_peer, command, tls_of
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -30,6 +30,6 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     if args.peer:
         from lazyproc.migrate.check import check_peer
 
-        findings += check_peer(args.peer, insecure=args.insecure)
+        findings += check_peer(args.peer, insecure=args.insecure, tls=tls_of(args))
     missing = any(finding.state is State.MISSING for finding in findings)
     return Outcome(findings_text(findings), findings_fields(findings), CANNOT_BE_DONE if missing else 0)

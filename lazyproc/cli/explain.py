@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_json, add_peer, add_pid, add_tcp_close, command
+from lazyproc.cli.options import Commands, add_json, add_peer, add_pid, add_tcp_close, command, tls_of
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         listener(event)
 
     obstacles = lazyproc.explain(
-        args.pid, peer=args.peer, insecure=args.insecure, tcp_close=args.tcp_close, listener=listen
+        args.pid,
+        peer=args.peer,
+        insecure=args.insecure,
+        tls=tls_of(args),
+        tcp_close=args.tcp_close,
+        listener=listen,
     )
     fields = [obstacle_fields(obstacle) for obstacle in obstacles]
     return Outcome(

@@ -16,6 +16,7 @@ from lazyproc.cli import (
     checkpoint,
     demo,
     explain,
+    keys,
     migrate,
     receive,
     restore,
@@ -30,7 +31,21 @@ TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from lazyproc.cli.outcome import Outcome
 
-COMMANDS = (check, explain, checkpoint, restore, serve, receive, migrate, sessions, resume, abort, show, demo)
+COMMANDS = (
+    check,
+    explain,
+    checkpoint,
+    restore,
+    serve,
+    receive,
+    migrate,
+    sessions,
+    resume,
+    abort,
+    show,
+    keys,
+    demo,
+)
 NAMES = tuple(module.__name__.rpartition(".")[2] for module in COMMANDS)
 FAILED = 1
 EPILOG = (

@@ -7,16 +7,17 @@ import argparse
 from lazyproc.cli.options import (
     HOST_PORT,
     Commands,
-    add_insecure,
     add_json,
     add_pid,
     add_policy,
     add_retry,
     add_tcp_close,
     add_trace,
+    add_trust,
     command,
     count,
     endpoint,
+    tls_of,
 )
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
@@ -49,7 +50,7 @@ def add(commands: Commands) -> None:
     add_policy(parser)
     add_tcp_close(parser)
     add_trace(parser)
-    add_insecure(parser)
+    add_trust(parser)
     add_json(parser)
     parser.set_defaults(when_interrupted="interrupted; the process runs here as before")
 
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         args.target,
         order,
         insecure=args.insecure,
+        tls=tls_of(args),
         listener=listen,
         retry_for=args.retry_for,
         trace=args.trace,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
+    from lazyproc import Tls
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Listener
 
@@ -69,18 +70,41 @@ def add_listen(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_insecure(parser: argparse.ArgumentParser) -> None:
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Who is let in: see `tls_of`."""
+    for name, words in (
+        ("cert", "TLS with the other end: our certificate, in PEM"),
+        ("key", "its private key"),
+        ("ca", "the certificate of the CA that must have signed the other end's; see `lazyproc keys`"),
+    ):
+        parser.add_argument(f"--tls-{name}", metavar="FILE", help=words)
     parser.add_argument(
         "--insecure",
         action="store_true",
-        help="talk to any host without encryption or proof of who it is; without it only to root and "
-        "the same user on this one",
+        help="talk to any host without encryption or proof of who it is; without it and TLS only to "
+        "root and the same user on this one",
     )
+
+
+def tls_of(args: argparse.Namespace) -> Tls | None:
+    """What the options of `add_trust` say. Raises UsageError for some of the three, or for two ways at once."""
+    import lazyproc
+
+    given = [args.tls_cert, args.tls_key, args.tls_ca]
+    if not any(given):
+        return None
+    if not all(given):
+        raise lazyproc.errors.UsageError(
+            "--tls-cert, --tls-key and --tls-ca belong together", remedy="give all three"
+        )
+    if args.insecure:
+        raise lazyproc.errors.UsageError("--insecure and TLS exclude each other", remedy="give one of them")
+    return lazyproc.Tls(*given)
 
 
 def add_peer(parser: argparse.ArgumentParser, words: str) -> None:
     parser.add_argument("--peer", metavar=HOST_PORT, type=endpoint, help=words)
-    add_insecure(parser)
+    add_trust(parser)
 
 
 def add_session(parser: argparse.ArgumentParser) -> None:

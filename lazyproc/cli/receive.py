@@ -7,11 +7,12 @@ import argparse
 from lazyproc.cli.options import (
     Commands,
     add_cgroup,
-    add_insecure,
     add_json,
     add_listen,
     add_pidns,
+    add_trust,
     command,
+    tls_of,
     uid,
 )
 
@@ -38,7 +39,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--overcommit", action="store_true", help="take in trees larger than the available memory"
     )
-    add_insecure(parser)
+    add_trust(parser)
     add_json(parser)
 
 
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
             once=args.once,
             allow_uids=frozenset(args.allow_uid),
             insecure=args.insecure,
+            tls=tls_of(args),
             listener=listen,
         )
     except KeyboardInterrupt:

@@ -8,13 +8,14 @@ from lazyproc.cli.options import (
     HOST_PORT,
     Commands,
     add_cgroup,
-    add_insecure,
     add_json,
     add_pidns,
     add_policy,
     add_trace,
+    add_trust,
     command,
     endpoint,
+    tls_of,
 )
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
@@ -48,7 +49,7 @@ def add(commands: Commands) -> None:
     add_cgroup(parser)
     add_policy(parser)
     add_trace(parser)
-    add_insecure(parser)
+    add_trust(parser)
     add_json(parser)
     parser.set_defaults(when_interrupted="interrupted; nothing has been restored")
 
@@ -84,7 +85,14 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
         from lazyproc.migrate.fetch import restore_from
 
         terms = Terms(pidns=args.pidns, cgroup=args.cgroup)
-        return restore_from(args.peer, terms, insecure=args.insecure, listener=listener, trace=args.trace)
+        return restore_from(
+            args.peer,
+            terms,
+            insecure=args.insecure,
+            tls=tls_of(args),
+            listener=listener,
+            trace=args.trace,
+        )
     return lazyproc.restore(
         Path(args.directory),
         lazy=args.lazy,

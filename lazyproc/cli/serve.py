@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_insecure, add_listen, add_policy, command, pid
+from lazyproc.cli.options import Commands, add_listen, add_policy, add_trust, command, pid, tls_of
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
     )
     add_listen(parser)
     add_policy(parser)
-    add_insecure(parser)
+    add_trust(parser)
 
 
 def run(args: argparse.Namespace, listener: Listener) -> Outcome:
@@ -40,5 +40,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     target = args.pid if args.directory is None else Path(args.directory)
     order = Order(policy=args.policy)
     with suppress(KeyboardInterrupt):
-        lazyproc.serve(target, args.listen, order, insecure=args.insecure, listener=listener)
+        lazyproc.serve(
+            target, args.listen, order, insecure=args.insecure, tls=tls_of(args), listener=listener
+        )
     return Outcome()

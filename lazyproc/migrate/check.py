@@ -10,22 +10,23 @@ from lazyproc.host_check import Finding, State
 from lazyproc.migrate.about import about_here, about_in, fit
 from lazyproc.migrate.asking import ONLY_ASKED, PREPARE_S
 from lazyproc.migrate.link import Link, dialled
-from lazyproc.migrate.talk import expect, rtt_us
+from lazyproc.migrate.talk import expect
 from lazyproc.pages.peer import Trust
+from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Unreachable
 from lazyproc.wire.native import REVISION, VERSION, Ask, Host, Party
 
 LET_IN = "start the receiver with --insecure, or with --allow-uid for a user of its own host"
 
 
-def check_peer(target: str, *, insecure: bool) -> tuple[Finding, ...]:
+def check_peer(target: str, *, insecure: bool, tls: Tls | None = None) -> tuple[Finding, ...]:
     """What can be said of the receiver at `target` (HOST:PORT) as a destination for trees of this host.
 
     Raises UsageError for the address; ConnectionLost and ProtocolError when a receiver that let us in fails then.
     """
     with ExitStack() as stack:
         try:
-            link = stack.enter_context(dialled(target, Party.SOURCE, Trust(insecure)))
+            link = stack.enter_context(dialled(target, Party.SOURCE, Trust(insecure, tls=tls)))
         except Unreachable as error:
             return (Finding("peer: reachable", State.MISSING, error.what, error.remedy),)
         except PermissionDenied as error:
@@ -46,7 +47,7 @@ def _reached() -> Finding:
 def _asked(link: Link) -> Iterator[Finding]:
     control = link.control
     yield Finding(
-        "peer: reachable", State.OK, f"it answers; a round trip takes {rtt_us(control) / 1e3:.2f} ms"
+        "peer: reachable", State.OK, f"it answers; a round trip takes {control.rtt_us / 1e3:.2f} ms"
     )
     yield Finding("peer: let in", State.OK, "it lets us in")
     if control.peer_revision == 0:

@@ -15,6 +15,7 @@ from lazyproc.migrate.keeper import Place, keep
 from lazyproc.migrate.link import Gathering
 from lazyproc.migrate.reception import hand_on
 from lazyproc.pages.peer import Trust
+from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Door, listen
 from lazyproc.wire.native import Party
 
@@ -22,14 +23,21 @@ DOOR_S = 0.2
 
 
 def receive(
-    address: str, terms: Terms, *, once: bool, allow_uids: frozenset[int], insecure: bool, listener: Listener
+    address: str,
+    terms: Terms,
+    *,
+    once: bool,
+    allow_uids: frozenset[int],
+    insecure: bool,
+    tls: Tls | None = None,
+    listener: Listener,
 ) -> int:
     """Take in trees at HOST:PORT until interrupted, or until one has come whole (`once`); how many committed.
 
     Each has a keeper that goes on without us. Raises UsageError for the address, CannotListen.
     """
     forget_old()
-    trust = Trust(insecure, allow_uids)
+    trust = Trust(insecure, allow_uids, tls)
     with (
         listen(address, Party.DESTINATION, trust=trust, report=listener) as door,
         closing(_Arrivals(door, terms, trust, listener)) as arrivals,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lazyproc.dump.explain import Examined, examine
 from lazyproc.errors import Obstacle
 from lazyproc.events import Listener, ignore
+from lazyproc.pages.tls import Tls
 
 
 def explain(
@@ -12,6 +13,7 @@ def explain(
     *,
     peer: str | None = None,
     insecure: bool = False,
+    tls: Tls | None = None,
     tcp_close: bool = False,
     listener: Listener = ignore,
 ) -> tuple[Obstacle, ...]:
@@ -24,10 +26,12 @@ def explain(
     examined = examine(pid, tcp_close=tcp_close, listener=listener)
     if peer is None or not examined.smaps:  # nothing that lives could move
         return examined.obstacles
-    return (*examined.obstacles, *_obstacles_of(peer, examined, insecure, listener))
+    return (*examined.obstacles, *_obstacles_of(peer, examined, insecure, tls, listener))
 
 
-def _obstacles_of(peer: str, examined: Examined, insecure: bool, listener: Listener) -> tuple[Obstacle, ...]:
+def _obstacles_of(
+    peer: str, examined: Examined, insecure: bool, tls: Tls | None, listener: Listener
+) -> tuple[Obstacle, ...]:
     from lazyproc.migrate.asking import ONLY_ASKED, obstacles_there
     from lazyproc.migrate.link import dialled
     from lazyproc.migrate.prepare import offer_of
@@ -37,7 +41,7 @@ def _obstacles_of(peer: str, examined: Examined, insecure: bool, listener: Liste
     from lazyproc.wire.native import Party
 
     offer = offer_of(examined.smaps)
-    with dialled(peer, Party.SOURCE, Trust(insecure)) as link:
+    with dialled(peer, Party.SOURCE, Trust(insecure, tls=tls)) as link:
         try:
             found = obstacles_there(link.control, offer, examined.wanted, Order().fields(), listener)
         except Refused as refused:  # an older receiver gives one reason, and no way out of its own

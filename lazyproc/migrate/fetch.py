@@ -16,6 +16,7 @@ from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.journal import DESTINATION, Journal
 from lazyproc.migrate.link import linked
 from lazyproc.pages.peer import Trust
+from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Session
 from lazyproc.restore.run import Restored
 from lazyproc.trace import TraceFile
@@ -58,7 +59,13 @@ class Fetched(Restored):
 
 @contextmanager
 def restore_from(
-    target: str, terms: Terms, *, insecure: bool, listener: Listener, trace: Path | str | None = None
+    target: str,
+    terms: Terms,
+    *,
+    insecure: bool,
+    tls: Tls | None = None,
+    listener: Listener,
+    trace: Path | str | None = None,
 ) -> Iterator[Fetched]:
     """The tree that `lazyproc serve` offers at `target` (HOST:PORT); it runs when the context is entered.
 
@@ -68,9 +75,10 @@ def restore_from(
     started = time.monotonic()
     session = Session.new()
     journal = Journal(session.id, DESTINATION)
+    trust = Trust(insecure, tls=tls)
     with ExitStack() as stack:
         file = stack.enter_context(TraceFile(trace, listener)) if trace is not None else None
-        link = stack.enter_context(closing(linked(target, Party.DESTINATION, Trust(insecure), session)))
+        link = stack.enter_context(closing(linked(target, Party.DESTINATION, trust, session)))
         pager = stack.enter_context(Pager(trace=file is not None))
 
         def serve() -> None:

@@ -18,12 +18,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from lazyproc.errors import CannotListen, ConnectionLost, LazyprocError, ProtocolError
+from lazyproc.errors import CannotListen, ConnectionLost, LazyprocError, ProtocolError, UsageError
 from lazyproc.events import Listener, Note
 from lazyproc.facts import dataclass
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.kernel import family
+from lazyproc.kernel.deaf import ignore_interrupts
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.anchors import anchors
 from lazyproc.migrate.apart import MESSAGE_MAX, Client, Messages, result, stream, unplug
@@ -61,12 +62,11 @@ class Place:
 
     def facts(self) -> dict[str, object]:
         """For the journal."""
-        uids = sorted(self.trust.uids)
-        return {"address": self.address, "insecure": self.trust.insecure, "uids": uids}
+        return {"address": self.address, **self.trust.facts()}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Place:
-        return cls(str(facts["address"]), Trust(bool(facts["insecure"]), frozenset(facts["uids"])))
+        return cls(str(facts["address"]), Trust.of(facts))
 
 
 def keep(link: Link, terms: Terms, place: Place, not_ours: Sequence[Closable]) -> Messages:
@@ -163,6 +163,7 @@ class Keeper:
         self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeper, pager
         self._connections: list[socket.socket] = []  # of the newest link; the pager has duplicates of its own
         self._committed = False
+        self._resumed = False  # the client is no `receive`
         self._left = MEMBERS
         self._keeper = Member(os.getpid())
 
@@ -174,7 +175,7 @@ class Keeper:
         tables = Pager()  # its threads run in the pager; here its tables are filled
         self._pager = self._new_pager()
         self._guard = self._new_guard()
-        arrival = Arrival(link, terms, self._journal, self._client.tell, settle=_deaf)
+        arrival = Arrival(link, terms, self._journal, self._client.tell, settle=ignore_interrupts)
 
         def serve() -> None:
             say(self._near, "serve", None)
@@ -195,8 +196,8 @@ class Keeper:
 
     def go_on(self) -> None:
         """A session that was handed over; the ledger and the userfaultfds are in our table again."""
-        _deaf()
-        self._committed = True
+        ignore_interrupts()
+        self._committed = self._resumed = True
         self._pager = self._new_pager()
         self._guard = self._new_guard()
         self._watch()
@@ -277,8 +278,8 @@ class Keeper:
 
     def _attend_door(self) -> None:
         """While `receive` is there it hands connections on; without it we wait for them ourselves."""
-        if self._door is None and not self._client.listens():
-            with suppress(CannotListen):
+        if self._door is None and (self._resumed or not self._client.listens()):
+            with suppress(CannotListen, UsageError):  # of files for TLS that are being renewed
                 self._door = listen(self._place.address, Party.DESTINATION, trust=self._place.trust)
         if self._door is not None and (channel := self._door.accept(0)) is not None:
             self._take(channel)
@@ -369,10 +370,6 @@ class Keeper:
             sock = socket.socket(fileno=os.dup(fd))
             channels.append(Channel.adopted(sock, Party.DESTINATION, hello, welcomed=True))
         return Link(self._session, *channels)
-
-
-def _deaf() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _image_pages(directory: Path) -> ImagePages:

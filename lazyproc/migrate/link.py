@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 
-from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
+from lazyproc.errors import ConnectionLost, LazyprocError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.facts import dataclass
 from lazyproc.pages.peer import Trust
@@ -103,15 +103,18 @@ class Chain:
             self._listener(Note(f"the connection was lost and is opened again: {lost}"))
         self._listener(StateChanged("reconnecting", time.monotonic()))
         until = None if self._retry_for is None else time.monotonic() + self._retry_for
-        pause = FIRST_PAUSE_S
+        pause, told = FIRST_PAUSE_S, ""
         while True:
             try:
                 self._link = self._dial_again()
                 self.reconnects += 1
                 return self._link
-            except (ConnectionLost, ProtocolError) as error:
+            except LazyprocError as error:  # also who is not trusted, or files for TLS that are being renewed
                 if isinstance(error, Declined):
                     raise
+                if str(error) != told:
+                    told = str(error)
+                    self._listener(Note(f"not yet: {told}"))
                 if until is not None and time.monotonic() + pause > until:
                     raise lost from None
             time.sleep(pause)

@@ -23,21 +23,31 @@ from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
+from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import listen
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Released, Running
 
 DOOR_S = 0.2
 
 
-def serve(target: int | Path, address: str, order: Order, *, insecure: bool, listener: Listener) -> None:
+def serve(
+    target: int | Path,
+    address: str,
+    order: Order,
+    *,
+    insecure: bool,
+    tls: Tls | None = None,
+    listener: Listener,
+) -> None:
     """A process tree by the pid of its root, or a folder of images; see `serve_process` and `serve_folder`."""
+    trust = Trust(insecure, tls=tls)
     if isinstance(target, int):
-        serve_process(target, address, order, insecure=insecure, listener=listener)
+        serve_process(target, address, order, trust=trust, listener=listener)
     else:
-        serve_folder(target, address, order, insecure=insecure, listener=listener)
+        serve_folder(target, address, order, trust=trust, listener=listener)
 
 
-def serve_process(pid: int, address: str, order: Order, *, insecure: bool, listener: Listener) -> None:
+def serve_process(pid: int, address: str, order: Order, *, trust: Trust, listener: Listener) -> None:
     """Hand the tree under `pid` to the first client; it is frozen when that has come, not before.
 
     A client that fails before the commit lets the tree run on, and the next one may try. Raises CannotBeDone, and
@@ -45,7 +55,7 @@ def serve_process(pid: int, address: str, order: Order, *, insecure: bool, liste
     """
     look(pid, listener, tcp_close=order.tcp_close)
     gathering = Gathering()
-    with listen(address, Party.SOURCE, trust=Trust(insecure), report=listener) as door, closing(gathering):
+    with listen(address, Party.SOURCE, trust=trust, report=listener) as door, closing(gathering):
         listener(Note(f"listening on port {door.port}"))
         while True:
             link = gathering.next(door, DOOR_S)
@@ -76,7 +86,7 @@ def _nobody_comes_back() -> Link:
     raise ConnectionLost("who fetches a tree does not come back")
 
 
-def serve_folder(directory: Path, address: str, order: Order, *, insecure: bool, listener: Listener) -> None:
+def serve_folder(directory: Path, address: str, order: Order, *, trust: Trust, listener: Listener) -> None:
     """Serve the images in `directory` to any number of clients, at the same time, until interrupted."""
     folder = Folder(directory)
     checkpoint = from_images(folder.read())
@@ -84,7 +94,7 @@ def serve_folder(directory: Path, address: str, order: Order, *, insecure: bool,
     with (
         ImagePages(folder, memory_objects(checkpoint)) as pages,
         PageServer((s.key, s.start, s.end, s.fd, s.offset) for s in pages.segments()) as server,
-        listen(address, Party.SOURCE, trust=Trust(insecure), report=listener) as door,
+        listen(address, Party.SOURCE, trust=trust, report=listener) as door,
         closing(gathering),
     ):
         listener(Note(f"listening on port {door.port}"))

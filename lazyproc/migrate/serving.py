@@ -14,7 +14,7 @@ from lazyproc.errors import ConnectionLost, LazyprocError, Parked, ProtocolError
 from lazyproc.events import Listener, PagesMoved, StateChanged
 from lazyproc.migrate.link import Chain, Link
 from lazyproc.migrate.report import MigrateReport
-from lazyproc.migrate.talk import Pulse, checked, expect, rtt_us
+from lazyproc.migrate.talk import Pulse, checked, expect
 from lazyproc.model import Extent, MemoryObject
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
@@ -165,7 +165,7 @@ def report_of(
         frozen_ms=float(facts["frozen_ms"]),
         blackout_ms=float(facts["blackout_ms"]),
         total_ms=(time.time() - float(facts["started"])) * 1e3,
-        rtt_us=rtt_us(chain.current.control),
+        rtt_us=chain.current.control.rtt_us,
         bytes_wire=sum(each.bytes_in + each.bytes_out for each in server.counters().values()),
         reconnects=chain.reconnects,
         fault_us=_faults(drained),

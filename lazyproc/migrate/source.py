@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from lazyproc.facts import dataclass
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
 from lazyproc.kernel import netfilter
-from lazyproc.kernel.deaf import deaf
+from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.netfilter import Hold
 from lazyproc.migrate.apart import Client, apart
 from lazyproc.migrate.asking import asked
@@ -43,6 +43,7 @@ from lazyproc.pages.bundle import NAME as BUNDLE
 from lazyproc.pages.bundle import pack_bundle
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
+from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Channel, Session
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.wire.native import Built, Commit, Images, Party
@@ -73,19 +74,23 @@ def migrate(
     order: Order,
     *,
     insecure: bool,
+    tls: Tls | None = None,
     listener: Listener,
     retry_for: float | None = None,
     trace: Path | str | None = None,
 ) -> MigrateReport:
     """Move the tree under `pid` to the receiver at `target` (HOST:PORT); returns when its memory has followed.
 
-    The faults at the destination go to `trace` (docs/trace.md). The work is done in a process that outlives this one;
-    a lost connection is opened again for `retry_for` seconds (None: until it comes). Raises CannotBeDone (Unfit: by the
-    other host), Refused, ConnectionLost, the dump's errors and LazyprocError (`trace` cannot be written) with the tree
-    running as before; Parked when that is not known, or when it runs there and its memory has stopped following.
+    With `tls` both ends prove who they are, and nobody can listen; see lazyproc.Tls. The faults at the destination are
+    written to `trace` (docs/trace.md). The work is done in a process that outlives this one; a lost connection is
+    opened again for `retry_for` seconds (None: until it comes).
+
+    Raises CannotBeDone (Unfit: by the other host), Refused, ConnectionLost, the dump's errors and LazyprocError
+    (`trace` cannot be written) with the tree running as before; Parked when that is not known, or when it runs there
+    and its memory has stopped following.
     """
     session = Session.new()
-    trust = Trust(insecure)
+    trust = Trust(insecure, tls=tls)
 
     def first(client: Client) -> MigrateReport:
         client.stop_without_it()
@@ -96,7 +101,9 @@ def migrate(
             journal.write("preparing", durable=False, **begun, **_crew())
             link = linked(target, Party.SOURCE, trust, session)
             chain = stack.enter_context(_chain(session, link, target, trust, retry_for, client))
-            return hand_over(pid, chain, before, order, journal, client.tell, trace=file)
+            return hand_over(
+                pid, chain, before, order, journal, client.tell, trace=file, settle=ignore_interrupts
+            )
 
     def again(client: Client) -> MigrateReport:
         with _chain(session, None, target, trust, retry_for, client) as chain:
@@ -107,7 +114,7 @@ def migrate(
     begun: dict[str, Any] = {
         "peer": target,
         "token": session.token,
-        "insecure": insecure,
+        **trust.facts(),
         "root_pid": pid,
         "mode": order.mode,
         "started": time.time(),
@@ -127,7 +134,7 @@ def _demand_apart(pid: int) -> None:
 def migrate_on(record: Record, *, retry_for: float | None, listener: Listener) -> MigrateReport:
     """Go on with a migration whose processes at the source are all gone; see `migrate`."""
     facts, session = record.facts, Session(record.session, str(record.facts["token"]))
-    trust = Trust(bool(facts.get("insecure")))
+    trust = Trust.of(facts)
 
     def again(client: Client) -> MigrateReport:
         with _chain(session, None, str(facts["peer"]), trust, retry_for, client) as chain:
@@ -168,8 +175,11 @@ def hand_over(
     listener: Listener,
     *,
     trace: TraceFile | None = None,
+    settle: Callable[[], object] = lambda: None,
 ) -> MigrateReport:
-    """The whole of it over connections that stand, whoever opened them; see `migrate`."""
+    """The whole of it over connections that stand, whoever opened them; see `migrate`. `settle` is called right before
+    COMMIT: from then on nothing is to interrupt us.
+    """
     control = chain.current.control
     _prepare(chain.session, control, before, order, trace, listener)
     listener(StateChanged("prepared", time.monotonic()))
@@ -190,6 +200,7 @@ def hand_over(
         with _parked(tree, dump, hold, journal, frozen_at):  # while the other side builds
             expect(control, Built, BUILD_S)
             dump.demand_idle_rings()
+            settle()
             last.enter_context(deaf())  # until all is put away
             control.send(Commit())
             serving.until_committed()

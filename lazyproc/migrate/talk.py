@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import struct
 import time
 from typing import TypeVar
 
@@ -73,9 +71,3 @@ class Pulse:
 def milliseconds(since: float) -> float:
     """Since a reading of time.monotonic()."""
     return (time.monotonic() - since) * 1e3
-
-
-def rtt_us(channel: Channel) -> float:
-    """The kernel's smoothed round trip time, tcpi_rtt of struct tcp_info (tcp(7))."""
-    info = channel.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-    return float(struct.unpack_from("<I", info, 68)[0])

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
+from typing import Any
 
-from lazyproc.errors import PermissionDenied
+from lazyproc.errors import PermissionDenied, UsageError
 from lazyproc.facts import dataclass
+from lazyproc.pages.tls import OPTIONS, Tls
 
 _Address = IPv4Address | IPv6Address
 
@@ -22,13 +25,38 @@ _ESTABLISHED = "01"  # include/net/tcp_states.h
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """Who is let in: root, our own user and `uids` on this host; if `insecure`, everybody from everywhere."""
+    """Who is let in: root, our own user and `uids` on this host; with `tls` whoever has a certificate, and nobody else;
+    if `insecure`, everybody from everywhere. Raises UsageError for both at once.
+    """
 
     insecure: bool = False
     uids: frozenset[int] = frozenset()
+    tls: Tls | None = None
+
+    def __post_init__(self) -> None:
+        if self.insecure and self.tls:
+            raise UsageError(
+                "--insecure lets everybody in, TLS only who has a certificate",
+                remedy=f"leave out {OPTIONS} or it",
+            )
+
+    def facts(self) -> dict[str, object]:
+        """For a journal."""
+        return {
+            "insecure": self.insecure,
+            "uids": sorted(self.uids),
+            "tls": self.tls.facts() if self.tls else None,
+        }
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Trust:
+        tls = facts.get("tls")
+        return cls(
+            bool(facts.get("insecure")), frozenset(facts.get("uids", ())), Tls.of(tls) if tls else None
+        )
 
     def check(self, sock: socket.socket) -> None:
-        """Raises PermissionDenied unless the peer of the connected socket is let in."""
+        """Of a connection without TLS. Raises PermissionDenied unless the peer of the connected socket is let in."""
         if self.insecure:
             return
         uid = peer_uid(sock)
@@ -36,7 +64,8 @@ class Trust:
             raise PermissionDenied(
                 "the peer is not a process of this host that can be identified",
                 where=peer_name(sock),
-                remedy="use TLS, or --insecure where everybody on the network may read and create processes",
+                remedy=f"use TLS ({OPTIONS}), or --insecure where everybody on the network may read "
+                "and create processes",
             )
         if uid not in {0, os.geteuid()} | self.uids:
             raise PermissionDenied(

@@ -11,9 +11,11 @@ import secrets
 import select
 import selectors
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import ParamSpec, Self, TypeVar
 
 from lazyproc import events
@@ -27,6 +29,7 @@ from lazyproc.errors import (
 )
 from lazyproc.facts import dataclass, field
 from lazyproc.pages.peer import Trust, peer_name
+from lazyproc.pages.tls import HANDSHAKE_RECORD, OPTIONS, Greeting, Plain, Tls, accepting, secured
 from lazyproc.wire.native import VERSION, Abort, Connection, Event, Hello, Party, Ping, Pong, Role, Welcome
 
 HANDSHAKE_S = 5.0  # a stranger's time to say HELLO
@@ -63,6 +66,18 @@ class Session:
 # --- a connection ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """The connection that a relay has, of which the channel's own socket knows nothing."""
+
+    peer: str
+    rtt_us: float
+
+    @classmethod
+    def look(cls, sock: socket.socket) -> Behind:
+        return cls(peer_name(sock), _rtt_us(sock))
+
+
 class Channel:
     """One connection. `send` may be called from several threads, `receive` from one at a time.
 
@@ -70,11 +85,14 @@ class Channel:
     thread in C. Every wait has a limit; ConnectionLost says that the peer is gone.
     """
 
-    def __init__(self, sock: socket.socket, side: Party, *, dialled: bool) -> None:
-        self.peer = peer_name(sock)
+    def __init__(
+        self, sock: socket.socket, side: Party, *, dialled: bool, behind: Behind | None = None
+    ) -> None:
+        self.peer = behind.peer if behind else peer_name(sock)
         self.hello: Hello | None = None  # once it has passed
         self.heard = time.monotonic()  # when the peer last said anything
         self._sock = sock
+        self._behind = behind
         self._connection = Connection(side, dialled=dialled)
         self._sending = threading.Lock()
         sock.setblocking(True)
@@ -163,6 +181,11 @@ class Channel:
         return self._connection.peer_revision
 
     @property
+    def rtt_us(self) -> float:
+        """The round trip time as TCP has measured it; behind a relay, when the connection was opened."""
+        return self._behind.rtt_us if self._behind else _rtt_us(self._sock)
+
+    @property
     def socket(self) -> socket.socket:
         """For options and for asking who the peer is; its bytes belong to the channel."""
         return self._sock
@@ -185,7 +208,8 @@ class Channel:
         try:
             event = next(iter(self._connection.receive_data(data)), None)
         except ProtocolError as error:
-            remedy = error.remedy or "is it lazyproc, and of the same version?"
+            tls = data[0] == HANDSHAKE_RECORD
+            remedy = error.remedy or ("it speaks TLS" if tls else "is it lazyproc, and of the same version?")
             raise ProtocolError(error.what, where=self.peer, remedy=remedy) from None
         if isinstance(event, Hello):
             self.hello = event
@@ -208,6 +232,12 @@ class Channel:
 
 def _left(deadline: float | None) -> float | None:
     return None if deadline is None else deadline - time.monotonic()
+
+
+def _rtt_us(sock: socket.socket) -> float:
+    """The kernel's smoothed round trip time, tcpi_rtt of struct tcp_info (tcp(7))."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return float(struct.unpack_from("<I", info, 68)[0])
 
 
 def _tune(sock: socket.socket) -> None:
@@ -233,20 +263,31 @@ class Declined(ProtocolError):
 def dial(address: str, hello: Hello, side: Party, *, trust: Trust, timeout: float = 10) -> Channel:
     """A channel to whoever listens at HOST:PORT, greeted and welcomed.
 
-    The peer is checked once he has answered: until he has accepted, the kernel cannot name his socket's
-    owner. Raises UsageError for the address, ConnectionLost, PermissionDenied for an untrusted peer,
-    ProtocolError.
+    With TLS the peer proves who he is before anything is said. Without, he is checked once he has answered: until he
+    has accepted, the kernel cannot name his socket's owner. Raises UsageError for the address or the files of `trust`,
+    ConnectionLost, PermissionDenied for an untrusted peer, ProtocolError.
     """
     deadline = time.monotonic() + timeout
-    channel = Channel(_connect(address, timeout), side, dialled=True)
+    sock = _connect(address, timeout)
+    channel = _behind_tls(sock, address, side, trust.tls) if trust.tls else Channel(sock, side, dialled=True)
     try:
         channel.send(hello)
         _check_answer(channel.receive(_left(deadline)), hello, address)
-        trust.check(channel.socket)
+        if trust.tls is None:
+            trust.check(channel.socket)
     except LazyprocError:
         channel.close()
         raise
     return channel
+
+
+def _behind_tls(sock: socket.socket, address: str, side: Party, tls: Tls) -> Channel:
+    from lazyproc.pages.relay import relayed  # it imports ssl
+
+    _tune(sock)
+    far = secured(sock, tls, parse_address(address)[0], address)
+    behind = Behind.look(far)
+    return Channel(relayed(far), side, dialled=True, behind=behind)
 
 
 def _check_answer(answer: Event | None, hello: Hello, address: str) -> None:
@@ -281,8 +322,12 @@ def _connect(address: str, timeout: float) -> socket.socket:
 
 
 def listen(address: str, side: Party, *, trust: Trust, report: events.Listener = events.ignore) -> Door:
-    """A Door at HOST:PORT; port 0 takes a free one. Raises UsageError for the address, CannotListen."""
+    """A Door at HOST:PORT; port 0 takes a free one. Raises UsageError for the address or the files of `trust`,
+    CannotListen.
+    """
     host, port = parse_address(address)
+    if trust.tls:
+        accepting(trust.tls)  # what is wrong with the files is said now and not to the first who comes
     try:
         family, kind, protocol, _, name = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -320,7 +365,8 @@ class Door:
         self._side = side
         self._trust = trust
         self._report = report
-        self._strangers: dict[Channel, float] = {}  # until when they have to say HELLO, oldest first
+        # Until when they have to prove who they are, and then to say HELLO; oldest first.
+        self._strangers: dict[Channel | Greeting, float] = {}
         self._selector = selectors.EpollSelector()
         self._selector.register(sock, selectors.EVENT_READ)
         sock.setblocking(False)
@@ -357,8 +403,11 @@ class Door:
             for key, _ in self._selector.select(self._patience(deadline)):
                 if key.fileobj is self._sock:
                     self._let_in()
+                elif isinstance(key.fileobj, Greeting):
+                    self._greet(key.fileobj)
                 elif isinstance(key.fileobj, Channel) and self._greeted(key.fileobj):
-                    return self._forget(key.fileobj)
+                    self._forget(key.fileobj)
+                    return key.fileobj
             self._send_away()
             if deadline is not None and time.monotonic() >= deadline:
                 return None
@@ -375,16 +424,52 @@ class Door:
             time.sleep(0.01)
             return
         try:
-            self._trust.check(sock)
-            channel = Channel(sock, self._side, dialled=False)
-        except (PermissionDenied, OSError) as error:
+            if self._trust.tls is None:
+                self._trust.check(sock)
+                self._await(Channel(sock, self._side, dialled=False))
+            else:
+                sock.setblocking(False)
+                _tune(sock)
+                self._await(Greeting(sock, self._trust.tls, peer_name(sock)))
+        except (PermissionDenied, UsageError, OSError) as error:
             sock.close()
             self._report(events.Note(f"refused a connection: {error}"))
-            return
-        self._strangers[channel] = time.monotonic() + HANDSHAKE_S
-        self._selector.register(channel, selectors.EVENT_READ)
+
+    def _await(self, stranger: Channel | Greeting) -> None:
+        self._strangers[stranger] = time.monotonic() + HANDSHAKE_S
+        self._selector.register(stranger, selectors.EVENT_READ)
         if len(self._strangers) > MAX_STRANGERS:
             self._forget(next(iter(self._strangers))).close()
+
+    def _greet(self, greeting: Greeting) -> None:
+        """A step of a stranger's handshake; once it is over he is behind a relay, and has to say HELLO."""
+        if greeting not in self._strangers:
+            return
+        try:
+            far = greeting.step()
+            if far is None:
+                wanted = selectors.EVENT_WRITE if greeting.wants_write else selectors.EVENT_READ
+                self._selector.modify(greeting, wanted)
+                return
+            from lazyproc.pages.relay import relayed
+
+            self._forget(greeting)
+            behind = Behind.look(far)
+            self._await(Channel(relayed(far), self._side, dialled=False, behind=behind))
+        except (LazyprocError, OSError) as error:
+            self._report(events.Note(f"refused a connection: {error}"))
+            if greeting in self._strangers:
+                self._forget(greeting)
+            if isinstance(error, Plain):
+                self._tell_plain(greeting)
+            greeting.close()
+
+    def _tell_plain(self, greeting: Greeting) -> None:
+        """To whoever came without TLS, in the words that he understands; a TLS alert would say as much."""
+        with suppress(OSError, LazyprocError):
+            connection = Connection(self._side, dialled=False)
+            connection.receive_data(greeting.sock.recv(_READ))
+            greeting.sock.send(connection.send(Abort({"reason": f"TLS is spoken here; use {OPTIONS}"})))
 
     def _greeted(self, channel: Channel) -> bool:
         """Whether the stranger's HELLO is whole and in our version; who says anything else is gone."""
@@ -405,10 +490,10 @@ class Door:
         for channel in [channel for channel, until in self._strangers.items() if until <= now]:
             self._forget(channel).close()
 
-    def _forget(self, channel: Channel) -> Channel:
-        del self._strangers[channel]
-        self._selector.unregister(channel)
-        return channel
+    def _forget(self, stranger: Channel | Greeting) -> Channel | Greeting:
+        del self._strangers[stranger]
+        self._selector.unregister(stranger)
+        return stranger
 
 
 # --- addresses ------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from tests.live.programs import Watch, wait_until
 CLI = (sys.executable, "-m", "lazyproc.cli.main")
 MOVE_S = 15
 END_S = 30
+INSECURE = ("--insecure",)
 PAGE_KINDS = ("zero", "eager", "urgent", "bulk", "dropped")
 
 # include/uapi/linux/pidfd.h of Linux 6.15
@@ -131,20 +132,29 @@ class Receiver:
     process: subprocess.Popen[Any]
     log: Path
     address: str
+    trust: Sequence[str] = INSECURE  # options of whoever comes
 
     def notes(self) -> str:
         return self.log.read_text()
 
 
 @contextmanager
-def receiving(host: Host, *options: str, by: Sequence[str] = (), expected: int = 0) -> Iterator[Receiver]:
+def receiving(
+    host: Host,
+    *options: str,
+    by: Sequence[str] = (),
+    expected: int = 0,
+    trust: Sequence[str] = INSECURE,
+    clients: Sequence[str] = INSECURE,
+) -> Iterator[Receiver]:
     """`lazyproc receive` on a port of its own choice, run `by` another command that becomes it; interrupted at the
-    end, which must be exit 0 (`expected`: otherwise when the test has ended it).
+    end, which must be exit 0 (`expected`: otherwise when the test has ended it). `trust` are its options for who is let
+    in, `clients` those of who comes.
     """
     log = host.outside / "receive.log"
     log.write_text("")
     with log.open("w") as file:
-        argv = [*by, *CLI, "receive", "--listen", f"{host.address}:0", "--insecure", "-v", *options]
+        argv = [*by, *CLI, "receive", "--listen", f"{host.address}:0", *trust, "-v", *options]
         process = host.popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     try:
         wait_until(
@@ -152,7 +162,7 @@ def receiving(host: Host, *options: str, by: Sequence[str] = (), expected: int =
         )
         port = re.search(r"listening on port (\d+)", log.read_text())
         assert port, log.read_text()
-        yield Receiver(host, process, log, f"{host.address}:{port[1]}")
+        yield Receiver(host, process, log, f"{host.address}:{port[1]}", clients)
         process.send_signal(2)
         assert process.wait(END_S) == expected, log.read_text()
     finally:
@@ -177,7 +187,7 @@ def migrate(
     source: Host, receiver: Receiver, pid: int, *options: str, expected: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """`lazyproc migrate` on `source` of a process whose pid the caller knows."""
-    words = ("migrate", source.vpid(pid), receiver.address, "--insecure", "--json", "-v", *options)
+    words = ("migrate", source.vpid(pid), receiver.address, *receiver.trust, "--json", "-v", *options)
     return run_cli(source, *words, expected=expected, more=f"receiver:\n{receiver.notes()}")
 
 

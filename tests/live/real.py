@@ -77,7 +77,7 @@ def migrating(
     journey_log, answer = folder / "migrate.log", folder / "migrate.json"
     already = receiver.notes().splitlines().count("running")
     target = by or receiver.address
-    argv = [*CLI, "migrate", str(source.vpid(pid)), target, "--insecure", "--json", "-v", *options]
+    argv = [*CLI, "migrate", str(source.vpid(pid)), target, *receiver.trust, "--json", "-v", *options]
     with journey_log.open("w") as log, answer.open("w") as out:
         process = source.popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=log)
     try:
