@@ -22,3 +22,8 @@ def deaf() -> Iterator[None]:
     finally:
         for sig, action in before.items():
             signal.signal(sig, action)
+
+
+def ignore_interrupts() -> None:
+    """For the rest of a process that is there for one thing only, and has come to where it must not stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

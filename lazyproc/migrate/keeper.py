@@ -24,6 +24,7 @@ from lazyproc.facts import dataclass
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.kernel import family
+from lazyproc.kernel.deaf import ignore_interrupts
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.anchors import anchors
 from lazyproc.migrate.apart import MESSAGE_MAX, Client, Messages, result, stream, unplug
@@ -174,7 +175,7 @@ class Keeper:
         tables = Pager()  # its threads run in the pager; here its tables are filled
         self._pager = self._new_pager()
         self._guard = self._new_guard()
-        arrival = Arrival(link, terms, self._journal, self._client.tell, settle=_deaf)
+        arrival = Arrival(link, terms, self._journal, self._client.tell, settle=ignore_interrupts)
 
         def serve() -> None:
             say(self._near, "serve", None)
@@ -195,7 +196,7 @@ class Keeper:
 
     def go_on(self) -> None:
         """A session that was handed over; the ledger and the userfaultfds are in our table again."""
-        _deaf()
+        ignore_interrupts()
         self._committed = True
         self._pager = self._new_pager()
         self._guard = self._new_guard()
@@ -369,10 +370,6 @@ class Keeper:
             sock = socket.socket(fileno=os.dup(fd))
             channels.append(Channel.adopted(sock, Party.DESTINATION, hello, welcomed=True))
         return Link(self._session, *channels)
-
-
-def _deaf() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _image_pages(directory: Path) -> ImagePages:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from lazyproc.facts import dataclass
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
 from lazyproc.kernel import netfilter
-from lazyproc.kernel.deaf import deaf
+from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.netfilter import Hold
 from lazyproc.migrate.apart import Client, apart
 from lazyproc.migrate.asking import asked
@@ -96,7 +96,9 @@ def migrate(
             journal.write("preparing", durable=False, **begun, **_crew())
             link = linked(target, Party.SOURCE, trust, session)
             chain = stack.enter_context(_chain(session, link, target, trust, retry_for, client))
-            return hand_over(pid, chain, before, order, journal, client.tell, trace=file)
+            return hand_over(
+                pid, chain, before, order, journal, client.tell, trace=file, settle=ignore_interrupts
+            )
 
     def again(client: Client) -> MigrateReport:
         with _chain(session, None, target, trust, retry_for, client) as chain:
@@ -168,8 +170,11 @@ def hand_over(
     listener: Listener,
     *,
     trace: TraceFile | None = None,
+    settle: Callable[[], object] = lambda: None,
 ) -> MigrateReport:
-    """The whole of it over connections that stand, whoever opened them; see `migrate`."""
+    """The whole of it over connections that stand, whoever opened them; see `migrate`. `settle` is called right before
+    COMMIT: from then on nothing is to interrupt us.
+    """
     control = chain.current.control
     _prepare(chain.session, control, before, order, trace, listener)
     listener(StateChanged("prepared", time.monotonic()))
@@ -190,6 +195,7 @@ def hand_over(
         with _parked(tree, dump, hold, journal, frozen_at):  # while the other side builds
             expect(control, Built, BUILD_S)
             dump.demand_idle_rings()
+            settle()
             last.enter_context(deaf())  # until all is put away
             control.send(Commit())
             serving.until_committed()
