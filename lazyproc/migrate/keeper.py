@@ -164,6 +164,7 @@ class Keeper:
         self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeper, pager
         self._connections: list[socket.socket] = []  # of the newest link; the pager has duplicates of its own
         self._committed = False
+        self._resumed = False  # the client is no `receive`
         self._left = MEMBERS
         self._keeper = Member(os.getpid())
 
@@ -197,7 +198,7 @@ class Keeper:
     def go_on(self) -> None:
         """A session that was handed over; the ledger and the userfaultfds are in our table again."""
         ignore_interrupts()
-        self._committed = True
+        self._committed = self._resumed = True
         self._pager = self._new_pager()
         self._guard = self._new_guard()
         self._watch()
@@ -278,7 +279,7 @@ class Keeper:
 
     def _attend_door(self) -> None:
         """While `receive` is there it hands connections on; without it we wait for them ourselves."""
-        if self._door is None and not self._client.listens():
+        if self._door is None and (self._resumed or not self._client.listens()):
             with suppress(CannotListen):
                 self._door = listen(self._place.address, Party.DESTINATION, trust=self._place.trust)
         if self._door is not None and (channel := self._door.accept(0)) is not None:
