@@ -1,7 +1,7 @@
 """TLS for lazyproc's own traffic: 1.3 only, and each end demands a certificate of the same CA from the other.
 
 OpenSSL 3 is under Apache-2.0, which GPL-2.0-only code may not be linked with; so this is Python's own `ssl`, and the
-threads in C see a relay's plain end (pages/relay.py, docs/adr/0009-tls.md).
+threads in C see a relay's plain end (pages/relay.py, docs/adr/0011-tls.md).
 """
 
 from __future__ import annotations

@@ -203,7 +203,11 @@ class Channel:
         if data is None:
             return None
         if not data:
-            raise ConnectionLost("the peer has hung up", where=self.peer)
+            raise ConnectionLost(
+                "the peer has hung up",
+                where=self.peer,
+                remedy="see there what it said, and whether it still runs",
+            )
         self.heard = time.monotonic()
         try:
             event = next(iter(self._connection.receive_data(data)), None)

@@ -94,6 +94,20 @@ def test_everything_killed_at_the_destination_is_completed_by_one_resume(
         completes(pair, journey, program)
 
 
+def test_the_receiver_killed_as_well_the_resumed_keeper_takes_its_place(pair: Pair, program: Program) -> None:
+    with (
+        receiving(pair.destination, expected=-signal.SIGKILL) as receiver,
+        migrating(pair.source, receiver, program.pid, *SLOW) as journey,
+    ):
+        journey.wait_running()
+        receiver.process.kill()
+        receiver.process.wait()
+        kill(pair.destination, DESTINATION, "keeper", "pager", "guard")
+        (orphan,) = sessions(pair.destination)
+        run_cli(pair.destination, "resume", orphan["id"])
+        completes(pair, journey, program)
+
+
 def test_everything_killed_at_the_source_is_completed_by_one_resume(pair: Pair, program: Program) -> None:
     with (
         receiving(pair.destination) as receiver,

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ from tests.live.bad_luck import (
     unharmed,
     way_to,
 )
-from tests.live.moving import Receiver, receiving
+from tests.live.moving import receiving
 from tests.live.programs import Program, running, wait_until
 from tests.live.real import dialled, ending, migrating, move_now, processes_of, runs
 from tests.live.real_gate import gate_to
@@ -84,7 +83,7 @@ def test_the_receiver_is_killed(pair: Pair, program: Program, moment: int) -> No
     with (
         unchanged(pair.source, pair.destination),
         unharmed(program),
-        dying(pair) as receiver,
+        receiving(pair.destination, expected=-signal.SIGKILL) as receiver,
         way_to(receiver, pair.source, back=back) as address,
     ):
         done = lazyproc(pair.source, "migrate", pair.source.vpid(program.pid), address, "--insecure")
@@ -92,17 +91,10 @@ def test_the_receiver_is_killed(pair: Pair, program: Program, moment: int) -> No
     program.stop_and_verify()
 
 
-@contextmanager
-def dying(pair: Pair) -> Iterator[Receiver]:
-    """A receiver that does not come to the end that `receiving` expects."""
-    with contextlib.suppress(AssertionError), receiving(pair.destination) as receiver:
-        yield receiver
-
-
 def test_the_receiver_is_killed_after_the_commit(pair: Pair, program: Program) -> None:
     """The tree has a keeper of its own, who brings the rest."""
     with (
-        dying(pair) as receiver,
+        receiving(pair.destination, expected=-signal.SIGKILL) as receiver,
         migrating(pair.source, receiver, program.pid, "--max-rate", "8000000") as journey,
     ):
         journey.wait_running()
