@@ -33,7 +33,8 @@ def check_peer(target: str, *, insecure: bool, tls: Tls | None = None) -> tuple[
             return (_reached(), Finding("peer: trusted", State.MISSING, error.what, error.remedy))
         except ConnectionLost as error:  # who is not let in is hung up on without an answer
             detail = f"{error.what}: it does not let us in, or is no lazyproc"
-            return (_reached(), Finding("peer: let in", State.MISSING, detail, error.remedy or LET_IN))
+            remedy = (error.remedy if tls else "") or LET_IN
+            return (_reached(), Finding("peer: let in", State.MISSING, detail, remedy))
         except ProtocolError as error:
             remedy = error.remedy or "use the same version of lazyproc on both hosts"
             return (_reached(), Finding("peer: protocol", State.MISSING, error.what, remedy))
