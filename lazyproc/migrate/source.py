@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from lazyproc.dump.before import Before, look_before, observed_sleeps
@@ -21,7 +22,7 @@ from lazyproc.dump.park import park_tree, parking, unpark_tree
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import hang_up, silence
 from lazyproc.dump.walk import tree_of
-from lazyproc.errors import CannotBeDone, LazyprocError, Obstacle, Parked
+from lazyproc.errors import CannotBeDone, LazyprocError, Obstacle
 from lazyproc.events import Listener, StateChanged, ignore
 from lazyproc.facts import dataclass
 from lazyproc.images.convert import to_images
@@ -197,12 +198,13 @@ def hand_over(
         serving = Serving(chain, server, extents, pid, listener, trace)
         serving.answer(chain.current)
         _send_images(control, dump, pages, order)
-        with _parked(tree, dump, hold, journal, frozen_at):  # while the other side builds
+        with _parked(tree, dump, hold, journal, frozen_at) as commit_sent:  # while the other side builds
             expect(control, Built, BUILD_S)
             dump.demand_idle_rings()
             settle()
             last.enter_context(deaf())  # until all is put away
             control.send(Commit())
+            commit_sent.set()
             serving.until_committed()
             frozen_ms = milliseconds(frozen)
             journal.write("committed", durable=False)
@@ -260,19 +262,22 @@ def _send_images(control: Channel, dump: Dump, pages: DumpPages, order: Order) -
 
 
 @contextmanager
-def _parked(tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_at: float) -> Iterator[None]:
-    """Inside, no thread of the tree runs on, whatever becomes of us. It goes on here after every error but Parked."""
+def _parked(tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_at: float) -> Iterator[Event]:
+    """Inside, no thread of the tree runs on, whatever becomes of us. It goes on here after an error before COMMIT was
+    sent, and when the other side says no; after any other error it stays, since it may run there.
+    """
     processes = parking(tree)
     held = to_facts(holding_of(dump, processes))
     journal.write("parked", held=held, root_vpid=dump.checkpoint.root.vpid, frozen_at=frozen_at)
     park_tree(tree, processes)
     hold.keep()
+    sent = Event()
     try:
-        yield
-    except Parked:
-        hold.forget()
-        raise
-    except BaseException:
+        yield sent
+    except BaseException as error:
+        if sent.is_set() and not isinstance(error, Refused):
+            hold.forget()
+            raise
         unpark_tree(tree, processes)
         journal.remove()
         raise
