@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from lazyproc.errors import LazyprocError, Parked
-from lazyproc.events import Event, Listener
+from lazyproc.events import Event, Listener, Note
 from lazyproc.kernel import family
 from lazyproc.kernel.deaf import SIGNALS
 
@@ -26,6 +26,7 @@ T = TypeVar("T")
 O_ASYNC = 0o20000
 F_SETSIG = 10  # Python does not name them
 MESSAGE_MAX = 1 << 17  # bytes
+WORDS_MAX = 4000  # characters of an error that does not fit
 TAKE_S = 10  # a client that takes no result for so long never will
 _TIMEVAL = struct.Struct("ll")
 ATTEMPTS = 100  # one that is killed so often is killed on purpose, and for good
@@ -71,9 +72,22 @@ class Client:
         try:
             data = pickle.dumps((kind, value))
         except Exception:  # an error of somebody else's making
-            data = pickle.dumps((kind, LazyprocError(repr(value), remedy="report it")))
+            data = pickle.dumps((kind, LazyprocError(f"{value!r:.{WORDS_MAX}}", remedy="report it")))
+        if len(data) > MESSAGE_MAX:
+            data = pickle.dumps((kind, Note(_beginning(value)) if kind == "event" else _shortened(value)))
         with suppress(OSError):
             self._socket.send(data, flags)
+
+
+def _shortened(value: object) -> LazyprocError:
+    """What is too long for a message, as its words: some of it the other side of a migration may have made up."""
+    short = LazyprocError(_beginning(value))
+    short.exit_code = getattr(value, "exit_code", short.exit_code)
+    return short
+
+
+def _beginning(value: object) -> str:
+    return f"{getattr(value, 'text', value)!s:.{WORDS_MAX}}…"
 
 
 class Messages:

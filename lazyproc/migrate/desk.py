@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import json
+import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from lazyproc.pages.peer import Trust
 
 PACKET_MAX = 1 << 16
 ANSWER_S = 5.0
+SAY_S = 1.0  # the keeper has more to do than to wait for who has connected and says nothing
 
 
 def _name(session: str, role: str) -> str:
@@ -38,28 +40,42 @@ class Desk:
     def next(self) -> Request | None:
         """Who asks now; None when he may not, or has gone."""
         caller, _ = self._socket.accept()
-        caller.settimeout(ANSWER_S)
+        caller.settimeout(SAY_S)
+        fds: list[int] = []
         try:
             Trust().check(caller)
             data, fds, _, _ = socket.recv_fds(caller, PACKET_MAX, 1)
-            return Request(caller, json.loads(data), fds[0] if fds else -1)
-        except (PermissionDenied, OSError, ValueError):
-            caller.close()
-            return None
+            fields = json.loads(data)
+            if isinstance(fields, dict):
+                return Request(caller, fields, fds.pop() if fds else -1)
+        except (PermissionDenied, OSError, ValueError, RecursionError):
+            pass
+        caller.close()
+        for fd in fds:
+            os.close(fd)
+        return None
 
     def close(self) -> None:
         self._socket.close()
 
 
 class Request:
-    """What is asked, with the descriptor that came along or -1, which is the receiver's from now on."""
+    """What is asked, maybe with a descriptor that came along; it is closed with the answer unless it was taken."""
 
     def __init__(self, caller: socket.socket, fields: Mapping[str, Any], fd: int) -> None:
         self._caller = caller
         self.fields = fields
-        self.fd = fd
+        self._fd = fd
+
+    def take_socket(self) -> socket.socket:
+        """What came along. Raises OSError or ValueError unless it is a socket."""
+        taken = socket.socket(fileno=self._fd)
+        self._fd = -1
+        return taken
 
     def answer(self, fields: Mapping[str, object]) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
         with self._caller, suppress(OSError):
             self._caller.send(json.dumps(fields).encode())
 

@@ -16,10 +16,11 @@ from lazyproc.migrate.link import Gathering
 from lazyproc.migrate.reception import hand_on
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Door, listen
-from lazyproc.wire.native import Party
+from lazyproc.pages.transport import Channel, Door, listen
+from lazyproc.wire.native import Party, Role
 
 DOOR_S = 0.2
+MAX_ARRIVING = 32  # trees that are not here yet: each is three processes, and begun with three connections
 
 
 def receive(
@@ -58,6 +59,7 @@ class _Arrivals:
         self._listener = listener
         self._gathering = Gathering()
         self._keepers: list[Messages] = []
+        self._arriving: list[Messages] = []  # of them, those whose tree is not here yet
         self.committed = self.whole = 0
 
     def close(self) -> None:
@@ -73,10 +75,11 @@ class _Arrivals:
         for keeper in [each for each in self._keepers if each.fileno() in ready]:
             message = keeper.read()
             if message is not None:
-                self._hear(*message)
+                self._hear(keeper, *message)
             else:
                 keeper.close()
                 self._keepers.remove(keeper)
+                self._has_arrived(keeper)
 
     def _open_door(self) -> None:
         channel = self._door.accept(0)
@@ -86,19 +89,37 @@ class _Arrivals:
             if channel.hello is not None and channel.hello.resume:
                 hand_on(channel, channel.hello)
                 return
+            if channel.hello is not None and channel.hello.role is Role.CONTROL:
+                self._demand_room(channel)
             link = self._gathering.add(channel)
         except (ConnectionLost, ProtocolError) as error:
-            self._listener(Note(f"ended a connection: {error}"))
+            self._door.ended(channel, error)
             return
         if link is not None:
-            self._keepers.append(keep(link, self._terms, self._place, [self._door, self]))
+            keeper = keep(link, self._terms, self._place, [self._door, self])
+            self._keepers.append(keeper)
+            self._arriving.append(keeper)
             link.close()
 
-    def _hear(self, kind: str, value: Any) -> None:
+    def _demand_room(self, channel: Channel) -> None:
+        """Raises ConnectionLost when too many are on their way in; the peer is told so."""
+        if len(self._arriving) >= MAX_ARRIVING:
+            reason = f"{len(self._arriving)} trees are on their way in here; try again later"
+            channel.refuse(reason, again=True)
+            raise ConnectionLost(reason, where=channel.peer)
+
+    def _has_arrived(self, keeper: Messages) -> None:
+        """Or never will."""
+        if keeper in self._arriving:
+            self._arriving.remove(keeper)
+
+    def _hear(self, keeper: Messages, kind: str, value: Any) -> None:
         if kind == "failed":
             self._listener(Note(str(value)))
         elif kind == "done":
             self.whole += 1
         else:
-            self.committed += isinstance(value, StateChanged) and value.state == "committed"
+            if isinstance(value, StateChanged) and value.state == "committed":
+                self.committed += 1
+                self._has_arrived(keeper)
             self._listener(value)

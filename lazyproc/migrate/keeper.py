@@ -265,16 +265,14 @@ class Keeper:
     # --- links ---
 
     def _serve(self, request: Request) -> None:
-        """What another command of this host asks."""
-        if request.fields.get("do") == "connect" and request.fd >= 0:
-            request.answer({})
-            hello = Hello(
-                Role(request.fields["role"]), request.fields["session"], request.fields["token"], resume=True
-            )
-            sock = socket.socket(fileno=request.fd)
-            self._take(Channel.adopted(sock, Party.DESTINATION, hello, welcomed=False))
-        else:
-            request.answer({"error": "not understood"})
+        """What another command of this host asks; whatever else is put on the desk changes nothing."""
+        try:
+            channel = _brought(request)
+        except (KeyError, TypeError, ValueError, OSError, ProtocolError) as error:
+            request.answer({"error": f"not understood: {error!r:.200}"})
+            return
+        request.answer({})
+        self._take(channel)
 
     def _attend_door(self) -> None:
         """While `receive` is there it hands connections on; without it we wait for them ourselves."""
@@ -375,6 +373,21 @@ class Keeper:
 def _image_pages(directory: Path) -> ImagePages:
     folder = Folder(directory)
     return ImagePages(folder, memory_objects(from_images(folder.read())))
+
+
+def _brought(request: Request) -> Channel:
+    """A connection whose HELLO who brings it has read. Raises whatever strange fields or descriptors lead to."""
+    fields = request.fields
+    if fields["do"] != "connect":
+        raise ValueError(fields["do"])
+    hello = Hello(Role(fields["role"]), fields["session"], fields["token"], resume=True)
+    sock = request.take_socket()
+    try:
+        sock.getpeername()  # a socket that is not connected is never ready to be answered on
+        return Channel.adopted(sock, Party.DESTINATION, hello, welcomed=False)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def say(end: socket.socket, kind: str, value: object) -> None:

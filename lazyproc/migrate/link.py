@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 
-from lazyproc.errors import ConnectionLost, LazyprocError
+from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.facts import dataclass
 from lazyproc.pages.peer import Trust
@@ -156,7 +156,11 @@ class Gathering:
     def next(self, door: Door, timeout: float) -> Link | None:
         """The next whole link, None when none is whole after `timeout` seconds of quiet."""
         while (channel := door.accept(timeout)) is not None:
-            link = self.add(channel)
+            try:
+                link = self.add(channel)
+            except (ConnectionLost, ProtocolError) as error:  # gone before it was answered
+                door.ended(channel, error)
+                continue
             if link is not None:
                 return link
         return None

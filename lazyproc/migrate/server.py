@@ -93,16 +93,20 @@ def serve_folder(directory: Path, address: str, order: Order, *, trust: Trust, l
     gathering = Gathering()
     with (
         ImagePages(folder, memory_objects(checkpoint)) as pages,
-        PageServer((s.key, s.start, s.end, s.fd, s.offset) for s in pages.segments()) as server,
         listen(address, Party.SOURCE, trust=trust, report=listener) as door,
         closing(gathering),
     ):
+        _server_of(pages).stop()  # what is wrong with it is said now, and not to the first client
         listener(Note(f"listening on port {door.port}"))
         while True:
             link = gathering.next(door, DOOR_S)
             if link is not None:
-                client = _Client(link, checkpoint, pages, server, order, listener)
+                client = _Client(link, checkpoint, pages, order, listener)
                 threading.Thread(target=client.run, daemon=True).start()
+
+
+def _server_of(pages: ImagePages) -> PageServer:
+    return PageServer((s.key, s.start, s.end, s.fd, s.offset) for s in pages.segments())
 
 
 class _Client:
@@ -113,27 +117,26 @@ class _Client:
         link: Link,
         checkpoint: Checkpoint,
         pages: ImagePages,
-        server: PageServer,
         order: Order,
         listener: Listener,
     ) -> None:
         self._link = link
         self._checkpoint = checkpoint
         self._pages = pages
-        self._server = server
         self._order = order
         self._listener = listener
 
     def run(self) -> None:
         try:
-            self._talk()
+            with _server_of(self._pages) as server:  # a server keeps count of all that it ever served
+                self._talk(server)
         except LazyprocError as error:
             self._listener(Note(f"session {self._link.session.id}: {error}"))
         finally:
-            self._link.control.close()
+            self._link.close()
 
-    def _talk(self) -> None:
-        control, session = self._link.control, self._link.session.id
+    def _talk(self, server: PageServer) -> None:
+        control = self._link.control
         memory = self._checkpoint.memory
         count = sum(extent.count for extents in memory.values() for extent in extents)
         threads = sum(len(task.threads) for task in self._checkpoint.tasks)
@@ -142,8 +145,8 @@ class _Client:
         against = obstacles_there(control, offer, (), self._order.fields(), self._listener)
         if against:
             raise Unfit(against)
-        self._server.serve(self._link.urgent.detach(), f"{session} urgent")
-        self._server.serve(self._link.bulk.detach(), f"{session} bulk")
+        server.serve(self._link.urgent.detach(), "urgent")
+        server.serve(self._link.bulk.detach(), "bulk")
         images = to_images(self._checkpoint)
         images[NAME] = pack_bundle(memory, self._pages)
         control.send(Images(pack(images)))

@@ -12,6 +12,7 @@ from lazyproc.pages import PageSource
 NAME = "pages-eager.img"  # among packed images; raw, in no image folder
 LIMIT = 8192  # pages; what is beyond is asked for page range by page range
 _COUNT = struct.Struct("<Q")
+_KINDS = frozenset(ObjectKind)
 _RUN = struct.Struct("<QQQ")  # MemoryObject.key, addr, pages
 
 
@@ -44,6 +45,10 @@ class BundledPages:
             key, addr, pages = _RUN.unpack_from(data, _COUNT.size + index * _RUN.size)
             if pages * PAGE > len(data) - at:
                 raise ImageError("is truncated", where=NAME, remedy="send it again")
+            if key & 0xFF not in _KINDS:
+                raise ImageError(
+                    f"has pages of {key:#x}, which is no memory object", where=NAME, remedy="send it again"
+                )
             for page in range(pages):
                 self._offsets[key, addr + page * PAGE] = at + page * PAGE
             at += pages * PAGE

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from pathlib import Path
 from typing import Any
 
 from lazyproc.errors import PermissionDenied, UsageError
@@ -100,19 +99,21 @@ def peer_uid(sock: socket.socket) -> int | None:
     # Of this thread: another one may stand in another network namespace.
     for table, mapped in ("tcp", False), ("tcp6", True):
         pair = (_as_in_proc(*theirs, mapped=mapped), _as_in_proc(*ours, mapped=mapped))
-        uid = find_uid(Path("/proc/thread-self/net", table).read_text(), *pair)
+        with open(f"/proc/thread-self/net/{table}") as lines:
+            uid = find_uid(lines, *pair)
         if uid is not None:
             return uid
     return None
 
 
-def find_uid(table: str, local: str, remote: str) -> int | None:
-    """The owner of the connection in a table of /proc/net/tcp (net/ipv4/tcp_ipv4.c, get_tcp4_sock).
+def find_uid(lines: Iterable[str], local: str, remote: str) -> int | None:
+    """The owner of the connection in a table of /proc/net/tcp (net/ipv4/tcp_ipv4.c, get_tcp4_sock), line by line: it
+    has one for every connection that strangers have opened and closed within a minute.
 
     Only an established socket that a process holds counts: after close(2) the kernel shows uid 0 and inode
     0 for what is left of it, and whoever sends his request and closes at once would be root.
     """
-    for line in table.splitlines()[1:]:
+    for line in lines:
         columns = line.split()
         if columns[1] == local and columns[2] == remote:
             return int(columns[7]) if columns[3] == _ESTABLISHED and columns[9] != "0" else None

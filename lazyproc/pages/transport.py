@@ -86,14 +86,15 @@ class Channel:
     """
 
     def __init__(
-        self, sock: socket.socket, side: Party, *, dialled: bool, behind: Behind | None = None
+        self, sock: socket.socket, side: Party, *, dialled: str | None = None, behind: Behind | None = None
     ) -> None:
-        self.peer = behind.peer if behind else peer_name(sock)
+        """`dialled`: the address, if this end did; the kernel does not know the name of a peer that has reset."""
+        self.peer = dialled or (behind.peer if behind else peer_name(sock))
         self.hello: Hello | None = None  # once it has passed
         self.heard = time.monotonic()  # when the peer last said anything
         self._sock = sock
         self._behind = behind
-        self._connection = Connection(side, dialled=dialled)
+        self._connection = Connection(side, dialled=dialled is not None)
         self._sending = threading.Lock()
         sock.setblocking(True)
         if sock.family != socket.AF_UNIX:
@@ -102,7 +103,7 @@ class Channel:
     @classmethod
     def adopted(cls, sock: socket.socket, side: Party, hello: Hello, *, welcomed: bool) -> Channel:
         """A connection whose HELLO another process has read, and answered if it is `welcomed`."""
-        channel = cls(sock, side, dialled=False)
+        channel = cls(sock, side)
         other = Party.DESTINATION if side is Party.SOURCE else Party.SOURCE
         channel._connection.receive_data(Connection(other, dialled=True).send(hello))
         channel.hello = hello
@@ -273,11 +274,12 @@ def dial(address: str, hello: Hello, side: Party, *, trust: Trust, timeout: floa
     """
     deadline = time.monotonic() + timeout
     sock = _connect(address, timeout)
-    channel = _behind_tls(sock, address, side, trust.tls) if trust.tls else Channel(sock, side, dialled=True)
+    tls = trust.tls
+    channel = _behind_tls(sock, address, side, tls) if tls else Channel(sock, side, dialled=address)
     try:
         channel.send(hello)
         _check_answer(channel.receive(_left(deadline)), hello, address)
-        if trust.tls is None:
+        if tls is None:
             trust.check(channel.socket)
     except LazyprocError:
         channel.close()
@@ -291,7 +293,7 @@ def _behind_tls(sock: socket.socket, address: str, side: Party, tls: Tls) -> Cha
     _tune(sock)
     far = secured(sock, tls, parse_address(address)[0], address)
     behind = Behind.look(far)
-    return Channel(relayed(far), side, dialled=True, behind=behind)
+    return Channel(relayed(far), side, dialled=address, behind=behind)
 
 
 def _check_answer(answer: Event | None, hello: Hello, address: str) -> None:
@@ -430,7 +432,7 @@ class Door:
         try:
             if self._trust.tls is None:
                 self._trust.check(sock)
-                self._await(Channel(sock, self._side, dialled=False))
+                self._await(Channel(sock, self._side))
             else:
                 sock.setblocking(False)
                 _tune(sock)
@@ -459,7 +461,7 @@ class Door:
 
             self._forget(greeting)
             behind = Behind.look(far)
-            self._await(Channel(relayed(far), self._side, dialled=False, behind=behind))
+            self._await(Channel(relayed(far), self._side, behind=behind))
         except (LazyprocError, OSError) as error:
             self._report(events.Note(f"refused a connection: {error}"))
             if greeting in self._strangers:
@@ -484,10 +486,15 @@ class Door:
                 return False
             channel.check_version()
         except (ConnectionLost, ProtocolError) as error:
-            self._forget(channel).close()
-            self._report(events.Note(f"ended a connection: {error}"))
+            self._forget(channel)
+            self.ended(channel, error)
             return False
         return True
+
+    def ended(self, channel: Channel, error: LazyprocError) -> None:
+        """Close a connection for that reason, which is reported."""
+        channel.close()
+        self._report(events.Note(f"ended a connection: {error}"))
 
     def _send_away(self) -> None:
         now = time.monotonic()
