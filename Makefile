@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 CORES := $(wildcard lazyproc/*/_*.c lazyproc/*/_*.h lazyproc/*/_*_build.py)
 
-.PHONY: demo test test-fast test-long build bench check sanitize clean
+.PHONY: demo test test-fast test-long soak build bench check sanitize clean
 
 # The main job on this machine, between two hosts, verified.
 demo: build $(VENV)/.tools
@@ -20,6 +20,10 @@ test-fast: build $(VENV)/.tools
 
 test-long: build $(VENV)/.tools
 	@$(PYTEST) -m long; status=$$?; test $$status -eq 5 || exit $$status
+
+# What takes too long for a test, at full size; the figures go to benchmarks/soak.
+soak: build $(VENV)/.tools
+	@$(BIN)/python -m tests.faults.soak
 
 build: $(VENV)/.cores
 

@@ -158,7 +158,7 @@ def linked(sock: socket.socket, side: Party) -> Link:
     """The link of the first session that comes to a listening socket."""
     with closing(Gathering()) as gathering:
         while True:
-            channel = Channel(sock.accept()[0], side, dialled=False)
+            channel = Channel(sock.accept()[0], side)
             channel.receive(COMMAND_S)
             link = gathering.add(channel)
             if link is not None:

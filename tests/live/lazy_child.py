@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import json
 import os
+import resource
 import sys
 import threading
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from typing import Any
 from lazyproc.uffd.device import PAGER_FEATURES, Feature, Userfaultfd
 
 libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+libc.mmap.restype = libc.mremap.restype = libc.sbrk.restype = ctypes.c_void_p
+libc.sbrk.argtypes = (ctypes.c_ssize_t,)
+libc.vmsplice.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
 libc.mmap.argtypes = (
     ctypes.c_void_p,
     ctypes.c_size_t,
@@ -108,6 +111,49 @@ def do_fork_digest(addr: int, length: int) -> str:
         digest = answers.read()
     os.waitpid(pid, 0)
     return digest
+
+
+def do_digest_sealed(addr: int, length: int, path: str) -> str:
+    """What O_DIRECT writes of it to a file: a device takes it from pinned pages."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+    checked(libc.write(fd, addr, length))
+    os.close(fd)
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def do_digest_spliced(addr: int, length: int) -> str:
+    """What vmsplice(2) puts into a pipe, by reference."""
+    reader, writer = os.pipe()
+    iovec = (ctypes.c_size_t * 2)(addr, length)
+    checked(libc.vmsplice(writer, iovec, 1, 0))
+    data = os.read(reader, length)
+    os.close(reader)
+    os.close(writer)
+    return hashlib.sha256(data).hexdigest()
+
+
+def do_spawn() -> int:
+    """vfork(2) and exec, as posix_spawn(3) does it: the exit status."""
+    return os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)[1]
+
+
+def do_exec() -> None:
+    os.execv("/bin/true", ["true"])
+
+
+def do_sbrk(pages: int, top: int = 0) -> int:
+    """The old end of the heap, which must be at `top` unless that is 0."""
+    if top and libc.sbrk(0) != top:
+        raise OSError(0, "somebody else has moved the heap's end")
+    return checked(libc.sbrk(pages * 4096))
+
+
+def do_abort(directory: str) -> None:
+    """With a core file there."""
+    os.chdir(directory)
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    os.abort()
 
 
 def do_close(fd: int) -> None:

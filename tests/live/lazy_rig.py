@@ -269,6 +269,14 @@ class Rig:
         assert balanced(self.pager)
 
 
+def held_read(r: Rig, page: int) -> tuple[threading.Event, Future[Any]]:
+    """A thread of the child waits for `page`, which the server withholds until the event is set."""
+    held = r.server.hold("urgent", r.at(page))
+    reading = r.child.begin("digest", addr=r.at(page), length=PAGE)
+    r.server.wait_for("urgent", r.at(page))
+    return held, reading
+
+
 def balanced(made: Pager) -> bool:
     counters = made.counters()
     return counters.total == counters.settled

@@ -415,7 +415,7 @@ def test_an_older_receiver_is_asked_what_it_knows(pair: Pair, answer: Prepared |
         with closing(Gathering()) as gathering:
             link = None
             while link is None:
-                channel = FirstChannel(sock.accept()[0], Party.DESTINATION, dialled=False)
+                channel = FirstChannel(sock.accept()[0], Party.DESTINATION)
                 channel.receive(20)
                 link = gathering.add(channel)
             with link.control, link.urgent, link.bulk:

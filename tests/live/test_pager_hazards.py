@@ -20,7 +20,6 @@ from tests.live.lazy_rig import (
     PAGES,
     SHARED,
     TASK,
-    Rig,
     balanced,
     child,
     content,
@@ -36,14 +35,6 @@ MADV_REMOVE = 9
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 PROT_NONE, PROT_READ = 0, 1
 ZEROS = digest(bytes(PAGE))
-
-
-def held_read(r: Rig, page: int) -> tuple[object, object]:
-    """A thread of the child waits for `page`, which the server withholds."""
-    held = r.server.hold("urgent", r.at(page))
-    reading = r.child.begin("digest", addr=r.at(page), length=PAGE)
-    r.server.wait_for("urgent", r.at(page))
-    return held, reading
 
 
 def test_two_threads_want_the_same_page() -> None:

@@ -197,7 +197,7 @@ def test_a_ping_is_answered_without_the_caller() -> None:
 
 def test_a_timeout_loses_nothing() -> None:
     ours, theirs = socket.socketpair()
-    with Channel(ours, Party.DESTINATION, dialled=False) as channel, theirs:
+    with Channel(ours, Party.DESTINATION) as channel, theirs:
         data = hello_bytes()
         assert channel.receive(0) is None
         theirs.sendall(data[:40])
@@ -412,12 +412,12 @@ def test_a_table_of_connections() -> None:
 
     def uid(state: str, owner: int, inode: int) -> int | None:
         table = "\n".join((head, row.format(state, owner, inode)))
-        return find_uid(table, "0100007F:1F90", "0100007F:D431")
+        return find_uid(table.splitlines(), "0100007F:1F90", "0100007F:D431")
 
     assert uid("01", 1000, 5) == 1000
     assert uid("01", 0, 0) is None
     assert uid("06", 0, 0) is None
-    assert find_uid(head, "0100007F:1F90", "0100007F:D431") is None
+    assert find_uid([head], "0100007F:1F90", "0100007F:D431") is None
 
 
 _SCRIPT = """

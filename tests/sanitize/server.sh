@@ -5,7 +5,7 @@ cd "$(dirname "$0")/../.."
 out=build/sanitize
 mkdir -p "$out"
 room=lazyproc/pages
-flags="-g -O1 -std=gnu11 -Wall -Wextra -Werror -pthread -I$room -Ilazyproc/wire"
+flags="-g -O1 -std=gnu11 -Wall -Wextra -Werror -pthread -I$room -Ilazyproc/wire -Itests/sanitize"
 
 gcc $flags -fsanitize=address,undefined -fno-sanitize-recover=all tests/sanitize/server_driver.c $room/_server.c -o "$out/server_asan"
 gcc $flags -fsanitize=thread tests/sanitize/server_driver.c $room/_server.c -o "$out/server_tsan"

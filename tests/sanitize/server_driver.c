@@ -14,6 +14,7 @@
 
 #include "_server.h"
 #include "crc32c.h"
+#include "mutate.h"
 #include "native.h"
 
 #define AREA_PAGES 600u
@@ -191,6 +192,56 @@ static void serve_bad_requests(struct server *server)
     }
 }
 
+/* Until the server hangs up: whatever is answered is whole, and content is what the area has. */
+static void check_answers(int fd)
+{
+    static unsigned char data[FRAME_MAX_PAGES * PAGE_BYTES];
+    struct page_frame frame;
+    ssize_t n;
+
+    while ((n = recv(fd, &frame, sizeof(frame), MSG_WAITALL)) == (ssize_t)sizeof(frame)) {
+        size_t length = (size_t)frame.count * PAGE_BYTES;
+
+        CHECK(frame.type == FRAME_PAGES && frame.count >= 1 && frame.count <= FRAME_MAX_PAGES);
+        if (frame.flags & (FRAME_ZERO | FRAME_ABSENT))
+            continue;
+        CHECK(frame.object == OBJECT && frame.addr >= (uint64_t)area && frame.addr % PAGE_BYTES == 0);
+        CHECK(frame.addr + length <= (uint64_t)area + AREA_PAGES * PAGE_BYTES);
+        CHECK(recv(fd, data, length, MSG_WAITALL) == (ssize_t)length);
+        CHECK(memcmp(data, (void *)frame.addr, length) == 0);
+    }
+    CHECK(n == 0);
+}
+
+/* Requests that are nearly right. */
+static void serve_mutated_requests(struct server *server, unsigned rounds, unsigned seed)
+{
+    enum { GETS = 4, ROOM = GETS * sizeof(struct page_frame) + 256 };
+    unsigned char out[ROOM];
+
+    for (unsigned round = 0; round < rounds; round++) {
+        int number, fd = connect_to(server, &number);
+        size_t length = 0;
+
+        for (; length < GETS * sizeof(struct page_frame); length += sizeof(struct page_frame)) {
+            uint32_t pages = (uint32_t)rand_r(&seed) % 3 + 1, page = (uint32_t)rand_r(&seed) % AREA_PAGES;
+            struct page_frame get = {.type = FRAME_GET,
+                                     .count = pages,
+                                     .object = OBJECT,
+                                     .addr = (uint64_t)area + (uint64_t)page * PAGE_BYTES,
+                                     .tag = round};
+
+            memcpy(out + length, &get, sizeof(get));
+        }
+        for (unsigned i = (unsigned)rand_r(&seed) % 3 + 1; i > 0 && length > 0; i--)
+            length = mutate(out, length, ROOM, &seed);
+        CHECK(send(fd, out, length, MSG_NOSIGNAL) == (ssize_t)length);
+        CHECK(shutdown(fd, SHUT_WR) == 0);
+        check_answers(fd);
+        close(fd);
+    }
+}
+
 static void serve_a_dead_process(struct server *server, pid_t pid)
 {
     int number, fd = connect_to(server, &number);
@@ -228,12 +279,14 @@ int main(int argc, char **argv)
         serve_pages(server);
     else if (!strcmp(what, "bad"))
         serve_bad_requests(server);
+    else if (!strcmp(what, "mutated") && argc == 4)
+        serve_mutated_requests(server, (unsigned)atoi(argv[2]), (unsigned)strtoul(argv[3], NULL, 10));
     else if (!strcmp(what, "gone"))
         serve_a_dead_process(server, pid);
     else if (!strcmp(what, "stop"))
         stop_in_the_middle(server);
     else
-        CHECK(!"one of pages, bad, gone, stop");
+        CHECK(!"one of pages, bad, mutated ROUNDS SEED, gone, stop");
     free_server(server, &segment);
     end_child(pid);
     return 0;
