@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, Self
 
 from lazyproc.errors import HostLacks, PermissionDenied
@@ -97,6 +97,12 @@ def hold(session: str, flows: Iterable[Flow]) -> str:
 def release(table: str) -> None:
     """Let the packets through again. A table that is not there is no error."""
     _nft(f"add table inet {table}\ndelete table inet {table}\n")
+
+
+def release_session(session: str) -> None:
+    """`release` of whatever is held back for it, by whomever; where nft is missing that is nothing."""
+    with suppress(HostLacks):
+        release(PREFIX + session)
 
 
 class Hold:

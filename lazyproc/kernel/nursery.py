@@ -65,7 +65,7 @@ class Nursery:
         return Bench(memory, TEXT + BLOB_OFFSET, DATA, DATA_SIZE, ending)
 
     def become_parent_of(self, root: int) -> None:
-        """Let it run: from now on it reaps, and exits as the root (pid as it sees it) does."""
+        """Once it runs it reaps, and exits as the root (pid as it sees it) does."""
         registers = self.tracee.registers()
         self.tracee.set_registers(
             registers._replace(
@@ -73,7 +73,6 @@ class Nursery:
             )
         )
         self.tracee.set_blocked(0)
-        self.tracee.detach()
 
 
 def _spawn(

@@ -9,10 +9,10 @@ while no tracer is there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-from lazyproc.errors import LazyprocError, NoSuchProcess, TraceeError
+from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.facts import dataclass
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
@@ -92,10 +92,24 @@ def is_there(process: ParkedProcess) -> bool:
 
 
 def let_run(process: ParkedProcess) -> None:
-    """A process that was parked by somebody who is gone runs on where it was.
+    """A process that was parked by somebody who is gone runs on where it was. It may run already.
 
-    Raises NoSuchProcess when it has ended, PermissionDenied when somebody traces it, TraceeError when it runs.
+    Raises NoSuchProcess when it has ended, PermissionDenied when somebody traces it, TraceeError.
     """
+    with _stopped(process) as tracees:
+        _put_back(process, tracees)
+
+
+def stands(process: ParkedProcess) -> bool:
+    """Whether all of it is parked, which it is not when its tracer died while it was being parked. Raises as `let_run`
+    does.
+    """
+    with _stopped(process) as tracees:
+        return all(_is_parked(process, tracee) for tracee in tracees)
+
+
+@contextmanager
+def _stopped(process: ParkedProcess) -> Iterator[list[Tracee]]:
     if not is_there(process):
         raise NoSuchProcess("has ended meanwhile", where=f"pid {process.pid}")
     tracees: list[Tracee] = []
@@ -106,11 +120,15 @@ def let_run(process: ParkedProcess) -> None:
             tracees.append(tracee)
             tracee.interrupt()
             tracee.wait_stop(STOP_MS)
-        _put_back(process, tracees)
+        yield tracees
     finally:
         for tracee in reversed(tracees):
             with suppress(LazyprocError):
                 tracee.detach()
+
+
+def _is_parked(process: ParkedProcess, tracee: Tracee) -> bool:
+    return process.at <= tracee.registers().ip < process.at + len(arch.PARK)
 
 
 def _put_back(process: ParkedProcess, tracees: Sequence[Tracee]) -> None:
@@ -120,10 +138,8 @@ def _put_back(process: ParkedProcess, tracees: Sequence[Tracee]) -> None:
     parked = [
         (tracee, thread)
         for tracee, thread in zip(tracees, process.threads, strict=True)
-        if process.at <= tracee.registers().ip < process.at + len(arch.PARK)
+        if _is_parked(process, tracee)
     ]
-    if not parked:
-        raise TraceeError("is not parked: it runs already", where=f"pid {process.pid}")
     with ptrace.memory(process.pid) as memory:
         for tracee, thread in parked:
             _take_out(tracee, thread)

@@ -95,7 +95,6 @@ class Messages:
 
     def __init__(self, stream: socket.socket) -> None:
         self._socket = stream
-        self.ended = False
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -103,7 +102,6 @@ class Messages:
     def read(self) -> tuple[str, Any] | None:
         """The next message, waited for; None when nothing will come any more."""
         data = self._socket.recv(MESSAGE_MAX)
-        self.ended = not data
         return pickle.loads(data) if data else None
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from lazyproc.pages.remote import RemotePages
 from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import LazyTree, to_facts
 from lazyproc.restore.sockets import flows_to_hold
-from lazyproc.restore.tree import Pidns, built_tree
+from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
 from lazyproc.wire.jsonobject import JsonValue
@@ -89,9 +89,11 @@ class Arrival:
         *,
         trace: TraceFile | None = None,
         settle: Callable[[], object] = lambda: None,
+        outlived: Callable[[], object] = lambda: None,
     ) -> None:
         """With `trace` the faults go into that file, and the source does not get them. `settle` is called right before
-        the commit: from then on nothing is to interrupt us.
+        the commit: from then on nothing is to interrupt us. `outlived` is called right after it, before anybody is
+        told: until then our death is the end of a tree that has not run an instruction.
         """
         self._link = link
         self._terms = terms
@@ -99,7 +101,8 @@ class Arrival:
         self._listener = listener
         self._trace = trace
         self._settle = settle
-        self.built = False  # it was said: from here on the source may be in doubt
+        self._outlived = outlived
+        self.described = False  # from here on the source may have parked the tree, and be in doubt
         self.committed = False
 
     def begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
@@ -121,6 +124,7 @@ class Arrival:
         control = self._link.control
         wishes = self._prepare()
         images = unpack(expect(control, Images, FREEZE_S).data)
+        self.described = True
         source = BundledPages(images.pop(NAME, b""), RemotePages(self._link.urgent, {}))
         checkpoint = from_images(images)
         ledger = pager.ledger if wishes.lazy else None
@@ -130,14 +134,21 @@ class Arrival:
         ) as tree:
             introduce(pager, tree)
             remains = tree.lazy_tree()
-            self._commit(remains, wishes, pager.ledger)
+            self._commit(tree, remains, wishes, pager.ledger)
             serve()
-            tree.release()
+            self._release(tree)
             with suppress(ConnectionLost):  # whoever drains notices
                 control.send(Running({"root_pid": tree.root_pid}))
             self._listener(StateChanged("running", time.monotonic()))
             self._announce(flows_to_hold(checkpoint))
         return remains
+
+    def _release(self, tree: BuiltTree) -> None:
+        """It is committed: it runs, whatever of it went wrong."""
+        try:
+            tree.release()
+        except (LazyprocError, OSError) as error:
+            self._listener(Note(f"pid {tree.root_pid}: runs, but not all of it could be let go: {error}"))
 
     def _announce(self, flows: list[Flow]) -> None:
         try:
@@ -170,17 +181,18 @@ class Arrival:
         self._link.control.send(Prepared({"trace": asdict(clock)} if wishes.traced else {}))
         return wishes
 
-    def _commit(self, remains: LazyTree, wishes: Wishes, ledger: int) -> None:
+    def _commit(self, tree: BuiltTree, remains: LazyTree, wishes: Wishes, ledger: int) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
         """
         control = self._link.control
-        self.built = True
         control.send(Built())
         expect(control, Commit, FREEZE_S)
         self._settle()
         self._journal.write("committed", tree=to_facts(remains), wishes=wishes.fields(), ledger=ledger)
         self.committed = True
+        tree.outlive_us()
+        self._outlived()
         self._listener(StateChanged("committed", time.monotonic()))
         with suppress(ConnectionLost):
             control.send(Committed())

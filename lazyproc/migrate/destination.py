@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import select
 from contextlib import closing
 from typing import Any
 
 from lazyproc.errors import ConnectionLost, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
+from lazyproc.kernel.sys import readable
 from lazyproc.migrate.apart import Messages
 from lazyproc.migrate.arrival import Terms
 from lazyproc.migrate.journal import forget_old
@@ -70,7 +70,7 @@ class _Arrivals:
     def attend(self, timeout: float) -> None:
         """Whatever comes within `timeout` seconds: connections, and words of keepers."""
         watched = [self._door.fileno(), *(keeper.fileno() for keeper in self._keepers)]
-        ready = select.select(watched, [], [], timeout)[0]
+        ready = readable(watched, timeout)
         self._open_door()
         for keeper in [each for each in self._keepers if each.fileno() in ready]:
             message = keeper.read()

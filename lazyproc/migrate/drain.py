@@ -27,7 +27,15 @@ from lazyproc.wire.native import Committed, Drained, Event, Map, Pong, Released,
 class Drain:
     """One tree's. `attach` gives it a link, as often as the last one is lost; `step` does what there is to do."""
 
-    def __init__(self, pager: Pager, tree: LazyTree, policy: Policy, listener: Listener) -> None:
+    def __init__(
+        self,
+        pager: Pager,
+        tree: LazyTree,
+        policy: Policy,
+        listener: Listener,
+        report: Mapping[str, JsonValue] | None = None,
+    ) -> None:
+        """With a `report` every page is here already, and only the source has to be told."""
         self._pager = pager
         self._tree = tree
         self._policy = policy
@@ -36,7 +44,7 @@ class Drain:
         self._alone = False
         self._recorder: Recorder | None = None
         self._mapped = False
-        self.report: Mapping[str, JsonValue] | None = None  # once every page is here
+        self.report = report  # once every page is here
         self.released = False  # the source knows it and has ended its side
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import select
 import signal
 import socket
 from collections.abc import Iterator, Mapping
@@ -67,6 +66,10 @@ class Holding:
         for number in self.sysv:
             if number in attached and not attached[number].attachments:
                 sysvipc.remove_segment(number)
+
+    def stands(self) -> bool:
+        """Whether all of it is parked: COMMIT was sent only then."""
+        return all(park.stands(process) for process in self.processes)
 
     def let_run(self) -> None:
         """The tree goes on here. Raises what park.let_run does, for the first process that cannot, after the others."""
@@ -158,7 +161,7 @@ def _kill(process: ParkedProcess) -> None:
     try:
         if park.is_there(process):  # it is still the same now that it cannot be another one's number
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            select.select([pidfd], [], [], GONE_S)
+            kernel.readable([pidfd], GONE_S)
     finally:
         os.close(pidfd)
 

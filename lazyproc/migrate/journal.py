@@ -46,6 +46,7 @@ class Journal:
     """The record of one session on this host. `facts` of an earlier process's journal are gone on with."""
 
     def __init__(self, session: str, role: str, facts: Mapping[str, object] | None = None) -> None:
+        self.session = session
         self._path = folder() / f"{session}-{role}.json"
         self.facts: dict[str, Any] = {
             **(facts or {}),

@@ -7,9 +7,9 @@ the anchors in its own descriptor tables, for `lazyproc resume`.
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
-import select
 import signal
 import socket
 import time
@@ -25,7 +25,7 @@ from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.kernel import family
 from lazyproc.kernel.deaf import ignore_interrupts
-from lazyproc.kernel.sys import pidfd_open
+from lazyproc.kernel.sys import pidfd_open, readable
 from lazyproc.migrate.anchors import anchors
 from lazyproc.migrate.apart import MESSAGE_MAX, Client, Messages, result, stream, unplug
 from lazyproc.migrate.arrival import Arrival, Terms, Wishes
@@ -36,7 +36,7 @@ from lazyproc.migrate.link import Gathering, Link
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.transport import Channel, Door, Session, listen
-from lazyproc.restore.lazytree import from_facts
+from lazyproc.restore.lazytree import end_tree, from_facts
 from lazyproc.uffd.pager import Pager, rebind
 from lazyproc.uffd.policy import POLICIES
 from lazyproc.wire.native import Hello, Party, Role
@@ -132,7 +132,7 @@ class Member:
         self.pidfd = pidfd_open(pid) if pidfd < 0 else pidfd
 
     def alive(self) -> bool:
-        return not select.select([self.pidfd], [], [], 0)[0]
+        return not readable([self.pidfd], 0)
 
     def end(self) -> None:
         with suppress(ProcessLookupError):
@@ -165,17 +165,25 @@ class Keeper:
         self._committed = False
         self._resumed = False  # the client is no `receive`
         self._left = MEMBERS
+        self._outlived = mmap.mmap(-1, 1)  # shared with the guard: the tree no longer ends with its tracer
         self._keeper = Member(os.getpid())
 
     # --- the keeper ---
 
     def take_in(self, link: Link, terms: Terms) -> None:
         """A new session, from PREPARE to the last page."""
-        self._connections = [each.socket for each in (link.control, link.urgent, link.bulk)]
+        self._connections = link.sockets
         tables = Pager()  # its threads run in the pager; here its tables are filled
         self._pager = self._new_pager()
         self._guard = self._new_guard()
-        arrival = Arrival(link, terms, self._journal, self._client.tell, settle=ignore_interrupts)
+        arrival = Arrival(
+            link,
+            terms,
+            self._journal,
+            self._client.tell,
+            settle=ignore_interrupts,
+            outlived=self._note_outlived,
+        )
 
         def serve() -> None:
             say(self._near, "serve", None)
@@ -187,17 +195,21 @@ class Keeper:
         except (LazyprocError, OSError, KeyboardInterrupt) as error:
             self._client.failed(LazyprocError(f"session {self._session.id}: {error}"))
             if not arrival.committed:
-                if arrival.built:  # a source in doubt will ask
+                if arrival.described:  # a source in doubt will ask
                     self._journal.write("aborted", reason=str(error))
                 self._dismiss()
                 return
         self._committed = True
         self._watch()
 
+    def _note_outlived(self) -> None:
+        self._outlived[0] = 1
+
     def go_on(self) -> None:
         """A session that was handed over; the ledger and the userfaultfds are in our table again."""
         ignore_interrupts()
         self._committed = self._resumed = True
+        self._note_outlived()
         self._pager = self._new_pager()
         self._guard = self._new_guard()
         self._watch()
@@ -208,13 +220,14 @@ class Keeper:
         while True:
             watched = [self._near.fileno(), self._desk.fileno(), self._pager.pidfd, self._guard.pidfd]
             watched += [self._door.fileno()] if self._door else []
-            ready = select.select(watched, [], [], WATCH_S)[0]
+            ready = readable(watched, WATCH_S)
             alive = self._pager.alive()  # what it said before its end is there by now
             if self._heard_the_end():
                 break
             if not alive:
                 self._replace_pager()
             if not self._guard.alive():
+                self._count_killed()
                 self._guard.forget()
                 self._guard = self._new_guard()
                 self._note_crew()
@@ -230,6 +243,7 @@ class Keeper:
     def _replace_pager(self) -> None:
         """What was under way to a dead pager is asked for again, over a new link: the old one is out of step."""
         self._client.tell(Note(f"session {self._session.id}: the pager was killed and is replaced"))
+        self._count_killed()
         self._pager.forget()
         self._drop_connections()
         self._pager = self._new_pager()
@@ -239,10 +253,12 @@ class Keeper:
         return Member(family.child_sharing_descriptors(self._be_pager, "lazyproc-pager"))
 
     def _new_guard(self) -> Member:
+        return Member(family.child_sharing_descriptors(self._be_guard, "lazyproc-guard"))
+
+    def _count_killed(self) -> None:
         self._left -= 1
         if self._left < 0:
             raise LazyprocError("its helpers are killed again and again", where=f"session {self._session.id}")
-        return Member(family.child_sharing_descriptors(self._be_guard, "lazyproc-guard"))
 
     def _note_crew(self) -> None:
         """For `sessions`, and for the guard: descriptors are the same there."""
@@ -289,7 +305,7 @@ class Keeper:
             return
         if link is not None:
             self._drop_connections()
-            self._connections = [each.socket for each in (link.control, link.urgent, link.bulk)]
+            self._connections = link.sockets
             self._note_crew()
             say(self._near, "link", [each.fileno() for each in self._connections])
 
@@ -304,19 +320,34 @@ class Keeper:
     # --- the guard ---
 
     def _be_guard(self) -> None:
-        """Do nothing until the keeper is dead, then be it. Before the commit there is nothing to keep."""
-        select.select([self._keeper.pidfd], [], [])
+        """Do nothing until the keeper is dead, then be it."""
+        begun = self._journal.facts
+        readable([self._keeper.pidfd])
         self._journal.reload()
         facts = self._journal.facts
-        if facts.get("state") not in LIVING:
+        if facts.get("state") not in LIVING or not self._outlived[0]:
+            self._journal.facts = begun | facts
+            self._take_back()
             return
         self._committed = True
         self._keeper = Member(os.getpid())
-        self._pager = Member(int(facts["pager_pid"]), int(facts["pager_pidfd"]))
-        self._connections = [socket.socket(fileno=fd) for fd in facts["connections"]]
+        if "pager_pid" in facts:  # otherwise it is the first one still, whom we know
+            self._pager = Member(int(facts["pager_pid"]), int(facts["pager_pidfd"]))
+            self._connections = [socket.socket(fileno=fd) for fd in facts["connections"]]
+        else:  # and nobody knows what the source has been told
+            self._drop_connections()
+        self._count_killed()
         self._guard = self._new_guard()
         self._client.tell(Note(f"session {self._session.id}: the keeper was killed and is replaced"))
         self._watch()
+
+    def _take_back(self) -> None:
+        """The keeper died before the commit, or before its first word of it, and with it the tree, which has not run.
+        It never will, and a source in doubt learns so when it asks.
+        """
+        if "tree" in self._journal.facts:
+            end_tree(from_facts(self._journal.facts["tree"]))
+        self._journal.write("aborted", reason="the keeper was killed before the tree ran")
 
     # --- the pager ---
 
@@ -329,7 +360,8 @@ class Keeper:
         wishes = Wishes.of(facts["wishes"])
         with ExitStack() as stack:
             pager = stack.enter_context(Pager(ledger=int(facts["ledger"]), trace=wishes.traced))
-            drain = Drain(pager, from_facts(facts["tree"]), POLICIES[wishes.policy], self._client.tell)
+            tree, policy = from_facts(facts["tree"]), POLICIES[wishes.policy]
+            drain = Drain(pager, tree, policy, self._client.tell, facts.get("report"))
             if wishes.traced:
                 drain.record()
             if self._images is not None:
@@ -398,7 +430,7 @@ def say(end: socket.socket, kind: str, value: object) -> None:
 
 def heard(end: socket.socket, timeout: float = 0, most: int = 64) -> Iterator[tuple[str, Any]]:
     """The messages that are there, or come within `timeout` seconds; not more than `most`."""
-    while most and select.select([end], [], [], timeout)[0]:
+    while most and readable([end.fileno()], timeout):
         timeout, most = 0, most - 1
         message: tuple[str, Any] = pickle.loads(end.recv(MESSAGE_MAX))
         yield message

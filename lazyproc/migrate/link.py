@@ -29,6 +29,11 @@ class Link:
     urgent: Channel
     bulk: Channel
 
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """In the order of ROLES."""
+        return [channel.socket for channel in (self.control, self.urgent, self.bulk)]
+
     def hang_up(self) -> None:
         """`close`, and for whoever has duplicates as well: the other side is to notice."""
         with suppress(OSError):
@@ -79,6 +84,7 @@ class Chain:
         self.session = session
         self.reconnects = 0
         self._link = first
+        self._opened = 0.0
         self._dial_again = dial_again
         self._retry_for = retry_for
         self._listener = listener
@@ -102,11 +108,14 @@ class Chain:
             self._link.close()
             self._listener(Note(f"the connection was lost and is opened again: {lost}"))
         self._listener(StateChanged("reconnecting", time.monotonic()))
+        if time.monotonic() - self._opened < LAST_PAUSE_S:  # who answers, and only rubbish
+            time.sleep(FIRST_PAUSE_S)
         until = None if self._retry_for is None else time.monotonic() + self._retry_for
         pause, told = FIRST_PAUSE_S, ""
         while True:
             try:
                 self._link = self._dial_again()
+                self._opened = time.monotonic()
                 self.reconnects += 1
                 return self._link
             except LazyprocError as error:  # also who is not trusted, or files for TLS that are being renewed

@@ -9,7 +9,7 @@ from typing import Any
 
 from lazyproc.errors import ConnectionLost, ProtocolError, UsageError
 from lazyproc.kernel import family
-from lazyproc.migrate.desk import ask
+from lazyproc.migrate.desk import ask, is_staffed
 from lazyproc.migrate.journal import DESTINATION, Journal, Record, find
 from lazyproc.migrate.link import NOT_KNOWN
 from lazyproc.migrate.talk import expect
@@ -25,8 +25,11 @@ def hand_on(channel: Channel, hello: Hello) -> None:
         fields = {"do": "connect", "role": hello.role.value, "session": hello.session, "token": hello.token}
         if ask(hello.session, DESTINATION, fields, channel.fileno()) is not None:
             return
+        staffed = is_staffed(hello.session, DESTINATION)  # who leaves has written down why before
         record = _record(hello)
-        if record is None:
+        if record is None and staffed:
+            channel.refuse("it is not settled yet whether it runs here", again=True)
+        elif record is None:
             channel.refuse(NOT_KNOWN)
         elif record.state not in ("aborted", "drained"):
             channel.refuse(f"it is orphaned here: lazyproc resume {hello.session} on this host", again=True)
@@ -47,13 +50,15 @@ def _record(hello: Hello) -> Record | None:
 
 
 def _tell(channel: Channel, record: Record) -> None:
-    """How it has ended here. What is known is kept until the source knows it."""
+    """How it has ended here. What is known is kept until the source has said that it knows; to ABORT it says nothing,
+    so that is kept (journal.forget_old).
+    """
     with suppress(ConnectionLost, ProtocolError):
         if record.state == "aborted":
             channel.send(Abort({"reason": str(record.facts.get("reason"))}))
         else:
             _tell_drained(channel, record.facts)
-        Journal(record.session, DESTINATION).remove()
+            Journal(record.session, DESTINATION).remove()
 
 
 def _tell_drained(channel: Channel, facts: Mapping[str, Any]) -> None:

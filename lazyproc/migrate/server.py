@@ -61,18 +61,18 @@ def serve_process(pid: int, address: str, order: Order, *, trust: Trust, listene
             link = gathering.next(door, DOOR_S)
             if link is None:
                 continue
+            journal = Journal(link.session.id, SOURCE)
             try:
-                before = look(pid, listener, tcp_close=order.tcp_close)
-                journal = Journal(link.session.id, SOURCE)
-                journal.write(
-                    "preparing",
-                    durable=False,
-                    peer=link.control.peer,
-                    root_pid=pid,
-                    mode=order.mode,
-                    started=time.time(),
-                )
                 with closing(Chain(link.session.id, link, _nobody_comes_back, 0, listener)) as chain:
+                    before = look(pid, listener, tcp_close=order.tcp_close)
+                    journal.write(
+                        "preparing",
+                        durable=False,
+                        peer=link.control.peer,
+                        root_pid=pid,
+                        mode=order.mode,
+                        started=time.time(),
+                    )
                     hand_over(pid, chain, before, order, journal, listener)
                 return
             except LazyprocError as error:

@@ -14,7 +14,7 @@ from lazyproc.errors import ConnectionLost, LazyprocError, Parked, ProtocolError
 from lazyproc.events import Listener, PagesMoved, StateChanged
 from lazyproc.migrate.link import Chain, Link
 from lazyproc.migrate.report import MigrateReport
-from lazyproc.migrate.talk import Pulse, checked, expect
+from lazyproc.migrate.talk import Pulse, Refused, checked, expect
 from lazyproc.model import Extent, MemoryObject
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
@@ -26,6 +26,8 @@ from lazyproc.wire.native import Committed, Drained, Pong, Released, Running, Tr
 POLL_S = 0.1
 COMMIT_S, RUN_S = 60.0, 60.0
 
+# Of a side that has committed: it never says ABORT (docs/protocol.md), so that is no answer but a link out of step.
+LOST = (ConnectionLost, ProtocolError, Refused)
 Extents = Mapping[MemoryObject, tuple[Extent, ...]]
 
 
@@ -69,7 +71,7 @@ class Serving:
                 fields = expect(self._chain.current.control, Running, RUN_S).fields
                 self._listener(StateChanged("running", time.monotonic()))
                 return fields
-            except (ConnectionLost, ProtocolError) as lost:
+            except LOST as lost:
                 self._relinked(lost)
 
     def until_drained(self) -> Mapping[str, JsonValue]:
@@ -77,7 +79,7 @@ class Serving:
         while True:
             try:
                 return self._serve(self._chain.current)
-            except (ConnectionLost, ProtocolError) as lost:
+            except LOST as lost:
                 self._relinked(lost)
                 self.until_running()
 
@@ -112,7 +114,7 @@ class Serving:
                 expect(link.control, Committed, COMMIT_S)
                 self.answer(link)
                 return
-            except (ConnectionLost, ProtocolError) as error:
+            except LOST as error:
                 if error is lost or isinstance(error, Declined):
                     raise self._parked(error) from error
                 lost = error

@@ -12,12 +12,12 @@ from typing import Any
 from lazyproc.errors import LazyprocError, UsageError
 from lazyproc.events import Listener, ignore
 from lazyproc.facts import asdict, dataclass
-from lazyproc.kernel import netfilter, proc
+from lazyproc.kernel import netfilter
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate import holding
 from lazyproc.migrate.desk import is_staffed
 from lazyproc.migrate.journal import DESTINATION, SOURCE, Journal, Record, find, records
-from lazyproc.restore.lazytree import from_facts
+from lazyproc.restore.lazytree import end_tree, from_facts
 from lazyproc.uffd.pager import remaining
 
 ORPHANED, GONE = "orphaned", "gone"
@@ -152,7 +152,7 @@ def _run_here(record: Record, force: bool) -> None:
         )
     if record.state == "parked":
         holding.from_facts(record.facts["held"]).let_run()
-        netfilter.release(netfilter.PREFIX + record.session)
+        netfilter.release_session(record.session)
     Journal(record.session, SOURCE).remove()
 
 
@@ -167,8 +167,7 @@ def abort(session: str) -> str:
     if state not in (GONE, *ENDED):
         _end_tree(record)
     if record.role == SOURCE:
-        with suppress(LazyprocError):  # without nft nothing was held back
-            netfilter.release(netfilter.PREFIX + session)
+        netfilter.release_session(session)
     Journal(session, record.role).remove()
     missing = f", {left} of its pages were missing" if left is not None else ""
     return f"session {session} ({record.role}, {state}) is ended{missing}"
@@ -195,6 +194,4 @@ def _end_tree(record: Record) -> None:
     if record.role == SOURCE and record.state in ("parked", "committed", "running"):
         holding.from_facts(record.facts["held"]).end()
     if "tree" in record.facts:
-        for task in from_facts(record.facts["tree"]).tasks:
-            if proc.lives(task.pid, task.started):
-                os.kill(task.pid, signal.SIGKILL)
+        end_tree(from_facts(record.facts["tree"]))

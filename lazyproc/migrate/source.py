@@ -24,7 +24,7 @@ from lazyproc.dump.tcp import hang_up, silence
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import CannotBeDone, LazyprocError, Obstacle
 from lazyproc.events import Listener, StateChanged, ignore
-from lazyproc.facts import dataclass
+from lazyproc.facts import asdict, dataclass
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
 from lazyproc.kernel import netfilter
@@ -33,7 +33,7 @@ from lazyproc.kernel.netfilter import Hold
 from lazyproc.migrate.apart import Client, apart
 from lazyproc.migrate.asking import asked
 from lazyproc.migrate.desk import Desk
-from lazyproc.migrate.holding import from_facts, holding_of, to_facts
+from lazyproc.migrate.holding import Holding, from_facts, holding_of, to_facts
 from lazyproc.migrate.journal import SOURCE, Journal, Record, find
 from lazyproc.migrate.link import Chain, Link, linked
 from lazyproc.migrate.prepare import offer_of
@@ -215,6 +215,7 @@ def hand_over(
             journal.write("running", durable=False, remote_pid=running.get("root_pid"), **figures)
             drained = serving.until_drained()
         report = report_of(journal.facts, drained, server, chain)
+        journal.write("running", durable=False, report=asdict(report))
         silence(dump.connections)
         tree.kill()
         dump.remove_segments()
@@ -290,35 +291,52 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
     """
     journal = Journal(record.session, SOURCE, record.facts)
     journal.facts |= _crew()
-    if record.state == "preparing":
-        journal.remove()
+    held = from_facts(record.facts["held"]) if "held" in record.facts else None
+    if held is None or (record.state == "parked" and not held.stands()):
+        _run_on(journal, held)
         raise LazyprocError(
             "the process that was moving it was killed; it runs here as before",
             where=f"pid {record.facts['root_pid']}",
         )
     journal.write(record.state, durable=False)
-    held = from_facts(record.facts["held"])
+    if "report" in record.facts:  # killed while it ended what is left here
+        _end(journal, held)
+        return MigrateReport(**record.facts["report"])
     with deaf(), held.open() as pages, PageServer(pages.segments()) as server:
         serving = Serving(chain, server, held.extents, held.root_pid, listener)
-        try:
-            serving.until_committed()
-            frozen_ms = (time.time() - float(record.facts["frozen_at"])) * 1e3
-            running = serving.until_running()
-        except Refused:
-            held.let_run()
-            journal.remove()
-            raise
+        if record.state == "parked":  # not known yet who has it
+            try:
+                serving.until_committed()
+            except Refused:
+                _run_on(journal, held)
+                raise
+        frozen_ms = (time.time() - float(record.facts["frozen_at"])) * 1e3
+        running = serving.until_running()
         for name in ("frozen_ms", "blackout_ms"):  # of the first time, if it came so far
             journal.facts.setdefault(name, frozen_ms)
         journal.write("running", durable=False, remote_pid=running.get("root_pid"))
         drained = serving.until_drained()
         report = report_of(journal.facts, drained, server, chain)
-        held.end()
-        netfilter.release(netfilter.PREFIX + chain.session)
+        journal.write("running", durable=False, report=asdict(report))
         serving.release()
-        journal.remove()
+        _end(journal, held)
         listener(StateChanged("released", time.monotonic()))
     return report
+
+
+def _run_on(journal: Journal, held: Holding | None) -> None:
+    """Whatever of it is parked runs on here, and that is the end of the session."""
+    if held is not None:
+        held.let_run()
+        netfilter.release_session(journal.session)
+    journal.remove()
+
+
+def _end(journal: Journal, held: Holding) -> None:
+    """Every page is there, and nothing of it is needed here."""
+    held.end()
+    netfilter.release_session(journal.session)
+    journal.remove()
 
 
 def _crew() -> dict[str, int]:

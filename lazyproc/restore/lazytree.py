@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lazyproc.facts import dataclass
+from lazyproc.kernel import proc
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +62,11 @@ def from_facts(facts: Mapping[str, Any]) -> LazyTree:
         tuple((int(pid), int(addr), int(length)) for pid, addr, length in facts["huge"]),
         tuple(map(str, facts["groups"])),
     )
+
+
+def end_tree(tree: LazyTree) -> None:
+    """SIGKILL to every process of it that has anchors."""
+    for task in tree.tasks:
+        if proc.lives(task.pid, task.started):
+            with suppress(ProcessLookupError):
+                os.kill(task.pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """The order of a restore on one screen: a checkpoint becomes a stopped tree, and the stopped tree runs.
 
-Everything is driven from outside by remote calls; no code of ours stays in a restored process. Until `release`
+Everything is driven from outside by remote calls; no code of ours stays in a restored process. Until `outlive_us`
 every process is a tracee with PTRACE_O_EXITKILL, so a failure, or our death, leaves nothing half-built behind.
 """
 
@@ -10,10 +10,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
-from lazyproc.errors import PidTaken, RestoreError
+from lazyproc.errors import NoSuchProcess, PidTaken, RestoreError
 from lazyproc.events import Listener, Note, StepDone
 from lazyproc.facts import dataclass, field, replace
 from lazyproc.kernel import arch_x86_64 as arch
@@ -76,21 +76,36 @@ class BuiltTree:
             groups=tuple(self.groups),
         )
 
+    def outlive_us(self) -> None:
+        """From here on the tree is never killed for our sake: whatever becomes of us, it runs. The nursery goes first,
+        as its end would be that of its pid namespace.
+        """
+        if self.checkpoint.root.vpid != 1:
+            self.nursery.become_parent_of(self.checkpoint.root.vpid)
+        self.released = True
+        for tracee in (self.nursery.tracee, *self._tracees()):
+            with suppress(NoSuchProcess):  # somebody has killed it
+                tracee.set_options(0)
+
     def release(self) -> None:
-        """Let it run. From here on it is nobody's tracee.
+        """Let it run. From here on it is nobody's tracee. Raises what went wrong after everything else was done.
 
         Packets come through before TCP leaves repair mode: until then they are taken without an answer, and what
         is sent on leaving it must not be dropped.
         """
-        self._hold.release()
-        self._sockets.leave_repair()
-        self._made.close()
-        self.released = True
-        for site in self.sites.values():
-            for tracee in site.threads.values():
-                tracee.detach()
-        if self.checkpoint.root.vpid != 1:
-            self.nursery.become_parent_of(self.checkpoint.root.vpid)
+        if not self.released:
+            self.outlive_us()
+        with ExitStack() as last_first:  # each is done whatever becomes of the others
+            if self.checkpoint.root.vpid != 1:
+                last_first.callback(self.nursery.tracee.detach)
+            for tracee in reversed(self._tracees()):
+                last_first.callback(tracee.detach)
+            last_first.callback(self._made.close)
+            last_first.callback(self._sockets.leave_repair)
+            last_first.callback(self._hold.release)
+
+    def _tracees(self) -> list[ptrace.Tracee]:
+        return [tracee for site in self.sites.values() for tracee in site.threads.values()]
 
 
 def _started(pid: int) -> int:

@@ -8,7 +8,7 @@ import select
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,14 +70,22 @@ class Journey:
 
 @contextmanager
 def migrating(
-    source: Host, receiver: Receiver, pid: int, *options: str, by: str | None = None
+    source: Host,
+    receiver: Receiver,
+    pid: int,
+    *options: str,
+    by: str | None = None,
+    run_by: Sequence[str] = (),
 ) -> Iterator[Journey]:
-    """`lazyproc migrate` under way, to the receiver `by` another address; killed at the end when still there."""
+    """`lazyproc migrate` under way, to the receiver `by` another address; killed at the end when still there. It is run
+    by `run_by`, a command that becomes it.
+    """
     folder = source.outside
     journey_log, answer = folder / "migrate.log", folder / "migrate.json"
     already = receiver.notes().splitlines().count("running")
     target = by or receiver.address
-    argv = [*CLI, "migrate", str(source.vpid(pid)), target, *receiver.trust, "--json", "-v", *options]
+    words = ("migrate", str(source.vpid(pid)), target, *receiver.trust, "--json", "-v", *options)
+    argv = [*run_by, *CLI, *words]
     with journey_log.open("w") as log, answer.open("w") as out:
         process = source.popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=log)
     try:

@@ -211,8 +211,15 @@ def test_a_destination_that_cannot_commit_after_all(pair: Pair, program: Program
         ((Prepared(), Built()), talks_rubbish, 4, "it is not known whether it runs on the other host"),
         ((Prepared(), Built(), Committed()), hangs_up, 4, "cannot be reached after 0 pages"),
         ((Prepared(), Built(), Committed()), talks_rubbish, 4, "cannot be reached after 0 pages"),
+        ((Prepared(), Built(), Committed()), says_no, 4, "cannot be reached after 0 pages"),
     ],
-    ids=["leaves at COMMIT", "rubbish at COMMIT", "leaves at COMMITTED", "rubbish at COMMITTED"],
+    ids=[
+        "leaves at COMMIT",
+        "rubbish at COMMIT",
+        "leaves at COMMITTED",
+        "rubbish at COMMITTED",
+        "no at COMMITTED",
+    ],
 )
 def test_a_destination_that_fails_at_the_commit(
     pair: Pair,

@@ -1,0 +1,93 @@
+"""A lazyproc command whose process that comes to a named point of the hand-over first ends there, by SIGKILL.
+
+    python -m tests.faults.killed_at POINT python -m lazyproc.cli.main receive ...
+
+The points are those of docs/protocol.md and of lazyproc/migrate; a process killed there has done all that comes before.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lazyproc.cli.main import main
+from lazyproc.migrate.journal import Journal
+from lazyproc.migrate.keeper import Keeper
+from lazyproc.pages.transport import Channel
+from lazyproc.restore.tree import BuiltTree
+from lazyproc.wire.native import Built, Commit, Committed, Drained, Images, Released, Running
+
+_left = mmap.mmap(-1, 1)  # with all that are forked from us: 1 once somebody has come there
+
+
+def _die() -> None:
+    if not _left[0]:
+        _left[0] = 1
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _after(owner: type, name: str, is_it: Callable[..., bool] = lambda *_: True) -> None:
+    real: Callable[..., Any] = getattr(owner, name)
+
+    def killed_after(self: Any, *args: Any, **more: Any) -> Any:
+        result = real(self, *args, **more)
+        if is_it(*args):
+            _die()
+        return result
+
+    setattr(owner, name, killed_after)
+
+
+def _before(owner: type, name: str, is_it: Callable[..., bool] = lambda *_: True) -> None:
+    real: Callable[..., Any] = getattr(owner, name)
+
+    def killed_before(self: Any, *args: Any, **more: Any) -> Any:
+        if is_it(*args):
+            _die()
+        return real(self, *args, **more)
+
+    setattr(owner, name, killed_before)
+
+
+def _sent(kind: type) -> Callable[[], None]:
+    return lambda: _after(Channel, "send", lambda event: isinstance(event, kind))
+
+
+def _written(state: str) -> Callable[[], None]:
+    return lambda: _after(Journal, "write", lambda written: written == state)
+
+
+DESTINATION: dict[str, Callable[[], None]] = {
+    "BUILT said": _sent(Built),
+    "COMMIT heard": lambda: _before(Journal, "write", lambda state: state == "committed"),
+    "committed": _written("committed"),
+    "outlived": lambda: _after(Keeper, "_note_outlived"),
+    "COMMITTED said": _sent(Committed),
+    "released": lambda: _after(BuiltTree, "release"),
+    "RUNNING said": _sent(Running),
+    "drained": _written("drained"),
+    "DRAINED said": _sent(Drained),
+}
+SOURCE: dict[str, Callable[[], None]] = {
+    "IMAGES said": _sent(Images),
+    "parked": _written("parked"),
+    "COMMIT said": _sent(Commit),
+    "COMMITTED heard": _written("committed"),
+    "RUNNING heard": _written("running"),
+    "RELEASED said": _sent(Released),
+}
+POINTS = {**DESTINATION, **SOURCE}
+
+
+def killed_at(point: str) -> tuple[str, ...]:
+    """What a command is run by, so that it ends there."""
+    return (sys.executable, "-m", "tests.faults.killed_at", point)
+
+
+if __name__ == "__main__":
+    POINTS[sys.argv[1]]()
+    sys.exit(main(sys.argv[sys.argv.index("lazyproc.cli.main") + 1 :]))

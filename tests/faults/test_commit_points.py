@@ -1,0 +1,81 @@
+"""Whoever is killed at a named point of the hand-over: it goes on at one side, and by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from lazyproc.hosts import Pair
+from tests.faults.helpers import DESTINATION, SOURCE, journals
+from tests.faults.killed_at import killed_at
+from tests.live.bad_luck import unharmed
+from tests.live.moving import receiving
+from tests.live.programs import Program, running, wait_until
+from tests.live.real import Journey, ending, migrating
+
+MIB = "64"
+
+
+@pytest.fixture
+def program(pair: Pair) -> Iterator[Program]:
+    with running("memory_random", MIB, "2", directory=pair.shared, host=pair.source, exclusive=True) as it:
+        it.watch.wait_beats()
+        yield it
+
+
+@pytest.mark.parametrize(
+    ("point", "here"),
+    [
+        ("IMAGES said", True),
+        ("parked", True),
+        ("BUILT said", False),
+        ("COMMIT heard", False),
+        ("committed", False),
+    ],
+)
+def test_it_runs_on_here(pair: Pair, program: Program, point: str, here: bool) -> None:
+    with unharmed(program):
+        with (
+            receiving(pair.destination, by=() if here else killed_at(point)) as receiver,
+            migrating(pair.source, receiver, program.pid, run_by=killed_at(point) if here else ()) as journey,
+        ):
+            journey.finish(expected=1)
+        assert not journals(pair.source, SOURCE)
+        assert "running" not in receiver.notes().splitlines()
+    program.stop_and_verify()
+
+
+@pytest.mark.parametrize(
+    "point", ["outlived", "COMMITTED said", "released", "RUNNING said", "drained", "DRAINED said"]
+)
+def test_killed_at_the_destination_it_arrives(pair: Pair, program: Program, point: str) -> None:
+    with (
+        receiving(pair.destination, by=killed_at(point)) as receiver,
+        migrating(pair.source, receiver, program.pid) as journey,
+    ):
+        arrives(pair, journey, program)
+        states = {record["state"] for record in journals(pair.destination, DESTINATION)}
+        assert states <= {"drained"}  # of a source that has ended without being heard once more
+
+
+@pytest.mark.parametrize("point", ["COMMIT said", "COMMITTED heard", "RUNNING heard", "RELEASED said"])
+def test_killed_at_the_source_it_arrives(pair: Pair, program: Program, point: str) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, run_by=killed_at(point)) as journey,
+    ):
+        arrives(pair, journey, program)
+        wait_until(lambda: not journals(pair.destination, DESTINATION), "the destination's journal is closed")
+
+
+def arrives(pair: Pair, journey: Journey, program: Program) -> None:
+    new, report = journey.arrive()
+    assert report["ended"] is False
+    with ending(new):
+        program.watch.wait_beats()
+        os.kill(new, signal.SIGTERM)
+        program.watch.wait_ended()
+    assert not journals(pair.source, SOURCE)
