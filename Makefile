@@ -39,7 +39,7 @@ check: build
 # The C cores once more with the address and undefined-behaviour sanitizers, under the tests that drive them.
 SANITIZED := build/sanitized
 sanitize: build $(VENV)/.tools
-	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r lazyproc tests pyproject.toml setup.py README.md LICENSE $(SANITIZED)
+	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r lazyproc tests docs pyproject.toml setup.py README.md LICENSE $(SANITIZED)
 	@cd $(SANITIZED) && find lazyproc -name '*.so' -delete && \
 	  CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" \
 	  ../../$(BIN)/python setup.py -q build_ext --inplace
