@@ -386,14 +386,16 @@ static int arrange_descriptors(const struct lp_birth *birth, int *report)
 	return 0;
 }
 
-/* Dispositions and mask of ours must not be inherited; 32 and 33 are glibc's own, and never ignored. */
+/* Dispositions and mask of ours must not be inherited. By the raw call: glibc's signal() leaves 32 and 33, which are its
+ * own, as they are, and make(1) starts its children with both ignored. */
 static int forget_signals(void)
 {
+	static const uint64_t by_default[4]; /* struct kernel_sigaction: handler, flags, restorer, mask */
 	sigset_t none;
 
 	for (int sig = 1; sig <= 64; sig++)
-		if (sig != SIGKILL && sig != SIGSTOP && sig != 32 && sig != 33)
-			if (signal(sig, SIG_DFL) == SIG_ERR)
+		if (sig != SIGKILL && sig != SIGSTOP)
+			if (syscall(SYS_rt_sigaction, sig, by_default, NULL, sizeof(uint64_t)) < 0)
 				return -errno;
 	sigemptyset(&none);
 	return sigprocmask(SIG_SETMASK, &none, NULL) < 0 ? -errno : 0;
@@ -420,7 +422,7 @@ static int become(const struct lp_birth *birth, int *report)
 	return -errno;
 }
 
-static void report_and_exit(int report, int32_t message)
+static _Noreturn void report_and_exit(int report, int32_t message)
 {
 	ssize_t got = write(report, &message, sizeof(message));
 
@@ -438,7 +440,8 @@ static int raise_descriptor_limit(void)
 	return setrlimit(RLIMIT_NOFILE, &limit) < 0 ? -errno : 0;
 }
 
-/* Writing 0 to `tasks` moves the caller, a single thread, without the lock that moving another process takes. */
+/* Writing 0 to `tasks` moves the caller, a single thread, without the lock that moving another process takes. Not for
+ * the middle process: cpuset binds all memory of whom it moves, and that is our own there. */
 static int join_v1_groups(const struct lp_birth *birth)
 {
 	for (int i = 0; i < birth->tasks_count; i++)
@@ -458,18 +461,20 @@ static long clone_sibling(int32_t cgroup)
 	return syscall(SYS_clone3, &arguments, sizeof(arguments));
 }
 
+struct middle {
+	const struct lp_birth *birth;
+	int report;
+};
+
 /* The middle process: it moves its children into the new namespaces and goes; CLONE_PARENT makes the nursery
- * the caller's own child. */
-static void middle(const struct lp_birth *birth, int report)
+ * the caller's own child. It runs in the caller's memory: nothing but system calls until there is a copy of it. */
+static int middle(void *argument)
 {
-	int err = raise_descriptor_limit();
+	const struct middle *m = argument;
+	const struct lp_birth *birth = m->birth;
+	int report = m->report, err = raise_descriptor_limit();
 	long pid;
 
-	if (err == 0) {
-		err = join_v1_groups(birth);
-		if (err < 0)
-			report_and_exit(report, err - LP_NOT_JOINED);
-	}
 	/* The nursery leaves the caller's session without leading one: as pid 1 of a namespace it may have to lead
 	 * its own later, or be in none that the namespace can see. */
 	if (err == 0 && setsid() < 0)
@@ -484,10 +489,33 @@ static void middle(const struct lp_birth *birth, int report)
 	if (pid < 0)
 		report_and_exit(report, birth->cgroup < 0 ? -errno : -errno - LP_NOT_JOINED);
 	if (pid == 0) {
+		err = join_v1_groups(birth);
+		if (err < 0)
+			report_and_exit(report, err - LP_NOT_JOINED);
 		err = become(birth, &report);
 		report_and_exit(report, err);
 	}
 	report_and_exit(report, (int32_t)pid);
+}
+
+/* The caller sleeps until the middle process has gone, so for that its page tables need not be copied. No handler may
+ * run there meanwhile: it would be the caller's, in the caller's memory. The nursery is forked: a child that shares
+ * memory does not enter the new time namespace (copy_namespaces, kernel/nsproxy.c). */
+static long start_middle(struct middle *m)
+{
+	char stack[1 << 15] __attribute__((aligned(16)));
+	sigset_t all, before;
+	long pid;
+
+	sigfillset(&all);
+	if (sigprocmask(SIG_SETMASK, &all, &before) < 0)
+		return -errno;
+	pid = clone(middle, stack + sizeof(stack), CLONE_VM | CLONE_VFORK | SIGCHLD, m);
+	if (pid < 0)
+		pid = -errno;
+	/* What was the mask before is one. */
+	(void)sigprocmask(SIG_SETMASK, &before, NULL);
+	return pid;
 }
 
 /* Reads what the middle process and its child report, in either order, up to the end of file: exec has closed
@@ -525,14 +553,12 @@ static void reap(long pid)
 long lp_spawn(const struct lp_birth *birth, int *pidfd)
 {
 	int report[2], err;
-	long pid, nursery;
+	long pid, nursery = 0;
 
 	if (pipe2(report, O_CLOEXEC) < 0)
 		return -errno;
-	pid = fork();
-	err = pid < 0 ? -errno : 0;
-	if (pid == 0)
-		middle(birth, report[1]);
+	pid = start_middle(&(struct middle){ birth, report[1] });
+	err = pid < 0 ? (int)pid : 0;
 	close(report[1]);
 	if (err == 0)
 		err = read_reports(report[0], &nursery);
