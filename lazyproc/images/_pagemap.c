@@ -71,7 +71,7 @@ static bool read_entry(struct cursor c, struct entry *e)
     if (!optional(&c, FLAGS, &e->flags) || !optional(&c, NR_PAGES, &pages) || c.at != c.end)
         return false;
     e->pages = pages ? pages : compat;
-    return compat <= UINT32_MAX && in_parent <= 1 && e->flags <= PE_ALL;
+    return compat <= UINT32_MAX && e->flags <= PE_ALL;
 }
 
 /* Whole pages at or behind `end`, that do not leave the address space. */
