@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lazyproc.errors import LostAfterCommit, UsageError
+from lazyproc.errors import LostAfterCommit, Parked, UsageError
 from lazyproc.events import Listener, StateChanged
 from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
@@ -19,7 +19,7 @@ from lazyproc.model import Extent, MemoryObject
 from lazyproc.pages.images import ImagePages
 from lazyproc.restore.lazy import finish, introduce
 from lazyproc.restore.lazytree import LazyTree
-from lazyproc.restore.tree import Pidns, built_tree
+from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.policy import Chunk, named
@@ -124,8 +124,8 @@ def restore(
 
     Leaving the context before `wait_drained` leaves missing pages parked: whoever touches one waits. Raises
     ImageError, RestoreError, HostLacks, UsageError (no such policy, no path of a cgroup), LazyprocError (`trace` cannot
-    be written); then nothing half-built is left. An interrupt that comes when the tree runs leaves it running, its
-    missing pages parked.
+    be written); then nothing half-built is left. Parked: it was interrupted in the first moment of the tree, which
+    runs, its missing pages parked; an interrupt that comes later leaves it so as well.
     """
     started = time.monotonic()
     order = named(policy)
@@ -145,15 +145,31 @@ def restore(
                 pager.serve_segments(source.segments())
                 pager.start(bulk=bulk)
             remains = tree.lazy_tree()
-            tree.release()
-            if record is not None and pager is not None:
-                record(pager)
-            listener(StateChanged("running", time.monotonic()))
-            if pager is not None:
-                # Only now: content is served without the map, and the map's cost grows with memory.
-                pager.apply_map(tree.checkpoint.memory)
+            with _said_to_run(tree):
+                tree.release()
+                if record is not None and pager is not None:
+                    record(pager)
+                listener(StateChanged("running", time.monotonic()))
+                if pager is not None:
+                    # Only now: content is served without the map, and the map's cost grows with memory.
+                    pager.apply_map(tree.checkpoint.memory)
         memory = tree.checkpoint.memory
         yield Restored(remains, started, pager, _plan=lambda: order(_lazy(memory)))
+
+
+@contextmanager
+def _said_to_run(tree: BuiltTree) -> Iterator[None]:
+    """Once the tree runs an interrupt is no longer the end of it, and must not say so. Raises Parked."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not tree.released:
+            raise
+        raise Parked(
+            "interrupted when it had begun to run; who touches a page that has not come waits",
+            where=f"pid {tree.root_pid}",
+            remedy="end it with kill -9, and restore it again",
+        ) from None
 
 
 @contextmanager
