@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lazyproc.dump.checkpoint import checkpoint as checkpoint
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.explain import explain as explain
+    from lazyproc.migrate.local import restore as restore
     from lazyproc.migrate.server import serve as serve
     from lazyproc.migrate.sessions import abort as abort
     from lazyproc.migrate.sessions import resume as resume
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from lazyproc.migrate.source import migrate as migrate
     from lazyproc.pages.tls import Tls as Tls
     from lazyproc.restore.run import Restored as Restored
-    from lazyproc.restore.run import restore as restore
     from lazyproc.trace import read_trace as read_trace
     from lazyproc.uffd.region import LazyRegion as LazyRegion
 

@@ -12,6 +12,7 @@ from glob import glob
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from lazyproc.errors import HostLacks
 from lazyproc.hosts import Host, Pair, Trio, ground, pair_of_hosts, trio_of_hosts
@@ -20,6 +21,10 @@ from lazyproc.restore.groups import places
 from tests.needs import lacking
 
 _PR_SET_CHILD_SUBREAPER = 36
+
+# How long an example takes is the machine's affair: no test asserts a time.
+settings.register_profile("lazyproc", deadline=None)
+settings.load_profile("lazyproc")
 _GRACE_S = 2.0  # for what was killed at the end of a test and is just ending
 
 

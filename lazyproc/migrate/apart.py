@@ -116,13 +116,21 @@ def stream() -> tuple[socket.socket, socket.socket]:
 
 
 def apart(
-    first: Work[T], again: Work[T], listener: Listener, name: str, *, staff: Callable[[], object], lost: str
+    first: Work[T],
+    again: Work[T],
+    listener: Listener,
+    name: str,
+    *,
+    staff: Callable[[], object],
+    lost: str,
+    let_go: Callable[[], object] = lambda: None,
 ) -> T:
     """What `first` gives, done in a process that outlives us. Raises what it raises.
 
     A keeper watches that process: when it is killed, another one does `again`, which goes on from the journal. Raises
     Parked, with `lost` as its remedy, when both are gone. KeyboardInterrupt goes there as SIGINT; what comes of it is
-    what is said there. What `staff` gives lives as long as one of the two does.
+    what is said there. What `staff` gives lives as long as one of the two does; `let_go` closes, in all other
+    processes, what only `first` is to have.
     """
     ours, theirs = stream()
 
@@ -131,6 +139,7 @@ def apart(
         unplug()
         client, _desk = Client(theirs), staff()
         worker = family.child(lambda: _do(first, client), name)
+        let_go()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # is the worker's
         for _ in range(ATTEMPTS):
             if os.WIFEXITED(os.waitpid(worker, 0)[1]):
@@ -141,6 +150,7 @@ def apart(
     with ours:
         with theirs:
             keeper = family.daemon(keep, f"{name}-keeper")
+        let_go()
         with _passing_on(keeper):
             value: T = result(ours, listener, lost=lost)
             return value

@@ -7,17 +7,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-from lazyproc.errors import ConnectionLost
+from lazyproc.errors import Parked
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass
 from lazyproc.kernel.cgroup import remove
 from lazyproc.migrate.arrival import Arrival, Terms, Wishes
+from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.journal import DESTINATION, Journal
-from lazyproc.migrate.link import linked
+from lazyproc.migrate.keeper import Place
+from lazyproc.migrate.link import Redial, linked
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Session
+from lazyproc.pages.transport import Declined, Session
 from lazyproc.restore.run import Restored
 from lazyproc.trace import TraceFile
 from lazyproc.uffd.pager import Pager
@@ -34,27 +36,40 @@ class Fetched(Restored):
 
     drain: Drain
     journal: Journal
+    redial: Redial
 
     def wait_drained(self, timeout: float | None = None) -> bool:
-        """See Restored. Raises ConnectionLost when the server is gone: who touches a missing page waits."""
+        """See Restored. A lost server is called again, without end while pages are missing. Raises Parked when it does
+        not know the tree any more: who touches a missing page waits.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.drain.released:
-            if not self.drain.linked:
-                raise self._lost()
             if deadline is not None and time.monotonic() >= deadline:
                 return False
+            if not self.drain.linked:
+                self._call_again()
             self.drain.step(STEP_S)
         self.journal.remove()
         return True
 
-    def _lost(self) -> ConnectionLost:
-        assert self.pager is not None
-        missing = self.pager.counters().remaining
-        return ConnectionLost(
-            f"the server is lost; up to {missing} pages are missing, and who touches one of them waits",
-            where=f"pid {self.root_pid}",
-            remedy="end the process with kill -9: its memory cannot be completed any more",
-        )
+    def _call_again(self) -> None:
+        try:
+            link = self.redial.link()
+        except Declined as error:
+            if self.drain.report is not None:  # it has been told, and has ended
+                self.drain.released = True
+                return
+            assert self.pager is not None
+            missing, session = self.pager.counters().remaining, self.journal.session
+            raise Parked(
+                f"the server does not have its memory any more ({error.what}); up to {missing} pages are missing, and "
+                "who touches one of them waits",
+                where=f"pid {self.root_pid}",
+                remedy=f"complete it from images with lazyproc resume {session} --from DIR, or end it with lazyproc "
+                f"abort {session}",
+            ) from error
+        if link is not None:
+            self.drain.attach(link)
 
 
 @contextmanager
@@ -70,13 +85,15 @@ def restore_from(
     """The tree that `lazyproc serve` offers at `target` (HOST:PORT); it runs when the context is entered.
 
     Its faults are written to `trace` (docs/trace.md). Raises what `migrate` raises; the tree then runs on at its
-    source.
+    source. When we are killed it waits for `lazyproc resume`.
     """
     started = time.monotonic()
     session = Session.new()
-    journal = Journal(session.id, DESTINATION)
     trust = Trust(insecure, tls=tls)
+    facts = {"token": session.token, "peer": target, **Place(target, trust, dials=True).facts()}
+    journal = Journal(session.id, DESTINATION, facts)
     with ExitStack() as stack:
+        stack.enter_context(closing(Desk(session.id, DESTINATION)))
         file = stack.enter_context(TraceFile(trace, listener)) if trace is not None else None
         link = stack.enter_context(closing(linked(target, Party.DESTINATION, trust, session)))
         pager = stack.enter_context(Pager(trace=file is not None))
@@ -93,4 +110,5 @@ def restore_from(
         drain.take(link)
         if file is not None:
             stack.callback(Recorder(pager, file.write).close)
-        yield Fetched(tree, started, pager, drain=drain, journal=journal)
+        redial = Redial(target, trust, session, listener)
+        yield Fetched(tree, started, pager, drain=drain, journal=journal, redial=redial)

@@ -32,10 +32,10 @@ from lazyproc.migrate.arrival import Arrival, Terms, Wishes
 from lazyproc.migrate.desk import Desk, Request
 from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.journal import DESTINATION, Journal, Record
-from lazyproc.migrate.link import Gathering, Link
+from lazyproc.migrate.link import Gathering, Link, Redial
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import Channel, Door, Session, listen
+from lazyproc.pages.transport import Channel, Declined, Door, Session, listen
 from lazyproc.restore.lazytree import end_tree, from_facts
 from lazyproc.uffd.pager import Pager, rebind
 from lazyproc.uffd.policy import POLICIES
@@ -55,18 +55,21 @@ class Closable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the source can reach this host again, and who is let in there."""
+    """Where the source can reach this host again, and who is let in there; with `dials` where it is reached from here.
+    "" when there is no source, but images.
+    """
 
     address: str
     trust: Trust
+    dials: bool = False
 
     def facts(self) -> dict[str, object]:
         """For the journal."""
-        return {"address": self.address, **self.trust.facts()}
+        return {"address": self.address, "dials": self.dials, **self.trust.facts()}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Place:
-        return cls(str(facts["address"]), Trust.of(facts))
+        return cls(str(facts["address"]), Trust.of(facts), bool(facts.get("dials")))
 
 
 def keep(link: Link, terms: Terms, place: Place, not_ours: Sequence[Closable]) -> Messages:
@@ -292,6 +295,8 @@ class Keeper:
 
     def _attend_door(self) -> None:
         """While `receive` is there it hands connections on; without it we wait for them ourselves."""
+        if self._place.dials or not self._place.address:
+            return
         if self._door is None and (self._resumed or not self._client.listens()):
             with suppress(CannotListen, UsageError):  # of files for TLS that are being renewed
                 self._door = listen(self._place.address, Party.DESTINATION, trust=self._place.trust)
@@ -378,10 +383,17 @@ class Keeper:
     def _drain(self, drain: Drain) -> None:
         """To the end, whoever else is alive by then."""
         until = None
+        redial = None
+        if self._place.dials and self._images is None:
+            redial = Redial(self._place.address, self._place.trust, self._session, self._client.tell)
         while not drain.released and (until is None or time.monotonic() < until):
             for kind, fds in heard(self._far):
                 link = self._duplicated(fds)
                 drain.take(link) if kind == "take" else drain.attach(link)
+            if redial is not None and not drain.linked:
+                with suppress(Declined):  # it may know the session again when it is resumed there
+                    if (called := redial.link()) is not None:
+                        drain.attach(called)
             drain.step(STEP_S)
             if drain.report is not None and until is None:
                 until = time.monotonic() + RELEASE_S

@@ -130,6 +130,35 @@ class Chain:
             pause = min(2 * pause, LAST_PAUSE_S)
 
 
+class Redial:
+    """The destination calls again, for whoever has other things to do meanwhile."""
+
+    def __init__(self, target: str, trust: Trust, session: Session, listener: Listener) -> None:
+        self._target = target
+        self._trust = trust
+        self._session = session
+        self._listener = listener
+        self._pause, self._next, self._told = FIRST_PAUSE_S, 0.0, ""
+
+    def link(self) -> Link | None:
+        """A new link, or None: not yet. Raises Declined when the session is not known there."""
+        if time.monotonic() < self._next:
+            return None
+        try:
+            link = linked(self._target, Party.DESTINATION, self._trust, self._session, resume=True)
+        except LazyprocError as error:
+            self._next = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, LAST_PAUSE_S)
+            if isinstance(error, Declined):
+                raise
+            if str(error) != self._told:
+                self._told = str(error)
+                self._listener(Note(f"session {self._session.id}: {error}; it is tried again"))
+            return None
+        self._pause, self._told = FIRST_PAUSE_S, ""
+        return link
+
+
 class Gathering:
     """Sessions whose connections come one by one, the control connection first."""
 

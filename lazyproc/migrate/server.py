@@ -7,15 +7,14 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from lazyproc.errors import ConnectionLost, LazyprocError
+from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.images.convert import from_images, memory_objects, to_images
 from lazyproc.images.files import Folder, pack
 from lazyproc.migrate.asking import obstacles_there
-from lazyproc.migrate.journal import SOURCE, Journal
-from lazyproc.migrate.link import Chain, Gathering, Link
+from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.prepare import Offer, vdso_build_id
-from lazyproc.migrate.source import BUILD_S, Order, hand_over, look
+from lazyproc.migrate.source import BUILD_S, Order, Way, comes_back, look, moved
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.model import Checkpoint
 from lazyproc.pages.bundle import NAME, pack_bundle
@@ -24,7 +23,7 @@ from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import listen
+from lazyproc.pages.transport import Door, listen
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Released, Running
 
 DOOR_S = 0.2
@@ -50,8 +49,9 @@ def serve(
 def serve_process(pid: int, address: str, order: Order, *, trust: Trust, listener: Listener) -> None:
     """Hand the tree under `pid` to the first client; it is frozen when that has come, not before.
 
-    A client that fails before the commit lets the tree run on, and the next one may try. Raises CannotBeDone, and
-    what `migrate` does after the commit.
+    A client that fails before the commit lets the tree run on, and the next one may try. After it the client's pages
+    are served by a process that outlives this one, and a client that has lost its connection may come back. Raises
+    CannotBeDone, and what `migrate` does after the commit.
     """
     look(pid, listener, tcp_close=order.tcp_close)
     gathering = Gathering()
@@ -61,29 +61,24 @@ def serve_process(pid: int, address: str, order: Order, *, trust: Trust, listene
             link = gathering.next(door, DOOR_S)
             if link is None:
                 continue
-            journal = Journal(link.session.id, SOURCE)
             try:
-                with closing(Chain(link.session.id, link, _nobody_comes_back, 0, listener)) as chain:
-                    before = look(pid, listener, tcp_close=order.tcp_close)
-                    journal.write(
-                        "preparing",
-                        durable=False,
-                        peer=link.control.peer,
-                        root_pid=pid,
-                        mode=order.mode,
-                        started=time.time(),
-                    )
-                    hand_over(pid, chain, before, order, journal, listener)
+                moved(pid, _way(link, door, trust), order, listener=listener, let_go=link.close)
                 return
             except LazyprocError as error:
                 if error.exit_code != 1 and not isinstance(error, Unfit):
                     raise
-                journal.remove()
                 listener(Note(f"session {link.session.id}: {error}; the tree runs on"))
 
 
-def _nobody_comes_back() -> Link:
-    raise ConnectionLost("who fetches a tree does not come back")
+def _way(link: Link, door: Door, trust: Trust) -> Way:
+    """To a client that has called, and will call again."""
+    facts = {
+        "peer": link.control.peer,
+        "address": door.address,
+        "token": link.session.token,
+        **trust.facts(),
+    }
+    return Way(link.session, lambda: link, comes_back(door, link.session), facts)
 
 
 def serve_folder(directory: Path, address: str, order: Order, *, trust: Trust, listener: Listener) -> None:

@@ -118,7 +118,8 @@ def resume(
         )
     from lazyproc.migrate.keeper import keep_on
 
-    return keep_on(record, directory, listener)
+    images = record.facts.get("images")
+    return keep_on(record, directory or (Path(images) if images else None), listener)
 
 
 def _demand_orphaned(record: Record) -> None:

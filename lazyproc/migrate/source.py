@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 from lazyproc.dump.before import Before, look_before, observed_sleeps
 from lazyproc.dump.explain import examine
@@ -22,7 +22,7 @@ from lazyproc.dump.park import park_tree, parking, unpark_tree
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import hang_up, silence
 from lazyproc.dump.walk import tree_of
-from lazyproc.errors import CannotBeDone, LazyprocError, Obstacle
+from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, Obstacle
 from lazyproc.events import Listener, StateChanged, ignore
 from lazyproc.facts import asdict, dataclass
 from lazyproc.images.convert import to_images
@@ -30,12 +30,12 @@ from lazyproc.images.files import pack
 from lazyproc.kernel import netfilter
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.netfilter import Hold
-from lazyproc.migrate.apart import Client, apart
+from lazyproc.migrate.apart import Client, Work, apart
 from lazyproc.migrate.asking import asked
 from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.holding import Holding, from_facts, holding_of, to_facts
 from lazyproc.migrate.journal import SOURCE, Journal, Record, find
-from lazyproc.migrate.link import Chain, Link, linked
+from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, number_in, report_of
@@ -45,7 +45,7 @@ from lazyproc.pages.bundle import pack_bundle
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Channel, Session
+from lazyproc.pages.transport import Channel, Door, Session, listen
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.wire.native import Built, Commit, Images, Party
 
@@ -90,8 +90,43 @@ def migrate(
     (`trace` cannot be written) with the tree running as before; Parked when that is not known, or when it runs there
     and its memory has stopped following.
     """
-    session = Session.new()
-    trust = Trust(insecure, tls=tls)
+    session, trust = Session.new(), Trust(insecure, tls=tls)
+    way = Way(
+        session,
+        lambda: linked(target, Party.SOURCE, trust, session),
+        lambda: linked(target, Party.SOURCE, trust, session, resume=True),
+        {"peer": target, "token": session.token, **trust.facts()},
+    )
+    return moved(pid, way, order, listener=listener, retry_for=retry_for, trace=trace)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How the two sides come together: the first link of a session, and each one after a link that was lost."""
+
+    session: Session
+    first: Callable[[], Link]
+    again: Callable[[], Link]
+    facts: Mapping[str, object]  # for a journal: who goes on when all are gone finds the other side by them
+
+    def chain(
+        self, first: Link | None, retry_for: float | None, client: Client
+    ) -> AbstractContextManager[Chain]:
+        return closing(Chain(self.session.id, first, self.again, retry_for, client.tell))
+
+
+def moved(
+    pid: int,
+    way: Way,
+    order: Order,
+    *,
+    listener: Listener,
+    retry_for: float | None = None,
+    trace: Path | str | None = None,
+    let_go: Callable[[], object] = lambda: None,
+) -> MigrateReport:
+    """The whole move, by processes that outlive this one; see `migrate`, and `apart` for `let_go`."""
+    session = way.session.id
 
     def first(client: Client) -> MigrateReport:
         client.stop_without_it()
@@ -100,28 +135,30 @@ def migrate(
             file = stack.enter_context(TraceFile(trace, client.tell)) if trace is not None else None
             before = look(pid, client.tell, tcp_close=order.tcp_close)
             journal.write("preparing", durable=False, **begun, **_crew())
-            link = linked(target, Party.SOURCE, trust, session)
-            chain = stack.enter_context(_chain(session, link, target, trust, retry_for, client))
+            chain = stack.enter_context(way.chain(way.first(), retry_for, client))
             return hand_over(
                 pid, chain, before, order, journal, client.tell, trace=file, settle=ignore_interrupts
             )
 
     def again(client: Client) -> MigrateReport:
-        with _chain(session, None, target, trust, retry_for, client) as chain:
-            return go_on(find(session.id, SOURCE), chain, client.tell)
+        with way.chain(None, retry_for, client) as chain:
+            return go_on(find(session, SOURCE), chain, client.tell)
 
     _demand_apart(pid)
-    journal = Journal(session.id, SOURCE)
-    begun: dict[str, Any] = {
-        "peer": target,
-        "token": session.token,
-        **trust.facts(),
-        "root_pid": pid,
-        "mode": order.mode,
-        "started": time.time(),
-    }
-    lost = f"see lazyproc sessions, and lazyproc resume {session.id}"
-    return apart(first, again, listener, NAME, staff=lambda: Desk(session.id, SOURCE), lost=lost)
+    journal = Journal(session, SOURCE)
+    begun = {**way.facts, "root_pid": pid, "mode": order.mode, "started": time.time()}
+    return _apart(first, again, session, listener, let_go)
+
+
+def _apart(
+    first: Work[MigrateReport],
+    again: Work[MigrateReport],
+    session: str,
+    listener: Listener,
+    let_go: Callable[[], object] = lambda: None,
+) -> MigrateReport:
+    lost = f"see lazyproc sessions, and lazyproc resume {session}"
+    return apart(first, again, listener, NAME, staff=lambda: Desk(session, SOURCE), lost=lost, let_go=let_go)
 
 
 def _demand_apart(pid: int) -> None:
@@ -134,24 +171,41 @@ def _demand_apart(pid: int) -> None:
 
 def migrate_on(record: Record, *, retry_for: float | None, listener: Listener) -> MigrateReport:
     """Go on with a migration whose processes at the source are all gone; see `migrate`."""
-    facts, session = record.facts, Session(record.session, str(record.facts["token"]))
-    trust = Trust.of(facts)
 
     def again(client: Client) -> MigrateReport:
-        with _chain(session, None, str(facts["peer"]), trust, retry_for, client) as chain:
-            return go_on(find(session.id, SOURCE), chain, client.tell)
+        with way_of(record, client.tell) as way, way.chain(None, retry_for, client) as chain:
+            return go_on(find(record.session, SOURCE), chain, client.tell)
 
-    lost = f"see lazyproc sessions, and lazyproc resume {session.id}"
-    return apart(again, again, listener, NAME, staff=lambda: Desk(session.id, SOURCE), lost=lost)
+    return _apart(again, again, record.session, listener)
 
 
-def _chain(
-    session: Session, first: Link | None, target: str, trust: Trust, retry_for: float | None, client: Client
-) -> AbstractContextManager[Chain]:
-    def dial_again() -> Link:
-        return linked(target, Party.SOURCE, trust, session, resume=True)
+@contextmanager
+def way_of(record: Record, listener: Listener) -> Iterator[Way]:
+    """To the other side of a session that nobody works on: it is called, or it calls."""
+    facts, session = record.facts, Session(record.session, str(record.facts["token"]))
+    trust = Trust.of(facts)
+    with ExitStack() as stack:
+        if "address" in facts:
+            door = stack.enter_context(
+                listen(str(facts["address"]), Party.SOURCE, trust=trust, report=listener)
+            )
+            again = comes_back(door, session)
+        else:
+            again = partial(linked, str(facts["peer"]), Party.SOURCE, trust, session, resume=True)
+        yield Way(session, again, again, facts)
 
-    return closing(Chain(session.id, first, dial_again, retry_for, client.tell))
+
+def comes_back(door: Door, session: Session) -> Callable[[], Link]:
+    """What waits for the other side of a session to call again. Raises ConnectionLost when it has not for a while."""
+    gathering = Gathering(session)
+
+    def wait() -> Link:
+        link = gathering.next(door, LAST_PAUSE_S)
+        if link is None:
+            raise ConnectionLost("nobody has come back yet", where=door.address)
+        return link
+
+    return wait
 
 
 def look(pid: int, listener: Listener = ignore, *, tcp_close: bool = False) -> Before:

@@ -2,4 +2,4 @@
 
 from lazyproc.callables import make_callable
 
-make_callable(__name__, "lazyproc.restore.run")
+make_callable(__name__, "lazyproc.migrate.local")

@@ -49,6 +49,7 @@ class Restored:
     tree: LazyTree
     started: float
     pager: Pager | None
+    drained: bool = field(default=False, kw_only=True)  # `wait_drained` has said so
     _plan: Callable[[], Iterable[Chunk]] | None = field(default=None, kw_only=True)  # until the pager has it
     _status: int | None = field(default=None, kw_only=True)
 
@@ -66,6 +67,7 @@ class Restored:
             self._demand_source(self.pager)
             return False
         finish(self.pager, self.tree)
+        self.drained = True
         return True
 
     def _demand_source(self, pager: Pager) -> None:

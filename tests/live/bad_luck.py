@@ -184,13 +184,19 @@ def way_to(
     def serve(sock: socket.socket) -> None:
         with ExitStack() as stack:
             pumps = []
-            for number in cycle(range(3)):  # the second three are a link that was opened again
+            numbers = cycle(range(3))  # the second three are a link that was opened again
+            while True:
                 try:
                     near = stack.enter_context(sock.accept()[0])
                 except OSError:  # nobody comes any more
                     break
-                with network_of(host):
-                    far = stack.enter_context(socket.create_connection((name, int(port))))
+                try:
+                    with network_of(host):
+                        far = stack.enter_context(socket.create_connection((name, int(port))))
+                except ConnectionRefusedError:  # nobody listens there now
+                    near.close()
+                    continue
+                number = next(numbers)
                 for one, other, meddle in ((near, far, there), (far, near, back)):
                     change = partial(meddle, number)
                     pumps.append(threading.Thread(target=_pump, args=(one, other, change)))

@@ -1,0 +1,74 @@
+"""`restore` from a folder on this host. A lazy one is a session: when we are killed, `lazyproc resume` completes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from lazyproc.events import Listener
+from lazyproc.kernel import proc
+from lazyproc.restore import run
+from lazyproc.restore.run import Restored
+from lazyproc.restore.tree import Pidns
+
+
+@contextmanager
+def restore(
+    directory: Path,
+    *,
+    lazy: bool,
+    pidns: Pidns,
+    policy: str,
+    listener: Listener,
+    bulk: bool = True,
+    cgroup: str | None = None,
+    trace: Path | str | None = None,
+) -> Iterator[Restored]:
+    """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`."""
+    with run.restore(
+        directory,
+        lazy=lazy,
+        pidns=pidns,
+        policy=policy,
+        listener=listener,
+        bulk=bulk,
+        cgroup=cgroup,
+        trace=trace,
+    ) as restored:
+        if restored.pager is None:
+            yield restored
+            return
+        with _session(restored, directory, policy):
+            yield restored
+
+
+@contextmanager
+def _session(restored: Restored, directory: Path, policy: str) -> Iterator[None]:
+    """On record, until nothing is missing or nobody is left to miss it."""
+    # Not before the tree runs: their import would be part of its start.
+    from lazyproc.migrate.desk import Desk
+    from lazyproc.migrate.journal import DESTINATION, Journal
+    from lazyproc.restore.lazytree import to_facts
+
+    session = os.urandom(8).hex()
+    images = os.path.abspath(directory)
+    facts = {
+        "token": os.urandom(16).hex(),  # nobody's: there is no other side
+        "peer": images,
+        "images": images,
+        "address": "",
+        "tree": to_facts(restored.tree),
+        "wishes": {"mode": "postcopy", "policy": policy},
+    }
+    with closing(Desk(session, DESTINATION)):
+        journal = Journal(session, DESTINATION, facts)
+        journal.write("running", durable=False)
+        try:
+            yield
+        finally:
+            if restored.drained or not any(
+                proc.lives(task.pid, task.started) for task in restored.tree.tasks
+            ):
+                journal.remove()
