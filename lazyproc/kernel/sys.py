@@ -7,8 +7,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import select
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lazyproc.errors import HostLacks
@@ -65,17 +64,6 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     """pidfd_getfd(2): our own duplicate (close-on-exec) of the process's descriptor `fd`."""
     with _since("5.6", "pidfd_getfd(2)"):
         return syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
-
-
-def readable(fds: Iterable[int], timeout: float | None = None) -> set[int]:
-    """Those of `fds` that can be read, or have ended, at once or within `timeout` seconds (None: waits).
-
-    By poll(2): select(2) knows no number over 1023, and a large tree takes more descriptors than that.
-    """
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
-    return {fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)}
 
 
 def kcmp(pid1: int, pid2: int, kind: int, idx1: int = 0, idx2: int = 0) -> int:

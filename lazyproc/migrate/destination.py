@@ -7,7 +7,7 @@ from typing import Any
 
 from lazyproc.errors import ConnectionLost, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
-from lazyproc.kernel.sys import readable
+from lazyproc.kernel.ready import readable
 from lazyproc.migrate.apart import Messages
 from lazyproc.migrate.arrival import Terms
 from lazyproc.migrate.journal import forget_old

@@ -22,6 +22,7 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import park, proc, sysvipc
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.park import ParkedProcess, ParkedThread
+from lazyproc.kernel.ready import readable
 from lazyproc.model import Extent, MemoryObject, ObjectKind, Registers, SharedKind, Vma, VmaKind
 from lazyproc.pages.frozen import FrozenPages, Place
 
@@ -161,7 +162,7 @@ def _kill(process: ParkedProcess) -> None:
     try:
         if park.is_there(process):  # it is still the same now that it cannot be another one's number
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            kernel.readable([pidfd], GONE_S)
+            readable([pidfd], GONE_S)
     finally:
         os.close(pidfd)
 

@@ -25,7 +25,8 @@ from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.kernel import family
 from lazyproc.kernel.deaf import ignore_interrupts
-from lazyproc.kernel.sys import pidfd_open, readable
+from lazyproc.kernel.ready import readable
+from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.anchors import anchors
 from lazyproc.migrate.apart import MESSAGE_MAX, Client, Messages, result, stream, unplug
 from lazyproc.migrate.arrival import Arrival, Terms, Wishes

@@ -7,6 +7,7 @@ The points are those of docs/protocol.md and of lazyproc/migrate; a process kill
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import signal
@@ -21,12 +22,16 @@ from lazyproc.pages.transport import Channel
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.wire.native import Built, Commit, Committed, Drained, Images, Released, Running
 
-_left = mmap.mmap(-1, 1)  # with all that are forked from us: 1 once somebody has come there
+
+@functools.cache
+def _come() -> mmap.mmap:
+    """Shared with all that are forked from us: 1 once somebody has come there."""
+    return mmap.mmap(-1, 1)
 
 
 def _die() -> None:
-    if not _left[0]:
-        _left[0] = 1
+    if not _come()[0]:
+        _come()[0] = 1
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -89,5 +94,6 @@ def killed_at(point: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
+    _come()
     POINTS[sys.argv[1]]()
     sys.exit(main(sys.argv[sys.argv.index("lazyproc.cli.main") + 1 :]))

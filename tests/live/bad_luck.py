@@ -101,7 +101,8 @@ def unchanged(*hosts: Host) -> Iterator[None]:
             lambda host=host, old=old: processes_of(host) == old[0],  # type: ignore[misc]
             f"{host.name} has the processes {old[0]}, not {processes_of(host)}",
         )
-        assert _inventory(host) == old
+        now = _inventory(host)
+        assert now == old, f"{host.name}: {old} became {now}"
 
 
 def _inventory(host: Host) -> tuple[dict[int, str], list[Path], str]:
