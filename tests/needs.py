@@ -23,6 +23,9 @@ _PACKAGES = {
     "redis-benchmark": "redis-tools",
     "redis-cli": "redis-tools",
     "redis-server": "redis-server",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
     "strace": "strace",
 }
 # Debian keeps the server's programs out of PATH.

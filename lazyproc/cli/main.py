@@ -24,6 +24,7 @@ from lazyproc.cli import (
     serve,
     sessions,
     show,
+    stdio,
 )
 from lazyproc.cli.options import Formatter
 
@@ -45,6 +46,7 @@ COMMANDS = (
     show,
     keys,
     demo,
+    stdio,
 )
 NAMES = tuple(module.__name__.rpartition(".")[2] for module in COMMANDS)
 FAILED = 1

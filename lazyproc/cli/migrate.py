@@ -16,7 +16,7 @@ from lazyproc.cli.options import (
     add_trust,
     command,
     count,
-    endpoint,
+    destination,
     tls_of,
 )
 
@@ -31,7 +31,12 @@ def add(commands: Commands) -> None:
         commands, run, "migrate", "move a process tree to another host, where `lazyproc receive` waits"
     )
     add_pid(parser)
-    parser.add_argument("target", metavar=HOST_PORT, type=endpoint, help="where the receiver listens")
+    parser.add_argument(
+        "target",
+        metavar=HOST_PORT,
+        type=destination,
+        help="where the receiver listens; or ssh://[USER@]HOST[:PORT], where one is started through ssh(1)",
+    )
     parser.add_argument(
         "--mode",
         choices=("postcopy", "stopcopy"),

@@ -171,6 +171,17 @@ def endpoint(text: str) -> str:
     return text
 
 
+def destination(text: str) -> str:
+    """HOST:PORT, or ssh://…, which whoever connects looks at more closely."""
+    return text if text.startswith("ssh://") else endpoint(text)
+
+
+def port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 0xFFFF:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
+    return int(text)
+
+
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")

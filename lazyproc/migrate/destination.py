@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -32,10 +33,13 @@ def receive(
     insecure: bool,
     tls: Tls | None = None,
     listener: Listener,
+    opened: Callable[[int], object] = lambda port: None,
+    over: Callable[[], bool] = lambda: False,
 ) -> int:
     """Take in trees at HOST:PORT until interrupted, or until one has come whole (`once`); how many committed.
 
-    Each has a keeper that goes on without us. Raises UsageError for the address, CannotListen.
+    Each has a keeper that goes on without us. `opened` learns the port; `over` is asked now and then whether that is
+    all. Raises UsageError for the address, CannotListen.
     """
     forget_old()
     trust = Trust(insecure, allow_uids, tls)
@@ -44,7 +48,8 @@ def receive(
         closing(_Arrivals(door, terms, trust, listener)) as arrivals,
     ):
         listener(Note(f"listening on port {door.port}"))
-        while not (once and arrivals.whole):
+        opened(door.port)
+        while not (once and arrivals.whole) and not over():
             arrivals.attend(DOOR_S)
         return arrivals.committed
 

@@ -78,7 +78,7 @@ def _way(link: Link, door: Door, trust: Trust) -> Way:
         "token": link.session.token,
         **trust.facts(),
     }
-    return Way(link.session, lambda: link, comes_back(door, link.session), facts)
+    return Way(link.session, lambda _: link, comes_back(door, link.session), facts)
 
 
 def serve_folder(directory: Path, address: str, order: Order, *, trust: Trust, listener: Listener) -> None:

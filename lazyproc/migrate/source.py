@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -22,7 +22,7 @@ from lazyproc.dump.park import park_tree, parking, unpark_tree
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import hang_up, silence
 from lazyproc.dump.walk import tree_of
-from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, Obstacle
+from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, Obstacle, UsageError
 from lazyproc.events import Listener, StateChanged, ignore
 from lazyproc.facts import asdict, dataclass
 from lazyproc.images.convert import to_images
@@ -45,7 +45,7 @@ from lazyproc.pages.bundle import pack_bundle
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Channel, Door, Session, listen
+from lazyproc.pages.transport import SCHEME, Channel, Door, Session, listen
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.wire.native import Built, Commit, Images, Party
 
@@ -53,6 +53,7 @@ NAME = "lazyproc-source"
 BUILD_S = 60.0
 LOOKS = 3
 LOOK_AGAIN_S = 0.02
+FRESH_S = 0.5  # what was seen longer ago, before ssh had come through, is looked at again
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ def migrate(
 ) -> MigrateReport:
     """Move the tree under `pid` to the receiver at `target` (HOST:PORT); returns when its memory has followed.
 
+    With ssh://[USER@]HOST[:PORT] it is started there, through ssh(1); ssh://HOST/N names one on 127.0.0.1:N there.
     With `tls` both ends prove who they are, and nobody can listen; see lazyproc.Tls. The faults at the destination are
     written to `trace` (docs/trace.md). The work is done in a process that outlives this one; a lost connection is
     opened again for `retry_for` seconds (None: until it comes).
@@ -91,13 +93,38 @@ def migrate(
     and its memory has stopped following.
     """
     session, trust = Session.new(), Trust(insecure, tls=tls)
-    way = Way(
-        session,
-        lambda: linked(target, Party.SOURCE, trust, session),
-        lambda: linked(target, Party.SOURCE, trust, session, resume=True),
-        {"peer": target, "token": session.token, **trust.facts()},
-    )
+    if target.startswith(SCHEME):
+        _demand_usable(target, trust)
+
+    def first(stack: ExitStack) -> Link:
+        return linked(stack.enter_context(_reached(target)), Party.SOURCE, trust, session)
+
+    def again() -> Link:
+        peer = str(find(session.id, SOURCE).facts["peer"])
+        return linked(peer, Party.SOURCE, trust, session, resume=True)
+
+    way = Way(session, first, again, {"peer": target, "token": session.token, **trust.facts()})
     return moved(pid, way, order, listener=listener, retry_for=retry_for, trace=trace)
+
+
+def _demand_usable(target: str, trust: Trust) -> None:
+    """Raises UsageError for what is no ssh://, and for another proof of who is there."""
+    from lazyproc.pages.ssh import Ssh
+
+    Ssh.parse(target)
+    if trust != Trust():
+        raise UsageError(
+            "ssh proves who is there and encrypts", where=target, remedy="leave out --insecure and TLS"
+        )
+
+
+def _reached(target: str) -> AbstractContextManager[str]:
+    """Where the receiver can be dialled; with ssh:// one is started, and ends with the context."""
+    if not target.startswith(SCHEME):
+        return nullcontext(target)
+    from lazyproc.pages.ssh import started
+
+    return started(target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +132,7 @@ class Way:
     """How the two sides come together: the first link of a session, and each one after a link that was lost."""
 
     session: Session
-    first: Callable[[], Link]
+    first: Callable[[ExitStack], Link]  # what it opens besides is closed with the stack
     again: Callable[[], Link]
     facts: Mapping[str, object]  # for a journal: who goes on when all are gone finds the other side by them
 
@@ -133,9 +160,12 @@ def moved(
         with ExitStack() as stack:
             stack.callback(journal.remove_if, "preparing")
             file = stack.enter_context(TraceFile(trace, client.tell)) if trace is not None else None
-            before = look(pid, client.tell, tcp_close=order.tcp_close)
+            before, looked = look(pid, client.tell, tcp_close=order.tcp_close), time.monotonic()
             journal.write("preparing", durable=False, **begun, **_crew())
-            chain = stack.enter_context(way.chain(way.first(), retry_for, client))
+            chain = stack.enter_context(way.chain(way.first(stack), retry_for, client))
+            journal.write("preparing", durable=False, peer=chain.current.control.peer)
+            if time.monotonic() - looked > FRESH_S:
+                before = look(pid, client.tell, tcp_close=order.tcp_close)
             return hand_over(
                 pid, chain, before, order, journal, client.tell, trace=file, settle=ignore_interrupts
             )
@@ -192,7 +222,7 @@ def way_of(record: Record, listener: Listener) -> Iterator[Way]:
             again = comes_back(door, session)
         else:
             again = partial(linked, str(facts["peer"]), Party.SOURCE, trust, session, resume=True)
-        yield Way(session, again, again, facts)
+        yield Way(session, lambda _: again(), again, facts)
 
 
 def comes_back(door: Door, session: Session) -> Callable[[], Link]:

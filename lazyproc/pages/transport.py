@@ -32,6 +32,7 @@ from lazyproc.pages.peer import Trust, peer_name
 from lazyproc.pages.tls import HANDSHAKE_RECORD, OPTIONS, Greeting, Plain, Tls, accepting, secured
 from lazyproc.wire.native import VERSION, Abort, Connection, Event, Hello, Party, Ping, Pong, Role, Welcome
 
+SCHEME = "ssh://"
 HANDSHAKE_S = 5.0  # a stranger's time to say HELLO
 MAX_STRANGERS = 64  # at once; the oldest has to go
 STALL_S = 30  # a peer that takes or acknowledges nothing for so long is gone
@@ -68,10 +69,10 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Behind:
-    """The connection that a relay has, of which the channel's own socket knows nothing."""
+    """The connection that a relay or ssh has, of which the channel's own socket knows nothing."""
 
     peer: str
-    rtt_us: float
+    rtt_us: float | None  # None: to be measured by the first answer
 
     @classmethod
     def look(cls, sock: socket.socket) -> Behind:
@@ -93,7 +94,7 @@ class Channel:
         self.hello: Hello | None = None  # once it has passed
         self.heard = time.monotonic()  # when the peer last said anything
         self._sock = sock
-        self._behind = behind
+        self.behind = behind
         self._connection = Connection(side, dialled=dialled is not None)
         self._sending = threading.Lock()
         sock.setblocking(True)
@@ -183,8 +184,10 @@ class Channel:
 
     @property
     def rtt_us(self) -> float:
-        """The round trip time as TCP has measured it; behind a relay, when the connection was opened."""
-        return self._behind.rtt_us if self._behind else _rtt_us(self._sock)
+        """The round trip time as TCP has measured it; behind a relay, when the connection was opened; through ssh that
+        of the first answer.
+        """
+        return self.behind.rtt_us or 0.0 if self.behind else _rtt_us(self._sock)
 
     @property
     def socket(self) -> socket.socket:
@@ -266,25 +269,37 @@ class Declined(ProtocolError):
 
 
 def dial(address: str, hello: Hello, side: Party, *, trust: Trust, timeout: float = 10) -> Channel:
-    """A channel to whoever listens at HOST:PORT, greeted and welcomed.
+    """A channel to whoever listens at HOST:PORT or ssh://HOST/PORT, greeted and welcomed.
 
     With TLS the peer proves who he is before anything is said. Without, he is checked once he has answered: until he
     has accepted, the kernel cannot name his socket's owner. Raises UsageError for the address or the files of `trust`,
     ConnectionLost, PermissionDenied for an untrusted peer, ProtocolError.
     """
-    deadline = time.monotonic() + timeout
-    sock = _connect(address, timeout)
-    tls = trust.tls
-    channel = _behind_tls(sock, address, side, tls) if tls else Channel(sock, side, dialled=address)
+    channel = _dialled(address, side, trust, timeout)
+    asked = time.monotonic()
     try:
         channel.send(hello)
-        _check_answer(channel.receive(_left(deadline)), hello, address)
-        if tls is None:
+        _check_answer(channel.receive(timeout), hello, address)
+        if channel.behind is None:
             trust.check(channel.socket)
+        elif channel.behind.rtt_us is None:
+            channel.behind = Behind(address, (time.monotonic() - asked) * 1e6)
     except LazyprocError:
         channel.close()
         raise
     return channel
+
+
+def _dialled(address: str, side: Party, trust: Trust, timeout: float) -> Channel:
+    """A connection over which nothing has been said. Whoever is behind a relay or ssh has proved who he is."""
+    if address.startswith(SCHEME):
+        from lazyproc.pages.ssh import connected
+
+        return Channel(connected(address), side, dialled=address, behind=Behind(address, None))
+    sock = connect(address, timeout)
+    if trust.tls is None:
+        return Channel(sock, side, dialled=address)
+    return _behind_tls(sock, address, side, trust.tls)
 
 
 def _behind_tls(sock: socket.socket, address: str, side: Party, tls: Tls) -> Channel:
@@ -312,7 +327,8 @@ class Unreachable(ConnectionLost):
     """There was no connection in the first place."""
 
 
-def _connect(address: str, timeout: float) -> socket.socket:
+def connect(address: str, timeout: float) -> socket.socket:
+    """A TCP connection to HOST:PORT. Raises UsageError for the address, Unreachable."""
     try:
         return socket.create_connection(parse_address(address), timeout)
     except socket.gaierror as error:
