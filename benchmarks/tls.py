@@ -1,13 +1,16 @@
-"""What the relays of TLS cost: faults and bulk between two hosts, in plain and in TLS by turns."""
+"""What the relays of TLS and ssh cost: faults and bulk between two hosts, in plain, TLS and ssh by turns."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.blackout import PACE_US, PORT, THREADS, _lazyproc
@@ -15,51 +18,74 @@ from benchmarks.measure import Result, Samples
 from lazyproc.hosts import Pair, pair_of_hosts
 from lazyproc.keys import make_keys
 from tests.live.programs import running
+from tests.live.sshd import serving
 
-PLAIN, TLS = "plain", "TLS"
+PLAIN, TLS, SSH = "plain", "TLS", "ssh"
 QUIET_MIB, BULK_MIB = 64, 1024
 SLOWLY = ("--max-rate", str(20 << 20))  # faults have the links to themselves
 
 
+@contextmanager
+def receiving(pair: Pair, trust: Sequence[Sequence[str]]) -> Iterator[list[str]]:
+    """`receive` for one tree; what `migrate` needs to find it."""
+    address = f"{pair.destination.address}:{PORT}"
+    receiver = pair.destination.popen(
+        _lazyproc("receive", "--listen", address, "--once", *trust[1], "--json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert receiver.stderr is not None
+    for line in receiver.stderr:
+        if "listening" in line:
+            break
+    yield [address, *trust[0]]
+    receiver.communicate(timeout=30)
+
+
 def move(
-    pair: Pair, mib: int, directory: Path, trust: Sequence[Sequence[str]], *options: str
+    pair: Pair, mib: int, directory: Path, to: Sequence[str], env: Mapping[str, str], *options: str
 ) -> dict[str, float]:
     """One move of a fresh program. Microseconds, and for all its memory MB a second after the blackout."""
-    address = f"{pair.destination.address}:{PORT}"
     with running("memory_random", mib, THREADS, PACE_US, directory=directory, host=pair.source) as program:
-        receiver = pair.destination.popen(
-            _lazyproc("receive", "--listen", address, "--once", *trust[1], "--json"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert receiver.stderr is not None
-        for line in receiver.stderr:
-            if "listening" in line:
-                break
-        argv = _lazyproc("migrate", pair.source.vpid(program.pid), address, *trust[0], *options, "--json")
-        migrate = pair.source.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        argv = _lazyproc("migrate", pair.source.vpid(program.pid), *to, *options, "--json", "-v")
+        migrate = pair.source.popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert migrate.stderr is not None
+        at = {line.strip(): time.monotonic() for line in migrate.stderr}
         report = json.loads(migrate.communicate(timeout=120)[0])
-        receiver.communicate(timeout=30)
         program.watch.wait_beats()
         pair.destination.run(["kill", f"-{signal.SIGKILL.value}", str(report["root_pid"])], check=True)
-    after = report["total_ms"] - report["blackout_ms"]
     return {
         "p50": report["fault_us"]["p50"],
         "p99": report["fault_us"]["p99"],
-        "rate": report["pages_total"] * 4.096 / after,
+        "rate": report["pages_total"] * 4.096e-3 / (at["released"] - at["running"]),
         "blackout": report["blackout_ms"],
     }
+
+
+@contextmanager
+def way(pair: Pair, name: str) -> Iterator[tuple[Sequence[str], Mapping[str, str]]]:
+    """What `migrate` is given, and its environment."""
+    if name == SSH:
+        with serving(pair) as sshd:
+            yield [sshd.target], sshd.environment()
+    else:
+        with receiving(pair, _trust(pair, name)) as to:
+            yield to, os.environ
 
 
 def run(rounds: int) -> Result:
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     units = {"p50": "us", "p99": "us", "rate": "MB/s", "blackout": "ms"}
     for _ in range(rounds):
-        for name in (PLAIN, TLS):
+        for name in (PLAIN, TLS, SSH):
             for load, mib, options in (("quiet", QUIET_MIB, SLOWLY), ("with bulk", BULK_MIB, ())):
-                with pair_of_hosts() as pair, tempfile.TemporaryDirectory(dir=pair.shared) as directory:
-                    found = move(pair, mib, Path(directory), _trust(pair, name), *options)
+                with (
+                    pair_of_hosts() as pair,
+                    tempfile.TemporaryDirectory(dir=pair.shared) as directory,
+                    way(pair, name) as (to, env),
+                ):
+                    found = move(pair, mib, Path(directory), to, env, *options)
                 for key, value in found.items():
                     if not (load == "quiet" and key == "rate"):
                         values[f"{load}: {key}", name].append(value)
@@ -67,7 +93,7 @@ def run(rounds: int) -> Result:
         f"{what}, {name}": Samples(units[what.rpartition(" ")[2]], tuple(values[what, name]))
         for what, name in sorted(values)
     }
-    return Result("TLS against plain", samples, [])
+    return Result("TLS and ssh against plain", samples, [])
 
 
 def _trust(pair: Pair, name: str) -> Sequence[Sequence[str]]:
