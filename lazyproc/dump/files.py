@@ -27,6 +27,8 @@ CONTENT_LIMIT = 256 << 20  # bytes of one file that may travel while the tree st
 COMMON_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
 _TERMINAL_REMEDY = "start the program with input and output redirected: setsid prog </dev/null >log 2>&1"
 _TERMINAL_MAJORS = {4, 5, *range(136, 144)}  # ttys, /dev/tty and ptmx, pts
+F_SEAL_FUTURE_WRITE = 0x10  # include/uapi/linux/fcntl.h; the fcntl module has it since Python 3.13
+
 _DEVICE_WORDS = {
     (10, 200): ("is a tun/tap interface of this host", "close it before the move and open it anew after it"),
     (10, 229): ("is a FUSE connection to this host's kernel", "unmount the FUSE file system first"),
@@ -239,6 +241,7 @@ def gather_memfd(registry: Registry, look: Look, taken: int) -> MemFd:
 
 def _memfd_object(registry: Registry, link: str, fd: int, *, lazy: bool) -> int:
     status = os.fstat(fd)
+    seals = fcntl(fd, F_GET_SEALS)
     number, _ = registry.objects.of((status.st_dev, status.st_ino))
     if number not in registry.shared:
         registry.shared[number] = SharedMemory(
@@ -246,11 +249,12 @@ def _memfd_object(registry: Registry, link: str, fd: int, *, lazy: bool) -> int:
             kind=SharedKind.MEMFD,
             size=status.st_size,
             name=link.removeprefix("/memfd:").removesuffix(DELETED),
-            seals=fcntl(fd, F_GET_SEALS),
+            seals=seals,
             mode=st.S_IMODE(status.st_mode),
             uid=status.st_uid,
             gid=status.st_gid,
-            lazy=lazy,
+            # MADV_REMOVE would fail, and to a pager look as if it had not (mm/shmem.c, shmem_fallocate).
+            lazy=lazy and not seals & F_SEAL_FUTURE_WRITE,
         )
     return number
 

@@ -11,12 +11,13 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fcntl import F_ADD_SEALS, fcntl
 from pathlib import Path
 
 import pytest
 
 from lazyproc.dump.descriptors import Gathered, gather_descriptors
-from lazyproc.dump.files import gather_link, gather_mapped_file
+from lazyproc.dump.files import F_SEAL_FUTURE_WRITE, gather_link, gather_mapped_file
 from lazyproc.dump.registry import TaskRef
 from lazyproc.errors import RestoreError
 from lazyproc.kernel import proc
@@ -130,6 +131,20 @@ def test_mapped_memfd_is_one_object_with_its_descriptors() -> None:
         assert [memory.lazy for memory in shared] == [False, True]
         assert [memory.size for memory in shared] == [8192, 4096]
         assert {memory.kind for memory in shared} == {SharedKind.MEMFD}
+
+
+def test_a_memfd_whose_content_may_not_be_removed_cannot_come_later() -> None:
+    def body() -> None:
+        at(10, os.memfd_create("sealed", os.MFD_ALLOW_SEALING))
+        os.ftruncate(10, 4096)
+        syscall(SYS_MMAP, 0, 4096, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, 10, 0)
+        fcntl(10, F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+        os.close(10)
+
+    with _gathered(body) as (pid, gathered):
+        _file_ids(pid, gathered, "memfd:sealed")
+        (memory,) = gathered.shared.values()
+        assert (memory.lazy, memory.seals) == (False, F_SEAL_FUTURE_WRITE)
 
 
 def test_executable_cwd_and_root(tmp_path: Path) -> None:
