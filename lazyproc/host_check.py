@@ -13,6 +13,7 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import host, netfilter, proc
 from lazyproc.restore import groups
 from lazyproc.uffd.device import DEVICE, PAGER_FEATURES, Feature, Userfaultfd, demand_for_tasks
+from lazyproc.uffd.pager import demand_removals
 
 HEADROOM = 256 << 20  # bytes; with less available no process of any size can arrive
 AS_ROOT = "run as root; in a container, privileged"
@@ -76,6 +77,8 @@ PROBES = (
     Probe("TCP_REPAIR", host.repair_tcp, "moves established TCP connections", State.DEGRADED, AS_ROOT),
     Probe("nftables", netfilter.leftovers, "holds packets back while connections move", State.DEGRADED, AS_ROOT),
     Probe("POSIX timers", host.timer_ids, "gives restored timers their numbers", State.DEGRADED, NEWER + " (6.16)"),
+    Probe("removals", demand_removals, "tells MADV_REMOVE of shared memory from MADV_DONTNEED while it comes",
+          State.DEGRADED, AS_ROOT + ", on a kernel with CONFIG_FTRACE_SYSCALLS"),
     Probe("guard regions", host.guard, "guards memory as programs do (MADV_GUARD_INSTALL)", State.DEGRADED,
           NEWER + " (6.13)"),
     Probe("MADV_COLLAPSE", host.collapse, "makes huge pages again", State.DEGRADED,
@@ -101,7 +104,7 @@ FEATURES = {
 
 
 def check_host() -> tuple[Finding, ...]:
-    """Try everything; takes some milliseconds and changes nothing."""
+    """Try everything; takes some tens of milliseconds and changes nothing."""
     return (
         _kernel(),
         _userfaultfd(),

@@ -132,7 +132,7 @@ class Arrival:
         with built_tree(
             checkpoint, source, self._listener, ledger=ledger, pidns=pidns, cgroup=cgroup
         ) as tree:
-            introduce(pager, tree)
+            introduce(pager, tree, self._listener)
             remains = tree.lazy_tree()
             self._commit(tree, remains, wishes, pager.ledger)
             serve()

@@ -37,6 +37,7 @@ from lazyproc.migrate.link import Gathering, Link, Redial
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.transport import Channel, Declined, Door, Session, listen
+from lazyproc.restore.lazy import note_removals
 from lazyproc.restore.lazytree import end_tree, from_facts
 from lazyproc.uffd.pager import Pager, rebind
 from lazyproc.uffd.policy import POLICIES
@@ -367,6 +368,8 @@ class Keeper:
         with ExitStack() as stack:
             pager = stack.enter_context(Pager(ledger=int(facts["ledger"]), trace=wishes.traced))
             tree, policy = from_facts(facts["tree"]), POLICIES[wishes.policy]
+            if self._committed:
+                note_removals(pager, tree)
             drain = Drain(pager, tree, policy, self._client.tell, facts.get("report"))
             if wishes.traced:
                 drain.record()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 
 from lazyproc.errors import LazyprocError, NoSuchProcess
+from lazyproc.events import Listener, Note
 from lazyproc.kernel import proc
+from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.sys import pidfd_open
-from lazyproc.model import Extent
+from lazyproc.model import Extent, ObjectKind
 from lazyproc.restore.lazytree import LazyTree
 from lazyproc.restore.pages import LazyRange
 from lazyproc.restore.tree import BuiltTree
@@ -20,11 +23,16 @@ ANCHOR_LINKS = ("anon_inode:[userfaultfd]", "/memfd:lazyproc-ledger (deleted)")
 ROUNDS = 8
 
 
-def introduce(pager: Pager, tree: BuiltTree) -> None:
+def introduce(pager: Pager, tree: BuiltTree, listener: Listener) -> None:
     """Tell the pager, whose ledger the tree was built with, of its processes and the pages that are there already."""
-    spaces = {vpid: pager.add_space(os.dup(fd), vpid) for vpid, fd in tree.userfaultfds.items()}
+    spaces = {
+        vpid: pager.add_space(os.dup(fd), vpid, tree.sites[vpid].pid)
+        for vpid, fd in tree.userfaultfds.items()
+    }
     for r in tree.lazy:
         pager.add_region(spaces[r.vpid], r.addr, r.length, r.object, r.object_addr)
+    if any(r.object.kind is ObjectKind.SHARED for r in tree.lazy):
+        _watch_removals(pager, listener)
     count = 0
     for obj, extents in tree.checkpoint.memory.items():
         eager = Extents.of(extents).where(lazy=False)
@@ -32,6 +40,30 @@ def introduce(pager: Pager, tree: BuiltTree) -> None:
         for extent in _inside(eager, [r for r in tree.lazy if r.object == obj]):
             pager.mark_installed(obj, extent.addr, extent.count)
     pager.add_eager(count)
+
+
+def _watch_removals(pager: Pager, listener: Listener) -> None:
+    try:
+        pager.watch_removals()
+    except OSError as error:
+        listener(
+            Note(
+                f"shared memory: what a process removes (MADV_REMOVE) before it has come is not seen here and comes "
+                f"all the same ({error.strerror}; see lazyproc check)"
+            )
+        )
+
+
+def note_removals(pager: Pager, tree: LazyTree) -> None:
+    """Tell a pager that takes over of the calls that were made while no pager was there: they have waited since."""
+    for pid in _family(_roots(tree)):
+        with suppress(NoSuchProcess):
+            for tid in proc.task_ids(pid):
+                blocked = proc.syscall(proc.read(pid, f"task/{tid}/syscall"))
+                if blocked and blocked.nr == SYS["madvise"]:
+                    start, length, advice, *_ = blocked.args
+                    if advice == mmap.MADV_REMOVE:
+                        pager.note_removal(pid, tid, start, length)
 
 
 def _inside(extents: Sequence[Extent], ranges: Sequence[LazyRange]) -> Iterator[Extent]:
@@ -61,10 +93,9 @@ def _drop_anchors(tree: LazyTree) -> None:
     again until nobody has one, since a child may be forked while we are on our way.
     """
     numbers = {number for task in tree.tasks for number in (task.userfaultfd, task.ledger)}
-    roots = [tree.nursery_pid, *(task.pid for task in tree.tasks)]  # orphans are the nursery's
     failed: LazyprocError | None = None
     for _ in range(ROUNDS):
-        holders = [(pid, n) for pid in _family(roots) for n in numbers if _is_anchor(pid, n)]
+        holders = [(pid, n) for pid in _family(_roots(tree)) for n in numbers if _is_anchor(pid, n)]
         if not holders:
             return
         for pid, number in holders:
@@ -87,6 +118,10 @@ def _is_anchor(pid: int, number: int) -> bool:
         return os.readlink(f"/proc/{pid}/fd/{number}") in ANCHOR_LINKS
     except OSError:
         return False
+
+
+def _roots(tree: LazyTree) -> list[int]:
+    return [tree.nursery_pid, *(task.pid for task in tree.tasks)]  # orphans are the nursery's
 
 
 def _family(roots: Sequence[int]) -> list[int]:

@@ -143,7 +143,7 @@ def restore(
         with built_tree(checkpoint, source, listener, ledger=ledger, pidns=pidns, cgroup=cgroup) as tree:
             stack.callback(remove, tree.groups)  # in case it ends before us
             if pager is not None:
-                introduce(pager, tree)
+                introduce(pager, tree, listener)
                 pager.serve_segments(source.segments())
                 pager.start(bulk=bulk)
             remains = tree.lazy_tree()

@@ -13,6 +13,7 @@
 #include "_ledger.h"
 #include "_link.h"
 #include "_pager.h"
+#include "_removals.h"
 
 #define NO_INSTANCE UINT32_MAX
 #define PIECE_PAGES 16u /* copied by the bulk thread before it lets go of the lock: 64 KiB */
@@ -33,6 +34,14 @@ struct faults {
     struct fault *items;
     uint32_t count;
     uint32_t capacity;
+};
+
+/* Calls of MADV_REMOVE, the latest of each thread. */
+struct calls {
+    struct removal *items;
+    uint32_t count;
+    uint32_t capacity;
+    uint32_t enough; /* with many more those of threads that have ended are looked for */
 };
 
 struct segment {
@@ -81,6 +90,8 @@ struct pager {
     struct ledger ledger;
     struct faults fresh;   /* read and not looked at */
     struct faults waiting; /* for their page */
+    struct removals removals;
+    struct calls calls;
 
     struct segment *segments; /* sorted by object and start */
     size_t segment_count;
@@ -147,6 +158,16 @@ const uint8_t *local_pages(const struct pager *p, uint64_t object, uint64_t addr
 
 /* _faults.c: reads and applies all messages there are. */
 void drain_all(struct pager *p);
+/* Those that lie in the ledger: on a takeover the rest of a dead pager's, before anything is copied. */
+int apply_messages(struct pager *p);
+
+/* _remove.c: was the event MADV_REMOVE, and not MADV_DONTNEED? Of shared memory only; read the event before. */
+bool was_remove(const struct pager *p, uint32_t space, uint64_t start, uint64_t end);
+int collect_calls(struct pager *p); /* those made so far */
+int note_call(struct pager *p, const struct removal *call);
+void forget_ended(struct pager *p); /* calls of threads that are gone, when all events that were read are applied */
+/* Other memory was moved to these addresses of a process: calls that are over must not count for it. */
+void forget_calls(struct pager *p, uint32_t space, uint64_t start, uint64_t end);
 
 void *fault_main(void *pager);
 void *bulk_main(void *pager);

@@ -41,6 +41,21 @@ static int on_fault(struct pager *p, uint32_t space, const struct uffd_msg *msg,
     return faults_push(&p->fresh, &f);
 }
 
+/* MADV_DONTNEED leaves a shared object its content: what has not arrived yet still comes. */
+static int on_remove(struct pager *p, uint32_t space, uint64_t start, uint64_t end)
+{
+    bool removed = false;
+    int error = 0;
+
+    if (ledger_shared_in(&p->ledger, space, start, end)) {
+        error = collect_calls(p);
+        removed = !error && was_remove(p, space, start, end);
+    }
+    ledger_remove(&p->ledger, space, start, end, removed);
+    requeue(p, removed ? -1 : (int64_t)space);
+    return error;
+}
+
 static int on_message(struct pager *p, uint32_t space, const struct uffd_msg *msg, uint64_t now)
 {
     int error = 0;
@@ -53,10 +68,10 @@ static int on_message(struct pager *p, uint32_t space, const struct uffd_msg *ms
         return on_fork(p, space, (int)msg->arg.fork.ufd);
     case UFFD_EVENT_REMAP:
         error = ledger_remap(&p->ledger, space, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
+        forget_calls(p, space, msg->arg.remap.to, msg->arg.remap.to + msg->arg.remap.len);
         break;
     case UFFD_EVENT_REMOVE:
-        ledger_remove(&p->ledger, space, msg->arg.remove.start, msg->arg.remove.end);
-        break;
+        return on_remove(p, space, msg->arg.remove.start, msg->arg.remove.end);
     case UFFD_EVENT_UNMAP:
         error = ledger_unmap(&p->ledger, space, msg->arg.remove.start, msg->arg.remove.end);
         break;
@@ -66,8 +81,7 @@ static int on_message(struct pager *p, uint32_t space, const struct uffd_msg *ms
     return error;
 }
 
-/* Messages lie in the ledger until they are applied; on a takeover the rest of a dead pager's is applied first. */
-static int apply_messages(struct pager *p)
+int apply_messages(struct pager *p)
 {
     struct ledger_head *head = p->ledger.head;
     uint64_t now = now_ns();
@@ -79,6 +93,7 @@ static int apply_messages(struct pager *p)
             return error;
         head->messages[i].event = 0;
     }
+    removals_done(&p->removals);
     return 0;
 }
 
@@ -321,11 +336,21 @@ static void read_ready(struct pager *p, const struct epoll_event *events, int co
     }
 }
 
+/* The rings are for everybody on this machine, and must not overflow. */
+static void empty_rings(struct pager *p)
+{
+    forget_ended(p);
+    if (collect_calls(p))
+        failed(p, "no memory for the list of calls", ENOMEM);
+    removals_done(&p->removals);
+}
+
 static void turn(struct pager *p, const struct epoll_event *events, int count)
 {
     bool answers = false;
 
     renew_link(p);
+    empty_rings(p);
     read_ready(p, events, count, &answers);
     if (p->retry) {
         p->retry = false;
@@ -345,10 +370,7 @@ static void turn(struct pager *p, const struct epoll_event *events, int count)
 static int start_watching(struct pager *p)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = EVENT_KICK};
-    int error = apply_messages(p);
 
-    if (error)
-        return error;
     return epoll_ctl(p->epoll, EPOLL_CTL_ADD, p->fault_kick, &event) < 0 ? -errno : 0;
 }
 

@@ -89,7 +89,7 @@ void ledger_close(struct ledger *l)
 
 /* --- spaces and regions ------------------------------------------------------------------------------------------ */
 
-int ledger_add_space(struct ledger *l, int uffd, uint32_t vpid)
+int ledger_add_space(struct ledger *l, int uffd, uint32_t vpid, uint32_t pid)
 {
     uint32_t i = 0;
 
@@ -97,7 +97,7 @@ int ledger_add_space(struct ledger *l, int uffd, uint32_t vpid)
         i++;
     if (i == LEDGER_SPACES)
         return -ENOSPC;
-    l->spaces[i] = (struct space){.uffd = uffd, .live = 1, .vpid = vpid};
+    l->spaces[i] = (struct space){.uffd = uffd, .live = 1, .vpid = vpid, .pid = pid};
     if (i == l->head->spaces)
         l->head->spaces++;
     return (int)i;
@@ -477,9 +477,17 @@ void ledger_retire(struct ledger *l, uint32_t space)
     l->spaces[space].live = 0;
 }
 
-/* madvise(2) of private memory discards it. Of shared memory the message does not say whether it was MADV_DONTNEED,
- * after which the object still has its content, or MADV_REMOVE: what has not arrived yet is still fetched. */
-void ledger_remove(struct ledger *l, uint32_t space, uint64_t start, uint64_t end)
+const struct region *ledger_shared_in(const struct ledger *l, uint32_t space, uint64_t start, uint64_t end)
+{
+    const struct region *regions = ledger_regions(l, space);
+
+    for (uint32_t i = region_above(l, space, start); i < l->spaces[space].regions && regions[i].start < end; i++)
+        if (!instance_is_private(&l->instances[regions[i].instance]))
+            return regions + i;
+    return NULL;
+}
+
+void ledger_remove(struct ledger *l, uint32_t space, uint64_t start, uint64_t end, bool shared_too)
 {
     struct region *regions = ledger_regions(l, space);
 
@@ -487,7 +495,7 @@ void ledger_remove(struct ledger *l, uint32_t space, uint64_t start, uint64_t en
         uint64_t from = regions[i].start > start ? regions[i].start : start;
         uint64_t to = regions[i].end < end ? regions[i].end : end;
 
-        if (instance_is_private(&l->instances[regions[i].instance]))
+        if (shared_too || instance_is_private(&l->instances[regions[i].instance]))
             drop_pages(l, regions[i].instance, regions[i].addr + (from - regions[i].start), (to - from) >> PAGE_SHIFT);
     }
 }
@@ -608,7 +616,7 @@ static int child_instance(struct ledger *l, uint32_t parent, uint32_t space)
 
 int ledger_fork(struct ledger *l, uint32_t parent, int uffd)
 {
-    int space = ledger_add_space(l, uffd, 0);
+    int space = ledger_add_space(l, uffd, 0, 0);
 
     if (space < 0)
         return space;

@@ -27,6 +27,7 @@
 #define LEDGER_MESSAGES 64u
 #define LEDGER_TRACE 65536u
 #define LEDGER_BUCKETS 1024u
+#define LEDGER_REMOVALS 8192u /* descriptors, two a processor */
 
 /* How far a page has come. Those up to PAGE_ABSENT still wait for their content. */
 enum page_state {
@@ -55,6 +56,8 @@ struct space {
     uint32_t live;
     uint32_t regions;
     uint32_t vpid; /* 0: not known yet */
+    uint32_t pid;  /* in our own pid namespace; 0: not known, as of a forked child */
+    uint32_t reserved;
 };
 
 /* [start, end) of a space shows an object from `addr` on. Sorted by start within its space. */
@@ -105,6 +108,8 @@ struct ledger_head {
     /* Event messages are read straight into here: what a killed pager had read and not applied is not lost. */
     uint32_t messages_space;
     struct uffd_msg messages[LEDGER_MESSAGES];
+    uint32_t removal_count; /* 0: nobody looks */
+    int32_t removal_fds[LEDGER_REMOVALS]; /* _removals.h */
 };
 
 struct ledger {
@@ -144,7 +149,7 @@ static inline bool page_waits(uint8_t byte)
 int ledger_open(struct ledger *l, int fd); /* fd < 0: a new one */
 void ledger_close(struct ledger *l);
 
-int ledger_add_space(struct ledger *l, int uffd, uint32_t vpid);
+int ledger_add_space(struct ledger *l, int uffd, uint32_t vpid, uint32_t pid);
 int ledger_add_region(struct ledger *l, uint32_t space, uint64_t start, uint64_t length, uint64_t object,
                       uint64_t addr);
 int64_t ledger_primary(const struct ledger *l, uint64_t object); /* index or -ENOENT */
@@ -152,9 +157,13 @@ int64_t ledger_primary(const struct ledger *l, uint64_t object); /* index or -EN
 /* What the events of userfaultfd(2) mean for the tables. */
 int ledger_fork(struct ledger *l, uint32_t parent, int uffd); /* index of the child's space */
 int ledger_remap(struct ledger *l, uint32_t space, uint64_t from, uint64_t to, uint64_t length);
-void ledger_remove(struct ledger *l, uint32_t space, uint64_t start, uint64_t end);
+/* Private memory is discarded, and what the objects of shared memory have there only if they lost it, too. */
+void ledger_remove(struct ledger *l, uint32_t space, uint64_t start, uint64_t end, bool shared_too);
 int ledger_unmap(struct ledger *l, uint32_t space, uint64_t start, uint64_t end);
 void ledger_retire(struct ledger *l, uint32_t space); /* its process is gone */
+
+/* The first region of shared memory that lies in [start, end), in part at least, or NULL. */
+const struct region *ledger_shared_in(const struct ledger *l, uint32_t space, uint64_t start, uint64_t end);
 
 struct region *ledger_region_at(const struct ledger *l, uint32_t space, uint64_t va);
 

@@ -104,8 +104,13 @@ static int open_descriptors(struct pager *p)
 /* A dead pager's faults are not delivered again, its requests not answered: wake everybody, who will fault anew. */
 static int take_over(struct pager *p)
 {
+    const struct ledger_head *head = p->ledger.head;
+    int mapped = removals_map(&p->removals, head->removal_fds, head->removal_count);
+
+    if (mapped)
+        return mapped;
     ledger_forget_asked(&p->ledger);
-    for (uint32_t s = 0; s < p->ledger.head->spaces; s++) {
+    for (uint32_t s = 0; s < head->spaces; s++) {
         const struct region *regions = ledger_regions(&p->ledger, s);
         int error = p->ledger.spaces[s].live ? watch_space(p, s) : 0;
 
@@ -163,8 +168,14 @@ int pager_rebind(int ledger_fd, const int *uffds, size_t count)
         else if (ledger.spaces[s].live)
             ledger_retire(&ledger, s);
     }
+    if (ledger.head->removal_count) {
+        int opened = removals_open(ledger.head->removal_fds, LEDGER_REMOVALS);
+
+        error = opened < 0 ? opened : 0;
+        ledger.head->removal_count = opened < 0 ? 0 : (uint32_t)opened;
+    }
     ledger_close(&ledger);
-    return 0;
+    return error;
 }
 
 int64_t pager_remaining(int ledger_fd)
@@ -207,6 +218,9 @@ void pager_free(struct pager *p)
     free(p->plan);
     free(p->fresh.items);
     free(p->waiting.items);
+    free(p->calls.items);
+    if (p->owner == getpid()) /* the kernel does not give a forked copy the rings */
+        removals_unmap(&p->removals);
     free(p);
 }
 
@@ -217,12 +231,12 @@ int pager_ledger_fd(const struct pager *p)
 
 /* --- tables ------------------------------------------------------------------------------------------------------ */
 
-int pager_add_space(struct pager *p, int uffd, uint32_t vpid)
+int pager_add_space(struct pager *p, int uffd, uint32_t vpid, uint32_t pid)
 {
     int space, error;
 
     pthread_mutex_lock(&p->lock);
-    space = ledger_add_space(&p->ledger, uffd, vpid);
+    space = ledger_add_space(&p->ledger, uffd, vpid, pid);
     if (space >= 0) {
         error = watch_space(p, (uint32_t)space);
         if (error) {
@@ -232,6 +246,35 @@ int pager_add_space(struct pager *p, int uffd, uint32_t vpid)
     }
     pthread_mutex_unlock(&p->lock);
     return space;
+}
+
+int pager_watch_removals(struct pager *p)
+{
+    struct ledger_head *head = p->ledger.head;
+    int count = 0, error = 0;
+
+    pthread_mutex_lock(&p->lock);
+    if (!head->removal_count) {
+        count = removals_open(head->removal_fds, LEDGER_REMOVALS);
+        error = count < 0 ? count : removals_map(&p->removals, head->removal_fds, (uint32_t)count);
+        while (error && count > 0)
+            close(head->removal_fds[--count]);
+        head->removal_count = error ? 0 : (uint32_t)count;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return error;
+}
+
+int pager_note_removal(struct pager *p, uint32_t pid, uint32_t tid, uint64_t start, uint64_t length)
+{
+    const struct removal call = {
+        .start = start, .end = (start + length + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1), .pid = pid, .tid = tid};
+    int error;
+
+    pthread_mutex_lock(&p->lock);
+    error = note_call(p, &call);
+    pthread_mutex_unlock(&p->lock);
+    return error;
 }
 
 static bool misaligned(uint64_t a, uint64_t b, uint64_t c)
@@ -504,7 +547,9 @@ int pager_start(struct pager *p, bool bulk, uint64_t max_rate)
         p->max_rate = max_rate;
         p->status = PAGER_RUNNING;
         check_done(p);
-        error = start_thread(&p->fault_thread, fault_main, p);
+        error = apply_messages(p);
+        if (!error)
+            error = start_thread(&p->fault_thread, fault_main, p);
         p->fault_runs = !error;
         if (!error && bulk) {
             error = start_thread(&p->bulk_thread, bulk_main, p);

@@ -62,11 +62,17 @@ void pager_free(struct pager *p); /* stops; closes no userfaultfd */
 int pager_ledger_fd(const struct pager *p);
 
 /* Owns uffd until pager_spaces after a stop hands it back. vpid 0: not known, as of a forked child; its first fault's
- * tid is taken for it. */
-int pager_add_space(struct pager *p, int uffd, uint32_t vpid);
+ * tid is taken for it. pid is ours of the same process, 0: not known. */
+int pager_add_space(struct pager *p, int uffd, uint32_t vpid, uint32_t pid);
 int pager_add_region(struct pager *p, int space, uint64_t start, uint64_t length, uint64_t object, uint64_t addr);
 int pager_add_eager(struct pager *p, uint64_t pages);
 int pager_mark_installed(struct pager *p, uint64_t object, uint64_t addr, uint64_t pages);
+
+/* From now on MADV_REMOVE of shared memory is told from MADV_DONTNEED. Before the processes run; by every later pager of
+ * the ledger as well. */
+int pager_watch_removals(struct pager *p);
+/* A thread is in MADV_REMOVE already, and nobody watched when it called. Before start. */
+int pager_note_removal(struct pager *p, uint32_t pid, uint32_t tid, uint64_t start, uint64_t length);
 
 int pager_set_segments(struct pager *p, const struct pager_segment *sorted, size_t count); /* before start */
 int pager_set_remote(struct pager *p, int urgent, int bulk);                               /* owns both sockets */
@@ -88,7 +94,8 @@ int pager_spaces(struct pager *p, int *uffds, size_t count); /* userfaultfds of 
  * (memory that grew). -EBUSY: not DONE. -ETIMEDOUT: a process is stopped in the middle of a fork, mremap...
  * -ENOMEM: too many mappings. */
 int pager_release(struct pager *p);
-int pager_finish(struct pager *p); /* the same, then stops and closes the userfaultfds */
+int pager_finish(struct pager *p);    /* the same, then pager_abandon */
+void pager_abandon(struct pager *p); /* stops, closes the userfaultfds and what watches: what is missing reads as zeros */
 
 int pager_collapse(int pidfd, uint64_t start, uint64_t length); /* process_madvise(MADV_COLLAPSE) */
 uint32_t pager_crc32c(const void *pages, size_t count);         /* as the page protocol has it */

@@ -85,15 +85,24 @@ int pager_finish(struct pager *p)
 {
     int error = pager_release(p);
 
-    if (error)
-        return error;
+    if (!error)
+        pager_abandon(p);
+    return error;
+}
+
+void pager_abandon(struct pager *p)
+{
+    struct ledger_head *head = p->ledger.head;
+
     pager_stop(p);
-    for (uint32_t s = 0; s < p->ledger.head->spaces; s++) {
+    for (uint32_t s = 0; s < head->spaces; s++) {
         if (p->ledger.spaces[s].live)
             close(p->ledger.spaces[s].uffd);
         p->ledger.spaces[s].live = 0;
     }
-    return 0;
+    removals_unmap(&p->removals);
+    while (head->removal_count)
+        close(head->removal_fds[--head->removal_count]);
 }
 
 int pager_collapse(int pidfd, uint64_t start, uint64_t length)

@@ -134,6 +134,15 @@ def rebind(ledger: int, userfaultfds: Sequence[int]) -> None:
     _check(lib.pager_rebind(ledger, ffi.new("int[]", list(userfaultfds)), len(userfaultfds)), "ledger")
 
 
+def demand_removals() -> None:
+    """Raises OSError when MADV_REMOVE of shared memory cannot be watched (CONFIG_FTRACE_SYSCALLS, CAP_PERFMON)."""
+    pager = Pager()
+    try:
+        pager.watch_removals()
+    finally:
+        pager.abandon()
+
+
 def remaining(ledger: int) -> int:
     """How many pages still wait, by a ledger that is open for reading."""
     return _check(int(lib.pager_remaining(ledger)), "ledger")
@@ -172,13 +181,14 @@ class Pager:
 
     # --- tables ---
 
-    def add_space(self, uffd: int, vpid: int = 0) -> int:
+    def add_space(self, uffd: int, vpid: int = 0, pid: int = 0) -> int:
         """A process, by its userfaultfd (API done, ranges registered); returns its number.
 
         `vpid` is for the trace; 0: not known, then the tid of its first fault is taken for it.
+        `pid` is the same process in our own namespace, 0: not known.
         The descriptor belongs to the pager from now on. It is closed when the process turns out to be gone.
         """
-        return _check(lib.pager_add_space(self._pager, uffd, vpid), f"userfaultfd {uffd}")
+        return _check(lib.pager_add_space(self._pager, uffd, vpid, pid), f"userfaultfd {uffd}")
 
     def add_region(self, space: int, start: int, length: int, obj: MemoryObject, obj_addr: int) -> None:
         """`length` bytes from `start` of a process show `obj` from `obj_addr` on. Whole pages."""
@@ -195,6 +205,20 @@ class Pager:
         Call it before `start`.
         """
         _check(lib.pager_mark_installed(self._pager, obj.key, addr, count), f"{obj} at {addr:#x}")
+
+    def watch_removals(self) -> None:
+        """Tell MADV_REMOVE of shared memory, after which it is zero, from MADV_DONTNEED, after which what has not come
+        yet still comes. Before the processes run; holds for every later pager of the ledger.
+
+        Raises OSError when the kernel does not let us: both are taken for DONTNEED then.
+        """
+        result = lib.pager_watch_removals(self._pager)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+
+    def note_removal(self, pid: int, tid: int, start: int, length: int) -> None:
+        """This thread is in madvise(MADV_REMOVE), called when nobody watched. Before `start`."""
+        _check(lib.pager_note_removal(self._pager, pid, tid, start, length), f"tid {tid}")
 
     def serve_segments(self, segments: Iterable[Segment]) -> None:
         """Pages that lie in local files. Once, before `start`; the descriptors stay the caller's.
@@ -312,6 +336,12 @@ class Pager:
     def stop(self) -> None:
         """Ends the threads. The userfaultfds stay open."""
         lib.pager_stop(self._pager)
+
+    def abandon(self) -> None:
+        """Ends the threads and closes all descriptors. Whoever touches a missing page then reads zeros: only for
+        processes that are gone, or know it.
+        """
+        lib.pager_abandon(self._pager)
 
     def spaces(self) -> tuple[int, ...]:
         """The userfaultfds of the processes that live, forked children included."""

@@ -120,9 +120,7 @@ class LazyRegion:
         # The memory first: with the pager gone its missing pages would read as zeros.
         self._view.release()
         self._map.close()
-        self._pager.stop()
-        for fd in self._pager.spaces():
-            os.close(fd)
+        self._pager.abandon()
         os.kill(self._server, signal.SIGKILL)
         os.waitpid(self._server, 0)
 

@@ -23,7 +23,6 @@ from lazyproc.model import PAGE
 from tests.live.arrivals import waits_for_page
 from tests.live.lazy_rig import (
     DEADLINE,
-    SHARED,
     TASK,
     Rig,
     balanced,
@@ -40,7 +39,7 @@ from tests.live.programs import wait_until
 from tests.live.test_traps_lazy import STOP_MS, begin, in_core
 from tests.needs import lacking
 
-MADV_DONTNEED, MADV_FREE, MADV_REMOVE, MADV_PAGEOUT = 4, 8, 9, 21
+MADV_DONTNEED, MADV_FREE, MADV_PAGEOUT = 4, 8, 21
 PROT_NONE, PROT_ALL = 0, 3
 ZEROS = digest(bytes(PAGE))
 
@@ -92,31 +91,6 @@ def test_freed_before_and_after_it_came() -> None:
         assert r.child.call("digest", addr=r.at(3), length=PAGE) in (ZEROS, r.expect(3, 1))
         assert is_whole(r)
         assert [asked.addr for asked in r.server.log].count(r.at(3)) == 1
-
-
-@pytest.mark.xfail(strict=True, reason="to a pager MADV_REMOVE and MADV_DONTNEED are the same event")
-@pytest.mark.parametrize("on_its_way", [False, True], ids=["missing", "on its way"])
-def test_removed_from_shared_memory(on_its_way: bool) -> None:
-    data = content(8)
-    with child() as process, pager() as made, server({SHARED.key: (0, data)}) as source:
-        addr = process.call("mmap", length=8 * PAGE, shared=True)
-        made.add_region(made.add_space(process.register((addr, 8 * PAGE))), addr, 8 * PAGE, SHARED, 0)
-        made.serve_remote(*source.connect())
-        made.apply_map({SHARED: whole(0, 8)})
-        made.start(bulk=False)
-        held = source.hold("urgent", 2 * PAGE)
-        if on_its_way:
-            reading = process.begin("digest", addr=addr + 2 * PAGE, length=PAGE)
-            source.wait_for("urgent", 2 * PAGE)
-        process.call("madvise", addr=addr + 2 * PAGE, length=PAGE, advice=MADV_REMOVE)
-        held.set()
-        if on_its_way:
-            assert reading.result(DEADLINE) == ZEROS
-        expected = data[: 2 * PAGE] + bytes(PAGE) + data[3 * PAGE :]
-        assert process.call("digest", addr=addr, length=8 * PAGE) == digest(expected)
-        assert made.wait(DEADLINE)
-        assert balanced(made)
-        assert made.counters().dropped == 1
 
 
 # --- mapped anew ------------------------------------------------------------------------------------------------

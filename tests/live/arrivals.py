@@ -149,7 +149,7 @@ def arriving(
         server = stack.enter_context(closing(LatePages(source)))
         pager = stack.enter_context(Pager(trace=True))
         with built_tree(wanted, source, ignore, ledger=pager.ledger, pidns=pidns) as tree:
-            introduce(pager, tree)
+            introduce(pager, tree, ignore)
             stack.callback(_let_go, tree, pager)
             pager.serve_segments(_on_time(source.segments(), late))
             for addr in late.values():
@@ -184,9 +184,7 @@ def _let_go(tree: BuiltTree, pager: Pager) -> None:
             os.kill(site.pid, signal.SIGKILL)
     with suppress(ChildProcessError):
         os.waitpid(tree.nursery.pid, 0)
-    pager.stop()
-    for uffd in pager.spaces():
-        os.close(uffd)
+    pager.abandon()
 
 
 def ends(pid: int) -> bool:

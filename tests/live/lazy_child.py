@@ -31,6 +31,7 @@ libc.mmap.argtypes = (
 libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+libc.mlock2.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
 libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 libc.write.argtypes = libc.read.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
@@ -78,6 +79,10 @@ def do_madvise(addr: int, length: int, advice: int) -> None:
     checked(libc.madvise(addr, length, advice))
 
 
+def do_lock_when_touched(addr: int, length: int) -> None:
+    checked(libc.mlock2(addr, length, 1))  # MLOCK_ONFAULT
+
+
 def do_mremap(addr: int, old: int, new: int, flags: int, to: int = 0) -> int:
     return checked(libc.mremap(addr, old, new, flags, to))
 
@@ -100,10 +105,13 @@ def do_read_into(addr: int, text: str) -> int:
     return got
 
 
-def do_fork_digest(addr: int, length: int) -> str:
+def do_fork_digest(addr: int, length: int, advice: int | None = None) -> str:
+    """As a child sees it, which gives that advice before."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        if advice is not None:
+            do_madvise(addr, length, advice)
         os.write(writer, do_digest(addr, length).encode())
         os._exit(0)
     os.close(writer)

@@ -219,9 +219,7 @@ def pager(**options: Any) -> Iterator[Pager]:
         try:
             yield made
         finally:
-            made.stop()
-            for uffd in made.spaces():
-                os.close(uffd)
+            made.abandon()
 
 
 def faults(made: Pager) -> list[Fault]:

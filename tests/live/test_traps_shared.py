@@ -12,8 +12,10 @@ from pathlib import Path
 
 from lazyproc.kernel import proc
 from lazyproc.kernel._core import ffi
-from lazyproc.kernel.sys import syscall
+from lazyproc.kernel.sys import read_memory, syscall
+from lazyproc.kernel.visit import call_in
 from lazyproc.model import PAGE, MemFd, MemoryObject, ObjectKind, SharedKind, SharedMemory
+from lazyproc.restore.pages import LazyRange
 from tests.live.arrivals import Arrival, arriving, leave, wait_for_fault
 from tests.live.programs import Phase, wait_until
 
@@ -73,6 +75,23 @@ def test_two_processes_want_the_same_missing_page_at_the_same_time(tmp_path: Pat
         key = MemoryObject(ObjectKind.SHARED, object_of(it, SharedKind.ANON).id).key
         waited = [fault for fault in it.faults() if (fault.object, fault.object_addr) == (key, FIRST * PAGE)]
         assert len({fault.vpid for fault in waited}) == 2
+
+
+def test_what_one_process_removes_before_it_has_come_is_gone_for_both(tmp_path: Path) -> None:
+    with arrived(tmp_path) as it:
+        (at,) = (r for r in it.tree.lazy if r.vpid == it.tree.checkpoint.root.vpid and shows_anonymous(it, r))
+        call_in(it.pid, "madvise", at.addr + FIRST * PAGE, 2 * PAGE, mmap.MADV_REMOVE)
+        call_in(it.pid, "madvise", at.addr + 8 * PAGE, PAGE, mmap.MADV_DONTNEED)
+        data = bytearray(content(it, object_of(it, SharedKind.ANON)))
+        data[FIRST * PAGE : (FIRST + 2) * PAGE] = bytes(2 * PAGE)
+        assert {read_memory(site.pid, at.addr, PAGES * PAGE) for site in it.tree.sites.values()} == {
+            bytes(data)
+        }
+        assert it.pager.counters().dropped == 2
+
+
+def shows_anonymous(it: Arrival, r: LazyRange) -> bool:
+    return r.object == MemoryObject(ObjectKind.SHARED, object_of(it, SharedKind.ANON).id)
 
 
 def test_a_memfd_with_a_descriptor_has_its_content_before_any_page_comes(tmp_path: Path) -> None:

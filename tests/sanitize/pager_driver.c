@@ -200,7 +200,7 @@ static struct pager *make_pager(const struct target *t)
     int space;
 
     check(pager_new(-1, true, &p) == 0, "pager_new");
-    space = pager_add_space(p, t->uffd, 0);
+    space = pager_add_space(p, t->uffd, 0, 0);
     check(space == 0, "pager_add_space");
     for (int r = 0; r < 2; r++) {
         const struct range *range = &t->ranges[r];
