@@ -508,7 +508,7 @@ static bool shifted(const struct ledger *l, uint32_t space, uint64_t from, uint6
     struct region r = ledger_regions(l, space)[i];
     uint64_t start = r.start > from ? r.start : from;
 
-    if (i == l->spaces[space].regions || r.start >= end)
+    if (i == l->spaces[space].regions || start >= end)
         return false;
     out->start = start + shift;
     out->end = (r.end < end ? r.end : end) + shift;

@@ -261,6 +261,31 @@ def test_shared_memory_mapped_twice_and_shrunk() -> None:
         assert made.counters().dropped == 3
 
 
+def test_part_of_shared_memory_is_moved() -> None:
+    pages = 8
+    data = content(pages)
+    with child() as process, pager() as made, server({SHARED.key: (0, data)}) as source:
+        addr = process.call("mmap", length=pages * PAGE, shared=True)
+        there = process.call("mmap", length=2 * PAGE, shared=True)
+        made.add_region(made.add_space(process.register((addr, pages * PAGE))), addr, pages * PAGE, SHARED, 0)
+        made.serve_remote(*source.connect())
+        made.apply_map({SHARED: whole(0, pages)})
+        made.start(bulk=False)
+        process.call(
+            "mremap",
+            addr=addr + 2 * PAGE,
+            old=2 * PAGE,
+            new=2 * PAGE,
+            flags=MREMAP_MAYMOVE | MREMAP_FIXED,
+            to=there,
+        )
+        assert process.call("digest", addr=there, length=2 * PAGE) == digest(data[2 * PAGE : 4 * PAGE])
+        assert process.call("digest", addr=addr, length=2 * PAGE) == digest(data[: 2 * PAGE])
+        assert process.call("digest", addr=addr + 4 * PAGE, length=4 * PAGE) == digest(data[4 * PAGE :])
+        assert made.wait(DEADLINE)
+        assert made.counters().urgent == pages
+
+
 def test_a_forked_child_shares_shared_memory() -> None:
     pages = 8
     data = content(pages)
