@@ -159,7 +159,7 @@ const uint8_t *local_pages(const struct pager *p, uint64_t object, uint64_t addr
 /* _faults.c: reads and applies all messages there are. */
 void drain_all(struct pager *p);
 /* Those that lie in the ledger: on a takeover the rest of a dead pager's, before anything is copied. */
-int apply_messages(struct pager *p);
+int apply_messages(struct pager *p, uint32_t count);
 
 /* _remove.c: was the event MADV_REMOVE, and not MADV_DONTNEED? Of shared memory only; read the event before. */
 bool was_remove(const struct pager *p, uint32_t space, uint64_t start, uint64_t end);

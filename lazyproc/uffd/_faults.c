@@ -1,9 +1,11 @@
 /* The fault thread: reads what processes do to their lazy memory and answers faults on demand. */
 #define _GNU_SOURCE
 #include "_engine.h"
+#include "_shadow.h"
 
 #include <errno.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -81,16 +83,22 @@ static int on_message(struct pager *p, uint32_t space, const struct uffd_msg *ms
     return error;
 }
 
-int apply_messages(struct pager *p)
+int apply_messages(struct pager *p, uint32_t count)
 {
     struct ledger_head *head = p->ledger.head;
     uint64_t now = now_ns();
 
-    for (uint32_t i = 0; i < LEDGER_MESSAGES && head->messages[i].event; i++) {
-        int error = on_message(p, head->messages_space, &head->messages[i], now);
+    for (uint32_t i = 0; i < count; i++) {
+        int error;
 
+        if (!head->messages[i].event) /* none, or a dead pager has applied it */
+            continue;
+        if (head->messages[i].event != UFFD_EVENT_PAGEFAULT)
+            shadow_begin(&p->ledger, head->messages_space, i + 1);
+        error = on_message(p, head->messages_space, &head->messages[i], now);
         if (error)
             return error;
+        atomic_signal_fence(memory_order_seq_cst); /* with this store the event is over: _shadow.h */
         head->messages[i].event = 0;
     }
     removals_done(&p->removals);
@@ -110,7 +118,7 @@ static int drain(struct pager *p, uint32_t space)
         n = read(p->ledger.spaces[space].uffd, head->messages, sizeof(head->messages));
         if (n < 0)
             return errno == EAGAIN || errno == EINTR ? 0 : -errno;
-        error = apply_messages(p);
+        error = apply_messages(p, (uint32_t)((size_t)n / sizeof(head->messages[0])));
     } while (!error && n == sizeof(head->messages));
     return error;
 }

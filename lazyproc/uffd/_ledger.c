@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "_ledger.h"
+#include "_shadow.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -17,7 +18,8 @@
 #define TRACE_BYTES (LEDGER_TRACE * sizeof(struct pager_fault))
 #define REGION_BYTES (1ull * LEDGER_SPACES * LEDGER_REGIONS * sizeof(struct region))
 #define SPAN_BYTES (1ull * LEDGER_INSTANCES * LEDGER_SPANS * sizeof(struct span))
-#define TABLE_BYTES (SPACE_BYTES + INSTANCE_BYTES + TRACE_BYTES + REGION_BYTES + SPAN_BYTES)
+#define SHADOW_BYTES ((sizeof(struct shadow) + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1))
+#define TABLE_BYTES (SPACE_BYTES + INSTANCE_BYTES + TRACE_BYTES + SHADOW_BYTES + REGION_BYTES + SPAN_BYTES)
 #define LEDGER_BYTES (HEAD_BYTES + TABLE_BYTES + LEDGER_STATES)
 
 _Static_assert(sizeof(struct ledger_head) <= HEAD_BYTES, "the head fits before the tables");
@@ -34,6 +36,8 @@ static void lay_out(struct ledger *l, uint8_t *base)
     base += INSTANCE_BYTES;
     l->trace = (struct pager_fault *)base;
     base += TRACE_BYTES;
+    l->shadow = (struct shadow *)base;
+    base += SHADOW_BYTES;
     l->regions = (struct region *)base;
     base += REGION_BYTES;
     l->spans = (struct span *)base;
@@ -308,8 +312,7 @@ static void count_page(struct ledger_head *head, uint8_t *byte, enum page_class 
         head->counted[class]++;
 }
 
-/* Does any process still want this page? */
-static bool kin_waits(const struct ledger *l, uint32_t primary, uint64_t addr)
+bool ledger_kin_waits(const struct ledger *l, uint32_t primary, uint64_t addr)
 {
     for (uint32_t i = primary; i != NO_KIN; i = l->instances[i].kin) {
         uint64_t pages;
@@ -333,7 +336,7 @@ void ledger_settle(struct ledger *l, uint32_t instance, uint64_t addr, uint8_t *
         return;
     l->head->remaining--;
     /* What one process discards may still come for another, and is counted as that then. */
-    if (class == CLASS_DROPPED && l->instances[primary].kin != NO_KIN && kin_waits(l, primary, addr))
+    if (class == CLASS_DROPPED && l->instances[primary].kin != NO_KIN && ledger_kin_waits(l, primary, addr))
         return;
     if (primary != instance)
         byte = ledger_states(l, primary, addr, &pages);
@@ -472,9 +475,11 @@ int ledger_unmap(struct ledger *l, uint32_t space, uint64_t start, uint64_t end)
 
 void ledger_retire(struct ledger *l, uint32_t space)
 {
+    shadow_begin(l, space, SHADOW_RETIRE);
     /* Cutting whole regions splits none, so it cannot fail. */
     (void)ledger_unmap(l, space, 0, UINT64_MAX & ~(PAGE_SIZE - 1));
     l->spaces[space].live = 0;
+    shadow_end_retire(l);
 }
 
 const struct region *ledger_shared_in(const struct ledger *l, uint32_t space, uint64_t start, uint64_t end)

@@ -112,6 +112,8 @@ struct ledger_head {
     int32_t removal_fds[LEDGER_REMOVALS]; /* _removals.h */
 };
 
+struct shadow; /* _shadow.h */
+
 struct ledger {
     int fd;
     struct ledger_head *head;
@@ -120,6 +122,7 @@ struct ledger {
     struct region *regions; /* LEDGER_REGIONS a space */
     struct span *spans;     /* LEDGER_SPANS an instance */
     struct pager_fault *trace;
+    struct shadow *shadow;
     uint8_t *states;
 };
 
@@ -177,6 +180,9 @@ bool ledger_next_mapping(const struct ledger *l, uint32_t instance, uint64_t add
 /* A page has come to its end: `state` is final, and it is counted as `class` unless it was counted before. */
 void ledger_settle(struct ledger *l, uint32_t instance, uint64_t addr, uint8_t *byte, enum page_state state,
                    enum page_class class);
+
+/* Does any process still want this page? */
+bool ledger_kin_waits(const struct ledger *l, uint32_t primary, uint64_t addr);
 
 /* The pages whose state comes before `below` become `state`, in every instance of the object. */
 void ledger_mark(struct ledger *l, uint32_t primary, uint64_t addr, uint64_t pages, enum page_state below,

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "_engine.h"
+#include "_shadow.h"
 #include "crc32c.h"
 
 #define MAP_SLICE 65536u /* pages of the map that are applied before the lock is let go */
@@ -109,6 +110,7 @@ static int take_over(struct pager *p)
 
     if (mapped)
         return mapped;
+    shadow_recover(&p->ledger);
     ledger_forget_asked(&p->ledger);
     for (uint32_t s = 0; s < head->spaces; s++) {
         const struct region *regions = ledger_regions(&p->ledger, s);
@@ -155,6 +157,14 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
     return error;
 }
 
+/* What was read of a fork and not applied names a descriptor that has gone with its table. */
+static void forget_forks(struct ledger_head *head)
+{
+    for (uint32_t i = 0; i < LEDGER_MESSAGES; i++)
+        if (head->messages[i].event == UFFD_EVENT_FORK)
+            head->messages[i].event = 0;
+}
+
 int pager_rebind(int ledger_fd, const int *uffds, size_t count)
 {
     struct ledger ledger;
@@ -162,6 +172,8 @@ int pager_rebind(int ledger_fd, const int *uffds, size_t count)
 
     if (error)
         return error;
+    shadow_recover(&ledger);
+    forget_forks(ledger.head);
     for (uint32_t s = 0; s < ledger.head->spaces; s++) {
         if (s < count && uffds[s] >= 0)
             ledger.spaces[s].uffd = uffds[s];
@@ -547,7 +559,7 @@ int pager_start(struct pager *p, bool bulk, uint64_t max_rate)
         p->max_rate = max_rate;
         p->status = PAGER_RUNNING;
         check_done(p);
-        error = apply_messages(p);
+        error = apply_messages(p, LEDGER_MESSAGES);
         if (!error)
             error = start_thread(&p->fault_thread, fault_main, p);
         p->fault_runs = !error;
