@@ -51,6 +51,11 @@ def add(commands: Commands) -> None:
         help="bring what nobody waits for no faster, a second",
     )
     add_retry(parser)
+    parser.add_argument(
+        "--release",
+        action="store_true",
+        help="free the memory here while it arrives there, so that both together hold one copy",
+    )
     parser.add_argument("--no-bulk", action="store_true", help="bring only pages that are touched")
     add_policy(parser)
     add_tcp_close(parser)
@@ -79,6 +84,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         bulk=not args.no_bulk,
         max_rate=args.max_rate,
         tcp_close=args.tcp_close,
+        release=args.release,
     )
     report = lazyproc.migrate(
         args.pid,

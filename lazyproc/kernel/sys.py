@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from lazyproc.errors import HostLacks
 from lazyproc.kernel._core import ffi, lib
 
+SYS_FALLOCATE = 285
 SYS_KCMP = 312
 SYS_PROCESS_VM_READV = 310
 SYS_PIDFD_OPEN = 434
 SYS_PIDFD_GETFD = 438
 SYS_IOPRIO_SET, SYS_IOPRIO_GET = 251, 252
 IOPRIO_WHO_PROCESS = 1
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
 # enum kcmp_type, include/uapi/linux/kcmp.h
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_IO, KCMP_SYSVSEM, KCMP_EPOLL_TFD = range(8)
@@ -158,3 +160,8 @@ def cpuid(leaf: int, sub: int = 0) -> tuple[int, int, int, int]:
     out = ffi.new("uint32_t[4]")
     check(lib.lp_cpuid(leaf, sub, out))
     return int(out[0]), int(out[1]), int(out[2]), int(out[3])
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Free these bytes of a file in memory, in every process that maps it."""
+    syscall(SYS_FALLOCATE, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)

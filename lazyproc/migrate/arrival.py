@@ -52,6 +52,7 @@ class Wishes:
     bulk: bool
     max_rate: int
     traced: bool  # it wants the faults
+    release: bool  # it frees pages as they are acknowledged
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], *, traced: bool | None = None) -> Wishes:
@@ -61,7 +62,8 @@ class Wishes:
             raise ProtocolError("PREPARE's max_rate is no number")
         lazy, bulk = fields.get("mode") == "postcopy", fields.get("bulk") is not False
         wanted = fields.get("trace") is True if traced is None else traced
-        return cls(lazy, str(fields.get("policy")), bulk, max_rate, wanted)
+        release = fields.get("release") is True
+        return cls(lazy, str(fields.get("policy")), bulk, max_rate, wanted, release)
 
     def fields(self) -> dict[str, JsonValue]:
         """As PREPARE has them; for a journal."""
@@ -72,6 +74,7 @@ class Wishes:
             "bulk": self.bulk,
             "max_rate": self.max_rate,
             "trace": self.traced,
+            "release": self.release,
         }
 
 
@@ -178,7 +181,8 @@ class Arrival:
         if self._trace is not None:
             self._trace.begin(self._link.session.id, clock)
         wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
-        self._link.control.send(Prepared({"trace": asdict(clock)} if wishes.traced else {}))
+        trace: dict[str, JsonValue] = {"trace": asdict(clock)} if wishes.traced else {}
+        self._link.control.send(Prepared({**trace, "release": True} if wishes.release else trace))
         return wishes
 
     def _commit(self, tree: BuiltTree, remains: LazyTree, wishes: Wishes, ledger: int) -> None:

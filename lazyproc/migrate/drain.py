@@ -21,7 +21,19 @@ from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.policy import Policy
 from lazyproc.uffd.recorder import Recorder
 from lazyproc.wire.jsonobject import JsonValue
-from lazyproc.wire.native import Committed, Drained, Event, Map, Pong, Released, Running, Trace
+from lazyproc.wire.native import (
+    Abort,
+    Ack,
+    Committed,
+    Drained,
+    Event,
+    Map,
+    MapEntry,
+    Pong,
+    Released,
+    Running,
+    Trace,
+)
 
 
 class Drain:
@@ -44,6 +56,7 @@ class Drain:
         self._alone = False
         self._recorder: Recorder | None = None
         self._mapped = False
+        self._acknowledges = False
         self.report = report  # once every page is here
         self.released = False  # the source knows it and has ended its side
 
@@ -68,6 +81,7 @@ class Drain:
         """As `attach`, when that has been said."""
         self._link = link
         self._pulse = Pulse(link.control)
+        self._pager.forget_acknowledged()
         self._pager.serve_remote(link.urgent.detach(), link.bulk.detach())
         if self.report is not None:
             self._send(Drained(self.report))
@@ -82,10 +96,16 @@ class Drain:
         """The source gets the faults as well, while it can be reached."""
         self._recorder = Recorder(self._pager, self._send_trace)
 
+    def acknowledge(self) -> None:
+        """The source is told which pages have come, and frees them."""
+        self._acknowledges = True
+
     def step(self, timeout: float) -> None:
         """Wait for `timeout` seconds at most for what the source has to say, and see how far the pages are."""
         if self._link is not None:
             self._listen(self._link, timeout)
+        if self._acknowledges and self.report is None:
+            self._send_acks()
         if self.report is None and self._pager.wait(0 if self.linked else timeout):
             self._complete()
 
@@ -110,6 +130,8 @@ class Drain:
                 self.released = True
             case Map() | Pong():
                 return
+            case Abort():
+                raise ConnectionLost(str(event.fields.get("reason")))
             case _:
                 raise ProtocolError(f"{type(event).__name__} from the source of a tree that runs here")
 
@@ -143,6 +165,10 @@ class Drain:
         if self._link is None:
             raise ConnectionLost("nobody takes the trace")
         self._link.control.send(Trace(records, lost))
+
+    def _send_acks(self) -> None:
+        while self._link is not None and (runs := [MapEntry(*run) for run in self._pager.acknowledge()]):
+            self._send(Ack(runs))
 
     def _send(self, event: Event) -> None:
         if self._link is not None:

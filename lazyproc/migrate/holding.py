@@ -51,7 +51,7 @@ class Holding:
                 found[obj] = private_extents(pids[obj], [_anonymous(start, end) for start, end in ranges])
             else:
                 place = next(place for place in self.places if place.obj == obj)
-                with _mapped_object(place) as fd:
+                with mapped_object(place) as fd:
                     found[obj] = shared_extents(fd, ranges[-1][1], lazy=True)
         return found
 
@@ -115,11 +115,12 @@ def _anonymous(start: int, end: int) -> Vma:
 
 
 @contextmanager
-def _mapped_object(place: Place) -> Iterator[int]:
+def mapped_object(place: Place, flags: int = os.O_RDONLY) -> Iterator[int]:
     """A descriptor of the shared object that lies at a place (proc(5), map_files)."""
     for entry in proc.maps(proc.read(place.pid, "maps")):
         if entry.start == place.addr:
-            fd = os.open(f"/proc/{place.pid}/map_files/{entry.start:x}-{entry.end:x}", os.O_RDONLY)
+            name = f"/proc/{place.pid}/map_files/{entry.start:x}-{entry.end:x}"
+            fd = os.open(name, flags | os.O_CLOEXEC)
             try:
                 yield fd
             finally:

@@ -18,6 +18,7 @@ from lazyproc.facts import dataclass
 
 KEPT_S = 7 * 86400
 SOURCE, DESTINATION = "source", "destination"
+RELEASING = "releasing"  # at the source: it runs there, and parts of its memory are gone here
 
 
 def folder() -> Path:

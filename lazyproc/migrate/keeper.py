@@ -373,6 +373,8 @@ class Keeper:
             drain = Drain(pager, tree, policy, self._client.tell, facts.get("report"))
             if wishes.traced:
                 drain.record()
+            if wishes.release:
+                drain.acknowledge()
             if self._images is not None:
                 drain.take_images(stack.enter_context(_image_pages(self._images)))
             pager.start(bulk=wishes.bulk or self._images is not None, max_rate=wishes.max_rate)

@@ -13,6 +13,7 @@ from typing import Any
 from lazyproc.errors import ConnectionLost, LazyprocError, Parked, ProtocolError
 from lazyproc.events import Listener, PagesMoved, StateChanged
 from lazyproc.migrate.link import Chain, Link
+from lazyproc.migrate.releasing import Releaser, lost_for_good
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.talk import Pulse, Refused, checked, expect
 from lazyproc.model import Extent, MemoryObject
@@ -21,7 +22,7 @@ from lazyproc.pages.server import PageServer
 from lazyproc.pages.transport import Declined
 from lazyproc.trace import TraceFile
 from lazyproc.wire.jsonobject import JsonValue
-from lazyproc.wire.native import Committed, Drained, Pong, Released, Running, Trace
+from lazyproc.wire.native import Abort, Ack, Committed, Drained, Pong, Released, Running, Trace
 
 POLL_S = 0.1
 COMMIT_S, RUN_S = 60.0, 60.0
@@ -49,6 +50,7 @@ class Serving:
         self._pid = pid
         self._listener = listener
         self._trace = trace
+        self._releaser: Releaser | None = None
         self._map: Extents | None = None
 
     def until_committed(self) -> None:
@@ -74,8 +76,12 @@ class Serving:
             except LOST as lost:
                 self._relinked(lost)
 
-    def until_drained(self) -> Mapping[str, JsonValue]:
-        """The fields of DRAINED: every page is there. Raises Parked when the link is lost for good."""
+    def until_drained(self, releaser: Releaser | None) -> Mapping[str, JsonValue]:
+        """The fields of DRAINED: every page is there. `releaser` frees what the other side acknowledges.
+
+        Raises Parked when the link is lost for good, LostAfterCommit.
+        """
+        self._releaser = releaser
         while True:
             try:
                 return self._serve(self._chain.current)
@@ -90,6 +96,7 @@ class Serving:
 
     def answer(self, link: Link) -> None:
         """Requests that come over this link are answered by the C threads from now on."""
+        self._server.new_link()
         self._server.serve(link.urgent.detach(), "urgent")
         self._server.serve(link.bulk.detach(), "bulk")
 
@@ -142,9 +149,21 @@ class Serving:
             if isinstance(event, Trace):
                 if self._trace is not None:
                     self._trace.write(event.records, event.lost)
+            elif isinstance(event, Ack) and self._releaser is not None:
+                self._releaser.release(event.entries)
             elif event is not None and not isinstance(event, Pong):
                 return checked(event, Drained, link.control).fields
+            self._demand_not_freed(link)
             self._listener(self._progress(self._map))
+
+    def _demand_not_freed(self, link: Link) -> None:
+        """Raises LostAfterCommit, and tells the destination, when it asks for what it had acknowledged."""
+        addr = self._server.freed_and_asked_for()
+        if addr is not None:
+            lost = lost_for_good(addr)
+            with suppress(ConnectionLost):
+                link.control.send(Abort({"reason": lost.what}))
+            raise lost
 
     def _progress(self, extents: Extents) -> PagesMoved:
         total = sum(extent.count for runs in extents.values() for extent in runs)

@@ -16,7 +16,7 @@ from lazyproc.kernel import netfilter
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate import holding
 from lazyproc.migrate.desk import is_staffed
-from lazyproc.migrate.journal import DESTINATION, SOURCE, Journal, Record, find, records
+from lazyproc.migrate.journal import DESTINATION, RELEASING, SOURCE, Journal, Record, find, records
 from lazyproc.restore.lazytree import end_tree, from_facts
 from lazyproc.uffd.pager import remaining
 
@@ -139,6 +139,13 @@ def _demand_orphaned(record: Record) -> None:
 
 def _run_here(record: Record, force: bool) -> None:
     """The operator knows that the tree does not run elsewhere, or takes the risk."""
+    if record.state == RELEASING:
+        raise UsageError(
+            "it runs on the other host, and parts of its memory are freed here (migrate --release): it can never run "
+            "here again",
+            where=record.session,
+            remedy="let the rest follow with lazyproc resume, or end it with lazyproc abort",
+        )
     if record.state in ("committed", "running"):
         raise UsageError(
             "it runs on the other host: a second copy here would be another process with the same past",
@@ -192,7 +199,7 @@ def _end_helpers(record: Record) -> None:
 
 
 def _end_tree(record: Record) -> None:
-    if record.role == SOURCE and record.state in ("parked", "committed", "running"):
+    if record.role == SOURCE and record.state in ("parked", "committed", "running", RELEASING):
         holding.from_facts(record.facts["held"]).end()
     if "tree" in record.facts:
         end_tree(from_facts(record.facts["tree"]))

@@ -34,9 +34,10 @@ from lazyproc.migrate.apart import Client, Work, apart
 from lazyproc.migrate.asking import asked
 from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.holding import Holding, from_facts, holding_of, to_facts
-from lazyproc.migrate.journal import SOURCE, Journal, Record, find
+from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record, find
 from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
 from lazyproc.migrate.prepare import offer_of
+from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, number_in, report_of
 from lazyproc.migrate.talk import Refused, Unfit, expect, milliseconds
@@ -65,6 +66,7 @@ class Order:
     bulk: bool = True
     max_rate: int = 0  # bytes a second, 0 without limit
     tcp_close: bool = False  # TCP connections to others are given up
+    release: bool = False  # memory here is freed as it is acknowledged
 
     def fields(self) -> dict[str, str | int | bool]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -92,6 +94,8 @@ def migrate(
     (`trace` cannot be written) with the tree running as before; Parked when that is not known, or when it runs there
     and its memory has stopped following.
     """
+    if order.release and order.mode != "postcopy":
+        raise UsageError(f"nothing is released in mode {order.mode}", remedy="leave out --mode or --release")
     session, trust = Session.new(), Trust(insecure, tls=tls)
     if target.startswith(SCHEME):
         _demand_usable(target, trust)
@@ -176,7 +180,13 @@ def moved(
 
     _demand_apart(pid)
     journal = Journal(session, SOURCE)
-    begun = {**way.facts, "root_pid": pid, "mode": order.mode, "started": time.time()}
+    begun = {
+        **way.facts,
+        "root_pid": pid,
+        "mode": order.mode,
+        "release": order.release,
+        "started": time.time(),
+    }
     return _apart(first, again, session, listener, let_go)
 
 
@@ -277,12 +287,15 @@ def hand_over(
         stack.callback(hold.release)  # before the tree is let go: its sends must not fail
         listener(StateChanged("frozen", time.monotonic()))
         dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close))
-        server = stack.enter_context(PageServer(pages.segments()))
+        server = stack.enter_context(PageServer(pages.segments(), releasing=order.release))
         extents = dump.lazy_extents if order.mode == "postcopy" else dict
         serving = Serving(chain, server, extents, pid, listener, trace)
         serving.answer(chain.current)
         _send_images(control, dump, pages, order)
-        with _parked(tree, dump, hold, journal, frozen_at) as commit_sent:  # while the other side builds
+        with _parked(tree, dump, hold, journal, frozen_at) as (
+            held,
+            commit_sent,
+        ):  # while the other side builds
             expect(control, Built, BUILD_S)
             dump.demand_idle_rings()
             settle()
@@ -297,9 +310,10 @@ def hand_over(
             hang_up(dump.given_up)
             figures = {"frozen_ms": frozen_ms, "blackout_ms": blackout_ms}
             journal.write("running", durable=False, remote_pid=running.get("root_pid"), **figures)
-            drained = serving.until_drained()
+            with _releaser(order.release, held, server, journal, listener, traced=True) as releaser:
+                drained = serving.until_drained(releaser)
         report = report_of(journal.facts, drained, server, chain)
-        journal.write("running", durable=False, report=asdict(report))
+        journal.write(journal.facts["state"], durable=False, report=asdict(report))
         silence(dump.connections)
         tree.kill()
         dump.remove_segments()
@@ -317,6 +331,12 @@ def _prepare(
     answer = asked(control, offer_of(before.smaps), before.wanted, wishes, listener)
     if isinstance(answer, tuple):
         raise Unfit(answer)
+    if order.release and answer.fields.get("release") is not True:
+        raise LazyprocError(
+            "the receiver acknowledges no pages",
+            where=control.peer,
+            remedy="update it, or leave out --release",
+        )
     clock = answer.fields.get("trace")
     if trace is None:
         return
@@ -347,18 +367,20 @@ def _send_images(control: Channel, dump: Dump, pages: DumpPages, order: Order) -
 
 
 @contextmanager
-def _parked(tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_at: float) -> Iterator[Event]:
+def _parked(
+    tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_at: float
+) -> Iterator[tuple[Holding, Event]]:
     """Inside, no thread of the tree runs on, whatever becomes of us. It goes on here after an error before COMMIT was
     sent, and when the other side says no; after any other error it stays, since it may run there.
     """
     processes = parking(tree)
-    held = to_facts(holding_of(dump, processes))
-    journal.write("parked", held=held, root_vpid=dump.checkpoint.root.vpid, frozen_at=frozen_at)
+    held = holding_of(dump, processes)
+    journal.write("parked", held=to_facts(held), root_vpid=dump.checkpoint.root.vpid, frozen_at=frozen_at)
     park_tree(tree, processes)
     hold.keep()
     sent = Event()
     try:
-        yield sent
+        yield held, sent
     except BaseException as error:
         if sent.is_set() and not isinstance(error, Refused):
             hold.forget()
@@ -366,6 +388,12 @@ def _parked(tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_a
         unpark_tree(tree, processes)
         journal.remove()
         raise
+
+
+def _releaser(
+    wanted: bool, held: Holding, server: PageServer, journal: Journal, listener: Listener, *, traced: bool
+) -> AbstractContextManager[Releaser | None]:
+    return Releaser(held, server, journal, listener, traced=traced) if wanted else nullcontext()
 
 
 def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
@@ -386,7 +414,13 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
     if "report" in record.facts:  # killed while it ended what is left here
         _end(journal, held)
         return MigrateReport(**record.facts["report"])
-    with deaf(), held.open() as pages, PageServer(pages.segments()) as server:
+    release = record.facts.get("release") is True
+    with deaf(), ExitStack() as stack:
+        pages = stack.enter_context(held.open())
+        server = stack.enter_context(PageServer(pages.segments(), releasing=release))
+        releaser = stack.enter_context(_releaser(release, held, server, journal, listener, traced=False))
+        if releaser is not None and record.state == RELEASING:
+            releaser.take_over()
         serving = Serving(chain, server, held.extents, held.root_pid, listener)
         if record.state == "parked":  # not known yet who has it
             try:
@@ -398,10 +432,13 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
         running = serving.until_running()
         for name in ("frozen_ms", "blackout_ms"):  # of the first time, if it came so far
             journal.facts.setdefault(name, frozen_ms)
-        journal.write("running", durable=False, remote_pid=running.get("root_pid"))
-        drained = serving.until_drained()
+        state = RELEASING if record.state == RELEASING else "running"
+        journal.write(state, durable=False, remote_pid=running.get("root_pid"))
+        drained = serving.until_drained(releaser)
         report = report_of(journal.facts, drained, server, chain)
-        journal.write("running", durable=False, report=asdict(report))
+        if releaser is not None:
+            releaser.close()
+        journal.write(journal.facts["state"], durable=False, report=asdict(report))
         serving.release()
         _end(journal, held)
         listener(StateChanged("released", time.monotonic()))

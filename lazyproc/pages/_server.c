@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -21,10 +22,14 @@
 #define PIECE_PAGES 64u
 #define INBOX_FRAMES 128u
 
-enum page_class { PAGE_CONTENT, PAGE_ZERO, PAGE_ABSENT };
+enum page_class { PAGE_CONTENT, PAGE_ZERO, PAGE_ABSENT, PAGE_UNDER_WAY };
+
+/* What is known of a page when pages are released, one byte each. A page is never read once PAGE_FREED is set, and what
+ * was read is sent only if it was not set afterwards. */
+enum { ANSWERED_FIRST = 1, ANSWERED_SECOND = 2, PAGE_FREED = 4 };
 
 struct counters {
-    atomic_uint_fast64_t requests, pages, zero, absent, bytes_in, bytes_out;
+    atomic_uint_fast64_t requests, pages, zero, absent, under_way, bytes_in, bytes_out;
 };
 
 /* What the thread of a connection works with; nothing is allocated per request. */
@@ -44,6 +49,7 @@ struct connection {
     pthread_t thread;
     int fd;
     int number;
+    uint8_t answered; /* ANSWERED_FIRST or ANSWERED_SECOND, by its channel */
     struct counters counters;
     enum server_cause cause; /* these three are written before `ended` */
     int error;
@@ -54,6 +60,9 @@ struct connection {
 struct server {
     const struct server_segment *segments;
     size_t segment_count;
+    atomic_uchar *marks;   /* of all pages of all segments, in their order; NULL unless pages are released */
+    uint64_t *first_marks; /* of each segment */
+    size_t mark_count;
     struct connection *connections; /* newest first */
     int connection_count;
     bool stopped;
@@ -117,6 +126,15 @@ static ssize_t read_some(const struct server_segment *s, uint64_t where, void *t
     return pread(s->fd, to, length, (off_t)where);
 }
 
+static size_t run_of(const uint8_t *class, size_t first, size_t pages)
+{
+    size_t next = first + 1;
+
+    while (next < pages && class[next] == class[first])
+        next++;
+    return next - first;
+}
+
 /* Both calls stop at the first page that cannot be had (a guard page, the end of a file, a medium error). */
 static int read_piece(struct connection *c, const struct server_segment *s, uint64_t addr, size_t pages)
 {
@@ -124,13 +142,18 @@ static int read_piece(struct connection *c, const struct server_segment *s, uint
     size_t done = 0;
 
     while (done < pages) {
-        ssize_t n = read_some(s, s->where + (addr - s->start) + done * PAGE_BYTES, work->piece + done * PAGE_BYTES,
-                              (pages - done) * PAGE_BYTES);
-        size_t got = n > 0 ? (size_t)n / PAGE_BYTES : 0;
+        size_t run = run_of(work->class, done, pages), got;
+        ssize_t n;
 
+        if (work->class[done] == PAGE_UNDER_WAY) {
+            done += run;
+            continue;
+        }
+        n = read_some(s, s->where + (addr - s->start) + done * PAGE_BYTES, work->piece + done * PAGE_BYTES,
+                      run * PAGE_BYTES);
         if (n < 0 && errno == EINTR)
             continue;
-        memset(work->class + done, PAGE_CONTENT, got);
+        got = n > 0 ? (size_t)n / PAGE_BYTES : 0;
         done += got;
         if (got == 0)
             work->class[done++] = PAGE_ABSENT;
@@ -138,6 +161,39 @@ static int read_piece(struct connection *c, const struct server_segment *s, uint
     if (s->pid && process_ended(s->pidfd))
         return end(c, SERVER_SOURCE_GONE, 0, (uint64_t)s->pid);
     return 0;
+}
+
+/* --- pages that are released -------------------------------------------------------------------------------------- */
+
+static atomic_uchar *marks_of(const struct server *server, const struct server_segment *s, uint64_t addr)
+{
+    return server->marks + server->first_marks[s - server->segments] + (addr - s->start) / PAGE_BYTES;
+}
+
+/* Which pages of a piece are not to be read, since they are on their way over the other channel. A page that is asked
+ * for again over the same one was thrown away there, and is sent again. */
+static int claim_piece(struct connection *c, const struct server_segment *s, uint64_t addr, size_t pages)
+{
+    const unsigned either = ANSWERED_FIRST | ANSWERED_SECOND;
+
+    memset(c->work->class, PAGE_CONTENT, pages);
+    for (size_t i = 0; c->server->marks && i < pages; i++) {
+        unsigned before = atomic_fetch_or(marks_of(c->server, s, addr + i * PAGE_BYTES), c->answered);
+
+        if ((before & PAGE_FREED) && !(before & either))
+            return end(c, SERVER_RELEASED, 0, addr + i * PAGE_BYTES);
+        if ((before & PAGE_FREED) || (before & either & ~(unsigned)c->answered && !(before & c->answered)))
+            c->work->class[i] = PAGE_UNDER_WAY;
+    }
+    return 0;
+}
+
+/* It was acknowledged, and perhaps freed, while it was read for another request. */
+static void drop_freed(struct connection *c, const struct server_segment *s, uint64_t addr, size_t pages)
+{
+    for (size_t i = 0; c->server->marks && i < pages; i++)
+        if (atomic_load(marks_of(c->server, s, addr + i * PAGE_BYTES)) & PAGE_FREED)
+            c->work->class[i] = PAGE_UNDER_WAY;
 }
 
 /* --- the answer -------------------------------------------------------------------------------------------------- */
@@ -160,7 +216,12 @@ static void classify(struct workspace *work, size_t pages)
 
 static struct page_frame frame_of(const struct page_frame *get, uint64_t addr, size_t pages, enum page_class class)
 {
-    static const uint8_t flags[] = {[PAGE_CONTENT] = 0, [PAGE_ZERO] = FRAME_ZERO, [PAGE_ABSENT] = FRAME_ABSENT};
+    static const uint8_t flags[] = {
+        [PAGE_CONTENT] = 0,
+        [PAGE_ZERO] = FRAME_ZERO,
+        [PAGE_ABSENT] = FRAME_ABSENT,
+        [PAGE_UNDER_WAY] = FRAME_UNDER_WAY,
+    };
 
     return (struct page_frame){
         .type = FRAME_PAGES,
@@ -178,6 +239,7 @@ static void count_pages(struct connection *c, enum page_class class, size_t page
         [PAGE_CONTENT] = &c->counters.pages,
         [PAGE_ZERO] = &c->counters.zero,
         [PAGE_ABSENT] = &c->counters.absent,
+        [PAGE_UNDER_WAY] = &c->counters.under_way,
     };
 
     count(counters[class], pages);
@@ -196,8 +258,7 @@ static size_t cut_frames(struct connection *c, const struct page_frame *get, uin
         enum page_class class = work->class[first];
         uint8_t *data = work->piece + first * PAGE_BYTES;
 
-        for (next = first + 1; next < pages && work->class[next] == class; next++)
-            ;
+        next = first + run_of(work->class, first, pages);
         *frame = frame_of(get, addr + first * PAGE_BYTES, next - first, class);
         work->iov[(*parts)++] = (struct iovec){.iov_base = frame, .iov_len = sizeof(*frame)};
         if (class == PAGE_CONTENT) {
@@ -247,9 +308,10 @@ static int answer_piece(struct connection *c, const struct page_frame *get, cons
 {
     size_t frames, parts;
 
-    if (read_piece(c, s, addr, pages) < 0)
+    if (claim_piece(c, s, addr, pages) < 0 || read_piece(c, s, addr, pages) < 0)
         return -1;
     classify(c->work, pages);
+    drop_freed(c, s, addr, pages);
     frames = cut_frames(c, get, addr, pages, &parts);
     c->work->frames[frames - 1].flags |= last ? FRAME_LAST : 0;
     return send_parts(c, c->work->iov, parts);
@@ -377,7 +439,7 @@ static int make_blocking(int fd)
     return flags < 0 || fcntl(fd, F_SETFL, flags & ~O_NONBLOCK) < 0 ? -errno : 0;
 }
 
-static int new_connection(struct server *server, int fd, struct connection **result)
+static int new_connection(struct server *server, int fd, int channel, struct connection **result)
 {
     struct connection *c = calloc(1, sizeof(*c));
     int error;
@@ -387,6 +449,7 @@ static int new_connection(struct server *server, int fd, struct connection **res
     c->server = server;
     c->fd = fd;
     c->number = server->connection_count;
+    c->answered = channel ? ANSWERED_SECOND : ANSWERED_FIRST;
     c->work = aligned_alloc(PAGE_BYTES, (sizeof(*c->work) + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES);
     error = c->work ? make_blocking(fd) : -ENOMEM;
     if (!error) {
@@ -402,7 +465,7 @@ static int new_connection(struct server *server, int fd, struct connection **res
     return 0;
 }
 
-int server_serve(struct server *server, int fd)
+int server_serve(struct server *server, int fd, int channel)
 {
     struct connection *c;
     int error;
@@ -412,7 +475,7 @@ int server_serve(struct server *server, int fd)
     for (c = server->connections; c; c = c->next)
         if (atomic_load_explicit(&c->ended, memory_order_acquire))
             join(c);
-    error = new_connection(server, fd, &c);
+    error = new_connection(server, fd, channel, &c);
     if (error)
         return error;
     c->next = server->connections;
@@ -435,6 +498,7 @@ int server_status(struct server *server, int connection, struct server_status *s
         .pages = atomic_load_explicit(&c->counters.pages, memory_order_relaxed),
         .zero = atomic_load_explicit(&c->counters.zero, memory_order_relaxed),
         .absent = atomic_load_explicit(&c->counters.absent, memory_order_relaxed),
+        .under_way = atomic_load_explicit(&c->counters.under_way, memory_order_relaxed),
         .bytes_in = atomic_load_explicit(&c->counters.bytes_in, memory_order_relaxed),
         .bytes_out = atomic_load_explicit(&c->counters.bytes_out, memory_order_relaxed),
         .cause = ended ? (int32_t)c->cause : SERVER_RUNNING,
@@ -457,7 +521,28 @@ static bool is_valid_table(const struct server_segment *s, size_t segments)
     return true;
 }
 
-int server_new(const struct server_segment *segments, size_t segment_count, struct server **result)
+/* The pages of a mapping that is reserved and hardly used cost no memory here either. */
+static int make_marks(struct server *server)
+{
+    void *marks;
+
+    server->first_marks = calloc(server->segment_count + 1, sizeof(*server->first_marks));
+    if (!server->first_marks)
+        return -ENOMEM;
+    for (size_t i = 0; i < server->segment_count; i++) {
+        server->first_marks[i] = server->mark_count;
+        server->mark_count += (server->segments[i].end - server->segments[i].start) / PAGE_BYTES;
+    }
+    if (server->mark_count == 0)
+        return 0;
+    marks = mmap(NULL, server->mark_count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (marks == MAP_FAILED)
+        return -ENOMEM;
+    server->marks = marks;
+    return 0;
+}
+
+int server_new(const struct server_segment *segments, size_t segment_count, bool releasing, struct server **result)
 {
     struct server *server;
     struct server_segment *table;
@@ -477,18 +562,51 @@ int server_new(const struct server_segment *segments, size_t segment_count, stru
         memcpy(table, segments, segment_count * sizeof(*table));
     server->segments = table;
     server->segment_count = segment_count;
+    if (releasing && make_marks(server) < 0) {
+        server_free(server);
+        return -ENOMEM;
+    }
     *result = server;
     return 0;
 }
 
-void server_stop(struct server *server)
+int64_t server_release(struct server *server, uint64_t object, uint64_t addr, uint64_t pages)
 {
-    server->stopped = true;
+    uint64_t end = addr + pages * PAGE_BYTES;
+    int64_t count = 0;
+
+    if (!server->marks)
+        return -EINVAL;
+    for (const struct server_segment *s; addr < end && (s = find_segment(server, object, addr)); addr = s->end) {
+        uint64_t from = addr > s->start ? addr : s->start, to = end < s->end ? end : s->end;
+
+        for (; from < to; from += PAGE_BYTES, count++)
+            atomic_fetch_or(marks_of(server, s, from), PAGE_FREED);
+    }
+    return count;
+}
+
+static void end_connections(struct server *server)
+{
     for (struct connection *c = server->connections; c; c = c->next)
         if (c->work)
             shutdown(c->fd, SHUT_RDWR);
     for (struct connection *c = server->connections; c; c = c->next)
         join(c);
+}
+
+void server_stop(struct server *server)
+{
+    server->stopped = true;
+    end_connections(server);
+}
+
+void server_new_link(struct server *server)
+{
+    end_connections(server);
+    for (size_t i = 0; i < server->mark_count; i++)
+        if (atomic_load_explicit(&server->marks[i], memory_order_relaxed) & ~PAGE_FREED)
+            atomic_fetch_and(&server->marks[i], PAGE_FREED);
 }
 
 void server_free(struct server *server)
@@ -498,6 +616,9 @@ void server_free(struct server *server)
         next = c->next;
         free(c);
     }
+    if (server->marks)
+        munmap((void *)server->marks, server->mark_count);
+    free(server->first_marks);
     free((void *)server->segments);
     free(server);
 }

@@ -2,6 +2,7 @@
 #ifndef LAZYPROC_PAGES_SERVER_H
 #define LAZYPROC_PAGES_SERVER_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -25,6 +26,7 @@ enum server_cause {
     SERVER_BAD_FRAME,    /* `detail` is the frame's type */
     SERVER_SOCKET_ERROR, /* `error` is the errno */
     SERVER_SOURCE_GONE,  /* `detail` is the pid that ended */
+    SERVER_RELEASED,     /* a page was asked for that had been acknowledged and is freed; `detail` is its address */
 };
 
 struct server_status {
@@ -32,6 +34,7 @@ struct server_status {
     uint64_t pages;  /* sent with content */
     uint64_t zero;   /* pages announced as zero */
     uint64_t absent; /* pages that no segment has, or that cannot be read */
+    uint64_t under_way; /* pages that were on their way over the other channel */
     uint64_t bytes_in;
     uint64_t bytes_out;
     int32_t cause;
@@ -42,12 +45,21 @@ struct server_status {
 /* All functions return 0 or more, or a negative errno.
  *
  * server_new: `segments` are copied; they must be page-aligned, not empty, sorted by (object, start) and must not
- * overlap (-EINVAL). -ENOTSUP: the processor has no SSE4.2 or PCLMULQDQ. */
-int server_new(const struct server_segment *segments, size_t count, struct server **result);
+ * overlap (-EINVAL). -ENOTSUP: the processor has no SSE4.2 or PCLMULQDQ. `releasing`: pages are freed as they are
+ * acknowledged, and one that is on its way over the other channel of a link is not sent a second time. */
+int server_new(const struct server_segment *segments, size_t count, bool releasing, struct server **result);
 
 /* Answers the connected stream socket `fd` in a thread of its own, and owns it from now on; on error it does not.
- * Returns the connection's number, counted from 0. Call from one thread at a time. */
-int server_serve(struct server *server, int fd);
+ * Returns the connection's number, counted from 0. `channel` is 0 or 1: the two of a link. Call from one thread at a
+ * time. */
+int server_serve(struct server *server, int fd, int channel);
+
+/* When releasing: these pages are freed right after this call. None of them is read from here on, and what is being read
+ * now is not sent. Returns how many of them the server has. */
+int64_t server_release(struct server *server, uint64_t object, uint64_t addr, uint64_t pages);
+
+/* Ends every connection and waits for the threads; nothing is on its way any more. Then the next link is served. */
+void server_new_link(struct server *server);
 
 /* The counters of a connection, running or ended, and how it ended. */
 int server_status(struct server *server, int connection, struct server_status *status);

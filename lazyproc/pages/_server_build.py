@@ -25,6 +25,7 @@ ffi.cdef(
         SERVER_BAD_FRAME,
         SERVER_SOCKET_ERROR,
         SERVER_SOURCE_GONE,
+        SERVER_RELEASED,
         ...
     };
 
@@ -33,6 +34,7 @@ ffi.cdef(
         uint64_t pages;
         uint64_t zero;
         uint64_t absent;
+        uint64_t under_way;
         uint64_t bytes_in;
         uint64_t bytes_out;
         int32_t cause;
@@ -40,8 +42,10 @@ ffi.cdef(
         uint64_t detail;
     };
 
-    int server_new(const struct server_segment *segments, size_t count, struct server **result);
-    int server_serve(struct server *server, int fd);
+    int server_new(const struct server_segment *segments, size_t count, bool releasing, struct server **result);
+    int server_serve(struct server *server, int fd, int channel);
+    int64_t server_release(struct server *server, uint64_t object, uint64_t addr, uint64_t pages);
+    void server_new_link(struct server *server);
     int server_status(struct server *server, int connection, struct server_status *status);
     void server_stop(struct server *server);
     void server_free(struct server *server);

@@ -76,6 +76,8 @@ class RemotePages:
             raise ConnectionLost(f"no answer for {self._timeout} s", where=self._channel.peer)
         if not isinstance(part, Pages) or (part.object, part.addr, part.tag) != (obj.key, addr, self._tag):
             raise ProtocolError(f"{part} does not answer what was asked", where=self._channel.peer)
+        if part.flags & Flag.UNDER_WAY:
+            raise ProtocolError(f"{part} is on no other way here", where=self._channel.peer)
         if part.count > left or bool(part.flags & Flag.LAST) != (part.count == left):
             raise ProtocolError(f"{part} does not fit {left} pages", where=self._channel.peer)
         return part

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeAlias
 
 from lazyproc.errors import HostLacks, LazyprocError, UsageError
 from lazyproc.facts import dataclass
-from lazyproc.model import PAGE
+from lazyproc.model import PAGE, MemoryObject
 from lazyproc.pages._server import ffi, lib
 from lazyproc.pages.frozen import ProcessSegment
 
@@ -29,6 +29,7 @@ class ServerCounters:
     absent: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    under_way: int = 0  # pages not sent, since the other channel had them
 
     def __add__(self, other: ServerCounters) -> ServerCounters:
         return ServerCounters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -40,11 +41,12 @@ class PageServer:
     Raises UsageError when segments overlap or are not whole pages, HostLacks without SSE4.2 and PCLMULQDQ.
     """
 
-    def __init__(self, segments: Iterable[ProcessSegment | FileSegment]) -> None:
+    def __init__(self, segments: Iterable[ProcessSegment | FileSegment], *, releasing: bool = False) -> None:
+        """`releasing`: pages are freed as they are acknowledged, see `release`."""
         rows = sorted((_row(segment) for segment in segments), key=lambda row: (row["object"], row["start"]))
         table = ffi.new("struct server_segment[]", rows)
         result = ffi.new("struct server **")
-        error = -lib.server_new(table, len(rows), result)
+        error = -lib.server_new(table, len(rows), releasing, result)
         if error == errno.ENOTSUP:
             raise HostLacks("the processor has no SSE4.2 or no PCLMULQDQ", remedy="use one made after 2010")
         if error:
@@ -66,7 +68,7 @@ class PageServer:
         thread cannot be started; `fd` is still the caller's then.
         """
         with self._lock:
-            number = lib.server_serve(self._server, fd)
+            number = lib.server_serve(self._server, fd, name == "bulk")
             if number < 0:
                 raise LazyprocError(
                     f"cannot serve pages on it: {os.strerror(-number)}", where=f"fd {fd} ({name})"
@@ -85,6 +87,24 @@ class PageServer:
         """Why the newest connection of that name has ended, None while it is served."""
         with self._lock:
             return _reason(self._status(self._connections[name][-1]))
+
+    def new_link(self) -> None:
+        """The connections that are served are lost: what was on its way over them may be asked for again."""
+        with self._lock:
+            lib.server_new_link(self._server)
+
+    def release(self, obj: MemoryObject, addr: int, pages: int) -> int:
+        """From here on these pages may be freed: none is read any more. Returns how many the server has."""
+        return int(lib.server_release(self._server, obj.key, addr, pages))
+
+    def freed_and_asked_for(self) -> int | None:
+        """The address of a page that a client of the last link wanted though it had been released."""
+        with self._lock:
+            for name in self._connections:
+                status = self._status(self._connections[name][-1])
+                if status.cause == lib.SERVER_RELEASED:
+                    return int(status.detail)
+        return None
 
     def stop(self) -> None:
         """Ends every connection and waits for the threads."""
@@ -123,4 +143,5 @@ def _reason(status: Any) -> str | None:
         lib.SERVER_BAD_FRAME: f"the client sent a bad request (frame type {status.detail})",
         lib.SERVER_SOCKET_ERROR: os.strerror(status.error),
         lib.SERVER_SOURCE_GONE: f"pid {status.detail}, whose pages were asked for, has ended",
+        lib.SERVER_RELEASED: f"the page at {status.detail:#x} was acknowledged, and is freed here",
     }[status.cause]

@@ -181,11 +181,14 @@ static void declare_lost(struct pager *p, const char *reason, int error)
 
 static void on_answer(struct pager *p, const struct answer *a)
 {
-    if (a->kind != ANSWER_ABSENT) {
+    if (a->kind == ANSWER_DATA || a->kind == ANSWER_ZERO) {
         place_answer(p, a);
     } else {
         lock_politely(p);
-        if (ledger_absent(&p->ledger, a->request.instance, a->addr, a->pages))
+        /* What came over the other connection and could not be placed is asked for once more, on another round. */
+        if (a->kind == ANSWER_UNDER_WAY)
+            ledger_mark(&p->ledger, a->request.instance, a->addr, a->pages, PAGE_ASKED_URGENT, PAGE_MISSING);
+        else if (ledger_absent(&p->ledger, a->request.instance, a->addr, a->pages))
             lost(p, "the source does not have a page that its map names", 0);
         p->retry = true;
         pthread_mutex_unlock(&p->lock);

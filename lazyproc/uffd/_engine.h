@@ -113,6 +113,7 @@ struct pager {
     struct run *plan;
     size_t plan_count;
     struct walk walk;
+    struct ledger_place acked; /* where the next look for what is to be acknowledged begins */
     uint64_t max_rate;
     uint64_t rate_free_ns; /* the next request may leave then */
 

@@ -246,9 +246,9 @@ static void place_answer(struct pager *p, const struct answer *a)
 
 static void on_answer(struct pager *p, const struct answer *a)
 {
-    if (a->kind != ANSWER_ABSENT) {
+    if (a->kind == ANSWER_DATA || a->kind == ANSWER_ZERO) {
         place_answer(p, a);
-    } else {
+    } else if (a->kind == ANSWER_ABSENT) {
         if (ledger_absent(&p->ledger, a->request.instance, a->addr, a->pages))
             return lost(p, "the source does not have a page that its map names", 0);
         requeue(p, -1);

@@ -46,6 +46,7 @@ enum page_class { CLASS_NONE, CLASS_ZERO, CLASS_URGENT, CLASS_BULK, CLASS_DROPPE
 #define STATE_MASK 0x07u
 #define CLASS_SHIFT 3
 #define CLASS_MASK 0x38u
+#define ACKED 0x40u /* of a primary's pages: the source has been told that it is not needed any more */
 #define IN_MAP 0x80u
 
 enum outcome { OUTCOME_INSTALLED, OUTCOME_PRESENT, OUTCOME_DEFERRED, OUTCOME_GONE, OUTCOME_COUNT };
@@ -139,6 +140,13 @@ struct cursor {
     uint32_t region;
 };
 
+/* A page of a span of an instance. */
+struct ledger_place {
+    uint32_t instance;
+    uint32_t span;
+    uint64_t page;
+};
+
 static inline enum page_state page_state(uint8_t byte)
 {
     return (enum page_state)(byte & STATE_MASK);
@@ -194,6 +202,11 @@ void ledger_map_run(struct ledger *l, uint32_t primary, uint64_t addr, uint64_t 
 /* Nothing more of the map will come for these pages of an instance: what is not in it becomes a hole. -ENODATA: it
  * names a page that the source said it does not have. */
 int ledger_map_close(struct ledger *l, uint32_t instance, uint64_t addr, uint64_t pages);
+/* Pages of the map that no instance waits for and that have not been given out: at most `count` runs of primaries, from
+ * *at on, over at most *budget pages; *at and *budget move along. Returns the number of runs. */
+size_t ledger_acknowledge(struct ledger *l, struct ledger_place *at, uint64_t *budget, struct pager_run *runs,
+                          size_t count);
+void ledger_forget_acked(struct ledger *l); /* all of them are to be given out again */
 /* The source says that it does not have these pages. -ENODATA: the map says that it does. */
 int ledger_absent(struct ledger *l, uint32_t primary, uint64_t addr, uint64_t pages);
 

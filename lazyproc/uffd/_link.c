@@ -149,11 +149,11 @@ int link_receive(struct link *link)
 static int check_header(const struct link *link, const struct page_frame *f)
 {
     const struct request *r = &link->asked[link->head & link->mask];
-    unsigned payloadless = f->flags & (FRAME_ZERO | FRAME_ABSENT);
+    unsigned payloadless = f->flags & (FRAME_ZERO | FRAME_ABSENT | FRAME_UNDER_WAY);
 
     if (link->head == link->unsent || f->type != FRAME_PAGES || f->reserved || f->tag != r->tag)
         return -EBADMSG;
-    if (f->flags & ~(FRAME_ZERO | FRAME_LAST | FRAME_ABSENT) || payloadless == (FRAME_ZERO | FRAME_ABSENT))
+    if (f->flags & ~(payloadless | FRAME_LAST) || payloadless & (payloadless - 1))
         return -EBADMSG;
     if (f->object != r->object || f->addr != r->addr || f->count == 0 || f->count > r->count)
         return -EBADMSG;
@@ -166,6 +166,8 @@ static enum answer_kind kind_of(uint8_t flags)
 {
     if (flags & FRAME_ABSENT)
         return ANSWER_ABSENT;
+    if (flags & FRAME_UNDER_WAY)
+        return ANSWER_UNDER_WAY;
     return flags & FRAME_ZERO ? ANSWER_ZERO : ANSWER_DATA;
 }
 

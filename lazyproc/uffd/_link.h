@@ -35,7 +35,8 @@ struct link {
     atomic_uint_fast64_t bytes_in, bytes_out;
 };
 
-enum answer_kind { ANSWER_DATA, ANSWER_ZERO, ANSWER_ABSENT };
+/* UNDER_WAY: it comes over the other connection. */
+enum answer_kind { ANSWER_DATA, ANSWER_ZERO, ANSWER_ABSENT, ANSWER_UNDER_WAY };
 
 /* `pages` pages from `addr`, as part of what `request` asked for. `data` is valid until the next link_receive. */
 struct answer {

@@ -535,6 +535,39 @@ bool pager_map_known(struct pager *p)
     return known;
 }
 
+/* --- acknowledging ----------------------------------------------------------------------------------------------- */
+
+#define ACK_SCAN (1u << 20) /* pages looked at by one call */
+#define ACK_TURN (1u << 16) /* of them before the lock is let go */
+
+int pager_acknowledge(struct pager *p, struct pager_run *runs, size_t count)
+{
+    size_t found = 0;
+
+    for (uint64_t looked = 0; looked < ACK_SCAN && found < count; looked += ACK_TURN) {
+        uint64_t budget = ACK_TURN;
+
+        pthread_mutex_lock(&p->lock);
+        if (p->ledger.head->map_known)
+            found += ledger_acknowledge(&p->ledger, &p->acked, &budget, runs + found, count - found);
+        pthread_mutex_unlock(&p->lock);
+        if (budget && found < count) {
+            p->acked = (struct ledger_place){0};
+            break;
+        }
+    }
+    return (int)found;
+}
+
+int pager_forget_acked(struct pager *p)
+{
+    pthread_mutex_lock(&p->lock);
+    ledger_forget_acked(&p->ledger);
+    p->acked = (struct ledger_place){0};
+    pthread_mutex_unlock(&p->lock);
+    return 0;
+}
+
 /* --- running ----------------------------------------------------------------------------------------------------- */
 
 /* Signals are for the threads of Python. */

@@ -79,6 +79,10 @@ int pager_set_remote(struct pager *p, int urgent, int bulk);                    
 int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count);
 int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count);
 
+/* The next runs of pages that the source may free: no process waits for them, and they were not returned since
+ * pager_forget_acked, which a new link begins with. 0: none for now. */
+int pager_acknowledge(struct pager *p, struct pager_run *runs, size_t count);
+int pager_forget_acked(struct pager *p);
 bool pager_map_known(struct pager *p); /* to this pager or an earlier one of its ledger */
 int pager_start(struct pager *p, bool bulk, uint64_t max_rate); /* bytes a second, 0: as fast as faults allow */
 int pager_wait(struct pager *p, int timeout_ms); /* enum pager_status, at once when it is not RUNNING; -ETIMEDOUT */

@@ -87,6 +87,7 @@ class Counters:
 
 _OUTCOMES = tuple(Outcome)
 TRACE_PIECE = 4096  # records
+ACK_PIECE = 4096  # runs
 
 
 def bucket_floor(index: int) -> int:
@@ -256,6 +257,18 @@ class Pager:
     def map_known(self) -> bool:
         """Whether `apply_map` was called, for this pager or an earlier one of its ledger."""
         return bool(lib.pager_map_known(self._pager))
+
+    def acknowledge(self) -> Iterator[tuple[int, int, int]]:
+        """(MemoryObject.key, address, pages) of lazy pages that have come, or are wanted no more, in every process, and
+        were not named since `forget_acknowledged`: the source may free them. One thread at a time.
+        """
+        runs = ffi.new("struct pager_run[]", ACK_PIECE)
+        for run in runs[0 : lib.pager_acknowledge(self._pager, runs, ACK_PIECE)]:
+            yield int(run.object), int(run.addr), int(run.count)
+
+    def forget_acknowledged(self) -> None:
+        """Another link: what was acknowledged is named once more."""
+        lib.pager_forget_acked(self._pager)
 
     # --- running ---
 

@@ -15,6 +15,7 @@ MAX_JSON = 64 << 10  # bytes
 MAX_NEEDS = 4 << 20  # bytes of NEEDS or OBSTACLES
 MAX_BLOB = 64 << 20  # bytes of IMAGES or MAP
 MAX_TRACE = 1 << 20  # bytes of TRACE
+MAX_ACK = 1 << 20  # bytes of ACK
 
 HEADER = struct.Struct("<BBHIQQII")
 
@@ -45,6 +46,7 @@ class Type(enum.IntEnum):
     ASK = 33
     HOST = 34
     TRACE = 35
+    ACK = 36
 
 
 class Flag(enum.IntFlag):
@@ -54,9 +56,10 @@ class Flag(enum.IntFlag):
     ZERO = 1  # no payload, the pages are all zero
     LAST = 2  # the last frame of the answer to this tag
     ABSENT = 4  # no payload, the server has no such pages
+    UNDER_WAY = 8  # no payload, the pages are on their way over the other channel
 
 
-_EMPTY = Flag.ZERO | Flag.ABSENT
+EMPTY = Flag.ZERO | Flag.ABSENT | Flag.UNDER_WAY  # one of them at most
 _LIMIT: Mapping[Type, int] = {  # bytes of payload
     Type.CLOSE: 0,
     Type.PING: 0,
@@ -67,6 +70,7 @@ _LIMIT: Mapping[Type, int] = {  # bytes of payload
     Type.IMAGES: MAX_BLOB,
     Type.MAP: MAX_BLOB,
     Type.TRACE: MAX_TRACE,
+    Type.ACK: MAX_ACK,
 }
 
 
@@ -132,10 +136,10 @@ class Frame:
             raise ProtocolError(
                 f"{kind.name} of {self.count} pages at {self.addr:#x} is no range that may be named"
             )
-        allowed = Flag.NONE if kind is Type.GET else _EMPTY | Flag.LAST
-        if self.flags & ~allowed or self.reserved or self.flags & _EMPTY == _EMPTY:
+        allowed = Flag.NONE if kind is Type.GET else EMPTY | Flag.LAST
+        if self.flags & ~allowed or self.reserved or (self.flags & EMPTY).bit_count() > 1:
             raise ProtocolError(f"{kind.name} has flags {self.flags:#x}, reserved {self.reserved:#x}")
-        if self.crc and (kind is Type.GET or self.flags & _EMPTY):
+        if self.crc and (kind is Type.GET or self.flags & EMPTY):
             raise ProtocolError(f"{kind.name} without payload has a checksum")
 
 

@@ -22,7 +22,7 @@ from lazyproc.facts import dataclass, field
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 from lazyproc.trace import RECORD
 from lazyproc.wire import jsonobject
-from lazyproc.wire.frame import HEADER, Flag, Frame, Type, is_range
+from lazyproc.wire.frame import EMPTY, HEADER, Flag, Frame, Type, is_range
 from lazyproc.wire.jsonobject import JsonValue
 
 VERSION = 1
@@ -76,7 +76,7 @@ class Pages:
     @property
     def payload(self) -> int:
         """Bytes of pages that follow the header."""
-        return 0 if self.flags & (Flag.ZERO | Flag.ABSENT) else self.count * PAGE
+        return 0 if self.flags & EMPTY else self.count * PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +190,13 @@ class Map:
 
 
 @dataclass(frozen=True, slots=True)
+class Ack:
+    """Destination: these lazy pages are installed here and will not be asked for again."""
+
+    entries: Sequence[MapEntry] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """Destination: faults that are over, a whole number of records of lazyproc.trace; `lost` since the first."""
 
@@ -213,7 +220,20 @@ class Ask:
 
 
 Event: TypeAlias = (
-    Get | Pages | PageBytes | Close | Hello | Welcome | Control | Images | Map | Trace | Ping | Pong | Ask
+    Get
+    | Pages
+    | PageBytes
+    | Close
+    | Hello
+    | Welcome
+    | Control
+    | Images
+    | Map
+    | Ack
+    | Trace
+    | Ping
+    | Pong
+    | Ask
 )
 
 _CONTROL: Mapping[Type, type[Control]] = {
@@ -242,6 +262,7 @@ _TYPE_OF: Mapping[type[Event], Type] = {
     Welcome: Type.WELCOME,
     Images: Type.IMAGES,
     Map: Type.MAP,
+    Ack: Type.ACK,
     Trace: Type.TRACE,
 }
 
@@ -265,7 +286,7 @@ _MAY_SEND: Mapping[tuple[State, Party], frozenset[Type]] = {
     | {Type.ASK, Type.NEEDS, Type.PREPARE, Type.IMAGES, Type.COMMIT, Type.MAP, Type.RELEASED},
     (State.CONTROL, Party.DESTINATION): _EITHER
     | {Type.HOST, Type.PREPARED, Type.OBSTACLES, Type.BUILT, Type.COMMITTED, Type.RUNNING, Type.TRACE}
-    | {Type.DRAINED},
+    | {Type.ACK, Type.DRAINED},
     (State.PAGES, Party.DESTINATION): frozenset({Type.GET, Type.CLOSE}),
     (State.PAGES, Party.SOURCE): frozenset({Type.PAGES}),
     (State.CLOSING, Party.SOURCE): frozenset({Type.PAGES}),
@@ -415,7 +436,7 @@ def _to_payload(event: Event) -> bytes:
             return jsonobject.encode(fields)
         case Images(data):
             return data
-        case Map(entries):
+        case Map(entries) | Ack(entries):
             return b"".join(_pack_entry(entry) for entry in entries)
         case Trace(records, lost):
             return _pack_trace(records, lost)
@@ -484,12 +505,20 @@ def _check_names(*names: str) -> None:
 
 
 def _to_map(payload: bytes) -> Map:
+    return Map(_to_entries(payload))
+
+
+def _to_ack(payload: bytes) -> Ack:
+    return Ack(_to_entries(payload))
+
+
+def _to_entries(payload: bytes) -> list[MapEntry]:
     if len(payload) % _MAP_ENTRY.size:
-        raise ProtocolError(f"MAP of {len(payload)} bytes is not a whole number of entries")
+        raise ProtocolError(f"{len(payload)} bytes are not a whole number of entries")
     entries = [MapEntry._make(entry) for entry in _MAP_ENTRY.iter_unpack(payload)]
     for entry in entries:
         _check_entry(entry)
-    return Map(entries)
+    return entries
 
 
 def _to_trace(payload: bytes) -> Trace:
@@ -515,7 +544,7 @@ def _pack_entry(entry: MapEntry) -> bytes:
 def _check_entry(entry: MapEntry) -> None:
     memory_object(entry.object)
     if not is_range(entry.addr, entry.pages):
-        raise ProtocolError(f"MAP entry of {entry.pages} pages at {entry.addr:#x} is no range of pages")
+        raise ProtocolError(f"an entry of {entry.pages} pages at {entry.addr:#x} is no range of pages")
 
 
 def memory_object(key: int) -> MemoryObject:
@@ -532,4 +561,5 @@ _PARSERS: Mapping[Type, Callable[[bytes], Event]] = {
     Type.IMAGES: Images,
     Type.MAP: _to_map,
     Type.TRACE: _to_trace,
+    Type.ACK: _to_ack,
 }

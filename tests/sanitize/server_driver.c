@@ -79,7 +79,7 @@ static struct server *new_server(pid_t pid, struct server_segment *segment)
         .fd = open(path, O_RDONLY),
     };
     CHECK(segment->pidfd >= 0 && segment->fd >= 0);
-    CHECK(server_new(segment, 1, &server) == 0);
+    CHECK(server_new(segment, 1, false, &server) == 0);
     return server;
 }
 
@@ -95,7 +95,7 @@ static int connect_to(struct server *server, int *number)
     int ends[2];
 
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
-    *number = server_serve(server, ends[1]);
+    *number = server_serve(server, ends[1], 0);
     CHECK(*number >= 0);
     return ends[0];
 }
