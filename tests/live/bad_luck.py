@@ -20,7 +20,7 @@ from lazyproc.errors import LazyprocError
 from lazyproc.hosts import PRIVATE, Host, Pair
 from lazyproc.kernel import proc
 from lazyproc.migrate.link import Gathering, Link
-from lazyproc.pages.transport import Channel
+from lazyproc.pages.transport import Channel, Session
 from lazyproc.wire.native import Party
 from tests.live.moving import CLI, Receiver, look_at_tree, tree_of
 from tests.live.programs import Program, wait_until
@@ -155,9 +155,9 @@ def listener_on(host: Host, serve: Callable[[socket.socket], None]) -> Iterator[
         thread.join()
 
 
-def linked(sock: socket.socket, side: Party) -> Link:
-    """The link of the first session that comes to a listening socket."""
-    with closing(Gathering()) as gathering:
+def linked(sock: socket.socket, side: Party, known: Session | None = None) -> Link:
+    """The link of the first session that comes to a listening socket, or that goes on with a `known` one."""
+    with closing(Gathering(known)) as gathering:
         while True:
             channel = Channel(sock.accept()[0], side)
             channel.receive(COMMAND_S)

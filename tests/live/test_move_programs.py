@@ -73,6 +73,30 @@ def test_moves_there_and_back(name: str, field: Field) -> None:
         back.end(program.watch)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cow_fork",
+        "fork_lazy",
+        "halves",
+        "memfd_shared",
+        "memory_marks",
+        "seccomp",
+        "sysv_shm",
+        "threads",
+        "trap_lazy",
+    ],
+)
+def test_moves_while_its_memory_is_freed_here(name: str, field: Field) -> None:
+    with ExitStack() as stack:
+        program = started(stack, name, field)
+        there = move(
+            field.pair.source, field.there, program.pid, "--release", whole_tree=name not in RESTLESS
+        )
+        program.watch.wait_beats()
+        there.end(program.watch)
+
+
 def test_huge_pages_are_huge_again(field: Field) -> None:
     with ExitStack() as stack:
         program = started(stack, "memory_marks", field)

@@ -24,7 +24,7 @@ from lazyproc.pages.frozen import FrozenPages, Place, without_overlaps
 from lazyproc.pages.server import PageServer, ServerCounters, crc32c
 
 GET, PAGES, CLOSE = 1, 2, 3
-ZERO, LAST, ABSENT = 1, 2, 4
+ZERO, LAST, ABSENT, UNDER_WAY = 1, 2, 4, 8
 HEADER = struct.Struct("<BBHIQQII")
 MADV_GUARD_INSTALL = 102  # Linux 6.13
 TASK = MemoryObject(ObjectKind.TASK, 42)
@@ -121,8 +121,8 @@ class Client:
             header = HEADER.unpack(self.exactly(HEADER.size))
             flags, pages, crc = header[1], header[3], header[7]
             assert header == (PAGES, flags, 0, pages, key, at, tag, crc)
-            assert not flags & ~(ZERO | LAST | ABSENT)
-            data = b"" if flags & (ZERO | ABSENT) else self.exactly(pages * PAGE)
+            assert not flags & ~(ZERO | LAST | ABSENT | UNDER_WAY)
+            data = b"" if flags & (ZERO | ABSENT | UNDER_WAY) else self.exactly(pages * PAGE)
             assert crc == (crc32c(data) if data else 0)
             at += pages * PAGE
             assert bool(flags & LAST) == (at == addr + count * PAGE)
@@ -480,3 +480,71 @@ def test_throughput_for_the_eye(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         rate, delay = pages * PAGE / bulk / 1e9, single / 2000 * 1e6
         print(f"\n  page server: {rate:.2f} GB/s, {delay:.1f} us a single page")
+
+
+# --- pages that are freed as they are acknowledged ----------------------------------------------------------
+
+
+@contextmanager
+def releasing(pid: int, addr: int, pages: int) -> Iterator[PageServer]:
+    place = Place(TASK, addr, addr + pages * PAGE, pid, addr)
+    with FrozenPages([place], {}) as frozen, PageServer(frozen.segments(), releasing=True) as server:
+        yield server
+
+
+def flags_of(client: Client, addr: int, count: int) -> list[tuple[int, int]]:
+    client.ask(addr, count)
+    return [(part.flags, part.count) for part in client.answer(addr, count)]
+
+
+def test_what_is_on_its_way_over_one_channel_is_not_sent_over_the_other() -> None:
+    area = memory(200)
+    area.data[: 200 * PAGE] = random.Random(2).randbytes(200 * PAGE)
+    with stopped_child() as pid, releasing(pid, area.addr, 200) as server:
+        urgent, bulk = Client(server, "urgent"), Client(server, "bulk")
+        assert urgent.read(area.addr + 70 * PAGE, 1) == area.expected(area.addr + 70 * PAGE, 1)
+        assert flags_of(bulk, area.addr + 64 * PAGE, 64) == [(0, 6), (UNDER_WAY, 1), (0, 57)]
+        assert flags_of(urgent, area.addr + 80 * PAGE, 1) == [(UNDER_WAY, 1)]
+        assert (server.counters()["urgent"].under_way, server.counters()["bulk"].under_way) == (1, 1)
+        assert server.counters()["bulk"].pages == 63
+
+
+def test_what_is_asked_for_again_over_the_same_channel_is_sent_again() -> None:
+    """Who asked could not put it anywhere."""
+    area = memory(4)
+    area.data[: 4 * PAGE] = random.Random(3).randbytes(4 * PAGE)
+    with stopped_child() as pid, releasing(pid, area.addr, 4) as server:
+        urgent, bulk = Client(server, "urgent"), Client(server, "bulk")
+        for _ in range(2):
+            assert urgent.read(area.addr, 4) == area.expected(area.addr, 4)
+        assert flags_of(bulk, area.addr, 4) == [(UNDER_WAY, 4)]
+        assert bulk.read(area.addr, 4) == area.expected(area.addr, 4)
+
+
+def test_what_was_released_is_under_way_on_its_own_link_and_an_error_on_the_next() -> None:
+    area = memory(4)
+    area.data[: 4 * PAGE] = random.Random(4).randbytes(4 * PAGE)
+    with stopped_child() as pid, releasing(pid, area.addr, 4) as server:
+        urgent, bulk = Client(server, "urgent"), Client(server, "bulk")
+        assert urgent.read(area.addr, 2) == area.expected(area.addr, 2)
+        assert server.release(TASK, area.addr, 2) == 2
+        for client in (bulk, urgent):
+            assert flags_of(client, area.addr, 2) == [(UNDER_WAY, 2)]
+        server.new_link()
+        assert urgent.is_hung_up_on()
+        assert bulk.is_hung_up_on()
+        assert server.freed_and_asked_for() is None
+        urgent = Client(server, "urgent")
+        assert urgent.read(area.addr + 2 * PAGE, 2) == area.expected(area.addr + 2 * PAGE, 2)
+        urgent.ask(area.addr, 4)
+        assert urgent.is_hung_up_on()
+        assert server.freed_and_asked_for() == area.addr
+        assert "is freed here" in str(server.ended("urgent"))
+
+
+def test_a_release_of_what_the_server_does_not_have() -> None:
+    area = memory(4)
+    with stopped_child() as pid, releasing(pid, area.addr, 4) as server:
+        assert server.release(TASK, area.addr - PAGE, 6) == 4
+        assert server.release(TASK, area.addr + 4 * PAGE, 1) == 0
+        assert server.release(MemoryObject(ObjectKind.SHARED, 3), area.addr, 1) == 0

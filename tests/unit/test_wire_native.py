@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from lazyproc.errors import ProtocolError
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 from lazyproc.wire import native
-from lazyproc.wire.frame import HEADER, MAX_BLOB, MAX_JSON, MAX_NEEDS, MAX_PAGES, MAX_TRACE, Flag, Frame, Type
+from lazyproc.wire.frame import (
+    HEADER,
+    MAX_ACK,
+    MAX_BLOB,
+    MAX_JSON,
+    MAX_NEEDS,
+    MAX_PAGES,
+    MAX_TRACE,
+    Flag,
+    Frame,
+    Type,
+)
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Connection, Event, Hello, PageBytes, Pages, Party, Role, State, Welcome
 
@@ -52,10 +63,14 @@ empty_pages = st.builds(
     pages,
     counts,
     tags,
-    st.sampled_from((Flag.ZERO, Flag.ABSENT, Flag.ZERO | Flag.LAST, Flag.ABSENT | Flag.LAST)),
+    st.sampled_from(
+        [Flag(kind | last) for kind in (Flag.ZERO, Flag.ABSENT, Flag.UNDER_WAY) for last in (0, Flag.LAST)]
+    ),
     st.just(0),
 )
-maps = st.lists(st.builds(native.MapEntry, keys, pages, counts), max_size=5).map(native.Map)
+entries = st.lists(st.builds(native.MapEntry, keys, pages, counts), max_size=5)
+maps = entries.map(native.Map)
+acks = entries.map(native.Ack)
 traces = st.builds(
     native.Trace, st.integers(0, 3).flatmap(lambda n: st.binary(min_size=72 * n, max_size=72 * n)), words
 )
@@ -78,6 +93,7 @@ from_destination = (
     | st.builds(native.Committed, fields)
     | st.builds(native.Running, fields)
     | traces
+    | acks
     | st.builds(native.Drained, fields)
     | either
 )
@@ -266,6 +282,7 @@ def test_a_changed_byte_is_a_protocol_error_or_another_event(event: Event, data:
         (Type.NEEDS, MAX_NEEDS, Party.DESTINATION),
         (Type.ASK, 0, Party.DESTINATION),
         (Type.TRACE, MAX_TRACE, Party.SOURCE),
+        (Type.ACK, MAX_ACK, Party.SOURCE),
         (Type.PING, 0, Party.DESTINATION),
     ],
 )
