@@ -1,5 +1,5 @@
 """Taking memory away from a parked process, which never runs again: it is madvise(2) in the process itself, since
-process_madvise(2) refuses MADV_DONTNEED for another one (docs/adr/0013-release.md).
+process_madvise(2) refuses MADV_DONTNEED for another one (docs/adr/0014-release.md).
 
 One of its threads runs a program of many calls in one stop, and its way home is the parking code: were we killed at any
 instruction, the thread would end the program by itself and pause for ever as before.

@@ -1,4 +1,4 @@
-"""`--release`: the source's memory is freed as the destination acknowledges it (docs/adr/0013-release.md).
+"""`--release`: the source's memory is freed as the destination acknowledges it (docs/adr/0014-release.md).
 
 Only after the commit, when the parked tree never runs again; the journal says so, on disk, before the first page goes.
 """
