@@ -12,7 +12,14 @@ from lazyproc.errors import LazyprocError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import host, netfilter, proc
 from lazyproc.restore import groups
-from lazyproc.uffd.device import DEVICE, PAGER_FEATURES, Feature, Userfaultfd, demand_for_tasks
+from lazyproc.uffd.device import (
+    DEVICE,
+    PAGER_FEATURES,
+    Feature,
+    Userfaultfd,
+    demand_for_tasks,
+    demand_poison,
+)
 from lazyproc.uffd.pager import demand_removals
 
 HEADROOM = 256 << 20  # bytes; with less available no process of any size can arrive
@@ -81,6 +88,8 @@ PROBES = (
           State.DEGRADED, AS_ROOT + ", on a kernel with CONFIG_FTRACE_SYSCALLS"),
     Probe("guard regions", host.guard, "guards memory as programs do (MADV_GUARD_INSTALL)", State.DEGRADED,
           NEWER + " (6.13)"),
+    Probe("UFFDIO_POISON", demand_poison, "marks pages that are lost for good (resume --poison)", State.DEGRADED,
+          NEWER + " (6.6)"),
     Probe("MADV_COLLAPSE", host.collapse, "makes huge pages again", State.DEGRADED,
           NEWER + " (6.1), with transparent huge pages"),
 )  # fmt: skip

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Listener
 
+LOST = 5
+
 
 def add(commands: Commands) -> None:
     words = "end a session on this host, with its process tree and its helpers"
@@ -20,8 +22,10 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace, listener: Listener) -> Outcome:
+    """Exit 5 when memory was missing, which is lost now."""
     import lazyproc
     from lazyproc.cli.outcome import Outcome
+    from lazyproc.facts import asdict
 
-    text = lazyproc.abort(args.session)
-    return Outcome(text, {"session": args.session, "text": text})
+    report = lazyproc.abort(args.session)
+    return Outcome(report.text, asdict(report), LOST if report.pages_missing else 0)

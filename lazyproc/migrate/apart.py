@@ -39,6 +39,9 @@ class Client:
     def __init__(self, stream: socket.socket) -> None:
         self._socket = stream
 
+    def close(self) -> None:
+        self._socket.close()
+
     def tell(self, event: Event) -> None:
         """A listener for the work's events. Who does not take them in time does without."""
         self._send("event", event, socket.MSG_DONTWAIT)

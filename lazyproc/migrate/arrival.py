@@ -15,6 +15,7 @@ from lazyproc.images.files import unpack
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
 from lazyproc.migrate.answering import heard, obstacles_here
+from lazyproc.migrate.identity import identity
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Link
 from lazyproc.migrate.needs import obstacles_frame
@@ -137,7 +138,8 @@ class Arrival:
         ) as tree:
             introduce(pager, tree, self._listener)
             remains = tree.lazy_tree()
-            self._commit(tree, remains, wishes, pager.ledger)
+            facts = {"tree": to_facts(remains), "wishes": wishes.fields(), "ledger": pager.ledger}
+            self._commit(tree, facts, lambda: identity(checkpoint, source))
             serve()
             self._release(tree)
             with suppress(ConnectionLost):  # whoever drains notices
@@ -185,15 +187,16 @@ class Arrival:
         self._link.control.send(Prepared({**trace, "release": True} if wishes.release else trace))
         return wishes
 
-    def _commit(self, tree: BuiltTree, remains: LazyTree, wishes: Wishes, ledger: int) -> None:
+    def _commit(self, tree: BuiltTree, facts: Mapping[str, Any], identity: Callable[[], object]) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
         """
         control = self._link.control
         control.send(Built())
+        whose = identity()  # while the answer is on its way
         expect(control, Commit, FREEZE_S)
         self._settle()
-        self._journal.write("committed", tree=to_facts(remains), wishes=wishes.fields(), ledger=ledger)
+        self._journal.write("committed", **facts, identity=whose)
         self.committed = True
         tree.outlive_us()
         self._outlived()

@@ -53,16 +53,36 @@ class Drain:
         self._policy = policy
         self._listener = listener
         self._link: Link | None = None
-        self._alone = False
+        self._alone = False  # nobody has to be told
+        self._stays = False  # whoever maps lost memory anew needs our answer
         self._recorder: Recorder | None = None
         self._mapped = False
         self._acknowledges = False
         self.report = report  # once every page is here
         self.released = False  # the source knows it and has ended its side
+        self.reason = "the source is waited for"  # why no page comes, "" while some do
 
     @property
     def linked(self) -> bool:
         return self._link is not None
+
+    @property
+    def alone(self) -> bool:
+        return self._alone
+
+    @property
+    def stays(self) -> bool:
+        return self._stays
+
+    @property
+    def over(self) -> bool:
+        return self.report is not None and (self.released or self._alone) and not self._stays
+
+    @property
+    def lacking(self) -> int:
+        """How many pages neither come from anywhere nor are given up."""
+        lost = self._alone and not self.linked and self._pager.state is PagerState.LOST
+        return self._pager.counters().remaining if lost else 0
 
     def attach(self, link: Link) -> None:
         """Go on over this link. Who is at the other end learns first that the tree runs here."""
@@ -80,17 +100,23 @@ class Drain:
     def take(self, link: Link) -> None:
         """As `attach`, when that has been said."""
         self._link = link
+        self.reason = ""
         self._pulse = Pulse(link.control)
         self._pager.forget_acknowledged()
         self._pager.serve_remote(link.urgent.detach(), link.bulk.detach())
         if self.report is not None:
             self._send(Drained(self.report))
 
-    def take_images(self, source: ImagePages) -> None:
-        """What is missing comes from these images, and nobody has to be told. Before the pager is started."""
+    def go_alone(self, source: ImagePages | None, *, poison: bool) -> None:
+        """What is missing comes from these images; with `poison` what they lack is lost. A source that comes back is
+        told how it ended. Before the pager is started.
+        """
+        if source is not None:
+            self._pager.serve_segments(source.segments())
+            self._apply(source.extents())
+        self._pager.alone(poison=poison)
         self._alone = True
-        self._pager.serve_segments(source.segments())
-        self._apply(source.extents())
+        self.reason = "the source is given up"
 
     def record(self) -> None:
         """The source gets the faults as well, while it can be reached."""
@@ -104,10 +130,14 @@ class Drain:
         """Wait for `timeout` seconds at most for what the source has to say, and see how far the pages are."""
         if self._link is not None:
             self._listen(self._link, timeout)
+        else:
+            time.sleep(timeout)  # a pager that has lost its source does not wait
         if self._acknowledges and self.report is None:
             self._send_acks()
-        if self.report is None and self._pager.wait(0 if self.linked else timeout):
+        if self.report is None and self._pager.wait(0):
             self._complete()
+        if self._stays and not self._pager.spaces():
+            self._finish(ended=True)
 
     def _listen(self, link: Link, timeout: float) -> None:
         try:
@@ -118,7 +148,8 @@ class Drain:
             if self._pager.state is PagerState.LOST:  # by one of the other two connections
                 raise ConnectionLost(self._pager.reason)
         except (ConnectionLost, ProtocolError) as error:
-            self._listener(Note(f"session {link.session.id}: the source is lost: {error}"))
+            self.reason = f"the source is lost: {error}"
+            self._listener(Note(f"session {link.session.id}: {self.reason}"))
             self._listener(StateChanged("reconnecting", time.monotonic()))
             self._lose()
 
@@ -145,12 +176,17 @@ class Drain:
     def _complete(self) -> None:
         counters = self._last_counters()
         ended = not self._pager.spaces()
-        finish(self._pager, self._tree)
+        self._stays = not ended and self._pager.shares_poison
+        if not self._stays:
+            self._finish(ended=ended)
         self.report = report_of(counters, ended=ended)
+        self._send(Drained(self.report))
+
+    def _finish(self, *, ended: bool) -> None:
+        finish(self._pager, self._tree)
+        self._stays = False
         if ended:
             remove(self._tree.groups)
-        self._send(Drained(self.report))
-        self.released = self._alone
 
     def _last_counters(self) -> Counters:
         """The counters of the report. The trace that the source has asked for ends with the same fault."""
@@ -184,6 +220,6 @@ class Drain:
 def report_of(counters: Counters, *, ended: bool) -> Mapping[str, JsonValue]:
     """What DRAINED says, in the words of MigrateReport."""
     faults: dict[str, JsonValue] = asdict(counters.fault_us)
-    names = ("total", "zero", "eager", "urgent", "bulk", "dropped")
+    names = ("total", "zero", "eager", "urgent", "bulk", "dropped", "poisoned")
     pages: dict[str, JsonValue] = {f"pages_{name}": getattr(counters, name) for name in names}
     return {**pages, "fault_us": faults, "ended": ended}

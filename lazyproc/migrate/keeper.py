@@ -18,11 +18,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from lazyproc.errors import CannotListen, ConnectionLost, LazyprocError, ProtocolError, UsageError
-from lazyproc.events import Listener, Note
+from lazyproc.errors import CannotListen, ConnectionLost, LazyprocError, Parked, ProtocolError, UsageError
+from lazyproc.events import Event, Listener, Note
 from lazyproc.facts import dataclass
-from lazyproc.images.convert import from_images, memory_objects
-from lazyproc.images.files import Folder
 from lazyproc.kernel import family
 from lazyproc.kernel.deaf import ignore_interrupts
 from lazyproc.kernel.ready import readable
@@ -30,15 +28,16 @@ from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.anchors import anchors
 from lazyproc.migrate.apart import MESSAGE_MAX, Client, Messages, result, stream, unplug
 from lazyproc.migrate.arrival import Arrival, Terms, Wishes
-from lazyproc.migrate.desk import Desk, Request
+from lazyproc.migrate.desk import Desk, Request, ask
 from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.journal import DESTINATION, Journal, Record
 from lazyproc.migrate.link import Gathering, Link, Redial
-from lazyproc.pages.images import ImagePages
+from lazyproc.migrate.supply import Supply, image_pages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.transport import Channel, Declined, Door, Session, listen
+from lazyproc.restore.ending import end_tree
 from lazyproc.restore.lazy import note_removals
-from lazyproc.restore.lazytree import end_tree, from_facts
+from lazyproc.restore.lazytree import from_facts
 from lazyproc.uffd.pager import Pager, rebind
 from lazyproc.uffd.policy import POLICIES
 from lazyproc.wire.native import Hello, Party, Role
@@ -47,7 +46,7 @@ NAME = "lazyproc-keeper"
 WATCH_S = 0.5
 STEP_S = 0.02
 RELEASE_S = 60.0  # the tree is complete: how long the source is waited for, to be told so
-LIVING = ("committed", "running", "drained")
+LIVING = ("committed", "running", "drained", "poisoned")
 MEMBERS = 100  # helpers that are killed so often are killed on purpose
 
 
@@ -95,10 +94,11 @@ def keep(link: Link, terms: Terms, place: Place, not_ours: Sequence[Closable]) -
     return Messages(ours)
 
 
-def keep_on(record: Record, directory: Path | None, listener: Listener) -> Mapping[str, object]:
+def keep_on(record: Record, supply: Supply, listener: Listener) -> Mapping[str, object]:
     """A new keeper for a tree whose helpers are all gone; the report when it is complete. See `sessions.resume`.
 
-    Raises LostAfterCommit when the tree is gone, too; Parked when the keeper is gone.
+    `supply` in place of the source, if it is any. Raises LostAfterCommit when the tree is gone, too; Parked when the
+    keeper is gone.
     """
     ours, theirs = stream()
     tree = from_facts(record.facts["tree"])
@@ -110,11 +110,11 @@ def keep_on(record: Record, directory: Path | None, listener: Listener) -> Mappi
         try:
             ledger, userfaultfds = anchors(tree.tasks)
             rebind(ledger, userfaultfds)
-            facts = {**record.facts, "ledger": ledger, "connections": []}
+            facts = {**record.facts, "ledger": ledger, "connections": [], "supply": supply.facts()}
             journal = Journal(record.session, DESTINATION, facts)
             journal.write(record.state, durable=False)
             session = Session(record.session, str(record.facts["token"]))
-            keeper = Keeper(session, journal, Place.of(record.facts), client, directory)
+            keeper = Keeper(session, journal, Place.of(record.facts), client)
         except (LazyprocError, OSError) as error:
             client.failed(error)
             return
@@ -123,9 +123,27 @@ def keep_on(record: Record, directory: Path | None, listener: Listener) -> Mappi
     with ours:
         with theirs:
             family.daemon(run, NAME)
-        lost = f"see lazyproc sessions, and lazyproc resume {record.session}"
-        report: Mapping[str, object] = result(ours, listener, lost=lost)
-        return report
+        return _awaited(ours, record, listener)
+
+
+def supply_to(record: Record, supply: Supply, listener: Listener) -> Mapping[str, object]:
+    """The keeper of a session goes on with `supply` in place of the source; the report when its memory is complete.
+
+    Raises UsageError when there is none any more, Parked when `supply` lacks pages.
+    """
+    ours, theirs = stream()
+    with ours:
+        with theirs:
+            answer = ask(record.session, DESTINATION, {"do": "supply", **supply.facts()}, theirs.fileno())
+        if answer is None or "error" in answer:
+            raise UsageError("its keeper does not answer", where=record.session, remedy="try again")
+        return _awaited(ours, record, listener)
+
+
+def _awaited(stream: socket.socket, record: Record, listener: Listener) -> Mapping[str, object]:
+    lost = f"see lazyproc sessions, and lazyproc resume {record.session}"
+    report: Mapping[str, object] = result(stream, listener, lost=lost)
+    return report
 
 
 class Member:
@@ -153,15 +171,12 @@ class Member:
 class Keeper:
     """Everything here is known to the guard as well, since that is a fork: it goes on with the same descriptors."""
 
-    def __init__(
-        self, session: Session, journal: Journal, place: Place, client: Client, images: Path | None = None
-    ) -> None:
-        """`images`: pages come from there, and not over a link."""
+    def __init__(self, session: Session, journal: Journal, place: Place, client: Client) -> None:
         self._session = session
         self._journal = journal
         self._place = place
         self._client = client
-        self._images = images
+        self._asker: Client | None = None  # who has given a supply and waits for what comes of it
         self._desk = Desk(session.id, DESTINATION)
         self._door: Door | None = None
         self._gathering = Gathering(session)
@@ -242,8 +257,23 @@ class Keeper:
         self._dismiss()
 
     def _heard_the_end(self) -> bool:
-        """Whether the pager has said that there is nothing left to do."""
-        return any(kind == "over" for kind, _ in heard(self._near))
+        """Whether the pager has said that there is nothing left to do. What it says is for the journal."""
+        for kind, facts in heard(self._near):
+            self._note(facts)
+            if kind == "over":
+                return True
+        return False
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        """In the journal, for whoever looks; without `facts` nobody has to know of the session any more."""
+        self._journal.reload()
+        if not facts:
+            self._journal.remove()
+        elif self._journal.facts:
+            state = str(facts.get("state", self._journal.facts["state"]))
+            self._journal.write(
+                state, durable="report" in facts, **{k: v for k, v in facts.items() if k != "state"}
+            )
 
     def _replace_pager(self) -> None:
         """What was under way to a dead pager is asked for again, over a new link: the old one is out of step."""
@@ -287,6 +317,9 @@ class Keeper:
 
     def _serve(self, request: Request) -> None:
         """What another command of this host asks; whatever else is put on the desk changes nothing."""
+        if request.fields.get("do") == "supply":
+            self._supplied(request)
+            return
         try:
             channel = _brought(request)
         except (KeyError, TypeError, ValueError, OSError, ProtocolError) as error:
@@ -323,6 +356,27 @@ class Keeper:
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
         self._connections = []
+
+    def _supplied(self, request: Request) -> None:
+        """Pages come from elsewhere from now on. A forked child has no anchor, so one of us always lives meanwhile."""
+        try:
+            asker = Client(request.take_socket())
+        except (OSError, ValueError) as error:
+            request.answer({"error": f"not understood: {error!r:.200}"})
+            return
+        request.answer({})
+        if self._asker is not None:
+            self._asker.close()
+        self._asker = asker
+        self._journal.reload()
+        state, supply = str(self._journal.facts["state"]), Supply.of(request.fields)
+        self._journal.write(state, durable=False, supply=supply.facts())
+        self._guard.end()
+        self._guard = self._new_guard()  # one that knows who asks
+        self._pager.end()
+        self._drop_connections()
+        self._pager = self._new_pager()
+        self._note_crew()
 
     # --- the guard ---
 
@@ -367,18 +421,31 @@ class Keeper:
         wishes = Wishes.of(facts["wishes"])
         with ExitStack() as stack:
             pager = stack.enter_context(Pager(ledger=int(facts["ledger"]), trace=wishes.traced))
+            lost = facts["state"] == "poisoned"  # it is not over then
             tree, policy = from_facts(facts["tree"]), POLICIES[wishes.policy]
             if self._committed:
                 note_removals(pager, tree)
-            drain = Drain(pager, tree, policy, self._client.tell, facts.get("report"))
+            drain = Drain(pager, tree, policy, self._tell, None if lost else facts.get("report"))
             if wishes.traced:
                 drain.record()
             if wishes.release:
                 drain.acknowledge()
-            if self._images is not None:
-                drain.take_images(stack.enter_context(_image_pages(self._images)))
-            pager.start(bulk=wishes.bulk or self._images is not None, max_rate=wishes.max_rate)
+            alone = self._goes_alone(drain, Supply.of(facts.get("supply") or {}), stack)
+            pager.start(bulk=wishes.bulk or alone, max_rate=0 if alone else wishes.max_rate)
             self._drain(drain)
+
+    def _goes_alone(self, drain: Drain, supply: Supply, stack: ExitStack) -> bool:
+        """Images that are no longer what they were when they were named leave everything as it was."""
+        if not supply:
+            return False
+        try:
+            images = stack.enter_context(image_pages(Path(supply.images))) if supply.images else None
+            drain.go_alone(images, poison=supply.poison)
+        except (LazyprocError, OSError) as error:
+            self._failed(error)
+            self._have_noted({"supply": {}})
+            return False
+        return True
 
     def _awaits_the_commit(self) -> bool:
         while self._keeper.alive():
@@ -388,27 +455,80 @@ class Keeper:
 
     def _drain(self, drain: Drain) -> None:
         """To the end, whoever else is alive by then."""
-        until = None
+        until, told, facts = None, False, self._journal.facts
+        reason = facts.get("reason", "")
         redial = None
-        if self._place.dials and self._images is None:
-            redial = Redial(self._place.address, self._place.trust, self._session, self._client.tell)
-        while not drain.released and (until is None or time.monotonic() < until):
-            for kind, fds in heard(self._far):
+        if self._place.dials and not drain.alone:
+            redial = Redial(self._place.address, self._place.trust, self._session, self._tell)
+        while not drain.over and (until is None or drain.stays or time.monotonic() < until):
+            for kind, fds in heard(self._far, 0 if drain.linked else STEP_S):
                 link = self._duplicated(fds)
                 drain.take(link) if kind == "take" else drain.attach(link)
             if redial is not None and not drain.linked:
                 with suppress(Declined):  # it may know the session again when it is resumed there
                     if (called := redial.link()) is not None:
                         drain.attach(called)
-            drain.step(STEP_S)
+            drain.step(STEP_S if drain.linked else 0)
             if drain.report is not None and until is None:
                 until = time.monotonic() + RELEASE_S
-                self._journal.reload()
-                self._journal.write("drained", report=drain.report)
-        if drain.released:
-            self._journal.remove()
-        self._client.done(drain.report)
-        say(self._far, "over", None)
+                state = "poisoned" if drain.stays else "drained"
+                self._have_noted({"state": state, "report": drain.report})
+                if drain.stays:
+                    self._done(drain)
+            elif drain.reason != reason:
+                reason = drain.reason
+                self._have_noted({"reason": reason})
+            if not told and (pages := drain.lacking):
+                told = True
+                self._failed(self._lacking(pages))
+        self._done(drain)
+        told = drain.released or not self._place.address
+        facts = {} if told else {"state": "drained", "report": drain.report}
+        say(self._far, "over", facts)
+        while self._is_kept():  # then it dismisses us
+            time.sleep(STEP_S)
+        self._note(facts)
+
+    def _have_noted(self, facts: dict[str, Any]) -> None:
+        """By the keeper: a journal has one writer. By ourselves when he and the guard are dead."""
+        if self._is_kept():
+            say(self._far, "note", facts)
+        else:
+            self._note(facts)
+
+    def _is_kept(self) -> bool:
+        self._journal.reload()
+        for name in ("keeper_pid", "guard_pid"):
+            with suppress(OSError):
+                fd = pidfd_open(int(self._journal.facts.get(name) or 0))
+                dead = readable([fd], 0)
+                os.close(fd)
+                if not dead:
+                    return True
+        return False
+
+    def _lacking(self, pages: int) -> Parked:
+        """It stays as it was."""
+        return Parked(
+            f"the images lack {pages} of the missing pages, which are waited for",
+            where=f"session {self._session.id}",
+            remedy="name other images, wait for the source, or give them up with --poison",
+        )
+
+    def _tell(self, event: Event) -> None:
+        for each in self._waiting():
+            each.tell(event)
+
+    def _failed(self, error: BaseException) -> None:
+        for each in self._waiting():
+            each.failed(error)
+
+    def _done(self, drain: Drain) -> None:
+        for each in self._waiting():
+            each.done(drain.report)
+
+    def _waiting(self) -> list[Client]:
+        return [self._client, self._asker] if self._asker else [self._client]
 
     def _duplicated(self, fds: Sequence[int]) -> Link:
         """The connections that the keeper has welcomed."""
@@ -418,11 +538,6 @@ class Keeper:
             sock = socket.socket(fileno=os.dup(fd))
             channels.append(Channel.adopted(sock, Party.DESTINATION, hello, welcomed=True))
         return Link(self._session, *channels)
-
-
-def _image_pages(directory: Path) -> ImagePages:
-    folder = Folder(directory)
-    return ImagePages(folder, memory_objects(from_images(folder.read())))
 
 
 def _brought(request: Request) -> Channel:

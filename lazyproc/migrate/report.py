@@ -23,6 +23,7 @@ class MigrateReport:
     pages_urgent: int
     pages_bulk: int
     pages_dropped: int
+    pages_poisoned: int  # lost: the operator there gave the source up
     bytes_wire: int
     reconnects: int
     fault_us: dict[str, float] = field(default_factory=dict)

@@ -197,6 +197,7 @@ def report_of(
         pages_urgent=number_in(drained, "pages_urgent"),
         pages_bulk=number_in(drained, "pages_bulk"),
         pages_dropped=number_in(drained, "pages_dropped"),
+        pages_poisoned=number_in(drained, "pages_poisoned"),
     )
 
 

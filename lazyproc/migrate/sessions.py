@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate import holding
 from lazyproc.migrate.desk import is_staffed
 from lazyproc.migrate.journal import DESTINATION, RELEASING, SOURCE, Journal, Record, find, records
-from lazyproc.restore.lazytree import end_tree, from_facts
+from lazyproc.migrate.supply import Supply
+from lazyproc.restore.ending import end_tree
+from lazyproc.restore.lazytree import from_facts
 from lazyproc.uffd.pager import remaining
 
 ORPHANED, GONE = "orphaned", "gone"
 ENDED = ("aborted", "drained")  # what is kept for the other side to learn
+AWAITING = ("committed", "running")  # at the destination: pages may be missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ def resume(
     here: bool = False,
     force: bool = False,
     directory: Path | None = None,
+    poison: bool = False,
     retry_for: float | None = None,
     listener: Listener = ignore,
 ) -> Mapping[str, object] | None:
@@ -101,9 +105,15 @@ def resume(
 
     At the source the pages are served again; `here` lets its tree run on instead, which is right only if it does not
     run at the destination: so it takes `force` too. At the destination the missing pages are awaited from the source,
-    or taken from the images in `directory`. Raises UsageError, Parked, and what `migrate` raises.
+    or, also while they are awaited, taken from the images in `directory`; with `poison` those that are in no images are
+    lost, and who touches one gets SIGBUS (`pages_poisoned` in the report). `force` takes images of another moment, and
+    gives a source up that still answers. Raises UsageError, ImageError, HostLacks, Parked (the images lack pages), and
+    what `migrate` raises.
     """
     record = find(session)
+    supply = Supply(str(directory.resolve()) if directory else "", poison)
+    if supply:
+        return _supply(record, supply, force, listener)
     _demand_orphaned(record)
     if record.role == SOURCE and here:
         _run_here(record, force)
@@ -118,8 +128,32 @@ def resume(
         )
     from lazyproc.migrate.keeper import keep_on
 
-    images = record.facts.get("images")
-    return keep_on(record, directory or (Path(images) if images else None), listener)
+    recorded = Supply.of(record.facts.get("supply") or {})
+    own = Supply(str(record.facts.get("images") or ""))  # of a lazy restore
+    return keep_on(record, recorded if record.state == "poisoned" else own, listener)
+
+
+def _supply(record: Record, supply: Supply, force: bool, listener: Listener) -> Mapping[str, object]:
+    """The destination's tree is completed without its source, whether somebody works on it or not."""
+    from lazyproc.migrate.keeper import keep_on, supply_to
+
+    if record.role == SOURCE:
+        raise UsageError(
+            "--from and --poison are for the destination of a session", where=record.session,
+            remedy="use resume without them",
+        )  # fmt: skip
+    state = state_of(record)
+    if state not in AWAITING:
+        _demand_orphaned(record)
+    elif not record.facts.get("reason") and not force:
+        raise UsageError(
+            "its source is there, and its pages come from it", where=record.session,
+            remedy="wait for them, or give it up with --force",
+        )  # fmt: skip
+    supply.demand_fits(record, force=force)
+    if state in AWAITING:
+        return supply_to(record, supply, listener)
+    return keep_on(record, supply, listener)
 
 
 def _demand_orphaned(record: Record) -> None:
@@ -164,38 +198,65 @@ def _run_here(record: Record, force: bool) -> None:
     Journal(record.session, SOURCE).remove()
 
 
-def abort(session: str) -> str:
-    """End what is left of a session on this host, its tree included; what that means, as a sentence.
+@dataclass(frozen=True, slots=True)
+class AbortReport:
+    """What `abort` has ended. `pages_missing` at the destination: those that had not come, which are lost with it."""
 
-    Raises UsageError when there is no such session.
-    """
+    session: str
+    role: str
+    state: str
+    pages_missing: int | None
+    text: str  # all of it, as a sentence
+
+
+def abort(session: str) -> AbortReport:
+    """End what is left of a session on this host, its tree included. Raises UsageError when there is none."""
     record = find(session)
-    state, left = state_of(record), _remaining(record.facts)
-    _end_helpers(record)
-    if state not in (GONE, *ENDED):
-        _end_tree(record)
+    state, left = state_of(record), None
+    with _stopped_helpers(record):
+        if state not in (GONE, *ENDED):
+            left = _remaining(record.facts)
+            _end_tree(record)
     if record.role == SOURCE:
         netfilter.release_session(session)
     Journal(session, record.role).remove()
-    missing = f", {left} of its pages were missing" if left is not None else ""
-    return f"session {session} ({record.role}, {state}) is ended{missing}"
+    return AbortReport(session, record.role, state, left, _what_it_means(record, state, left))
 
 
-def _end_helpers(record: Record) -> None:
-    """The keeper and the guard first, who would replace the others."""
-    if not is_staffed(record.session, record.role):
-        return
+def _what_it_means(record: Record, state: str, left: int | None) -> str:
+    ended = f"session {record.session} ({record.role}, {state}) is ended"
+    if left is not None:
+        return f"{ended}, {left} of its pages were missing"
+    if record.role == SOURCE and state not in (GONE, *ENDED):
+        if record.state == "parked":
+            return f"{ended}, with its process, of which it was not known whether it runs on the other host"
+        if record.state in ("committed", "running"):
+            return f"{ended}; what the process on the other host has not got of its memory is lost"
+    return ended
+
+
+@contextmanager
+def _stopped_helpers(record: Record) -> Iterator[None]:
+    """They neither bring pages nor see one another's end inside, and are killed at the end: not before, since a forked
+    child whose userfaultfd nobody has reads zeros.
+    """
+    staffed = is_staffed(record.session, record.role)
     pids = [record.facts.get(f"{name}_pid") for name in ("guard", "keeper", "pager", "server")]
-    pidfds = []
-    for pid in filter(None, pids):
-        with suppress(ProcessLookupError):
-            pidfds.append(pidfd_open(int(pid)))
-    for sig in (signal.SIGSTOP, signal.SIGKILL):  # none is to see another one's end
-        for pidfd in pidfds:
+    with ExitStack() as stack:
+        pidfds = []
+        for pid in filter(None, pids if staffed else ()):
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, sig)
+                pidfds.append(pidfd_open(int(pid)))
+                stack.callback(os.close, pidfds[-1])
+        _signal(pidfds, signal.SIGSTOP)
+        yield
+        _signal(pidfds, signal.SIGKILL)
+
+
+def _signal(pidfds: Sequence[int], number: int) -> None:
     for pidfd in pidfds:
-        os.close(pidfd)
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, number)
 
 
 def _end_tree(record: Record) -> None:

@@ -13,7 +13,7 @@ from lazyproc.kernel import proc
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.model import Extent, ObjectKind
-from lazyproc.restore.lazytree import LazyTree
+from lazyproc.restore.lazytree import LazyTree, descendants
 from lazyproc.restore.pages import LazyRange
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.runs import Extents
@@ -56,7 +56,7 @@ def _watch_removals(pager: Pager, listener: Listener) -> None:
 
 def note_removals(pager: Pager, tree: LazyTree) -> None:
     """Tell a pager that takes over of the calls that were made while no pager was there: they have waited since."""
-    for pid in _family(_roots(tree)):
+    for pid in descendants(_roots(tree)):
         with suppress(NoSuchProcess):
             for tid in proc.task_ids(pid):
                 blocked = proc.syscall(proc.read(pid, f"task/{tid}/syscall"))
@@ -95,7 +95,7 @@ def _drop_anchors(tree: LazyTree) -> None:
     numbers = {number for task in tree.tasks for number in (task.userfaultfd, task.ledger)}
     failed: LazyprocError | None = None
     for _ in range(ROUNDS):
-        holders = [(pid, n) for pid in _family(_roots(tree)) for n in numbers if _is_anchor(pid, n)]
+        holders = [(pid, n) for pid in descendants(_roots(tree)) for n in numbers if _is_anchor(pid, n)]
         if not holders:
             return
         for pid, number in holders:
@@ -122,13 +122,3 @@ def _is_anchor(pid: int, number: int) -> bool:
 
 def _roots(tree: LazyTree) -> list[int]:
     return [tree.nursery_pid, *(task.pid for task in tree.tasks)]  # orphans are the nursery's
-
-
-def _family(roots: Sequence[int]) -> list[int]:
-    """Parents before their children; those that end meanwhile are of no interest."""
-    found = list(dict.fromkeys(roots))
-    for parent in found:
-        with suppress(NoSuchProcess):
-            for tid in proc.task_ids(parent):
-                found += [child for child in proc.children_of(parent, tid) if child not in found]
-    return found

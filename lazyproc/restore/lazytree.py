@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from lazyproc.errors import NoSuchProcess
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 
@@ -64,9 +63,11 @@ def from_facts(facts: Mapping[str, Any]) -> LazyTree:
     )
 
 
-def end_tree(tree: LazyTree) -> None:
-    """SIGKILL to every process of it that has anchors."""
-    for task in tree.tasks:
-        if proc.lives(task.pid, task.started):
-            with suppress(ProcessLookupError):
-                os.kill(task.pid, signal.SIGKILL)
+def descendants(roots: Sequence[int]) -> list[int]:
+    """The roots and all below them, parents before their children; those that end meanwhile are of no interest."""
+    found = list(dict.fromkeys(roots))
+    for parent in found:
+        with suppress(NoSuchProcess):
+            for tid in proc.task_ids(parent):
+                found += [child for child in proc.children_of(parent, tid) if child not in found]
+    return found

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lazyproc.migrate.report import MigrateReport
     from lazyproc.restore.run import RestoreReport
 
-PLACES = ("zero", "eager", "urgent", "bulk", "dropped")
+PLACES = ("zero", "eager", "urgent", "bulk", "dropped", "poisoned")
 
 
 def report_fields(report: CheckpointReport | MigrateReport | RestoreReport) -> dict[str, object]:
@@ -62,7 +62,7 @@ def measures(fields: Mapping[str, object]) -> str:
 
 
 def _by_way(fields: Mapping[str, object]) -> str:
-    return ", ".join(f"{fields[f'pages_{name}']} {name}" for name in PLACES if fields[f"pages_{name}"])
+    return ", ".join(f"{fields[f'pages_{name}']} {name}" for name in PLACES if fields.get(f"pages_{name}"))
 
 
 def _number(value: object) -> float:

@@ -18,8 +18,9 @@
 struct piece {
     uint64_t addr;
     uint64_t pages;
-    const uint8_t *data; /* NULL: remote */
+    const uint8_t *data; /* NULL: remote, or lost */
     uint32_t primary;
+    enum page_class as; /* CLASS_NONE: it is not here to be placed */
 };
 
 /* pthread mutexes are not fair: without this the thread that copies would take the lock back before the one that
@@ -245,12 +246,12 @@ static enum next plan_turn(struct pager *p, struct piece *local)
     int found = 1;
 
     renew_link(p);
-    local->data = NULL;
+    local->as = CLASS_NONE;
     if (p->status == PAGER_DONE || p->status == PAGER_FAILED)
         return NEXT_END;
     for (int i = 0; i < ASK_AT_ONCE && p->rate_free_ns <= now; i++) {
         uint64_t window = allowed(p), limit = piece_limit(window);
-        struct piece piece;
+        struct piece piece = {.as = CLASS_NONE};
 
         if (p->has_remote && p->bulk_pages * PAGE_SIZE + min_u64(window, limit * PAGE_SIZE) > window)
             return NEXT_WAIT;
@@ -260,13 +261,14 @@ static enum next plan_turn(struct pager *p, struct piece *local)
         if (found <= 0)
             break;
         charge(p, piece.pages * PAGE_SIZE, now);
-        if (piece.data) {
+        if (piece.data || (p->poisons && !p->has_remote)) {
             *local = piece;
+            local->as = piece.data ? CLASS_BULK : CLASS_POISONED;
             return NEXT_AT_ONCE;
         }
         if (!p->has_remote) {
             if (ledger_absent(&p->ledger, piece.primary, piece.addr, piece.pages))
-                lost(p, "the map names a page that no segment holds", 0);
+                lacking(p);
             continue;
         }
         ledger_mark(&p->ledger, piece.primary, piece.addr, piece.pages, PAGE_ASKED_BULK, PAGE_ASKED_BULK);
@@ -316,9 +318,9 @@ void *bulk_main(void *pager)
         pthread_mutex_unlock(&p->lock);
         if (next == NEXT_END || atomic_load(&p->stopping))
             return NULL;
-        for (uint64_t i = 0; local.data && i < local.pages; i += PIECE_PAGES)
+        for (uint64_t i = 0; local.as != CLASS_NONE && i < local.pages; i += PIECE_PAGES)
             place_patiently(p, local.primary, local.addr + i * PAGE_SIZE, min_u64(PIECE_PAGES, local.pages - i),
-                            local.data + i * PAGE_SIZE, CLASS_BULK);
+                            local.data ? local.data + i * PAGE_SIZE : NULL, local.as);
         error = p->bulk.fd >= 0 ? link_flush(&p->bulk) : 0;
         if (error)
             declare_lost(p, "the bulk connection broke", error);

@@ -102,6 +102,7 @@ struct pager {
     bool has_remote;
     uint32_t generation; /* of the pair of connections */
     uint64_t reconnects;
+    bool poisons; /* what neither a segment nor a connection brings */
     int next_urgent, next_bulk; /* given and not yet taken up by their thread, or -1 */
     struct link urgent;         /* the fault thread's */
     uint32_t urgent_generation;
@@ -136,16 +137,18 @@ static inline void keep_order(void)
 uint64_t now_ns(void);
 void kick(int eventfd);
 void lost(struct pager *p, const char *reason, int error);   /* the source is; asked pages are missing again */
+void lacking(struct pager *p); /* there is no source, and no segment has it: it waits, the others come */
 void failed(struct pager *p, const char *what, int error);   /* the pager has */
 void check_done(struct pager *p);
 
 /* _place.c */
 int watch_space(struct pager *p, uint32_t space);
-/* The pages go into every process that waits for them, as zeros when data is NULL. 0, or -EAGAIN: call again; what was
+/* The pages go into every process that waits for them, without data as zeros or, CLASS_POISONED, as SIGBUS. 0, or -EAGAIN: call again; what was
  * placed already is skipped then. */
 int place_pages(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages, const uint8_t *data,
                 enum page_class as);
-int place_zero(struct pager *p, const struct fault *f); /* under a fault that needs no content */
+/* Under a fault that needs no content: CLASS_ZERO, or CLASS_POISONED where it is lost. */
+int place_filler(struct pager *p, const struct fault *f, enum page_class as);
 void wake(const struct pager *p, uint32_t space, uint64_t va, uint64_t pages);
 void retire_space(struct pager *p, uint32_t space);
 /* -ENOENT: it lives. -EAGAIN: its mappings are changing. -ESRCH: it is gone. */

@@ -155,9 +155,11 @@ static int await_page(struct pager *p, struct fault *f, enum page_state state)
         return error;
     if (data)
         return place_pages(p, primary, f->addr, 1, data, CLASS_URGENT);
+    if (!p->has_remote && p->poisons)
+        return place_pages(p, primary, f->addr, 1, NULL, CLASS_POISONED);
     if (!p->has_remote) {
         if (ledger_absent(&p->ledger, primary, f->addr, 1))
-            lost(p, "the map names a page that no segment holds", 0);
+            lacking(p);
         else
             p->retry = p->ledger.head->map_known; /* it was no content, then: zero */
         return 0;
@@ -186,7 +188,7 @@ static int serve_fault(struct pager *p, struct fault *f)
     if (byte && page_waits(*byte)) {
         error = await_page(p, f, page_state(*byte));
     } else {
-        error = place_zero(p, f);
+        error = place_filler(p, f, byte && page_state(*byte) == PAGE_POISONED ? CLASS_POISONED : CLASS_ZERO);
         if (error == -EAGAIN && faults_push(&p->waiting, f) < 0)
             return -ENOMEM;
     }
@@ -304,18 +306,26 @@ static void send_requests(struct pager *p)
     (void)epoll_ctl(p->epoll, EPOLL_CTL_MOD, p->urgent.fd, &event);
 }
 
+/* Closing takes a connection out of the epoll set only if nobody else has it, and its end is an event for ever. */
+static void connect_urgent(struct pager *p, int fd)
+{
+    if (p->urgent.fd >= 0)
+        epoll_ctl(p->epoll, EPOLL_CTL_DEL, p->urgent.fd, NULL);
+    link_connect(&p->urgent, fd);
+}
+
 /* Lets go of a lost connection and takes up a new one. */
 static void renew_link(struct pager *p)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = EVENT_URGENT};
 
     if (!p->online && p->urgent.fd >= 0) {
-        link_connect(&p->urgent, -1);
+        connect_urgent(p, -1);
         atomic_store(&p->urgent_outstanding, 0);
     }
     if (!p->online || p->urgent_generation == p->generation)
         return;
-    link_connect(&p->urgent, p->next_urgent);
+    connect_urgent(p, p->next_urgent);
     p->next_urgent = -1;
     p->urgent_full = false;
     p->urgent_generation = p->generation;

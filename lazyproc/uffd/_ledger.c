@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define LEDGER_MAGIC 0x31726765646c707aull
+#define LEDGER_MAGIC 0x32726765646c707aull
 #define NO_KIN UINT32_MAX
 
 #define HEAD_BYTES (1ull << 16)
@@ -738,6 +738,39 @@ int ledger_map_close(struct ledger *l, uint32_t instance, uint64_t addr, uint64_
         }
     }
     return 0;
+}
+
+void ledger_close_map(struct ledger *l)
+{
+    for (uint32_t i = 0; i < l->head->instances; i++)
+        for (uint32_t s = 0; l->instances[i].live && s < l->instances[i].spans; s++) {
+            const struct span *span = ledger_spans(l, i) + s;
+
+            if (!l->head->map_known && l->instances[i].primary == i)
+                ledger_map_run(l, i, span->addr, span->pages);
+        }
+    ledger_forget_asked(l);
+    for (uint32_t i = 0; i < l->head->instances; i++)
+        for (uint32_t s = 0; l->instances[i].live && s < l->instances[i].spans; s++) {
+            const struct span *span = ledger_spans(l, i) + s;
+
+            /* Nothing is absent any more, so it cannot fail. */
+            (void)ledger_map_close(l, i, span->addr, span->pages);
+        }
+    l->head->map_known = 1;
+}
+
+bool ledger_shares_poison(const struct ledger *l)
+{
+    for (uint32_t i = 0; i < l->head->instances; i++)
+        for (uint32_t s = 0; l->instances[i].live && s < l->instances[i].spans; s++) {
+            const struct span *span = ledger_spans(l, i) + s;
+
+            for (uint64_t k = 0; !instance_is_private(&l->instances[i]) && k < span->pages; k++)
+                if (page_state(l->states[span->states + k]) == PAGE_POISONED)
+                    return true;
+        }
+    return false;
 }
 
 int ledger_absent(struct ledger *l, uint32_t primary, uint64_t addr, uint64_t pages)

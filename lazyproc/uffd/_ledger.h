@@ -38,10 +38,20 @@ enum page_state {
     PAGE_INSTALLED,
     PAGE_HOLE,    /* not in the map: zero, installed when touched */
     PAGE_DROPPED, /* discarded by its process, or nobody maps it any more */
+    PAGE_POISONED, /* lost for good: who touches it gets SIGBUS */
 };
 
 /* What a page is counted as. */
-enum page_class { CLASS_NONE, CLASS_ZERO, CLASS_URGENT, CLASS_BULK, CLASS_DROPPED, CLASS_EAGER, CLASS_COUNT };
+enum page_class {
+    CLASS_NONE,
+    CLASS_ZERO,
+    CLASS_URGENT,
+    CLASS_BULK,
+    CLASS_DROPPED,
+    CLASS_EAGER,
+    CLASS_POISONED,
+    CLASS_COUNT,
+};
 
 #define STATE_MASK 0x07u
 #define CLASS_SHIFT 3
@@ -195,6 +205,10 @@ bool ledger_kin_waits(const struct ledger *l, uint32_t primary, uint64_t addr);
 /* The pages whose state comes before `below` become `state`, in every instance of the object. */
 void ledger_mark(struct ledger *l, uint32_t primary, uint64_t addr, uint64_t pages, enum page_state below,
                  enum page_state state);
+/* Every page that waits is missing again and, when no map has come, taken for one with content. To a ledger whose
+ * pagers are all stopped. */
+void ledger_close_map(struct ledger *l);
+bool ledger_shares_poison(const struct ledger *l); /* in memory that several mappings may show, now or later */
 void ledger_forget_asked(struct ledger *l); /* what was asked for and never came is missing again */
 
 /* The map: these pages have content at the source. */

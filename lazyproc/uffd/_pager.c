@@ -65,6 +65,12 @@ void lost(struct pager *p, const char *reason, int error)
     kick(p->bulk_kick);
 }
 
+void lacking(struct pager *p)
+{
+    if (p->status == PAGER_RUNNING)
+        set_status(p, PAGER_LOST, "the map names a page that no segment holds", 0);
+}
+
 void failed(struct pager *p, const char *what, int error)
 {
     if (p->status != PAGER_FAILED)
@@ -525,6 +531,24 @@ int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count)
     return error;
 }
 
+void pager_alone(struct pager *p, bool poison)
+{
+    pthread_mutex_lock(&p->lock);
+    ledger_close_map(&p->ledger);
+    p->poisons = poison;
+    pthread_mutex_unlock(&p->lock);
+}
+
+bool pager_shares_poison(struct pager *p)
+{
+    bool found;
+
+    pthread_mutex_lock(&p->lock);
+    found = ledger_shares_poison(&p->ledger);
+    pthread_mutex_unlock(&p->lock);
+    return found;
+}
+
 bool pager_map_known(struct pager *p)
 {
     bool known;
@@ -661,6 +685,7 @@ void pager_counters(struct pager *p, struct pager_counters *c)
     c->urgent = head->counted[CLASS_URGENT];
     c->bulk = head->counted[CLASS_BULK];
     c->dropped = head->counted[CLASS_DROPPED];
+    c->poisoned = head->counted[CLASS_POISONED];
     c->remaining = head->remaining;
     for (int i = 0; i < 3; i++)
         memcpy(c->outcomes[i], head->outcomes[classes[i]], sizeof(c->outcomes[i]));

@@ -37,8 +37,8 @@ struct pager_run {
 };
 
 struct pager_counters {
-    uint64_t total, zero, eager, urgent, bulk, dropped; /* pages of the map; at the end total is the sum of the rest */
-    uint64_t remaining;                                 /* pages of all processes, forked ones included */
+    uint64_t total, zero, eager, urgent, bulk, dropped, poisoned; /* pages of the map; at the end total is the sum */
+    uint64_t remaining;                                           /* pages of all processes, forked ones included */
     uint64_t outcomes[3][4];                            /* zero, urgent, bulk x installed, present, deferred, gone */
     uint64_t bytes_in, bytes_out, reconnects;
     uint64_t faults, fault_max_ns;
@@ -83,6 +83,12 @@ int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count)
  * pager_forget_acked, which a new link begins with. 0: none for now. */
 int pager_acknowledge(struct pager *p, struct pager_run *runs, size_t count);
 int pager_forget_acked(struct pager *p);
+/* No connection is expected. A map that has not come will not: every page may have content. With `poison` what no
+ * segment brings is lost: who touches it gets SIGBUS (Linux 6.6) instead of waiting. Before pager_start. */
+void pager_alone(struct pager *p, bool poison);
+/* DONE and some of it lies in shared memory: whoever maps that anew is served only as long as the threads go on. */
+bool pager_shares_poison(struct pager *p);
+
 bool pager_map_known(struct pager *p); /* to this pager or an earlier one of its ledger */
 int pager_start(struct pager *p, bool bulk, uint64_t max_rate); /* bytes a second, 0: as fast as faults allow */
 int pager_wait(struct pager *p, int timeout_ms); /* enum pager_status, at once when it is not RUNNING; -ETIMEDOUT */

@@ -9,18 +9,23 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-/* --- the three ioctls -------------------------------------------------------------------------------------------- */
+/* --- the ioctls -------------------------------------------------------------------------------------------------- */
+
+#ifndef UFFDIO_POISON /* Linux 6.6; struct uffdio_poison has the layout of uffdio_zeropage */
+#define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_zeropage)
+#endif
 
 /* Bytes installed, or -errno. Part of the range may be done when an error stops the rest: then the part counts. */
-static int64_t install(int uffd, uint64_t va, const uint8_t *data, uint64_t bytes)
+static int64_t install(int uffd, uint64_t va, const uint8_t *data, uint64_t bytes, enum page_class as)
 {
     struct uffdio_copy copy = {.dst = va, .src = (uintptr_t)data, .len = bytes};
-    struct uffdio_zeropage zero = {.range = {.start = va, .len = bytes}};
+    struct uffdio_zeropage fill = {.range = {.start = va, .len = bytes}};
+    unsigned long filler = as == CLASS_POISONED ? UFFDIO_POISON : UFFDIO_ZEROPAGE;
     int64_t done;
 
-    if (data ? ioctl(uffd, UFFDIO_COPY, &copy) == 0 : ioctl(uffd, UFFDIO_ZEROPAGE, &zero) == 0)
+    if (data ? ioctl(uffd, UFFDIO_COPY, &copy) == 0 : ioctl(uffd, filler, &fill) == 0)
         return (int64_t)bytes;
-    done = data ? copy.copy : zero.zeropage;
+    done = data ? copy.copy : fill.zeropage;
     return done > 0 ? done : -errno;
 }
 
@@ -185,7 +190,7 @@ int64_t probe_space(const struct pager *p, uint32_t space)
 
     if (ledger_region_at(&p->ledger, space, nowhere))
         return -ENOENT;
-    return install(p->ledger.spaces[space].uffd, nowhere, NULL, PAGE_SIZE);
+    return install(p->ledger.spaces[space].uffd, nowhere, NULL, PAGE_SIZE, CLASS_ZERO);
 }
 
 /* A process that ends sends no message. */
@@ -212,7 +217,9 @@ static void wake_mappings(const struct pager *p, uint32_t instance, uint64_t add
 static void settle(struct pager *p, uint32_t instance, uint64_t addr, uint64_t pages, enum outcome outcome,
                    enum page_class as)
 {
-    enum page_state state = outcome == OUTCOME_GONE ? PAGE_DROPPED : PAGE_INSTALLED;
+    enum page_state state = outcome == OUTCOME_GONE ? PAGE_DROPPED
+                            : outcome == OUTCOME_INSTALLED && as == CLASS_POISONED ? PAGE_POISONED
+                                                                                   : PAGE_INSTALLED;
     uint64_t run;
 
     for (uint64_t k = 0; k < pages; k++)
@@ -223,12 +230,12 @@ static void settle(struct pager *p, uint32_t instance, uint64_t addr, uint64_t p
 }
 
 /* One mapping is one or more VMAs: mprotect(2) and madvise(2) split them unseen, and a copy must not cross a border. */
-static int64_t install_run(const struct pager *p, const struct mapping *m, const uint8_t *data)
+static int64_t install_run(const struct pager *p, const struct mapping *m, const uint8_t *data, enum page_class as)
 {
     int uffd = p->ledger.spaces[m->space].uffd;
-    int64_t result = install(uffd, m->va, data, m->pages * PAGE_SIZE);
+    int64_t result = install(uffd, m->va, data, m->pages * PAGE_SIZE, as);
 
-    return result == -ENOENT && m->pages > 1 ? install(uffd, m->va, data, PAGE_SIZE) : result;
+    return result == -ENOENT && m->pages > 1 ? install(uffd, m->va, data, PAGE_SIZE, as) : result;
 }
 
 /* Places what it can of a run of waiting pages: their number, 0 when the tables changed, or -errno. */
@@ -244,7 +251,7 @@ static int64_t place_run(struct pager *p, uint32_t instance, uint64_t addr, uint
 
         if (m.addr != addr)
             continue;
-        result = install_run(p, &m, data);
+        result = install_run(p, &m, data, as);
         outcome = count_outcome(p, as, result);
         if (outcome < 0 || outcome == OUTCOME_DEFERRED)
             return result == -ENOMEM ? -EAGAIN : result;
@@ -264,6 +271,31 @@ static int64_t place_run(struct pager *p, uint32_t instance, uint64_t addr, uint
     return 1;
 }
 
+/* A page of memory that several mappings may show, at each of them: the mark is in their page tables, not in the object.
+ * As place_run. */
+static int64_t poison_shared(struct pager *p, uint32_t instance, uint64_t addr)
+{
+    struct cursor at = {0};
+    struct mapping m;
+    bool mapped = false;
+
+    while (ledger_next_mapping(&p->ledger, instance, addr, 1, &at, &m)) {
+        int64_t result = install(p->ledger.spaces[m.space].uffd, m.va, NULL, PAGE_SIZE, CLASS_POISONED);
+        int outcome = count_outcome(p, CLASS_POISONED, result);
+
+        if (outcome < 0 || outcome == OUTCOME_DEFERRED)
+            return result == -ENOMEM ? -EAGAIN : result;
+        if (result == -ESRCH || result == -ENOSPC) {
+            retire_space(p, m.space);
+            return 0;
+        }
+        mapped |= outcome != OUTCOME_GONE;
+    }
+    wake_mappings(p, instance, addr, 1, 0);
+    settle(p, instance, addr, 1, mapped ? OUTCOME_INSTALLED : OUTCOME_GONE, CLASS_POISONED);
+    return 1;
+}
+
 static int place_in(struct pager *p, uint32_t instance, uint64_t addr, uint64_t pages, const uint8_t *data,
                     enum page_class as)
 {
@@ -279,7 +311,10 @@ static int place_in(struct pager *p, uint32_t instance, uint64_t addr, uint64_t 
         }
         while (n < run && page_waits(bytes[n]))
             n++;
-        placed = place_run(p, instance, addr + i * PAGE_SIZE, n, data ? data + i * PAGE_SIZE : NULL, as);
+        if (as == CLASS_POISONED && !instance_is_private(&p->ledger.instances[instance]))
+            placed = poison_shared(p, instance, addr + i * PAGE_SIZE);
+        else
+            placed = place_run(p, instance, addr + i * PAGE_SIZE, n, data ? data + i * PAGE_SIZE : NULL, as);
         if (placed < 0)
             return (int)placed;
         i += (uint64_t)placed;
@@ -301,11 +336,12 @@ int place_pages(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages
     return 0;
 }
 
-/* The page has come, was discarded, or never was: whatever is there stays (EEXIST), and else zeros are right. */
-int place_zero(struct pager *p, const struct fault *f)
+/* The page has come, was discarded, or never was: whatever is there stays (EEXIST), and else zeros are right. One that
+ * was poisoned is so wherever it is mapped since. */
+int place_filler(struct pager *p, const struct fault *f, enum page_class as)
 {
-    int64_t result = install(p->ledger.spaces[f->space].uffd, f->va, NULL, PAGE_SIZE);
-    int outcome = count_outcome(p, CLASS_ZERO, result);
+    int64_t result = install(p->ledger.spaces[f->space].uffd, f->va, NULL, PAGE_SIZE, as);
+    int outcome = count_outcome(p, as, result);
 
     if (outcome < 0 || outcome == OUTCOME_DEFERRED)
         return result == -ENOMEM ? -EAGAIN : (int)result;
@@ -317,6 +353,6 @@ int place_zero(struct pager *p, const struct fault *f)
         wake(p, f->space, f->va, 1);
     if (f->instance != NO_INSTANCE)
         wake_mappings(p, f->instance, f->addr, 1, f->va);
-    record(p, f, outcome, CLASS_ZERO);
+    record(p, f, outcome, as);
     return 0;
 }

@@ -261,3 +261,14 @@ class Userfaultfd:
                 raise
             return Placed(outcome, max(0, int(layout.unpack(argument)[-1])))
         return Placed(Outcome.INSTALLED, length)
+
+
+def demand_poison() -> None:
+    """Raises HostLacks unless the kernel can mark a page as lost."""
+    with Userfaultfd.open() as device:
+        try:
+            device.api(Feature.POISON)
+        except HostLacks as error:
+            raise HostLacks(
+                "the kernel cannot mark pages as lost", where="UFFDIO_POISON", remedy="use Linux 6.6 or newer"
+            ) from error

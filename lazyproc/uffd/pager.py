@@ -52,8 +52,8 @@ class FaultTimes:
 class Counters:
     """A reading of the pager's counters, in pages unless named otherwise.
 
-    Each page counts once: at the end `total == zero + eager + urgent + bulk + dropped`. `remaining` are the pages
-    that still wait, those of forked children included. `outcomes[class][outcome]` counts what the kernel said.
+    Each page counts once: at the end `total == zero + eager + urgent + bulk + dropped + poisoned`. `remaining` are the
+    pages that still wait, those of forked children included. `outcomes[class][outcome]` counts what the kernel said.
     """
 
     total: int
@@ -62,6 +62,7 @@ class Counters:
     urgent: int
     bulk: int
     dropped: int
+    poisoned: int
     remaining: int
     outcomes: Mapping[str, Mapping[Outcome, int]]
     bytes_in: int
@@ -72,7 +73,7 @@ class Counters:
     @property
     def settled(self) -> int:
         """Pages of the map that have come to their end."""
-        return self.zero + self.eager + self.urgent + self.bulk + self.dropped
+        return self.zero + self.eager + self.urgent + self.bulk + self.dropped + self.poisoned
 
     def as_event(self) -> PagesMoved:
         return PagesMoved(
@@ -270,6 +271,21 @@ class Pager:
         """Another link: what was acknowledged is named once more."""
         lib.pager_forget_acked(self._pager)
 
+    def alone(self, *, poison: bool = False) -> None:
+        """No connection is expected, and a map that has not come will not: every page may have content.
+
+        With `poison` what no segment brings is lost: who touches such a page gets SIGBUS (UFFDIO_POISON, Linux 6.6).
+        Otherwise it waits, the others come, and the state is LOST. Before `start`.
+        """
+        lib.pager_alone(self._pager, poison)
+
+    @property
+    def shares_poison(self) -> bool:
+        """Whether some of what was lost lies in shared memory. The mark is in page tables, so mappings that are made
+        later (fork, mremap) have it only from us: do not `finish` before the last process has ended.
+        """
+        return bool(lib.pager_shares_poison(self._pager))
+
     # --- running ---
 
     def start(self, bulk: bool = True, max_rate: int = 0) -> None:
@@ -313,6 +329,7 @@ class Pager:
             urgent=int(raw.urgent),
             bulk=int(raw.bulk),
             dropped=int(raw.dropped),
+            poisoned=int(raw.poisoned),
             remaining=int(raw.remaining),
             outcomes={
                 name: dict(zip(_OUTCOMES, (int(n) for n in row), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -245,6 +246,32 @@ def test_a_destination_that_fails_at_the_commit(
         assert run_cli(pair.source, "resume", record["id"], "--here", expected=2)
         run_cli(pair.source, "resume", record["id"], "--here", "--force")
     program.stop_and_verify()
+
+
+@pytest.mark.parametrize("orphaned", [False, True])
+def test_abort_of_a_source_in_doubt_ends_it_and_says_so(pair: Pair, program: Program, orphaned: bool) -> None:
+    """Whether anybody works on it or not."""
+    reached = []
+
+    def waits(control: Channel) -> None:
+        reached.append(True)
+        control.socket.recv(1)
+
+    with listener_on(pair.destination, destination((Prepared(), Built()), waits)) as target:
+        process = started(pair.source, *migrate_to(pair, program, target))
+        wait_until(lambda: bool(reached) or process.poll() is not None, "COMMIT has come")
+        (record,) = journals(pair.source, SOURCE)
+        if orphaned:
+            kill(pair.source, SOURCE, "keeper", "server")
+        done = run_cli(pair.source, "abort", record["id"], "--json")
+        answer = json.loads(done.stdout)
+        assert (answer["role"], answer["state"]) == (SOURCE, "orphaned" if orphaned else "parked")
+        assert answer["pages_missing"] is None
+        assert "not known whether it runs on the other host" in answer["text"]
+        wait_until(lambda: gone(program.pid), "it is ended")
+        process.communicate()
+        assert process.returncode == 4
+        assert not journals(pair.source, SOURCE)
 
 
 def test_a_source_that_is_killed_in_doubt(pair: Pair, program: Program) -> None:
