@@ -237,9 +237,10 @@ static void finish(struct pager *p)
         exit(1);
     }
     pager_counters(p, &c);
-    check(c.total == c.zero + c.eager + c.urgent + c.bulk + c.dropped, "each page counts once");
+    check(c.total == c.zero + c.eager + c.urgent + c.bulk + c.dropped + c.poisoned, "each page counts once");
     errno = -pager_finish(p);
     check(errno == 0, "pager_finish");
+    pager_counters(p, &c); /* the target goes on touching until then */
     read_trace(p, c.faults);
     pager_free(p);
 }
