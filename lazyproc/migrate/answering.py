@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from lazyproc.errors import Obstacle, RestoreError, UsageError
+from lazyproc.errors import LazyprocError, Obstacle, RestoreError, UsageError
 from lazyproc.migrate.needs import needs_in
 from lazyproc.migrate.prepare import Offer, objections
+from lazyproc.migrate.promises import promises
 from lazyproc.migrate.room import Room, least_room
 from lazyproc.migrate.talk import checked, next_event
 from lazyproc.needs import FeatureNeed, PidNeed, Wanted
@@ -42,21 +43,31 @@ def heard(control: Channel, timeout: float) -> tuple[Mapping[str, JsonValue], tu
             return checked(event, Prepare, control).fields, wanted
 
 
+def groups_here(cgroup: str | None) -> Mapping[str, str] | LazyprocError:
+    """The cgroups in which a tree would be, by controllers, or what is against the one that was named."""
+    try:
+        return whereabouts(cgroup)
+    except (RestoreError, UsageError) as error:
+        return error
+
+
 def obstacles_here(
     order: Mapping[str, JsonValue],
     wanted: Sequence[Wanted],
+    groups: Mapping[str, str] | LazyprocError,
     *,
     pidns: Pidns,
     overcommit: bool,
-    cgroup: str | None,
 ) -> Iterator[Obstacle]:
-    """Everything about this host that would stop a restore of the tree. Raises ProtocolError."""
-    groups: Mapping[str, str] = {}
-    try:
-        groups = whereabouts(cgroup)
-    except (RestoreError, UsageError) as error:
-        yield Obstacle(0, "host", f"{error.where}: {error.what}", error.remedy)
-    yield from objections(Offer.of(order), Room(1 << 62) if overcommit else least_room(groups))
+    """Everything about this host that would stop a restore of the tree; `groups` as `groups_here` gives them.
+
+    Raises ProtocolError.
+    """
+    if isinstance(groups, LazyprocError):
+        yield Obstacle(0, "host", f"{groups.where}: {groups.what}", groups.remedy)
+        groups = {}
+    room = Room(1 << 62) if overcommit else least_room(groups, tuple(promises()))
+    yield from objections(Offer.of(order), room)
     if order.get("policy") not in POLICIES or order.get("mode") not in MODES:
         why = f"policy {order.get('policy')!r} or mode {order.get('mode')!r} is not known here"
         yield Obstacle(0, "host", why, "choose another, or use the same lazyproc on both hosts")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,12 +14,13 @@ from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
-from lazyproc.migrate.answering import heard, obstacles_here
+from lazyproc.migrate.answering import groups_here, heard, obstacles_here
 from lazyproc.migrate.identity import identity
-from lazyproc.migrate.journal import Journal
+from lazyproc.migrate.journal import ARRIVING, Journal, one_at_a_time
 from lazyproc.migrate.link import Link
 from lazyproc.migrate.needs import obstacles_frame
 from lazyproc.migrate.talk import Unfit, expect
+from lazyproc.needs import Wanted
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.remote import RemotePages
 from lazyproc.restore.lazy import introduce
@@ -118,9 +119,11 @@ class Arrival:
             return self._begin(pager, serve)
         except (LazyprocError, OSError) as error:
             if not self.committed:
+                self._journal.remove()
                 self._refuse(error)
             raise
         except KeyboardInterrupt:
+            self._journal.remove()
             self._refuse(LazyprocError("the receiver was stopped"))
             raise
 
@@ -173,12 +176,8 @@ class Arrival:
 
     def _prepare(self) -> Wishes:
         order, wanted = heard(self._link.control, PREPARE_S)
-        terms = self._terms
-        against = obstacles_here(
-            order, wanted, pidns=terms.pidns, overcommit=terms.overcommit, cgroup=terms.cgroup
-        )
-        if obstacles := tuple(against):
-            raise Unfit(obstacles)
+        with one_at_a_time():
+            self._admit(order, wanted)
         clock = Clock.now()
         if self._trace is not None:
             self._trace.begin(self._link.session.id, clock)
@@ -186,6 +185,15 @@ class Arrival:
         trace: dict[str, JsonValue] = {"trace": asdict(clock)} if wishes.traced else {}
         self._link.control.send(Prepared({**trace, "release": True} if wishes.release else trace))
         return wishes
+
+    def _admit(self, order: Mapping[str, JsonValue], wanted: Sequence[Wanted]) -> None:
+        """Raises Unfit. Whoever comes next is told what this tree is going to take."""
+        terms = self._terms
+        groups = groups_here(terms.cgroup)
+        against = obstacles_here(order, wanted, groups, pidns=terms.pidns, overcommit=terms.overcommit)
+        if obstacles := tuple(against):
+            raise Unfit(obstacles)
+        self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
     def _commit(self, tree: BuiltTree, facts: Mapping[str, Any], identity: Callable[[], object]) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,

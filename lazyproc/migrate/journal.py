@@ -5,20 +5,23 @@ Whoever finds it can tell who may run the tree, and finish the work: docs/reliab
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lazyproc.errors import LazyprocError, UsageError
 from lazyproc.facts import dataclass
+from lazyproc.migrate.desk import is_staffed
 
 KEPT_S = 7 * 86400
 SOURCE, DESTINATION = "source", "destination"
 RELEASING = "releasing"  # at the source: it runs there, and parts of its memory are gone here
+ARRIVING = "arriving"  # at the destination: admitted, and not here yet
 
 
 def folder() -> Path:
@@ -64,24 +67,21 @@ class Journal:
         self.facts |= {"boot_id": _boot_id(), "state": state, "since": time.time(), **facts}
         draft = self._path.with_suffix(".new")
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(self.facts, file)
-                file.flush()
+            with _blamed(self._path):
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                    json.dump(self.facts, file)
+                    file.flush()
+                    if durable:
+                        os.fsync(file.fileno())
+                os.rename(draft, self._path)
                 if durable:
-                    os.fsync(file.fileno())
-            os.rename(draft, self._path)
-            if durable:
-                _sync_folder(self._path.parent)
-        except OSError as error:
+                    _sync_folder(self._path.parent)
+        except LazyprocError:
             for path in (draft, self._path):
                 with suppress(OSError):
                     path.unlink()
-            raise LazyprocError(
-                f"the journal cannot be written: {error.strerror}",
-                where=str(self._path),
-                remedy="make room there, or name another folder with XDG_STATE_HOME",
-            ) from error
+            raise
 
     def reload(self) -> None:
         """What another process of ours has written since. Without a record the state is ""."""
@@ -101,6 +101,34 @@ class Journal:
             self._path.unlink()
 
 
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """No other process of this host is inside for another session. Raises LazyprocError.
+
+    Whoever is killed inside before the commit lets go: those who have his descriptors end then.
+    """
+    with _blamed(folder()):
+        folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(folder(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LazyprocError(
+            f"the journal cannot be written: {error.strerror}",
+            where=str(path),
+            remedy="make room there, or name another folder with XDG_STATE_HOME",
+        ) from error
+
+
 def records() -> Iterator[Record]:
     """Of all sessions on this host, the oldest first. What cannot be read is named by its state `garbled`."""
     for path in sorted(folder().glob("*.json"), key=lambda path: path.name):
@@ -115,9 +143,10 @@ def records() -> Iterator[Record]:
 
 
 def forget_old() -> None:
-    """Remove what was kept for another host to learn, and it never asked."""
+    """Remove what was kept for another host to learn, and it never asked; and what never arrived."""
     for record in records():
-        if record.state in ("aborted", "drained") and time.time() - record.since > KEPT_S:
+        dead = record.state == ARRIVING and not is_staffed(record.session, record.role)
+        if dead or (record.state in ("aborted", "drained") and time.time() - record.since > KEPT_S):
             Journal(record.session, record.role).remove()
 
 

@@ -81,8 +81,11 @@ def objections(offer: Offer, room: Room) -> Iterator[Obstacle]:
     need, copies = offer.pages * PAGE, offer.copies * PAGE
     if need + HEADROOM > room.bytes:
         shared = f", {copies >> 20} of them copies of what is shared since a fork," if copies >> 20 else ""
+        left = max(0, room.bytes)
+        owed = f" ({room.promised >> 20} MiB more belong to trees that are still getting theirs)"
         yield Obstacle(
-            0, "host", f"the tree has {need >> 20} MiB{shared} and {room.whose} {room.bytes >> 20} MiB available",
+            0, "host", f"the tree has {need >> 20} MiB{shared} and {room.whose} {left >> 20} MiB available"
+            f"{owed if room.promised else ''}",
             f"{f'raise its {room.limit}' if room.limit else 'free memory there'}, or use receive --overcommit",
         )  # fmt: skip
     lacking = cpu.missing(offer.cpu, cpu.features())

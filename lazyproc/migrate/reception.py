@@ -10,7 +10,7 @@ from typing import Any
 from lazyproc.errors import ConnectionLost, ProtocolError, UsageError
 from lazyproc.kernel import family
 from lazyproc.migrate.desk import ask, is_staffed
-from lazyproc.migrate.journal import DESTINATION, Journal, Record, find
+from lazyproc.migrate.journal import ARRIVING, DESTINATION, Journal, Record, find
 from lazyproc.migrate.link import NOT_KNOWN
 from lazyproc.migrate.talk import expect
 from lazyproc.pages.transport import Channel
@@ -44,7 +44,11 @@ def _record(hello: Hello) -> Record | None:
     with suppress(UsageError):
         record = find(hello.session, DESTINATION)
         token = str(record.facts.get("token", ""))
-        if token and secrets.compare_digest(token.encode(), hello.token.encode()):
+        if (
+            record.state != ARRIVING
+            and token
+            and secrets.compare_digest(token.encode(), hello.token.encode())
+        ):
             return record
     return None
 

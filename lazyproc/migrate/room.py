@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lazyproc.facts import dataclass
+from lazyproc.facts import dataclass, replace
 from lazyproc.kernel.cgroup import V2, Hierarchy, hierarchies
+from lazyproc.migrate.promises import Promise
 
 UNLIMITED_V1 = 1 << 62  # what memory.limit_in_bytes says without a limit is near 2**63
 
@@ -20,6 +21,7 @@ class Room:
     bytes: int
     whose: str = "this host"
     limit: str = ""
+    promised: int = 0  # bytes that are free and belong to trees which came before
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +37,24 @@ MEMORY_V1 = Controller("memory.limit_in_bytes", "memory.usage_in_bytes", "total_
 MEMORY_V2 = Controller("memory.max", "memory.current", "inactive_file")
 
 
-def least_room(groups: Mapping[str, str]) -> Room:
-    """MemAvailable, or less where a memory cgroup limits a tree that is in `groups` (controllers to path)."""
+def least_room(groups: Mapping[str, str], promised: Sequence[Promise] = ()) -> Room:
+    """MemAvailable, or less where a memory cgroup limits a tree that is in `groups` (controllers to path), without what
+    was `promised` to trees there.
+    """
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    found = [Room(int(meminfo["MemAvailable"].split()[0]) * 1024)]
+    host = Room(int(meminfo["MemAvailable"].split()[0]) * 1024)
+    found = [_less(host, sum(each.bytes for each in promised))]
     for each in hierarchies():
         if each.controllers == V2 or "memory" in each.controllers.split(","):
-            found += rooms(each, groups.get(each.controllers, each.own))
+            found += rooms(each, groups.get(each.controllers, each.own), promised)
     return min(found, key=lambda room: room.bytes)
 
 
-def rooms(hierarchy: Hierarchy, path: str) -> Iterator[Room]:
+def _less(room: Room, promised: int) -> Room:
+    return replace(room, bytes=room.bytes - promised, promised=promised)
+
+
+def rooms(hierarchy: Hierarchy, path: str, promised: Sequence[Promise] = ()) -> Iterator[Room]:
     """What is left in a group and in each above it, as far as they have limits and are to be seen here."""
     controller = MEMORY_V2 if hierarchy.controllers == V2 else MEMORY_V1
     while hierarchy.shows(path):
@@ -55,7 +64,14 @@ def rooms(hierarchy: Hierarchy, path: str) -> Iterator[Room]:
             if limit != "max" and int(limit) < UNLIMITED_V1:
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 used = int((folder / controller.usage).read_text()) - int(stat[controller.page_cache])
-                yield Room(int(limit) - used, f"cgroup {path}", controller.limit)
+                room = Room(int(limit) - used, f"cgroup {path}", controller.limit)
+                yield _less(room, _promised_in(promised, hierarchy.controllers, path))
         if path == hierarchy.root:
             return
         path = os.path.dirname(path)
+
+
+def _promised_in(promised: Sequence[Promise], controllers: str, path: str) -> int:
+    """Bytes that are to come into a group or below it. Pure."""
+    below = path.rstrip("/") + "/"
+    return sum(each.bytes for each in promised if f"{each.groups.get(controllers, '')}/".startswith(below))

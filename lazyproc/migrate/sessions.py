@@ -7,20 +7,19 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from lazyproc.errors import LazyprocError, UsageError
+from lazyproc.errors import UsageError
 from lazyproc.events import Listener, ignore
 from lazyproc.facts import asdict, dataclass
 from lazyproc.kernel import netfilter
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate import holding
 from lazyproc.migrate.desk import is_staffed
-from lazyproc.migrate.journal import DESTINATION, RELEASING, SOURCE, Journal, Record, find, records
+from lazyproc.migrate.journal import ARRIVING, DESTINATION, RELEASING, SOURCE, Journal, Record, find, records
+from lazyproc.migrate.promises import pages_remaining
 from lazyproc.migrate.supply import Supply
 from lazyproc.restore.ending import end_tree
 from lazyproc.restore.lazytree import from_facts
-from lazyproc.uffd.pager import remaining
 
 ORPHANED, GONE = "orphaned", "gone"
 ENDED = ("aborted", "drained")  # what is kept for the other side to learn
@@ -64,7 +63,7 @@ def _info(record: Record) -> SessionInfo:
         pager_pid=facts.get("pager_pid") if alive else None,
         guard_pid=facts.get("guard_pid") if alive else None,
         keeper_pid=facts.get("keeper_pid") if alive else None,
-        pages_remaining=_remaining(facts) if record.role == DESTINATION else None,
+        pages_remaining=pages_remaining(facts) if record.role == DESTINATION else None,
     )
 
 
@@ -74,21 +73,9 @@ def state_of(record: Record) -> str:
         return record.state
     if record.rebooted:
         return GONE
-    return record.state if is_staffed(record.session, record.role) else ORPHANED
-
-
-def _remaining(facts: Mapping[str, Any]) -> int | None:
-    """By the ledger that the tree itself keeps."""
-    if "tree" not in facts:
-        return None
-    for task in from_facts(facts["tree"]).tasks:
-        with suppress(OSError, LazyprocError):
-            fd = os.open(f"/proc/{task.pid}/fd/{task.ledger}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return remaining(fd)
-            finally:
-                os.close(fd)
-    return None
+    if is_staffed(record.session, record.role):
+        return record.state
+    return GONE if record.state == ARRIVING else ORPHANED
 
 
 def resume(
@@ -162,9 +149,7 @@ def _demand_orphaned(record: Record) -> None:
         raise UsageError("has ended; only the other side does not know it yet", where=record.session)
     if state == GONE:
         Journal(record.session, record.role).remove()
-        raise UsageError(
-            "is of before this host was started again: its process is gone", where=record.session
-        )
+        raise UsageError("nothing is left of it on this host", where=record.session)
     if state != ORPHANED:
         raise UsageError(
             "is being worked on", where=record.session, remedy="see its processes in lazyproc sessions"
@@ -215,7 +200,7 @@ def abort(session: str) -> AbortReport:
     state, left = state_of(record), None
     with _stopped_helpers(record):
         if state not in (GONE, *ENDED):
-            left = _remaining(record.facts)
+            left = pages_remaining(record.facts)
             _end_tree(record)
     if record.role == SOURCE:
         netfilter.release_session(session)

@@ -94,14 +94,14 @@ def test_another_executable_there(pair: Pair, program: Program, change: str, wor
 
 
 @contextmanager
-def memory_limited(process: int) -> Iterator[Path]:
+def memory_limited(name: object, limit: int = LIMIT) -> Iterator[Path]:
     """A memory cgroup for what a test starts."""
     if not (CGROUPS / "memory.limit_in_bytes").exists():
         lacking("no memory cgroup can be made here", "mount the memory controller at /sys/fs/cgroup/memory")
-    group = CGROUPS / f"lazyproc-test-{process}"
+    group = CGROUPS / f"lazyproc-test-{name}"
     group.mkdir()
     try:
-        (group / "memory.limit_in_bytes").write_text(str(LIMIT))
+        (group / "memory.limit_in_bytes").write_text(str(limit))
         yield group
     finally:
         wait_until(lambda: _removed(group), "the cgroup is empty")
