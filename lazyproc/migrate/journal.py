@@ -16,7 +16,6 @@ from typing import Any
 
 from lazyproc.errors import LazyprocError, UsageError
 from lazyproc.facts import dataclass
-from lazyproc.migrate.desk import is_staffed
 
 KEPT_S = 7 * 86400
 SOURCE, DESTINATION = "source", "destination"
@@ -143,10 +142,9 @@ def records() -> Iterator[Record]:
 
 
 def forget_old() -> None:
-    """Remove what was kept for another host to learn, and it never asked; and what never arrived."""
+    """Remove what was kept for another host to learn, and it never asked."""
     for record in records():
-        dead = record.state == ARRIVING and not is_staffed(record.session, record.role)
-        if dead or (record.state in ("aborted", "drained") and time.time() - record.since > KEPT_S):
+        if record.state in ("aborted", "drained", ARRIVING) and time.time() - record.since > KEPT_S:
             Journal(record.session, record.role).remove()
 
 

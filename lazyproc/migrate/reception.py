@@ -27,11 +27,12 @@ def hand_on(channel: Channel, hello: Hello) -> None:
             return
         staffed = is_staffed(hello.session, DESTINATION)  # who leaves has written down why before
         record = _record(hello)
-        if record is None and staffed:
+        arriving = record is not None and record.state == ARRIVING
+        if staffed and (record is None or arriving):
             channel.refuse("it is not settled yet whether it runs here", again=True)
         elif record is None:
             channel.refuse(NOT_KNOWN)
-        elif record.state not in ("aborted", "drained"):
+        elif record.state not in ("aborted", "drained") and not arriving:
             channel.refuse(f"it is orphaned here: lazyproc resume {hello.session} on this host", again=True)
         else:
             channel.welcome()
@@ -44,11 +45,7 @@ def _record(hello: Hello) -> Record | None:
     with suppress(UsageError):
         record = find(hello.session, DESTINATION)
         token = str(record.facts.get("token", ""))
-        if (
-            record.state != ARRIVING
-            and token
-            and secrets.compare_digest(token.encode(), hello.token.encode())
-        ):
+        if token and secrets.compare_digest(token.encode(), hello.token.encode()):
             return record
     return None
 
@@ -58,8 +55,9 @@ def _tell(channel: Channel, record: Record) -> None:
     so that is kept (journal.forget_old).
     """
     with suppress(ConnectionLost, ProtocolError):
-        if record.state == "aborted":
-            channel.send(Abort({"reason": str(record.facts.get("reason"))}))
+        if record.state in ("aborted", ARRIVING):  # nobody is left who could commit it
+            reason = record.facts.get("reason", "all who built the tree there were killed before it ran")
+            channel.send(Abort({"reason": str(reason)}))
         else:
             _tell_drained(channel, record.facts)
             Journal(record.session, DESTINATION).remove()
