@@ -31,6 +31,7 @@ CHECKPOINT = ("checkpoint", "-D", "/tmp/images")
 MIGRATE = ("migrate", "127.0.0.1:1", "--insecure")
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 COMMAND_S = 30
+REACH_S = 2
 
 
 def lazyproc(host: Host, *argv: object, by: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -193,10 +194,11 @@ def way_to(
                     break
                 try:
                     with network_of(host):
-                        far = stack.enter_context(socket.create_connection((name, int(port))))
-                except ConnectionRefusedError:  # nobody listens there now
+                        far = stack.enter_context(socket.create_connection((name, int(port)), REACH_S))
+                except OSError:  # nobody listens there now, or no packet gets there
                     near.close()
                     continue
+                far.settimeout(None)
                 number = next(numbers)
                 for one, other, meddle in ((near, far, there), (far, near, back)):
                     change = partial(meddle, number)

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.faults.soak import hostile
+from tests.faults.soak import cuts, hostile, kills, redis
 
 RESULTS = Path(__file__).parents[3] / "benchmarks/soak"
 Run = tuple[str, Callable[[], dict[str, object]]]
-SOAKS: dict[str, Callable[[int], Iterator[Run]]] = {hostile.NAME: hostile.runs}
+SOAKS: dict[str, Callable[[int], Iterator[Run]]] = {
+    soak.NAME: soak.runs for soak in (hostile, kills, cuts, redis)
+}
 
 
 def main() -> None:
