@@ -183,6 +183,7 @@ class Keeper:
         self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeper, pager
         self._connections: list[socket.socket] = []  # of the newest link; the pager has duplicates of its own
         self._committed = False
+        self._look_at = 0.0  # when the pager looks next whether it is alone
         self._resumed = False  # the client is no `receive`
         self._left = MEMBERS
         self._outlived = mmap.mmap(-1, 1)  # shared with the guard: the tree no longer ends with its tracer
@@ -469,6 +470,8 @@ class Keeper:
                     if (called := redial.link()) is not None:
                         drain.attach(called)
             drain.step(STEP_S if drain.linked else 0)
+            if redial is None and not (drain.linked or drain.alone or drain.report) and self._is_alone():
+                return
             if drain.report is not None and until is None:
                 until = time.monotonic() + RELEASE_S
                 state = "poisoned" if drain.stays else "drained"
@@ -529,6 +532,15 @@ class Keeper:
 
     def _waiting(self) -> list[Client]:
         return [self._client, self._asker] if self._asker else [self._client]
+
+    def _is_alone(self) -> bool:
+        """Whether nobody is left who could bring us another link. Who stays then only keeps the session from being
+        resumed.
+        """
+        if time.monotonic() < self._look_at:
+            return False
+        self._look_at = time.monotonic() + WATCH_S
+        return not self._is_kept()
 
     def _duplicated(self, fds: Sequence[int]) -> Link:
         """The connections that the keeper has welcomed."""

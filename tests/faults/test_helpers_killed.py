@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from lazyproc.hosts import Pair
+from tests.faults.campaign import cases
+from tests.faults.campaign.judge import Outcome
+from tests.faults.campaign.run import run
 from tests.faults.helpers import DESTINATION, SOURCE, journal, journals, kill, sessions
 from tests.live.moving import receiving, run_cli
 from tests.live.programs import Program, running, wait_until
@@ -106,6 +109,13 @@ def test_the_receiver_killed_as_well_the_resumed_keeper_takes_its_place(pair: Pa
         (orphan,) = sessions(pair.destination)
         run_cli(pair.destination, "resume", orphan["id"])
         completes(pair, journey, program)
+
+
+def test_a_pager_alone_that_loses_its_link_leaves_and_one_resume_completes_it() -> None:
+    """Nobody can bring it another link, and while it stays nobody may take over."""
+    victims = (cases.SERVER, cases.RECEIVER, cases.KEEPER_THERE, cases.GUARD)
+    case = cases.Case(0, 0, "memory_random", int(MIB), cases.AtBytes(8 << 20), victims)
+    assert run(case) is Outcome.RESUMED
 
 
 def test_everything_killed_at_the_source_is_completed_by_one_resume(pair: Pair, program: Program) -> None:
