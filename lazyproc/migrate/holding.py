@@ -58,9 +58,10 @@ class Holding:
     def end(self) -> None:
         """The tree goes; its connections, which live at the destination now, without FIN or RST."""
         for process in self.processes:
-            if park.is_there(process):
-                with _connections(process.pid) as connections:
-                    silence(connections)
+            with suppress(ProcessLookupError, NoSuchProcess):
+                if park.is_there(process):
+                    with _connections(process.pid) as connections:
+                        silence(connections)
         for process in self.processes:
             _kill(process)
         attached = sysvipc.segments()
@@ -157,12 +158,14 @@ def _is_connection(sock: socket.socket) -> bool:
 
 def _kill(process: ParkedProcess) -> None:
     """SIGKILL, and wait until its memory is free. Whoever traces it takes what it leaves."""
-    if not park.is_there(process):
-        return
-    pidfd = kernel.pidfd_open(process.pid)
     try:
-        if park.is_there(process):  # it is still the same now that it cannot be another one's number
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        pidfd = kernel.pidfd_open(process.pid)
+    except ProcessLookupError:  # with its parent (PR_SET_PDEATHSIG), or it was somebody else's work
+        return
+    try:
+        if park.is_there(process):  # it is the same, now that it cannot be another one's number
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             readable([pidfd], GONE_S)
     finally:
         os.close(pidfd)
