@@ -299,6 +299,8 @@ class Keeper:
     def _note_crew(self) -> None:
         """For `sessions`, and for the guard: descriptors are the same there."""
         self._journal.reload()
+        if not self._journal.facts:
+            return  # the pager has just done everything, and will say so
         state = str(self._journal.facts["state"])
         self._journal.write(
             "running" if state == "committed" else state,
@@ -387,6 +389,8 @@ class Keeper:
         readable([self._keeper.pidfd])
         self._journal.reload()
         facts = self._journal.facts
+        if self._outlived[0] and not facts:
+            return  # it is over: the pager has removed the record
         if facts.get("state") not in LIVING or not self._outlived[0]:
             self._journal.facts = begun | facts
             self._take_back()

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from lazyproc.hosts import Pair
+from lazyproc.wire.frame import Type
 from tests.faults.campaign import cases
 from tests.faults.campaign.judge import Outcome
+from tests.faults.campaign.moments import Trap, frame_trap
 from tests.faults.campaign.run import run
-from tests.faults.helpers import DESTINATION, SOURCE, journal, journals, kill, sessions
+from tests.faults.helpers import DESTINATION, SOURCE, helper, journal, journals, kill, sessions
 from tests.live.moving import receiving, run_cli
 from tests.live.programs import Program, running, wait_until
-from tests.live.real import Journey, ending, migrating, runs
+from tests.live.real import Journey, ending, migrating, processes_of, runs
 
 MIB = "64"
 SLOW = ("--max-rate", "20000000")  # 3 seconds for 64 MiB
@@ -116,6 +118,34 @@ def test_a_pager_alone_that_loses_its_link_leaves_and_one_resume_completes_it() 
     victims = (cases.SERVER, cases.RECEIVER, cases.KEEPER_THERE, cases.GUARD)
     case = cases.Case(0, 0, "memory_random", int(MIB), cases.AtBytes(8 << 20), victims)
     assert run(case) is Outcome.RESUMED
+
+
+@pytest.mark.parametrize("name", ["guard", "keeper"])
+def test_killed_when_all_is_done(pair: Pair, program: Program, name: str) -> None:
+    """The record is removed, and the keeper has not been told yet: nobody takes the tree for one that never ran."""
+
+    def kill_one() -> None:
+        keeper, guard = (helper(pair.destination, DESTINATION, each) for each in ("keeper", "guard"))
+        os.kill(keeper, signal.SIGSTOP)
+        for record in (pair.destination.outside / "state").rglob("*-destination.json"):
+            record.unlink()
+        os.kill(keeper if name == "keeper" else guard, signal.SIGKILL)
+        os.kill(keeper, signal.SIGCONT)
+        wait_until(lambda: guards(pair) != {guard}, "there is another guard, or none")
+
+    trap = Trap(kill_one)
+    with (
+        receiving(pair.destination) as receiver,
+        frame_trap(pair, receiver, cases.AtFrame(Type.RELEASED), trap) as address,
+        migrating(pair.source, receiver, program.pid, by=address) as journey,
+    ):
+        completes(pair, journey, program)
+        assert trap.sprung.wait(20)
+        assert trap.error is None
+
+
+def guards(pair: Pair) -> set[int]:
+    return {pid for pid, comm in processes_of(pair.destination).items() if comm == "lazyproc-guard"}
 
 
 def test_everything_killed_at_the_source_is_completed_by_one_resume(pair: Pair, program: Program) -> None:
