@@ -196,14 +196,6 @@ class Stat:
     exit_code: int  # wait status
 
 
-def has_ended(pid: int) -> bool:
-    """Whether no process has the number, or one that only waits to be reaped."""
-    try:
-        return stat(read(pid, "stat")).state in "ZX"
-    except NoSuchProcess:
-        return True
-
-
 def lives(pid: int, started: int) -> bool:
     """Whether the process that began at `started` (Stat.start_time) still lives, and no other one has its number."""
     try:

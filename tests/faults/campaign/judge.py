@@ -118,7 +118,7 @@ def _brief(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tail(text: str) -> str:
-    return " | ".join(text.splitlines()[-8:])
+    return " | ".join(text.splitlines()[-30:])
 
 
 def judged(scene: Scene) -> Outcome:
