@@ -15,6 +15,7 @@ from lazyproc.dump.descriptors import look_at_descriptors
 from lazyproc.dump.memory import has_guards, refused_mappings
 from lazyproc.dump.needs import needs_of
 from lazyproc.dump.registry import Refused, Registry, TaskRef
+from lazyproc.dump.supervisor import warnings
 from lazyproc.dump.survey import ProcessFacts, ThreadFacts, TreeFacts, survey
 from lazyproc.errors import NoSuchProcess, Obstacle, TraceeError
 from lazyproc.events import Listener, Note, ignore
@@ -178,6 +179,7 @@ def notes(facts: TreeFacts) -> Iterator[str]:
             "it is restored in those of the command that restores it"
         )
     yield from _note_of_copies(facts)
+    yield from warnings(facts.root.pid, facts.supervisor)
 
 
 def _note_of_copies(facts: TreeFacts) -> Iterator[str]:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from lazyproc.dump.supervisor import Supervisor, supervisor_of
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import NoSuchProcess, PermissionDenied, UsageError
 from lazyproc.facts import dataclass
@@ -84,6 +85,7 @@ class TreeFacts:
     our_namespaces: Mapping[str, int]
     sharing: tuple[Sharing, ...]
     ipc_uses: tuple[LastUse, ...]  # of System V IPC, by processes of the tree
+    supervisor: Supervisor  # of the root
 
     @property
     def root(self) -> ProcessFacts:
@@ -111,6 +113,7 @@ def survey(root: int) -> TreeFacts:
         our_namespaces=proc.namespaces(os.getpid()),
         sharing=tuple(_shared([process.pid for process in processes if process.alive])),
         ipc_uses=tuple(sorted(uses)),
+        supervisor=supervisor_of(root, processes[0].stat.ppid),
     )
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.explain import BORROWED, notes, obstacles
+from lazyproc.dump.supervisor import Supervisor, unit_in
 from lazyproc.dump.survey import ProcessFacts, Sharing, ThreadFacts, TreeFacts
 from lazyproc.kernel import proc
 from lazyproc.kernel.sysvipc import LastUse
 
+NOBODY = Supervisor("", None)
 NAMESPACES = {
     name: 100 + at for at, name in enumerate(("mnt", "net", "ipc", "uts", "user", "pid", "cgroup", "time"))
 }
@@ -51,7 +54,9 @@ def process(pid: int, **changes: object) -> ProcessFacts:
 
 
 def tree(*processes: ProcessFacts, **changes: object) -> TreeFacts:
-    plain = TreeFacts(processes, our_pid=1, our_namespaces=NAMESPACES, sharing=(), ipc_uses=())
+    plain = TreeFacts(
+        processes, our_pid=1, our_namespaces=NAMESPACES, sharing=(), ipc_uses=(), supervisor=NOBODY
+    )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -157,3 +162,33 @@ def test_every_obstacle_has_a_way_out() -> None:
     found = list(obstacles(facts))
     assert len(found) == 5
     assert all(obstacle.remedy and obstacle.where == "process" for obstacle in found)
+
+
+# --- who would start a second one ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("groups", "unit"),
+    [
+        ({"": "/system.slice/redis-server.service"}, "redis-server.service"),
+        ({"name=systemd": "/system.slice/nginx.service", "": "/"}, "nginx.service"),
+        ({"": "/user.slice/user-0.slice/user@0.service/app.slice/bot.service"}, "bot.service"),
+        ({"": "/system.slice/pg.service/lazyproc-12"}, "pg.service"),
+        ({"": "/user.slice/user-0.slice/session-3.scope"}, ""),
+        ({"": "/user.slice/user-0.slice/user@0.service/init.scope"}, ""),
+        ({"": "/user.slice/user-0.slice/user@0.service"}, ""),
+        ({"": "/"}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_systemd_unit_of_a_process(groups: dict[str, str], unit: str) -> None:
+    assert unit_in(groups) == unit
+
+
+def test_who_would_start_a_second_one_is_named() -> None:
+    def said(supervisor: Supervisor) -> str:
+        return "; ".join(notes(tree(process(10), supervisor=supervisor)))
+
+    assert "pid 10: is in the systemd unit redis.service" in said(Supervisor("redis.service", None))
+    assert "pid 10: its parent, pid 7 (runsv)" in said(Supervisor("", (7, "runsv")))
+    assert said(Supervisor("", (7, "bash"))) == ""

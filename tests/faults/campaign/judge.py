@@ -24,7 +24,8 @@ from tests.live.real import Journey, check_clean, network_of, processes_of
 POLL_S = 0.05
 SETTLE_S = 40.0
 EXIT_S = 15.0
-KEPT = ("aborted", "drained")  # what a side remembers for the other
+# What a side remembers for the other. `arriving` is that too when nobody is left who could commit it.
+KEPT = ("aborted", "drained", "arriving")
 
 
 class Outcome(StrEnum):
@@ -170,7 +171,11 @@ def _help(scene: Scene) -> None:
 
 
 def _nothing_there(scene: Scene) -> bool:
-    known = [each for each in journals(scene.pair.destination, DESTINATION) if each["state"] != "aborted"]
+    known = [
+        each
+        for each in journals(scene.pair.destination, DESTINATION)
+        if each["state"] not in ("aborted", "arriving")
+    ]
     return not known and not scene.copies(scene.pair.destination)
 
 
