@@ -31,6 +31,7 @@ CHECKPOINT = ("checkpoint", "-D", "/tmp/images")
 MIGRATE = ("migrate", "127.0.0.1:1", "--insecure")
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 COMMAND_S = 30
+REPOSITORY = Path(__file__).parents[2]
 REACH_S = 2
 
 
@@ -112,7 +113,8 @@ def _inventory(host: Host) -> tuple[dict[int, str], list[Path], str]:
     files = sorted(
         Path(folder, name) for place in places for folder, _, names in os.walk(place) for name in names
     )
-    files = [path for path in files if not _is_tombstone(path)]
+    ours = Path(f"{root}{REPOSITORY}")  # where the tree lies in /tmp, Python adds to it what it compiles
+    files = [path for path in files if not _is_tombstone(path) and not path.is_relative_to(ours)]
     tables = host.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
     return processes_of(host), files, tables
 
