@@ -13,10 +13,11 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.kernel.cgroup import SYSTEMD, V2
 
-# What waits for a program and starts no other.
-PATIENT = frozenset(
-    "ash bash busybox dash fish ksh nohup nsenter setsid sh sshd strace su sudo timeout unshare zsh".split()  # noqa: SIM905
-)
+# What is known to start anew what it has started, by comm: process supervisors, and servers whose workers these are.
+RESPAWNS = frozenset(
+    ("runsv", "s6-supervise", "supervise", "supervisord", "monit", "circusd", "god", "perpd", "systemd", "upstart",
+     "containerd-shim", "conmon", "gunicorn", "uwsgi", "nginx", "apache2", "httpd", "php-fpm", "postgres", "haproxy")
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,9 @@ def warnings(pid: int, supervisor: Supervisor) -> Iterator[str]:
             f"pid {pid}: is in the systemd unit {supervisor.unit}, which starts a second one here when its Restart= "
             f"says so: see systemctl show -p Restart {supervisor.unit}"
         )
-    if supervisor.parent is not None and supervisor.parent[1] not in PATIENT:
+    if supervisor.parent is not None and supervisor.parent[1] in RESPAWNS:
         number, name = supervisor.parent
         yield (
-            f"pid {pid}: its parent, pid {number} ({name}), sees it end here: a supervisor would start a second one"
+            f"pid {pid}: its parent, pid {number} ({name}), sees it end here and would start a second one: move the "
+            "tree under that, or stop it first"
         )

@@ -191,4 +191,5 @@ def test_who_would_start_a_second_one_is_named() -> None:
 
     assert "pid 10: is in the systemd unit redis.service" in said(Supervisor("redis.service", None))
     assert "pid 10: its parent, pid 7 (runsv)" in said(Supervisor("", (7, "runsv")))
-    assert said(Supervisor("", (7, "bash"))) == ""
+    for name in ("bash", "python3", "sshd"):
+        assert said(Supervisor("", (7, name))) == ""
