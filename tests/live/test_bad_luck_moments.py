@@ -29,7 +29,7 @@ from tests.live.bad_luck import (
     unharmed,
     way_to,
 )
-from tests.live.moving import receiving
+from tests.live.moving import Receiver, receiving
 from tests.live.programs import Program, running, wait_until
 from tests.live.real import dialled, ending, migrating, move_now, processes_of, runs
 from tests.live.real_gate import gate_to
@@ -147,16 +147,29 @@ def test_a_signal_to_migrate_at_any_moment(pair: Pair, number: signal.Signals) -
     here = 0
     with receiving(pair.destination) as receiver:
         idle = processes_of(pair.destination)
+        longest = undisturbed_s(pair, receiver, idle)
         for _ in range(10):
             with running(*PACED, directory=pair.shared, host=pair.source, exclusive=True) as program:
                 program.watch.wait_beats()
                 with migrating(pair.source, receiver, program.pid) as journey:
-                    time.sleep(moments.uniform(0, LONGEST_S))
+                    time.sleep(moments.uniform(0, longest))
                     journey.process.send_signal(number)
                     code = journey.process.wait(COMMAND_S)
                 check_interrupted(code, number, journey.log())
                 here += settled(pair, program, code, idle)
     assert here > 0, "no signal came before the hand-over"
+
+
+def undisturbed_s(pair: Pair, receiver: Receiver, idle: dict[int, str]) -> float:
+    """How long the command takes that nobody interrupts."""
+    with running(*PACED, directory=pair.shared, host=pair.source, exclusive=True) as program:
+        program.watch.wait_beats()
+        with migrating(pair.source, receiver, program.pid) as journey:
+            started = time.monotonic()
+            code = journey.process.wait(COMMAND_S)
+            taken = time.monotonic() - started
+        assert not settled(pair, program, code, idle)
+    return taken
 
 
 def check_interrupted(code: int, number: signal.Signals, words: str) -> None:
