@@ -489,8 +489,8 @@ class Keeper:
                 told = True
                 self._failed(self._lacking(pages))
         self._done(drain)
-        told = drain.released or not self._place.address
-        facts = {} if told else {"state": "drained", "report": drain.report}
+        nobody_asks = drain.released or not self._place.address
+        facts = {} if nobody_asks else {"state": "drained", "report": drain.report}
         say(self._far, "over", facts)
         while self._is_kept():  # then it dismisses us
             time.sleep(STEP_S)

@@ -24,6 +24,7 @@ from lazyproc.restore.lazytree import from_facts
 ORPHANED, GONE = "orphaned", "gone"
 ENDED = ("aborted", "drained")  # what is kept for the other side to learn
 AWAITING = ("committed", "running")  # at the destination: pages may be missing
+RUNS_THERE = ("committed", "running", RELEASING)  # at the source
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +72,12 @@ def state_of(record: Record) -> str:
     """The state, as it is now: a journal knows nothing of who was killed since."""
     if record.state in ("garbled", *ENDED):
         return record.state
+    staffed = is_staffed(record.session, record.role)
+    if record.state == ARRIVING and not staffed:
+        return "aborted"  # nobody is left who could commit it, and a source in doubt is told so
     if record.rebooted:
         return GONE
-    if is_staffed(record.session, record.role):
-        return record.state
-    return GONE if record.state == ARRIVING else ORPHANED
+    return record.state if staffed else ORPHANED
 
 
 def resume(
@@ -165,7 +167,7 @@ def _run_here(record: Record, force: bool) -> None:
             where=record.session,
             remedy="let the rest follow with lazyproc resume, or end it with lazyproc abort",
         )
-    if record.state in ("committed", "running"):
+    if record.state in RUNS_THERE:
         raise UsageError(
             "it runs on the other host: a second copy here would be another process with the same past",
             where=record.session,
@@ -215,7 +217,7 @@ def _what_it_means(record: Record, state: str, left: int | None) -> str:
     if record.role == SOURCE and state not in (GONE, *ENDED):
         if record.state == "parked":
             return f"{ended}, with its process, of which it was not known whether it runs on the other host"
-        if record.state in ("committed", "running"):
+        if record.state in RUNS_THERE:
             return f"{ended}; what the process on the other host has not got of its memory is lost"
     return ended
 
@@ -245,7 +247,7 @@ def _signal(pidfds: Sequence[int], number: int) -> None:
 
 
 def _end_tree(record: Record) -> None:
-    if record.role == SOURCE and record.state in ("parked", "committed", "running", RELEASING):
+    if record.role == SOURCE and record.state in ("parked", *RUNS_THERE):
         holding.from_facts(record.facts["held"]).end()
     if "tree" in record.facts:
         end_tree(from_facts(record.facts["tree"]))

@@ -1,6 +1,8 @@
 """A lazyproc command whose process that comes to a named point of the hand-over first ends there, by SIGKILL.
 
-    python -m tests.faults.killed_at POINT python -m lazyproc.cli.main receive ...
+    python -m tests.faults.killed_at (one|all) POINT python -m lazyproc.cli.main receive ...
+
+With `all` its whole crew ends in the same moment: keeper, guard and pager are one process group.
 
 The points are those of docs/protocol.md and of lazyproc/migrate; a process killed there has done all that comes before.
 """
@@ -32,7 +34,7 @@ def _come() -> mmap.mmap:
 def _die() -> None:
     if not _come()[0]:
         _come()[0] = 1
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(0 if sys.argv[1] == "all" else os.getpid(), signal.SIGKILL)
 
 
 def _after(owner: type, name: str, is_it: Callable[..., bool] = lambda *_: True) -> None:
@@ -88,12 +90,12 @@ SOURCE: dict[str, Callable[[], None]] = {
 POINTS = {**DESTINATION, **SOURCE}
 
 
-def killed_at(point: str) -> tuple[str, ...]:
+def killed_at(point: str, whom: str = "one") -> tuple[str, ...]:
     """What a command is run by, so that it ends there."""
-    return (sys.executable, "-m", "tests.faults.killed_at", point)
+    return (sys.executable, "-m", "tests.faults.killed_at", whom, point)
 
 
 if __name__ == "__main__":
     _come()
-    POINTS[sys.argv[1]]()
+    POINTS[sys.argv[2]]()
     sys.exit(main(sys.argv[sys.argv.index("lazyproc.cli.main") + 1 :]))

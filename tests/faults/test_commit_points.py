@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from lazyproc.hosts import Pair
-from tests.faults.helpers import DESTINATION, SOURCE, journals
+from tests.faults.helpers import DESTINATION, SOURCE, journals, sessions
 from tests.faults.killed_at import killed_at
 from tests.live.bad_luck import unharmed
-from tests.live.moving import receiving
+from tests.live.moving import receiving, run_cli
 from tests.live.programs import Program, running, wait_until
 from tests.live.real import Journey, ending, migrating
 
@@ -45,6 +45,25 @@ def test_it_runs_on_here(pair: Pair, program: Program, point: str, here: bool) -
             journey.finish(expected=1)
         assert not journals(pair.source, SOURCE)
         assert "running" not in receiver.notes().splitlines()
+    program.stop_and_verify()
+
+
+@pytest.mark.parametrize("point", ["BUILT said", "COMMIT heard"])
+def test_all_are_killed_at_the_destination_and_it_runs_on_here(
+    pair: Pair, program: Program, point: str
+) -> None:
+    """Nobody is left who could commit it: who asks there is told so, and `resume` there does not take that away."""
+    with unharmed(program):
+        with (
+            receiving(pair.destination, by=killed_at(point, "all")) as receiver,
+            migrating(pair.source, receiver, program.pid) as journey,
+        ):
+            journey.finish(expected=1)
+        assert "all who built the tree there were killed" in journey.log()
+        (left,) = sessions(pair.destination)
+        assert left["state"] == "aborted"
+        assert "only the other side" in run_cli(pair.destination, "resume", left["id"], expected=2).stderr
+        assert len(sessions(pair.destination)) == 1
     program.stop_and_verify()
 
 
