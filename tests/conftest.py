@@ -25,6 +25,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 # How long an example takes is the machine's affair: no test asserts a time.
 settings.register_profile("lazyproc", deadline=None)
 settings.load_profile("lazyproc")
+_TEARDOWN_S = 60.0
 _GRACE_S = 2.0  # for what was killed at the end of a test and is just ending
 
 
@@ -34,6 +35,18 @@ def _lack_is_reported() -> Iterator[None]:
         yield
     except HostLacks as error:
         lacking(error.what, error.remedy)
+
+
+def pytest_configure() -> None:
+    """Who is told to end (`timeout` of .ci/run) says what has failed so far, and where it stood."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    """A test that has run out of time does not also stand still while it is cleaned up: pytest-timeout fires once."""
+    if not signal.getitimer(signal.ITIMER_REAL)[0]:
+        signal.setitimer(signal.ITIMER_REAL, _TEARDOWN_S)
 
 
 @pytest.fixture

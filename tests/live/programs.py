@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -188,9 +189,18 @@ def running(
         assert process.poll() in (None, UNSUPPORTED), f"{name} ended during its set-up: {process.returncode}"
         yield Program(watch, process)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """With whoever traces it still: a zombie is kept from its parent until then (kernel/exit.c: wait_consider_task)."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(FileNotFoundError):
+        tracer = re.search(r"^TracerPid:\t([1-9]\d*)$", Path(f"/proc/{process.pid}/status").read_text(), re.M)
+        if tracer:
+            os.kill(int(tracer[1]), signal.SIGKILL)
+    process.wait()
 
 
 def stands_still(program: Program, seconds: float = 0.2) -> bool:
