@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
+from lazyproc.errors import NoSuchProcess
 from lazyproc.kernel import park
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.park import ParkedProcess
@@ -29,7 +32,7 @@ def park_tree(tree: FrozenTree, processes: tuple[ParkedProcess, ...]) -> None:
 def unpark_tree(tree: FrozenTree, processes: tuple[ParkedProcess, ...]) -> None:
     """Frozen as it was before `park_tree`."""
     for task, process in zip(_alive(tree), processes, strict=True):
-        with ptrace.memory(task.pid) as memory:
+        with suppress(NoSuchProcess), ptrace.memory(task.pid) as memory:  # it may have been killed
             park.unpark(process, task.threads, memory)
     tree.parked = False
 

@@ -303,7 +303,7 @@ def memory(pid: int) -> Iterator[Memory]:
     """The memory of a process that we may ptrace."""
     try:
         fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter of a zombie
         raise NoSuchProcess("no such process", where=f"pid {pid}", remedy="check the pid") from None
     except PermissionError:
         raise PermissionDenied(

@@ -16,7 +16,7 @@ from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
 from lazyproc.migrate.answering import groups_here, heard, obstacles_here
 from lazyproc.migrate.identity import identity
-from lazyproc.migrate.journal import ARRIVING, Journal, one_at_a_time
+from lazyproc.migrate.journal import ARRIVING, COMMITTED, Journal, one_at_a_time
 from lazyproc.migrate.link import Link
 from lazyproc.migrate.needs import obstacles_frame
 from lazyproc.migrate.talk import Unfit, expect
@@ -204,7 +204,10 @@ class Arrival:
         whose = identity()  # while the answer is on its way
         expect(control, Commit, FREEZE_S)
         self._settle()
-        self._journal.write("committed", **facts, identity=whose)
+        self._journal.write(COMMITTED, **facts, identity=whose)
+        self._journal.write(
+            "running", durable=False
+        )  # not after: who finds COMMITTED knows that it never ran
         self.committed = True
         tree.outlive_us()
         self._outlived()

@@ -73,6 +73,15 @@ class Holding:
         """Whether all of it is parked: COMMIT was sent only then."""
         return all(park.stands(process) for process in self.processes)
 
+    def ended(self) -> int | None:
+        """The pid of a process of it that somebody has killed."""
+        return next((process.pid for process in self.processes if not park.is_there(process)), None)
+
+    def demand_there(self) -> None:
+        """Raises NoSuchProcess when one of it has been killed."""
+        if (pid := self.ended()) is not None:
+            raise NoSuchProcess("the parked process has ended", where=f"pid {pid}")
+
     def let_run(self) -> None:
         """The tree goes on here. Raises what park.let_run does, for the first process that cannot, after the others."""
         errors = []
@@ -86,9 +95,7 @@ class Holding:
 
     def open(self) -> FrozenPages:
         """The pages where they lie. Raises NoSuchProcess, PermissionDenied."""
-        for process in self.processes:
-            if not park.is_there(process):
-                raise NoSuchProcess("the parked process has ended", where=f"pid {process.pid}")
+        self.demand_there()
         return FrozenPages(self.places, {})
 
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lazyproc.errors import LazyprocError, UsageError
+from lazyproc.events import Listener, Note
 from lazyproc.facts import dataclass
 
 KEPT_S = 7 * 86400
 SOURCE, DESTINATION = "source", "destination"
 RELEASING = "releasing"  # at the source: it runs there, and parts of its memory are gone here
 ARRIVING = "arriving"  # at the destination: admitted, and not here yet
+COMMITTED = "committed"  # at the destination: decided, and the tree still ends with its tracer
 
 
 def folder() -> Path:
@@ -44,6 +46,13 @@ class Record:
         """Whether everything it speaks of has ended with this host's last run."""
         return self.facts.get("boot_id") != _boot_id()
 
+    @property
+    def unborn(self) -> bool:
+        """Whether the tree has not run here; when nobody works on it, it never will. Of a host that was started again
+        COMMITTED does not say that: what is written next is not durable.
+        """
+        return self.state == ARRIVING or (self.state == COMMITTED and not self.rebooted)
+
 
 class Journal:
     """The record of one session on this host. `facts` of an earlier process's journal are gone on with."""
@@ -61,15 +70,16 @@ class Journal:
         """Record a state; facts of earlier states are kept. `durable`: on return it is on disk, after a power failure
         too; else it survives our own death only.
 
-        Raises LazyprocError when that cannot be; then there is no record of the session any more.
+        Raises LazyprocError when that cannot be. What was recorded before still is, then; a durable write may have
+        come to disk all the same, so whoever decides by it removes the record.
         """
-        self.facts |= {"boot_id": _boot_id(), "state": state, "since": time.time(), **facts}
+        written = self.facts | {"boot_id": _boot_id(), "state": state, "since": time.time(), **facts}
         draft = self._path.with_suffix(".new")
         try:
             with _blamed(self._path):
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                    json.dump(self.facts, file)
+                    json.dump(written, file)
                     file.flush()
                     if durable:
                         os.fsync(file.fileno())
@@ -77,10 +87,20 @@ class Journal:
                 if durable:
                     _sync_folder(self._path.parent)
         except LazyprocError:
-            for path in (draft, self._path):
-                with suppress(OSError):
-                    path.unlink()
+            with suppress(OSError):
+                draft.unlink()
             raise
+        self.facts = written
+
+    def note(
+        self, state: str, listener: Listener, facts: Mapping[str, object] = {}, *, durable: bool = False
+    ) -> None:
+        """`write` where nothing is decided by it: when it cannot be, `listener` is told, and all goes on."""
+        try:
+            self.write(state, durable=durable, **facts)
+        except LazyprocError as error:
+            self.facts |= {"state": state, **facts}
+            listener(Note(f"session {self.session}: {error}"))
 
     def reload(self) -> None:
         """What another process of ours has written since. Without a record the state is ""."""
@@ -144,7 +164,7 @@ def records() -> Iterator[Record]:
 def forget_old() -> None:
     """Remove what was kept for another host to learn, and it never asked."""
     for record in records():
-        if record.state in ("aborted", "drained", ARRIVING) and time.time() - record.since > KEPT_S:
+        if (record.state in ("aborted", "drained") or record.unborn) and time.time() - record.since > KEPT_S:
             Journal(record.session, record.role).remove()
 
 

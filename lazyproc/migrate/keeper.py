@@ -46,7 +46,7 @@ NAME = "lazyproc-keeper"
 WATCH_S = 0.5
 STEP_S = 0.02
 RELEASE_S = 60.0  # the tree is complete: how long the source is waited for, to be told so
-LIVING = ("committed", "running", "drained", "poisoned")
+LIVING = ("running", "drained", "poisoned")
 MEMBERS = 100  # helpers that are killed so often are killed on purpose
 
 
@@ -217,7 +217,7 @@ class Keeper:
             self._client.failed(LazyprocError(f"session {self._session.id}: {error}"))
             if not arrival.committed:
                 if arrival.described:  # a source in doubt will ask
-                    self._journal.write("aborted", reason=str(error))
+                    self._journal.note("aborted", self._tell, {"reason": str(error)}, durable=True)
                 self._dismiss()
                 return
         self._committed = True
@@ -271,10 +271,8 @@ class Keeper:
         if not facts:
             self._journal.remove()
         elif self._journal.facts:
-            state = str(facts.get("state", self._journal.facts["state"]))
-            self._journal.write(
-                state, durable="report" in facts, **{k: v for k, v in facts.items() if k != "state"}
-            )
+            state = str(facts.pop("state", self._journal.facts["state"]))
+            self._journal.note(state, self._tell, facts, durable="report" in facts)
 
     def _replace_pager(self) -> None:
         """What was under way to a dead pager is asked for again, over a new link: the old one is out of step."""
@@ -301,16 +299,14 @@ class Keeper:
         self._journal.reload()
         if not self._journal.facts:
             return  # the pager has just done everything, and will say so
-        state = str(self._journal.facts["state"])
-        self._journal.write(
-            "running" if state == "committed" else state,
-            durable=False,
-            keeper_pid=os.getpid(),
-            pager_pid=self._pager.pid,
-            pager_pidfd=self._pager.pidfd,
-            guard_pid=self._guard.pid,
-            connections=[each.fileno() for each in self._connections],
-        )
+        crew = {
+            "keeper_pid": os.getpid(),
+            "pager_pid": self._pager.pid,
+            "pager_pidfd": self._pager.pidfd,
+            "guard_pid": self._guard.pid,
+            "connections": [each.fileno() for each in self._connections],
+        }
+        self._journal.note(str(self._journal.facts["state"]), self._tell, crew)
 
     def _dismiss(self) -> None:
         self._guard.end()
@@ -373,7 +369,7 @@ class Keeper:
         self._asker = asker
         self._journal.reload()
         state, supply = str(self._journal.facts["state"]), Supply.of(request.fields)
-        self._journal.write(state, durable=False, supply=supply.facts())
+        self._journal.note(state, self._tell, {"supply": supply.facts()})
         self._guard.end()
         self._guard = self._new_guard()  # one that knows who asks
         self._pager.end()
@@ -413,7 +409,8 @@ class Keeper:
         """
         if "tree" in self._journal.facts:
             end_tree(from_facts(self._journal.facts["tree"]))
-        self._journal.write("aborted", reason="the keeper was killed before the tree ran")
+        reason = "the keeper was killed before the tree ran"
+        self._journal.note("aborted", self._tell, {"reason": reason}, durable=True)
 
     # --- the pager ---
 

@@ -85,6 +85,7 @@ class Chain:
         self.reconnects = 0
         self._link = first
         self._opened = 0.0
+        self._rest = FIRST_PAUSE_S  # after a link that was of no use
         self._dial_again = dial_again
         self._retry_for = retry_for
         self._listener = listener
@@ -109,7 +110,10 @@ class Chain:
             self._listener(Note(f"the connection was lost and is opened again: {lost}"))
         self._listener(StateChanged("reconnecting", time.monotonic()))
         if time.monotonic() - self._opened < LAST_PAUSE_S:  # who answers, and only rubbish
-            time.sleep(FIRST_PAUSE_S)
+            time.sleep(self._rest)
+            self._rest = min(2 * self._rest, LAST_PAUSE_S)
+        else:
+            self._rest = FIRST_PAUSE_S
         until = None if self._retry_for is None else time.monotonic() + self._retry_for
         pause, told = FIRST_PAUSE_S, ""
         while True:

@@ -10,7 +10,7 @@ from typing import Any
 from lazyproc.errors import ConnectionLost, ProtocolError, UsageError
 from lazyproc.kernel import family
 from lazyproc.migrate.desk import ask, is_staffed
-from lazyproc.migrate.journal import ARRIVING, DESTINATION, Journal, Record, find
+from lazyproc.migrate.journal import DESTINATION, Journal, Record, find
 from lazyproc.migrate.link import NOT_KNOWN
 from lazyproc.migrate.talk import expect
 from lazyproc.pages.transport import Channel
@@ -27,12 +27,12 @@ def hand_on(channel: Channel, hello: Hello) -> None:
             return
         staffed = is_staffed(hello.session, DESTINATION)  # who leaves has written down why before
         record = _record(hello)
-        arriving = record is not None and record.state == ARRIVING
-        if staffed and (record is None or arriving):
+        unborn = record is not None and record.unborn
+        if staffed and (record is None or unborn):
             channel.refuse("it is not settled yet whether it runs here", again=True)
         elif record is None:
             channel.refuse(NOT_KNOWN)
-        elif record.state not in ("aborted", "drained") and not arriving:
+        elif record.state not in ("aborted", "drained") and not unborn:
             channel.refuse(f"it is orphaned here: lazyproc resume {hello.session} on this host", again=True)
         else:
             channel.welcome()
@@ -55,7 +55,7 @@ def _tell(channel: Channel, record: Record) -> None:
     so that is kept (journal.forget_old).
     """
     with suppress(ConnectionLost, ProtocolError):
-        if record.state in ("aborted", ARRIVING):  # nobody is left who could commit it
+        if record.state == "aborted" or record.unborn:  # nobody is left who could commit it
             reason = record.facts.get("reason", "all who built the tree there were killed before it ran")
             channel.send(Abort({"reason": str(reason)}))
         else:

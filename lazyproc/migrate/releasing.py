@@ -13,7 +13,6 @@ from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import Self
 
-from lazyproc.errors import LostAfterCommit
 from lazyproc.events import Listener, Note
 from lazyproc.kernel.discard import Discarder, discarding, may_discard
 from lazyproc.kernel.park import ParkedProcess
@@ -151,11 +150,3 @@ class Releaser:
             self._objects[part.obj] = self._stack.enter_context(mapped_object(place, os.O_RDWR))
         with suppress(PermissionError):
             punch_hole(self._objects[part.obj], part.start, part.end - part.start)
-
-
-def lost_for_good(addr: int) -> LostAfterCommit:
-    """The destination wants a page which it had said to have."""
-    return LostAfterCommit(
-        f"the destination asks again for the page at {addr:#x}, which it had acknowledged and which is freed here",
-        remedy="the process waits there for that page: end it with lazyproc abort on both hosts",
-    )

@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
-from lazyproc.errors import ConnectionLost, LazyprocError, Parked, ProtocolError
+from lazyproc.errors import ConnectionLost, LazyprocError, LostAfterCommit, Parked, ProtocolError
 from lazyproc.events import Listener, PagesMoved, StateChanged
 from lazyproc.migrate.link import Chain, Link
-from lazyproc.migrate.releasing import Releaser, lost_for_good
+from lazyproc.migrate.lost import asked_again, source_ended
+from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.talk import Pulse, Refused, checked, expect
 from lazyproc.model import Extent, MemoryObject
@@ -86,8 +87,11 @@ class Serving:
             try:
                 return self._serve(self._chain.current)
             except LOST as lost:
+                beyond = self._beyond_repair()
                 self._relinked(lost)
                 self.until_running()
+                if beyond is not None:
+                    self._give_up(beyond)
 
     def release(self) -> None:
         """The source's side is over."""
@@ -153,17 +157,23 @@ class Serving:
                 self._releaser.release(event.entries)
             elif event is not None and not isinstance(event, Pong):
                 return checked(event, Drained, link.control).fields
-            self._demand_not_freed(link)
+            if (beyond := self._beyond_repair()) is not None:
+                self._give_up(beyond)
             self._listener(self._progress(self._map))
 
-    def _demand_not_freed(self, link: Link) -> None:
-        """Raises LostAfterCommit, and tells the destination, when it asks for what it had acknowledged."""
-        addr = self._server.freed_and_asked_for()
-        if addr is not None:
-            lost = lost_for_good(addr)
-            with suppress(ConnectionLost):
-                link.control.send(Abort({"reason": lost.what}))
-            raise lost
+    def _beyond_repair(self) -> LostAfterCommit | None:
+        """Why a page that was asked for over the last link can never be given."""
+        if (addr := self._server.freed_and_asked_for()) is not None:
+            return asked_again(addr)
+        if (pid := self._server.source_ended()) is not None:
+            return source_ended(pid, self._chain.session)
+        return None
+
+    def _give_up(self, lost: LostAfterCommit) -> NoReturn:
+        """The destination is told: the tree waits there, and no link will help it."""
+        with suppress(ConnectionLost):
+            self._chain.current.control.send(Abort({"reason": lost.what}))
+        raise lost
 
     def _progress(self, extents: Extents) -> PagesMoved:
         total = sum(extent.count for runs in extents.values() for extent in runs)

@@ -15,7 +15,7 @@ from lazyproc.kernel import netfilter
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate import holding
 from lazyproc.migrate.desk import is_staffed
-from lazyproc.migrate.journal import ARRIVING, DESTINATION, RELEASING, SOURCE, Journal, Record, find, records
+from lazyproc.migrate.journal import DESTINATION, RELEASING, SOURCE, Journal, Record, find, records
 from lazyproc.migrate.promises import pages_remaining
 from lazyproc.migrate.supply import Supply
 from lazyproc.restore.ending import end_tree
@@ -73,7 +73,7 @@ def state_of(record: Record) -> str:
     if record.state in ("garbled", *ENDED):
         return record.state
     staffed = is_staffed(record.session, record.role)
-    if record.state == ARRIVING and not staffed:
+    if record.role == DESTINATION and record.unborn and not staffed:
         return "aborted"  # nobody is left who could commit it, and a source in doubt is told so
     if record.rebooted:
         return GONE

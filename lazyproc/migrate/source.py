@@ -36,6 +36,7 @@ from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.holding import Holding, from_facts, holding_of, to_facts
 from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record, find
 from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
+from lazyproc.migrate.lost import source_ended
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.report import MigrateReport
@@ -298,22 +299,23 @@ def hand_over(
         ):  # while the other side builds
             expect(control, Built, BUILD_S)
             dump.demand_idle_rings()
+            held.demand_there()
             settle()
             last.enter_context(deaf())  # until all is put away
             control.send(Commit())
             commit_sent.set()
             serving.until_committed()
             frozen_ms = milliseconds(frozen)
-            journal.write("committed", durable=False)
+            journal.note("committed", listener)
             running = serving.until_running()
             blackout_ms = milliseconds(frozen)
             hang_up(dump.given_up)
             figures = {"frozen_ms": frozen_ms, "blackout_ms": blackout_ms}
-            journal.write("running", durable=False, remote_pid=running.get("root_pid"), **figures)
+            journal.note("running", listener, {"remote_pid": running.get("root_pid"), **figures})
             with _releaser(order.release, held, server, journal, listener, traced=True) as releaser:
                 drained = serving.until_drained(releaser)
         report = report_of(journal.facts, drained, server, chain)
-        journal.write(journal.facts["state"], durable=False, report=asdict(report))
+        journal.note(journal.facts["state"], listener, {"report": asdict(report)})
         silence(dump.connections)
         tree.kill()
         dump.remove_segments()
@@ -376,10 +378,10 @@ def _parked(
     processes = parking(tree)
     held = holding_of(dump, processes)
     journal.write("parked", held=to_facts(held), root_vpid=dump.checkpoint.root.vpid, frozen_at=frozen_at)
-    park_tree(tree, processes)
-    hold.keep()
     sent = Event()
     try:
+        park_tree(tree, processes)
+        hold.keep()
         yield held, sent
     except BaseException as error:
         if sent.is_set() and not isinstance(error, Refused):
@@ -399,21 +401,23 @@ def _releaser(
 def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
     """In place of a process that was killed after it had parked the tree: the same from there, by the journal.
 
-    Raises LazyprocError when nothing was parked yet: then the tree runs.
+    Raises LazyprocError when nothing was parked yet: then the tree runs. Raises LostAfterCommit when it has ended.
     """
     journal = Journal(record.session, SOURCE, record.facts)
     journal.facts |= _crew()
     held = from_facts(record.facts["held"]) if "held" in record.facts else None
+    if held is not None and "report" in record.facts:  # killed while it ended what is left here
+        _end(journal, held)
+        return MigrateReport(**record.facts["report"])
+    if held is not None and record.state != "parked" and (pid := held.ended()) is not None:
+        raise source_ended(pid, record.session)
     if held is None or (record.state == "parked" and not held.stands()):
         _run_on(journal, held)
         raise LazyprocError(
             "the process that was moving it was killed; it runs here as before",
             where=f"pid {record.facts['root_pid']}",
         )
-    journal.write(record.state, durable=False)
-    if "report" in record.facts:  # killed while it ended what is left here
-        _end(journal, held)
-        return MigrateReport(**record.facts["report"])
+    journal.note(record.state, listener)
     release = record.facts.get("release") is True
     with deaf(), ExitStack() as stack:
         pages = stack.enter_context(held.open())
@@ -433,12 +437,12 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
         for name in ("frozen_ms", "blackout_ms"):  # of the first time, if it came so far
             journal.facts.setdefault(name, frozen_ms)
         state = RELEASING if record.state == RELEASING else "running"
-        journal.write(state, durable=False, remote_pid=running.get("root_pid"))
+        journal.note(state, listener, {"remote_pid": running.get("root_pid")})
         drained = serving.until_drained(releaser)
         report = report_of(journal.facts, drained, server, chain)
         if releaser is not None:
             releaser.close()
-        journal.write(journal.facts["state"], durable=False, report=asdict(report))
+        journal.note(journal.facts["state"], listener, {"report": asdict(report)})
         serving.release()
         _end(journal, held)
         listener(StateChanged("released", time.monotonic()))

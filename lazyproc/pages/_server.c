@@ -153,6 +153,8 @@ static int read_piece(struct connection *c, const struct server_segment *s, uint
                       run * PAGE_BYTES);
         if (n < 0 && errno == EINTR)
             continue;
+        if (n == 0 && s->pid) /* fs/proc/base.c: mem_rw: no address space; the process is no zombie yet, or one that is traced */
+            return end(c, SERVER_SOURCE_GONE, 0, (uint64_t)s->pid);
         got = n > 0 ? (size_t)n / PAGE_BYTES : 0;
         done += got;
         if (got == 0)

@@ -99,10 +99,18 @@ class PageServer:
 
     def freed_and_asked_for(self) -> int | None:
         """The address of a page that a client of the last link wanted though it had been released."""
+        return self._newest_ended(lib.SERVER_RELEASED)
+
+    def source_ended(self) -> int | None:
+        """The pid of a process whose pages a client of the last link wanted, and which has ended."""
+        return self._newest_ended(lib.SERVER_SOURCE_GONE)
+
+    def _newest_ended(self, cause: int) -> int | None:
+        """What is said of the newest connection of a name that has ended for this cause."""
         with self._lock:
-            for name in self._connections:
-                status = self._status(self._connections[name][-1])
-                if status.cause == lib.SERVER_RELEASED:
+            for numbers in self._connections.values():
+                status = self._status(numbers[-1])
+                if status.cause == cause:
                     return int(status.detail)
         return None
 

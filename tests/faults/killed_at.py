@@ -1,8 +1,9 @@
 """A lazyproc command whose process that comes to a named point of the hand-over first ends there, by SIGKILL.
 
-    python -m tests.faults.killed_at (one|all) POINT python -m lazyproc.cli.main receive ...
+    python -m tests.faults.killed_at (one|all|disk) POINT python -m lazyproc.cli.main receive ...
 
-With `all` its whole crew ends in the same moment: keeper, guard and pager are one process group.
+With `all` its whole crew ends in the same moment: keeper, guard and pager are one process group. With `disk` nobody
+ends, and the disk that holds the journals is full from there on.
 
 The points are those of docs/protocol.md and of lazyproc/migrate; a process killed there has done all that comes before.
 """
@@ -15,10 +16,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from lazyproc.cli.main import main
-from lazyproc.migrate.journal import Journal
+from lazyproc.migrate.journal import Journal, folder
 from lazyproc.migrate.keeper import Keeper
 from lazyproc.pages.transport import Channel
 from lazyproc.restore.tree import BuiltTree
@@ -31,10 +33,25 @@ def _come() -> mmap.mmap:
     return mmap.mmap(-1, 1)
 
 
-def _die() -> None:
+def _fill_disk() -> None:
+    fd = os.open(folder() / "filling", os.O_WRONLY | os.O_CREAT)
+    with suppress(OSError):  # ENOSPC
+        while True:
+            os.write(fd, bytes(4096))
+    os.close(fd)
+
+
+HAPPENS: dict[str, Callable[[], None]] = {
+    "one": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "all": lambda: os.kill(0, signal.SIGKILL),
+    "disk": _fill_disk,
+}
+
+
+def _arrive() -> None:
     if not _come()[0]:
         _come()[0] = 1
-        os.kill(0 if sys.argv[1] == "all" else os.getpid(), signal.SIGKILL)
+        HAPPENS[sys.argv[1]]()
 
 
 def _after(owner: type, name: str, is_it: Callable[..., bool] = lambda *_: True) -> None:
@@ -43,7 +60,7 @@ def _after(owner: type, name: str, is_it: Callable[..., bool] = lambda *_: True)
     def killed_after(self: Any, *args: Any, **more: Any) -> Any:
         result = real(self, *args, **more)
         if is_it(*args):
-            _die()
+            _arrive()
         return result
 
     setattr(owner, name, killed_after)
@@ -54,7 +71,7 @@ def _before(owner: type, name: str, is_it: Callable[..., bool] = lambda *_: True
 
     def killed_before(self: Any, *args: Any, **more: Any) -> Any:
         if is_it(*args):
-            _die()
+            _arrive()
         return real(self, *args, **more)
 
     setattr(owner, name, killed_before)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lazyproc.hosts import Pair
+from lazyproc.hosts import Host, Pair
 from tests.faults.helpers import DESTINATION, SOURCE, journals, sessions
 from tests.faults.killed_at import killed_at
 from tests.live.bad_luck import unharmed
@@ -48,7 +48,7 @@ def test_it_runs_on_here(pair: Pair, program: Program, point: str, here: bool) -
     program.stop_and_verify()
 
 
-@pytest.mark.parametrize("point", ["BUILT said", "COMMIT heard"])
+@pytest.mark.parametrize("point", ["BUILT said", "COMMIT heard", "committed"])
 def test_all_are_killed_at_the_destination_and_it_runs_on_here(
     pair: Pair, program: Program, point: str
 ) -> None:
@@ -88,6 +88,68 @@ def test_killed_at_the_source_it_arrives(pair: Pair, program: Program, point: st
     ):
         arrives(pair, journey, program)
         wait_until(lambda: not journals(pair.destination, DESTINATION), "the destination's journal is closed")
+
+
+# --- the disk is full ------------------------------------------------------------------------------------------
+
+
+def small_disk(host: Host) -> None:
+    """For its journals; it goes with the host."""
+    place = host.scratch / "state/lazyproc/sessions"
+    host.run(["mkdir", "-p", place], check=True)
+    host.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], check=True)
+
+
+@pytest.mark.parametrize("point", ["COMMIT heard", "committed"])
+def test_the_disk_is_full_at_the_destination_before_it_runs(pair: Pair, program: Program, point: str) -> None:
+    small_disk(pair.destination)
+    with unharmed(program):
+        with (
+            receiving(pair.destination, by=killed_at(point, "disk")) as receiver,
+            migrating(pair.source, receiver, program.pid) as journey,
+        ):
+            journey.finish(expected=1)
+        assert "the journal cannot be written: No space left on device" in journey.log()
+        assert not journals(pair.source, SOURCE)
+        assert {each["state"] for each in sessions(pair.destination)} <= {"aborted"}
+    program.stop_and_verify()
+
+
+def test_the_disk_is_full_at_the_source_before_it_is_parked(pair: Pair, program: Program) -> None:
+    small_disk(pair.source)
+    with unharmed(program):
+        with (
+            receiving(pair.destination) as receiver,
+            migrating(pair.source, receiver, program.pid, run_by=killed_at("IMAGES said", "disk")) as journey,
+        ):
+            journey.finish(expected=1)
+        assert "the journal cannot be written: No space left on device" in journey.log()
+        assert not sessions(pair.source)
+    program.stop_and_verify()
+
+
+@pytest.mark.parametrize("point", ["outlived", "RUNNING said", "drained"])
+def test_the_disk_is_full_at_the_destination_and_it_arrives(pair: Pair, program: Program, point: str) -> None:
+    small_disk(pair.destination)
+    with (
+        receiving(pair.destination, by=killed_at(point, "disk")) as receiver,
+        migrating(pair.source, receiver, program.pid) as journey,
+    ):
+        arrives(pair, journey, program)
+        if point != "drained":  # there nothing is left to write
+            wait_until(lambda: "No space left on device" in receiver.notes(), "it says so")
+        assert not journals(pair.destination, DESTINATION)
+
+
+@pytest.mark.parametrize("point", ["parked", "COMMIT said", "COMMITTED heard", "RUNNING heard"])
+def test_the_disk_is_full_at_the_source_and_it_arrives(pair: Pair, program: Program, point: str) -> None:
+    small_disk(pair.source)
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, run_by=killed_at(point, "disk")) as journey,
+    ):
+        arrives(pair, journey, program)
+        assert "No space left on device" in journey.log()
 
 
 def arrives(pair: Pair, journey: Journey, program: Program) -> None:

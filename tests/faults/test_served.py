@@ -132,7 +132,7 @@ def test_all_that_serve_are_killed_and_one_resume_completes_it(pair: Pair, progr
 def test_who_fetches_is_killed_and_one_resume_completes_it(pair: Pair, program: Program) -> None:
     with fetching(pair, program, Dam()) as fetch:
         (working,) = sessions(pair.destination)
-        assert working["state"] == "committed"
+        assert working["state"] == "running"
         fetch.process.kill()
         fetch.process.wait()
         (orphan,) = sessions(pair.destination)

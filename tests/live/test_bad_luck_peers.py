@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from lazyproc.errors import LazyprocError
+from lazyproc.errors import ConnectionLost, LazyprocError
 from lazyproc.hosts import Pair
 from lazyproc.migrate.link import ROLES
 from lazyproc.migrate.prepare import Offer, vdso_build_id
@@ -246,6 +246,27 @@ def test_a_destination_that_fails_at_the_commit(
         assert run_cli(pair.source, "resume", record["id"], "--here", expected=2)
         run_cli(pair.source, "resume", record["id"], "--here", "--force")
     program.stop_and_verify()
+
+
+def test_a_process_that_is_killed_while_the_other_side_builds(pair: Pair, program: Program) -> None:
+    """It is not brought back to life there."""
+    heard: list[Event | None] = []
+
+    def built(control: Channel) -> None:
+        wait_until(
+            lambda: any(each["state"] == "parked" for each in journals(pair.source, SOURCE)), "it is parked"
+        )
+        program.process.kill()
+        wait_until(lambda: gone(program.pid), "it has ended")
+        control.send(Built())
+        with suppress(ConnectionLost):
+            heard.append(control.receive(20))
+
+    with listener_on(pair.destination, destination((Prepared(),), built)) as target:
+        done = lazyproc(pair.source, *migrate_to(pair, program, target))
+    says(done, 1, f" {pair.source.vpid(program.pid)}: ")
+    assert not heard
+    assert not journals(pair.source, SOURCE)
 
 
 @pytest.mark.parametrize("orphaned", [False, True])

@@ -24,8 +24,7 @@ from tests.live.real import Journey, check_clean, network_of, processes_of
 POLL_S = 0.05
 SETTLE_S = 40.0
 EXIT_S = 15.0
-# What a side remembers for the other. `arriving` is that too when nobody is left who could commit it.
-KEPT = ("aborted", "drained", "arriving")
+UNBORN = ("aborted", "arriving", "committed")  # at the destination, when nobody is left there
 
 
 class Outcome(StrEnum):
@@ -64,8 +63,8 @@ class Scene:
         found = []
         for host, role in ((self.pair.source, SOURCE), (self.pair.destination, DESTINATION)):
             for record in journals(host, role):
-                if record["state"] in KEPT:
-                    continue
+                if role == DESTINATION and record["state"] in (*UNBORN, "drained"):
+                    continue  # kept for the source
                 with network_of(host):
                     staffed = is_staffed(record["id"], role)
                 if not staffed and any(each["id"] == record["id"] for each in journals(host, role)):
@@ -171,11 +170,7 @@ def _help(scene: Scene) -> None:
 
 
 def _nothing_there(scene: Scene) -> bool:
-    known = [
-        each
-        for each in journals(scene.pair.destination, DESTINATION)
-        if each["state"] not in ("aborted", "arriving")
-    ]
+    known = [each for each in journals(scene.pair.destination, DESTINATION) if each["state"] not in UNBORN]
     return not known and not scene.copies(scene.pair.destination)
 
 
@@ -249,7 +244,7 @@ def _check_nothing_left(scene: Scene) -> None:
     """But what one side still keeps for the other, who will never ask."""
     pair = scene.pair
     kept = journals(pair.destination, DESTINATION)
-    if journals(pair.source, SOURCE) or any(record["state"] not in KEPT for record in kept):
+    if journals(pair.source, SOURCE) or any(record["state"] not in (*UNBORN, "drained") for record in kept):
         raise Fault(f"a journal is left\n{scene}")
     for host in (pair.source, pair.destination):
         tables = host.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout

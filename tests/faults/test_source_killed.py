@@ -1,0 +1,73 @@
+"""The parked process is killed at the source, by an operator or for want of memory: what had not come over is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from lazyproc.hosts import Pair
+from tests.faults.helpers import DESTINATION, SOURCE, gone, journal, journals, kill, sessions
+from tests.faults.test_helpers_killed import waits_for_a_page
+from tests.live.moving import receiving, run_cli
+from tests.live.programs import Program, running, wait_until
+from tests.live.real import Journey, migrating
+
+SLOW = ("--max-rate", "1000000")  # a minute for 64 MiB
+
+
+@pytest.fixture
+def program(pair: Pair) -> Iterator[Program]:
+    with running("memory_random", "64", "2", directory=pair.shared, host=pair.source, exclusive=True) as it:
+        it.watch.wait_beats()
+        yield it
+
+
+def is_lost(pair: Pair, program: Program, journey: Journey) -> None:
+    """`migrate` says so and ends; the process waits, reads nothing wrong, and the operator there knows why."""
+    answer = journey.finish(expected=5)
+    assert "has ended, and with it the memory that had not come over yet" in answer["error"]
+    assert journey.log().count("reconnecting") < 10
+    (left,) = sessions(pair.source)
+    run_cli(pair.source, "abort", left["id"])
+    info = sessions(pair.destination)[0]
+    assert info["state"] == "running"
+    assert "source is lost: the parked process has ended" in info["reason"]
+    root = pair.destination.pid(info["root_pid"])
+    wait_until(lambda: waits_for_a_page(root), "it waits")
+    done = run_cli(pair.destination, "abort", info["id"], expected=5)
+    assert f"{info['pages_remaining']} of its pages were missing" in done.stdout
+    assert gone(root)
+    assert program.watch.read().errors == 0
+
+
+def test_after_the_commit(pair: Pair, program: Program) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *SLOW) as journey,
+    ):
+        journey.wait_running()
+        os.kill(program.pid, signal.SIGKILL)
+        is_lost(pair, program, journey)
+
+
+def test_with_the_one_who_serves_it(pair: Pair, program: Program) -> None:
+    """Whoever takes over finds nothing to serve."""
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *SLOW) as journey,
+    ):
+        journey.wait_running()
+        root = pair.destination.pid(journal(pair.destination, DESTINATION)["tree"]["root_pid"])
+        os.kill(program.pid, signal.SIGKILL)
+        kill(pair.source, SOURCE, "server")
+        answer = journey.finish(expected=5)
+        assert "has ended, and with it the memory" in answer["error"]
+        (record,) = journals(pair.source, SOURCE)
+        run_cli(pair.source, "resume", record["id"], expected=5)
+        run_cli(pair.source, "abort", record["id"])
+        run_cli(pair.destination, "abort", record["id"], expected=5)
+        assert gone(root)
+        assert program.watch.read().errors == 0
