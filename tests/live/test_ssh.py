@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def ours(host: Host) -> list[str]:
     """The command lines of what runs for lazyproc on a host."""
     lines = []
     for pid in filter(runs, processes_of(host)):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        words = ""
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
         if "lazyproc.cli.main" in words or "bin/lazyproc" in words or words.startswith("ssh "):
             lines.append(words)
     return lines
