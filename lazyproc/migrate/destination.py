@@ -12,8 +12,9 @@ from lazyproc.kernel.ready import readable
 from lazyproc.migrate.apart import Messages
 from lazyproc.migrate.arrival import Terms
 from lazyproc.migrate.journal import forget_old
-from lazyproc.migrate.keeper import Place, keep
+from lazyproc.migrate.keeper import keep
 from lazyproc.migrate.link import Gathering
+from lazyproc.migrate.place import Place
 from lazyproc.migrate.reception import hand_on
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls

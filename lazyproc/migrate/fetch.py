@@ -15,8 +15,8 @@ from lazyproc.migrate.arrival import Arrival, Terms, Wishes
 from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.journal import DESTINATION, Journal
-from lazyproc.migrate.keeper import Place
 from lazyproc.migrate.link import Redial, linked
+from lazyproc.migrate.place import Place
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Declined, Session

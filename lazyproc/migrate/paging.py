@@ -1,0 +1,194 @@
+"""The pager's process of a session at the destination: every missing page, over one link after another.
+
+It shares its descriptors with the keeper, who brings it links and replaces it when it is killed (keeper.py).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from lazyproc.errors import LazyprocError, Parked
+from lazyproc.kernel.ready import readable
+from lazyproc.kernel.sys import pidfd_open
+from lazyproc.migrate.arrival import Wishes
+from lazyproc.migrate.crew import Clients, Member, amend, heard, say
+from lazyproc.migrate.drain import Drain
+from lazyproc.migrate.journal import Journal
+from lazyproc.migrate.link import ROLES, Link, Redial
+from lazyproc.migrate.place import Place
+from lazyproc.migrate.supply import Supply, image_pages
+from lazyproc.pages.transport import Channel, Declined, Session
+from lazyproc.restore.lazy import note_removals
+from lazyproc.restore.lazytree import from_facts
+from lazyproc.uffd.pager import Pager
+from lazyproc.uffd.policy import POLICIES
+from lazyproc.wire.native import Hello, Party
+
+LOOK_S = 0.5
+STEP_S = 0.02
+RELEASE_S = 60.0  # the tree is complete: how long the source is waited for, to be told so
+
+
+class Paging:
+    """`keeper` is the end of a socket where the keeper sends links, and hears what becomes of them."""
+
+    def __init__(
+        self, session: Session, journal: Journal, place: Place, clients: Clients, keeper: socket.socket
+    ) -> None:
+        self._session = session
+        self._journal = journal
+        self._place = place
+        self._clients = clients
+        self._keeper = keeper
+        self._look_at = 0.0  # when it is looked next whether anybody of the crew is left
+
+    def first(self, keeper: Member) -> None:
+        """Of a tree that is still to be built: begins when the keeper says that it is committed."""
+        while keeper.alive():
+            if any(kind == "serve" for kind, _ in heard(self._keeper, LOOK_S, 1)):
+                self._run(inherited=False)
+                return
+
+    def next(self) -> None:
+        """In place of one that was killed."""
+        self._run(inherited=True)
+
+    def _run(self, *, inherited: bool) -> None:
+        self._journal.reload()
+        facts = self._journal.facts
+        wishes = Wishes.of(facts["wishes"])
+        with ExitStack() as stack:
+            pager = stack.enter_context(Pager(ledger=int(facts["ledger"]), trace=wishes.traced))
+            tree = from_facts(facts["tree"])
+            if inherited:
+                note_removals(pager, tree)
+            report = None if facts["state"] == "poisoned" else facts.get("report")  # poisoned is not over
+            drain = Drain(pager, tree, POLICIES[wishes.policy], self._clients.tell, report)
+            if wishes.traced:
+                drain.record()
+            if wishes.release:
+                drain.acknowledge()
+            alone = self._goes_alone(drain, Supply.of(facts.get("supply") or {}), stack)
+            pager.start(bulk=wishes.bulk or alone, max_rate=0 if alone else wishes.max_rate)
+            if self._bring(drain, self._redial(drain)):
+                self._close(drain)
+
+    def _goes_alone(self, drain: Drain, supply: Supply, stack: ExitStack) -> bool:
+        """Images that are no longer what they were when they were named leave everything as it was."""
+        if not supply:
+            return False
+        try:
+            images = stack.enter_context(image_pages(Path(supply.images))) if supply.images else None
+            drain.go_alone(images, poison=supply.poison)
+        except (LazyprocError, OSError) as error:
+            self._clients.failed(error)
+            self._have_noted({"supply": {}})
+            return False
+        return True
+
+    # --- links ---
+
+    def _redial(self, drain: Drain) -> Redial | None:
+        """Where it is for us to call."""
+        if not self._place.dials or drain.alone:
+            return None
+        return Redial(self._place.address, self._place.trust, self._session, self._clients.tell)
+
+    def _take_links(self, drain: Drain, redial: Redial | None) -> None:
+        for kind, fds in heard(self._keeper, 0 if drain.linked else STEP_S):
+            link = self._duplicated(fds)
+            drain.take(link) if kind == "take" else drain.attach(link)
+        if redial is not None and not drain.linked:
+            with suppress(Declined):  # it may know the session again when it is resumed there
+                if (called := redial.link()) is not None:
+                    drain.attach(called)
+
+    def _duplicated(self, fds: Sequence[int]) -> Link:
+        """The connections that the keeper has welcomed."""
+        channels = []
+        for role, fd in zip(ROLES, fds, strict=True):
+            hello = Hello(role, self._session.id, self._session.token, resume=True)
+            sock = socket.socket(fileno=os.dup(fd))
+            channels.append(Channel.adopted(sock, Party.DESTINATION, hello, welcomed=True))
+        return Link(self._session, *channels)
+
+    # --- pages ---
+
+    def _bring(self, drain: Drain, redial: Redial | None) -> bool:
+        """To the end, whoever else is alive by then. False: nobody is left who could bring another link, and who stays
+        then only keeps the session from being resumed.
+        """
+        until, reason, told = math.inf, self._journal.facts.get("reason", ""), False
+        while not drain.over and (drain.stays or time.monotonic() < until):
+            self._take_links(drain, redial)
+            drain.step(STEP_S if drain.linked else 0)
+            waits = redial is None and not (drain.linked or drain.alone or drain.report)
+            if waits and self._is_alone():
+                return False
+            if drain.report is not None and until == math.inf:
+                until = time.monotonic() + RELEASE_S
+                self._note_whole(drain)
+            elif drain.reason != reason:
+                reason = drain.reason
+                self._have_noted({"reason": reason})
+            if not told and (pages := drain.lacking):
+                told = True
+                self._clients.failed(self._lacking(pages))
+        return True
+
+    def _note_whole(self, drain: Drain) -> None:
+        state = "poisoned" if drain.stays else "drained"
+        self._have_noted({"state": state, "report": drain.report})
+        if drain.stays:
+            self._clients.done(drain.report)
+
+    def _close(self, drain: Drain) -> None:
+        """All is done; whoever is kept is dismissed by the keeper."""
+        self._clients.done(drain.report)
+        nobody_asks = drain.released or not self._place.address
+        facts: dict[str, Any] = {} if nobody_asks else {"state": "drained", "report": drain.report}
+        say(self._keeper, "over", facts)
+        while self._is_kept():
+            time.sleep(STEP_S)
+        amend(self._journal, facts, self._clients.tell)
+
+    def _lacking(self, pages: int) -> Parked:
+        """It stays as it was."""
+        return Parked(
+            f"the images lack {pages} of the missing pages, which are waited for",
+            where=f"session {self._session.id}",
+            remedy="name other images, wait for the source, or give them up with --poison",
+        )
+
+    # --- the others ---
+
+    def _have_noted(self, facts: dict[str, Any]) -> None:
+        """By the keeper: a journal has one writer. By ourselves when he and the guard are dead."""
+        if self._is_kept():
+            say(self._keeper, "note", facts)
+        else:
+            amend(self._journal, facts, self._clients.tell)
+
+    def _is_alone(self) -> bool:
+        if time.monotonic() < self._look_at:
+            return False
+        self._look_at = time.monotonic() + LOOK_S
+        return not self._is_kept()
+
+    def _is_kept(self) -> bool:
+        self._journal.reload()
+        for name in ("keeper_pid", "guard_pid"):
+            with suppress(OSError):
+                fd = pidfd_open(int(self._journal.facts.get(name) or 0))
+                dead = readable([fd], 0)
+                os.close(fd)
+                if not dead:
+                    return True
+        return False
