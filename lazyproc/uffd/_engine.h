@@ -10,6 +10,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "_acknowledge.h"
 #include "_ledger.h"
 #include "_link.h"
 #include "_pager.h"

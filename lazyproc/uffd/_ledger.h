@@ -28,6 +28,7 @@
 #define LEDGER_TRACE 65536u
 #define LEDGER_BUCKETS 1024u
 #define LEDGER_REMOVALS 8192u /* descriptors, two a processor */
+#define NO_KIN UINT32_MAX
 
 /* How far a page has come. Those up to PAGE_ABSENT still wait for their content. */
 enum page_state {
@@ -89,7 +90,7 @@ struct instance {
     uint64_t block_bytes;
     uint32_t live;
     uint32_t primary; /* index; its own for the primary */
-    uint32_t kin;     /* next instance of the object, UINT32_MAX at the end */
+    uint32_t kin;     /* next instance of the object, NO_KIN at the end */
     uint32_t home;    /* the space of a private instance */
     uint32_t spans;
     uint32_t reserved;
@@ -148,13 +149,6 @@ struct mapping {
 struct cursor {
     uint32_t space;
     uint32_t region;
-};
-
-/* A page of a span of an instance. */
-struct ledger_place {
-    uint32_t instance;
-    uint32_t span;
-    uint64_t page;
 };
 
 static inline enum page_state page_state(uint8_t byte)
@@ -216,11 +210,6 @@ void ledger_map_run(struct ledger *l, uint32_t primary, uint64_t addr, uint64_t 
 /* Nothing more of the map will come for these pages of an instance: what is not in it becomes a hole. -ENODATA: it
  * names a page that the source said it does not have. */
 int ledger_map_close(struct ledger *l, uint32_t instance, uint64_t addr, uint64_t pages);
-/* Pages of the map that no instance waits for and that have not been given out: at most `count` runs of primaries, from
- * *at on, over at most *budget pages; *at and *budget move along. Returns the number of runs. */
-size_t ledger_acknowledge(struct ledger *l, struct ledger_place *at, uint64_t *budget, struct pager_run *runs,
-                          size_t count);
-void ledger_forget_acked(struct ledger *l); /* all of them are to be given out again */
 /* The source says that it does not have these pages. -ENODATA: the map says that it does. */
 int ledger_absent(struct ledger *l, uint32_t primary, uint64_t addr, uint64_t pages);
 

@@ -138,16 +138,17 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
     if (!crc32c_supported())
         return -ENOTSUP;
     p = calloc(1, sizeof(*p));
-    if (!p)
-        return -ENOMEM;
+    error = p ? init_lock(p) : -ENOMEM;
+    if (error) {
+        free(p);
+        return error;
+    }
     p->next_urgent = p->next_bulk = p->epoll = p->fault_kick = p->bulk_kick = -1;
     p->urgent.fd = p->bulk.fd = -1;
     p->traced = trace;
     p->window = FIRST_WINDOW;
     p->owner = getpid();
     error = ledger_open(&p->ledger, ledger_fd);
-    if (!error)
-        error = init_lock(p);
     if (!error)
         error = open_descriptors(p);
     if (!error)
@@ -567,18 +568,18 @@ bool pager_map_known(struct pager *p)
 int pager_acknowledge(struct pager *p, struct pager_run *runs, size_t count)
 {
     size_t found = 0;
+    bool at_end = false;
 
-    for (uint64_t looked = 0; looked < ACK_SCAN && found < count; looked += ACK_TURN) {
+    for (uint64_t looked = 0; looked < ACK_SCAN && found < count && !at_end; looked += ACK_TURN) {
         uint64_t budget = ACK_TURN;
 
         pthread_mutex_lock(&p->lock);
         if (p->ledger.head->map_known)
             found += ledger_acknowledge(&p->ledger, &p->acked, &budget, runs + found, count - found);
-        pthread_mutex_unlock(&p->lock);
-        if (budget && found < count) {
+        at_end = budget && found < count;
+        if (at_end)
             p->acked = (struct ledger_place){0};
-            break;
-        }
+        pthread_mutex_unlock(&p->lock);
     }
     return (int)found;
 }
@@ -641,9 +642,12 @@ void pager_stop(struct pager *p)
         pthread_join(p->fault_thread, NULL);
     if (p->bulk_runs)
         pthread_join(p->bulk_thread, NULL);
+    pthread_mutex_lock(&p->lock);
     p->fault_runs = p->bulk_runs = false;
     if (p->status == PAGER_RUNNING || p->status == PAGER_LOST || p->status == PAGER_IDLE)
         p->status = PAGER_STOPPED;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
 }
 
 int pager_wait(struct pager *p, int timeout_ms)

@@ -6,7 +6,19 @@ from cffi import FFI
 
 HERE = "lazyproc/uffd"
 WIRE = "lazyproc/wire"
-PARTS = ("pager", "faults", "bulk", "place", "ledger", "link", "release", "remove", "removals", "shadow")
+PARTS = (
+    "pager",
+    "faults",
+    "bulk",
+    "place",
+    "ledger",
+    "acknowledge",
+    "link",
+    "release",
+    "remove",
+    "removals",
+    "shadow",
+)
 
 # Without its preprocessor lines the header is what cffi reads: C and Python cannot see different ones.
 header = Path(HERE, "_pager.h").read_text()
@@ -21,6 +33,7 @@ ffi.set_source(
         f"{HERE}/_pager.h",
         f"{HERE}/_engine.h",
         f"{HERE}/_ledger.h",
+        f"{HERE}/_acknowledge.h",
         f"{HERE}/_link.h",
         f"{HERE}/_removals.h",
         f"{HERE}/_shadow.h",

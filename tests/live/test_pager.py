@@ -27,6 +27,19 @@ def test_a_touched_page_comes_on_demand() -> None:
         assert 0 < counters.fault_us.p50 <= counters.fault_us.max
 
 
+def test_what_has_come_is_acknowledged_once_a_link() -> None:
+    with rig() as r:
+        r.start()
+        assert not list(r.pager.acknowledge())
+        r.child.call("digest", addr=r.at(3), length=PAGE)
+        assert list(r.pager.acknowledge()) == [(TASK.key, r.at(3), 1)]
+        r.child.call("digest", addr=r.at(2), length=3 * PAGE)
+        assert list(r.pager.acknowledge()) == [(TASK.key, r.at(2), 1), (TASK.key, r.at(4), 1)]
+        assert not list(r.pager.acknowledge())
+        r.pager.forget_acknowledged()
+        assert list(r.pager.acknowledge()) == [(TASK.key, r.at(2), 3)]
+
+
 def test_everything_on_demand() -> None:
     with rig(64) as r:
         r.start()

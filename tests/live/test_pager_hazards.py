@@ -203,8 +203,10 @@ def test_the_parent_discards_what_its_child_still_needs() -> None:
         forked = r.child.begin("fork_digest", addr=r.addr, length=r.length)
         r.server.wait_for("urgent", r.at(0))  # the child has been born
         r.child.call("madvise", addr=r.addr, length=r.length, advice=MADV_DONTNEED)
+        assert not list(r.pager.acknowledge())
         held.set()
         assert forked.result(DEADLINE) == r.expect(0, 4)
+        assert list(r.pager.acknowledge()) == [(TASK.key, r.addr, 4)]
         assert r.child.call("digest", addr=r.addr, length=r.length) == digest(bytes(r.length))
         r.finish_in_bulk()
         assert (r.pager.counters().urgent, r.pager.counters().dropped) == (4, 0)

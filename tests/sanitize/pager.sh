@@ -1,20 +1,26 @@
 #!/bin/sh
-# The pager's C core under the address, undefined-behaviour and thread sanitizers. Needs gcc and root (/dev/userfaultfd).
+# The pager's C core under the address, undefined-behaviour and thread sanitizers. Needs gcc and root (/dev/userfaultfd,
+# tracepoints).
 set -eu
 cd "$(dirname "$0")/../.."
 out=build/sanitize
 mkdir -p "$out"
 room=lazyproc/uffd
-sources="$room/_pager.c $room/_faults.c $room/_bulk.c $room/_place.c $room/_ledger.c $room/_link.c $room/_release.c \
-    $room/_remove.c $room/_removals.c $room/_shadow.c"
-flags="-g -O1 -std=gnu11 -Wall -Wextra -Werror -pthread -I$room -Ilazyproc/wire"
+parts="tests/sanitize/page_source.c tests/sanitize/witness.c $room/_pager.c $room/_faults.c $room/_bulk.c $room/_place.c
+    $room/_ledger.c $room/_acknowledge.c $room/_link.c $room/_release.c $room/_remove.c $room/_removals.c $room/_shadow.c"
+flags="-g -O1 -std=gnu11 -Wall -Wextra -Werror -pthread -I$room -Ilazyproc/wire -Itests/sanitize"
 
 gcc -O2 -pthread tests/live/toucher.c -o "$out/toucher"
-gcc $flags -fsanitize=address,undefined -fno-sanitize-recover=all tests/sanitize/pager_driver.c $sources -o "$out/pager_asan"
-gcc $flags -fsanitize=thread tests/sanitize/pager_driver.c $sources -o "$out/pager_tsan"
+for driver in pager removals; do
+    sources="tests/sanitize/${driver}_driver.c $parts"
+    gcc $flags -fsanitize=address,undefined -fno-sanitize-recover=all $sources -o "$out/${driver}_asan"
+    gcc $flags -fsanitize=thread $sources -o "$out/${driver}_tsan"
+done
 for sanitizer in asan tsan; do
     for what in demand bulk local lost garbage takeover; do
         echo "$sanitizer: $what"
         TSAN_OPTIONS=halt_on_error=1 "$out/pager_$sanitizer" "$out/toucher" "$what"
     done
+    echo "$sanitizer: removals"
+    TSAN_OPTIONS=halt_on_error=1 "$out/removals_$sanitizer"
 done

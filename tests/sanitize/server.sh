@@ -10,7 +10,7 @@ flags="-g -O1 -std=gnu11 -Wall -Wextra -Werror -pthread -I$room -Ilazyproc/wire 
 gcc $flags -fsanitize=address,undefined -fno-sanitize-recover=all tests/sanitize/server_driver.c $room/_server.c -o "$out/server_asan"
 gcc $flags -fsanitize=thread tests/sanitize/server_driver.c $room/_server.c -o "$out/server_tsan"
 for sanitizer in asan tsan; do
-    for what in pages bad gone stop; do
+    for what in pages bad gone stop release; do
         echo "$sanitizer: $what"
         TSAN_OPTIONS=halt_on_error=1 "$out/server_$sanitizer" "$what"
     done

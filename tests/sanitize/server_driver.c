@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -90,14 +91,19 @@ static void free_server(struct server *server, const struct server_segment *segm
     close(segment->fd);
 }
 
-static int connect_to(struct server *server, int *number)
+static int connect_over(struct server *server, int channel, int *number)
 {
     int ends[2];
 
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
-    *number = server_serve(server, ends[1], 0);
+    *number = server_serve(server, ends[1], channel);
     CHECK(*number >= 0);
     return ends[0];
+}
+
+static int connect_to(struct server *server, int *number)
+{
+    return connect_over(server, 0, number);
 }
 
 static void ask(int fd, uint64_t addr, uint32_t pages)
@@ -242,6 +248,127 @@ static void serve_mutated_requests(struct server *server, unsigned rounds, unsig
     }
 }
 
+/* --- releasing --------------------------------------------------------------------------------------------------- */
+
+#define FILE_PAGES 4096u
+#define ASK_PAGES 16u
+#define AGAIN 3u
+
+enum { COME = 1, FREED };
+
+/* One channel of a link whose client says what has come. No page of the file is zero before it is released. */
+struct reader {
+    int fd;
+    atomic_uchar *came; /* of each page of the file: COME, or FREED */
+    unsigned step;      /* odd: the order in which the channel asks */
+    pthread_t thread;
+};
+
+/* Every byte of a page is its number modulo 255, and 1. */
+static unsigned char byte_of(uint64_t page)
+{
+    return (unsigned char)(page % 255 + 1);
+}
+
+static int make_file(void)
+{
+    unsigned char page[PAGE_BYTES];
+    int fd = memfd_create("pages", MFD_CLOEXEC);
+
+    CHECK(fd >= 0);
+    for (unsigned i = 0; i < FILE_PAGES; i++) {
+        memset(page, byte_of(i), sizeof(page));
+        CHECK(write(fd, page, sizeof(page)) == (ssize_t)sizeof(page));
+    }
+    return fd;
+}
+
+/* It may come once more after it was freed: it was on its way then. */
+static void note_came(atomic_uchar *came)
+{
+    unsigned char before = 0;
+
+    atomic_compare_exchange_strong(came, &before, COME);
+}
+
+/* What is freed is never taken for zeros: it has come before, or comes over the other channel. */
+static void take_pages(const struct reader *r, uint64_t addr, unsigned pages)
+{
+    static _Thread_local unsigned char data[FRAME_MAX_PAGES * PAGE_BYTES];
+    struct page_frame frame;
+
+    for (uint64_t end = addr + (uint64_t)pages * PAGE_BYTES; addr < end; addr += (uint64_t)frame.count * PAGE_BYTES) {
+        CHECK(recv(r->fd, &frame, sizeof(frame), MSG_WAITALL) == sizeof(frame) && frame.addr == addr);
+        CHECK(!(frame.flags & (FRAME_ZERO | FRAME_ABSENT)));
+        if (frame.flags & FRAME_UNDER_WAY)
+            continue;
+        CHECK(recv(r->fd, data, (size_t)frame.count * PAGE_BYTES, MSG_WAITALL) == (ssize_t)frame.count * PAGE_BYTES);
+        for (uint64_t i = 0; i < (uint64_t)frame.count * PAGE_BYTES; i++)
+            CHECK(data[i] == byte_of((addr + i) / PAGE_BYTES));
+        for (uint64_t i = 0; i < frame.count; i++)
+            note_came(&r->came[addr / PAGE_BYTES + i]);
+    }
+}
+
+/* Asks for each page more than once: by the second answer it may be released. */
+static void *read_file(void *reader)
+{
+    const struct reader *r = reader;
+
+    for (unsigned i = 0; i < FILE_PAGES / ASK_PAGES; i++) {
+        uint64_t addr = (uint64_t)(i * r->step % (FILE_PAGES / ASK_PAGES)) * ASK_PAGES * PAGE_BYTES;
+
+        for (unsigned k = 0; k < AGAIN; k++)
+            ask(r->fd, addr, ASK_PAGES);
+        for (unsigned k = 0; k < AGAIN; k++)
+            take_pages(r, addr, ASK_PAGES);
+    }
+    return NULL;
+}
+
+/* Frees what has come, until all has. */
+static void release_all(struct server *server, int file, atomic_uchar *came)
+{
+    for (unsigned left = FILE_PAGES; left > 0;)
+        for (uint64_t i = 0; i < FILE_PAGES; i++) {
+            if (atomic_load(&came[i]) != COME)
+                continue;
+            CHECK(server_release(server, OBJECT, i * PAGE_BYTES, 1) == 1);
+            CHECK(fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(i * PAGE_BYTES),
+                            PAGE_BYTES) == 0);
+            atomic_store(&came[i], FREED);
+            left--;
+        }
+}
+
+static void serve_what_is_released(void)
+{
+    static atomic_uchar came[FILE_PAGES];
+    int file = make_file(), number;
+    const struct server_segment segment = {.object = OBJECT, .end = FILE_PAGES * PAGE_BYTES, .fd = file};
+    struct reader readers[2] = {{.came = came, .step = 1}, {.came = came, .step = 7}};
+    struct server *server;
+
+    CHECK(server_new(&segment, 1, true, &server) == 0);
+    for (int i = 0; i < 2; i++) {
+        readers[i].fd = connect_over(server, i, &number);
+        CHECK(pthread_create(&readers[i].thread, NULL, read_file, &readers[i]) == 0);
+    }
+    release_all(server, file, came);
+    for (int i = 0; i < 2; i++)
+        CHECK(pthread_join(readers[i].thread, NULL) == 0);
+    server_new_link(server);
+    for (int i = 0; i < 2; i++)
+        close(readers[i].fd);
+    readers[0].fd = connect_over(server, 0, &number);
+    ask(readers[0].fd, 0, 1);
+    expect_end(server, readers[0].fd, number, SERVER_RELEASED);
+    server_free(server);
+    close(file);
+}
+
+/* --- processes that end ------------------------------------------------------------------------------------------ */
+
 static void serve_a_dead_process(struct server *server, pid_t pid)
 {
     int number, fd = connect_to(server, &number);
@@ -285,8 +412,10 @@ int main(int argc, char **argv)
         serve_a_dead_process(server, pid);
     else if (!strcmp(what, "stop"))
         stop_in_the_middle(server);
+    else if (!strcmp(what, "release"))
+        serve_what_is_released();
     else
-        CHECK(!"one of pages, bad, mutated ROUNDS SEED, gone, stop");
+        CHECK(!"one of pages, bad, mutated ROUNDS SEED, gone, stop, release");
     free_server(server, &segment);
     end_child(pid);
     return 0;
