@@ -22,7 +22,7 @@ from tests.live.programs import UNSUPPORTED, running, wait_until
 from tests.live.tracees import tracee
 
 ARGUMENTS = {"sleeps": ("5000",), "timers": ("5000",)}
-PROGRAMS = ("steady", "rseq_loop", "fpu_amx", "signals", "sleeps", "threads", "timers")
+PROGRAMS = ("steady", "rseq_loop", "fpu_amx", "fpu_amx_later", "signals", "sleeps", "threads", "timers")
 
 
 @contextmanager
