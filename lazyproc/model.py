@@ -565,6 +565,7 @@ class Task:
     oom_score_adj: int = 0
     loginuid: int = 0xFFFFFFFF
     child_subreaper: bool = False
+    xfeatures: int = 0  # components of the xsave area that it had to ask for (ARCH_REQ_XCOMP_PERM), by bit
     cgroups: Mapping[str, str] = field(default_factory=dict)  # controllers ("" is v2) -> path
 
     @property

@@ -18,7 +18,7 @@ from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, rings_of, se
 from lazyproc.dump.memory import eager_pages, private_extents, shared_extents, with_guards
 from lazyproc.dump.question import ask
 from lazyproc.dump.registry import Registry, TaskRef
-from lazyproc.dump.tasks import gather_task, gather_zombie, process_questions
+from lazyproc.dump.tasks import TASK_ANSWERS, gather_task, gather_zombie, process_questions
 from lazyproc.dump.threads import THREAD_ANSWERS, gather_thread, thread_questions
 from lazyproc.errors import CannotBeDone, Obstacle
 from lazyproc.facts import dataclass, replace
@@ -188,9 +188,8 @@ def _one_task(
         ids = (tids[pid], *_ids(frozen, tree)[1:])
         task = gather_task(frozen, ids, threads, answers, tids)
         entries = _with_flags(pid, maps, smaps.get(pid, ()))
-        mm = gather_mm(
-            registry, frozen, entries, cast(tuple[int, bool, int], tuple(answers[4:])), memory, objects
-        )
+        of_mm = cast(tuple[int, bool, int], tuple(answers[TASK_ANSWERS:]))
+        mm = gather_mm(registry, frozen, entries, of_mm, memory, objects)
         pages = eager_pages(mm, threads, memory)
     cwd, root = gather_link(registry, pid, "cwd"), gather_link(registry, pid, "root")
     task = replace(

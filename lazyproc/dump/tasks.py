@@ -9,7 +9,7 @@ from typing import cast
 from lazyproc.dump.freeze import FrozenTask
 from lazyproc.dump.question import Question
 from lazyproc.errors import NoSuchProcess
-from lazyproc.kernel import proc
+from lazyproc.kernel import proc, xfeatures
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.model import IntervalTimer, Limit, PosixTimer, SigAction, Task, TaskState, Thread
 
@@ -19,15 +19,17 @@ ITIMERVAL = struct.Struct("<qqqq")  # interval s, us; value s, us
 ITIMERSPEC = struct.Struct("<qqqq")  # interval s, ns; value s, ns
 SIGEV_THREAD_ID = 4
 SIGKILL, SIGSTOP = 9, 19
+TASK_ANSWERS = 5  # of `process_questions`, for `gather_task`; the others are of the address space
 
 
 def process_questions(bench: Bench, timers: Sequence[proc.PosixTimerInfo]) -> list[Question[object]]:
-    """Asked of the leader, in the order `gather_task` takes the answers."""
+    """Asked of the leader, in the order `gather_task` and `gather_mm` take the answers."""
     return [
         _sigactions(bench),
         _interval_timers(bench),
         _posix_timers(bench, timers),
         _flag(bench, PR_GET_CHILD_SUBREAPER),
+        _permitted(bench),
         Question((Call("prctl", (PR_GET_DUMPABLE,)),), lambda results: results[0]),
         Question((Call("prctl", (PR_GET_THP_DISABLE,)),), lambda results: bool(results[0])),
         Question((Call("brk", (0,)),), lambda results: results[0]),
@@ -37,6 +39,13 @@ def process_questions(bench: Bench, timers: Sequence[proc.PosixTimerInfo]) -> li
 def _flag(bench: Bench, option: int) -> Question[bool]:
     addr = bench.room(4)
     return Question((Call("prctl", (option, addr)),), lambda _: bench.read(addr, 4) != bytes(4))
+
+
+def _permitted(bench: Bench) -> Question[int]:
+    """The vector state it has asked for; none where the kernel knows no asking (before 5.16)."""
+    addr = bench.room(8)
+    calls = (Call("arch_prctl", (xfeatures.ARCH_GET_XCOMP_PERM, addr), may_fail=True),)
+    return Question(calls, lambda _: int.from_bytes(bench.read(addr, 8), "little") & xfeatures.ON_REQUEST)
 
 
 def _sigactions(bench: Bench) -> Question[tuple[SigAction, ...]]:
@@ -111,7 +120,7 @@ def gather_task(
 ) -> Task:
     """The process-wide part of a Task; `ids` are vpid, ppid, pgid, sid, `tids` maps our tids to its own."""
     vpid, ppid, pgid, sid = ids
-    sigactions, itimers, timers, subreaper = answers[:4]
+    sigactions, itimers, timers, subreaper, permitted = answers[:TASK_ANSWERS]
     pid, leader = frozen.pid, frozen.threads[0]
     return Task(
         vpid=vpid,
@@ -135,6 +144,7 @@ def gather_task(
         oom_score_adj=int(proc.read(pid, "oom_score_adj")),
         loginuid=_loginuid(pid),
         child_subreaper=cast(bool, subreaper),
+        xfeatures=cast(int, permitted),
         cgroups=proc.cgroup(proc.read(pid, "cgroup")),
     )
 

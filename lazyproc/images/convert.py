@@ -84,6 +84,8 @@ def to_images(checkpoint: Checkpoint, *, lazy_elsewhere: bool = False) -> dict[s
     for number, task in enumerate(checkpoint.tasks, start=2):
         _write_cores(task, cgroups.add(task.cgroups), seccomp, writer, extras)
         extra = extras.tasks.add(vpid=task.vpid, exit_signal=task.exit_signal)
+        if task.xfeatures:
+            extra.xfeatures = task.xfeatures
         if task.state is not TaskState.ZOMBIE:
             _write_alive(task, number, files, writer)
         if task.mm is not None:
@@ -294,6 +296,7 @@ class _TaskReader:
             oom_score_adj=tc.oom_score_adj,
             loginuid=tc.loginuid if tc.HasField("loginuid") else _NO_LOGINUID,
             child_subreaper=tc.child_subreaper,
+            xfeatures=extra.xfeatures,
         )  # fmt: skip
         # The threads that CRIU writes down for a zombie are not initialized memory of its own.
         return task if task.state is TaskState.ZOMBIE else self._read_alive(task, entry.threads, core)

@@ -16,9 +16,11 @@ __asm__(
 	"	movq 32(%r12), %r10\n"
 	"	movq 40(%r12), %r8\n"
 	"	movq 48(%r12), %r9\n"
+	"	testl $2, 4(%r12)\n" /* the row is an xrstor */
+	"	jnz 6f\n"
 	"lp_syscall_:\n"
 	"	syscall\n"
-	"	movq %rax, 56(%r12)\n"
+	"7:	movq %rax, 56(%r12)\n"
 	"	cmpq $-4095, %rax\n"
 	"	jae 2f\n"
 	"1:	addq $64, %r12\n"
@@ -41,6 +43,10 @@ __asm__(
 	"	syscall\n"
 	"lp_ended_:\n"
 	"	jmpq *%r14\n"
+	"6:	movl %esi, %eax\n"
+	"	xrstor64 (%rdi)\n"
+	"	xorl %eax, %eax\n"
+	"	jmp 7b\n"
 	".p2align 4\n"
 	"lp_nursery_:\n"
 	"	movl $34, %eax\n" /* pause */

@@ -7,7 +7,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* One syscall of a remote program. `nr` bit 32 set: an error does not end the program. */
+/* One syscall of a remote program. `nr` bit 32 set: an error does not end the program; bit 33: no syscall but an
+ * `xrstor` from the area args[0], of the components args[2] << 32 | args[1]. */
 struct lp_row {
 	int64_t nr;
 	int64_t args[6];

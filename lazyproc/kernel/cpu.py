@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lazyproc.kernel import xfeatures
 from lazyproc.kernel.sys import cpuid
 
 # (leaf, subleaf, register, bits that say nothing about instructions a process may use)
@@ -23,11 +24,16 @@ _REGISTERS = ("eax", "ebx", "ecx", "edx")
 
 
 def features() -> dict[str, int]:
-    """Feature words by name, "7.0.ebx" being leaf 7 subleaf 0 (Intel SDM vol. 2A, CPUID)."""
-    return {
+    """Feature words by name, "7.0.ebx" being leaf 7 subleaf 0 (Intel SDM vol. 2A, CPUID).
+
+    State that a process has to ask the kernel for counts where the kernel gives it.
+    """
+    words = {
         f"{leaf:x}.{sub}.{_REGISTERS[register]}": cpuid(leaf, sub)[register] & ~ignored
         for leaf, sub, register, ignored in _LEAVES
     }
+    words["d.0.eax"] &= ~xfeatures.ON_REQUEST | xfeatures.supported()
+    return words
 
 
 def missing(wanted: Mapping[str, int], have: Mapping[str, int]) -> dict[str, int]:

@@ -30,7 +30,8 @@ from lazyproc.kernel.tracee import Memory, State, Tracee
 from lazyproc.model import PAGE, Registers
 
 MAP_FIXED_NOREPLACE = 0x100000
-MAY_FAIL = 1 << 32
+MAY_FAIL, INSTRUCTION = 1 << 32, 1 << 33
+XRSTOR = "xrstor"
 ROW = struct.Struct("<q6Qq")
 STACK_GAP = 1 << 20  # kernel's stack_guard_gap: 256 pages
 ENDINGS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default
@@ -51,7 +52,11 @@ HOME_ROOM = -(-arch.HOME_SIZE // HOME_ALIGN) * HOME_ALIGN
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One remote system call. `may_fail`: its error is a result; otherwise it ends the program."""
+    """One remote system call. `may_fail`: its error is a result; otherwise it ends the program.
+
+    Or the instruction XRSTOR (address of the area, low and high half of the mask), for processes that die with us: it
+    changes vector state, which no way home puts back.
+    """
 
     name: str
     args: tuple[int, ...] = ()
@@ -178,7 +183,7 @@ _NO_ARGS = (0, 0, 0, 0, 0, 0)
 
 
 def _row(call: Call) -> bytes:
-    nr = SYS[call.name] | (MAY_FAIL if call.may_fail else 0)
+    nr = INSTRUCTION if call.name == XRSTOR else SYS[call.name] | (MAY_FAIL if call.may_fail else 0)
     args = [arg & arch.MASK64 for arg in call.args]
     return ROW.pack(nr, *args, *_NO_ARGS[len(args) :], 0)
 

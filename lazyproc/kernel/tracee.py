@@ -6,6 +6,7 @@ ptrace(2) is per tracer *thread*, so a whole dump or restore runs in one.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 import struct
@@ -18,7 +19,7 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel._core import ffi, lib
-from lazyproc.kernel.sys import check
+from lazyproc.kernel.sys import check, cpuid
 from lazyproc.model import Registers, Rseq, SeccompFilter
 
 # include/uapi/linux/ptrace.h
@@ -168,6 +169,8 @@ class Tracee:
         self._ptrace(PTRACE_SETREGS, 0, _address(raw))
 
     def set_xsave(self, xsave: bytes) -> None:
+        """An area that ends early, of a processor with less or of CRIU's, is filled up: the kernel takes no shorter."""
+        xsave = xsave.ljust(_xsave_size(), b"\0")
         iov = ffi.new("uint64_t[2]", [_address(xsave), len(xsave)])
         self._ptrace(PTRACE_SETREGSET, NT_X86_XSTATE, _address(iov))
 
@@ -202,6 +205,12 @@ class Tracee:
             self._ptrace(PTRACE_SECCOMP_GET_METADATA, len(metadata), _address(metadata))
             found.append(SeccompFilter(bytes(program), struct.unpack("<QQ", metadata)[1]))
         return tuple(found)
+
+
+@functools.cache
+def _xsave_size() -> int:
+    """Bytes of the whole NT_X86_XSTATE area here: what XCR0 enables, in the standard format."""
+    return cpuid(0xD, 0)[1]
 
 
 def wait_gone(tids: Iterable[int]) -> None:

@@ -25,7 +25,7 @@ from lazyproc.kernel.nursery import Nursery
 from lazyproc.kernel.remote import Call, step
 from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
 from lazyproc.pages import PageSource
-from lazyproc.restore import descriptors, memory, objects, pages, restarts, state
+from lazyproc.restore import descriptors, memory, objects, pages, restarts, state, vectors
 from lazyproc.restore.creation import Maker, make_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
@@ -310,6 +310,7 @@ def _give_state(site: Site, checkpoint: Checkpoint, made: Mapping[int, int], lis
     state.set_from_outside(task, site.pid, listener)
     for thread in task.threads:
         state.schedule(thread, site.threads[thread.tid].tid, listener)
+    vectors.make_room(site)
     _run_in_threads(site, _available_capabilities())
     assert task.mm is not None
     site.run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,27 +16,31 @@ from lazyproc.dump.freeze import frozen_tree
 from lazyproc.dump.gather import dumped
 from lazyproc.dump.source import dump_pages
 from lazyproc.events import ignore
+from lazyproc.facts import replace
 from lazyproc.kernel import proc
+from lazyproc.model import Checkpoint
 from lazyproc.restore.tree import built_tree
 from tests.live.programs import UNSUPPORTED, running, wait_until
 from tests.live.tracees import tracee
 
 ARGUMENTS = {"sleeps": ("5000",), "timers": ("5000",)}
-PROGRAMS = ("steady", "rseq_loop", "fpu_amx", "signals", "sleeps", "threads", "timers")
+PROGRAMS = ("steady", "rseq_loop", "fpu_amx", "fpu_amx_later", "signals", "sleeps", "threads", "timers")
 
 
 @contextmanager
-def moved(pid: int, sig: int = 0) -> Iterator[tuple[int, int]]:
+def moved(
+    pid: int, sig: int = 0, *, changed: Callable[[Checkpoint], Checkpoint] = lambda checkpoint: checkpoint
+) -> Iterator[tuple[int, int]]:
     """The process is rebuilt, and killed where it was: the pids of the copy and of its parent, which exits as it does.
 
-    `sig` is sent to it while it is frozen.
+    `sig` is sent to it while it is frozen; what is rebuilt is `changed`.
     """
     with (
         frozen_tree(pid, asleep=observed_sleeps(pid)) as tree,
         _signalled(pid, sig),
         dumped(tree) as dump,
         dump_pages(dump) as pages,
-        built_tree(dump.whole(), pages, ignore, ledger=None, pidns="new") as built,
+        built_tree(changed(dump.whole()), pages, ignore, ledger=None, pidns="new") as built,
     ):
         root, parent = built.root_pid, built.nursery.pid
         tree.kill()
@@ -68,6 +72,26 @@ def test_a_program_goes_on_without_one_wrong_check(name: str, tmp_path: Path) ->
             os.kill(root, signal.SIGTERM)
             assert os.waitpid(parent, 0)[1] == 0
             program.watch.wait_ended()
+
+
+def test_vector_state_of_a_processor_with_fewer_components(tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        program.watch.wait_beats(1)
+        with moved(program.pid, changed=_ending_early) as (root, parent):
+            program.watch.wait_beats(2)
+            os.kill(root, signal.SIGTERM)
+            assert os.waitpid(parent, 0)[1] == 0
+            program.watch.wait_ended()
+
+
+def _ending_early(checkpoint: Checkpoint) -> Checkpoint:
+    """Without what is zero at the end of the areas; the header of one is at 512."""
+    (task,) = checkpoint.tasks
+    threads = tuple(
+        replace(thread, xsave=thread.xsave.rstrip(b"\0").ljust(576, b"\0")) for thread in task.threads
+    )
+    assert all(len(new.xsave) < len(old.xsave) for new, old in zip(threads, task.threads, strict=True))
+    return replace(checkpoint, tasks=(replace(task, threads=threads),))
 
 
 SLEEPERS = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,9 +13,13 @@ from hypothesis import strategies as st
 
 from lazyproc.errors import Obstacle, ProtocolError, RestoreError
 from lazyproc.host_check import Finding, State
+from lazyproc.kernel import cpu
 from lazyproc.kernel.sysvipc import Segment
+from lazyproc.kernel.xfeatures import ON_REQUEST
 from lazyproc.migrate.about import About, about_in, fit, host_frame
 from lazyproc.migrate.needs import KINDS, needs_frame, needs_in, obstacles_frame, obstacles_in
+from lazyproc.migrate.prepare import Offer, objections, vdso_build_id
+from lazyproc.migrate.room import Room
 from lazyproc.model import RegularFile
 from lazyproc.needs import FileNeed, PathNeed, SegmentNeed, Wanted, file_need
 from lazyproc.restore.files import FoundFile, objection
@@ -198,6 +203,20 @@ def test_a_destination_may_have_more_but_not_less(words: dict[str, int], vdso: s
     assert (found["peer: processor"] is State.OK) == has_all
     assert (found["peer: vdso"] is State.OK) == (vdso == "aa")
     assert all(finding.remedy for finding in fit(HERE, there) if finding.state is not State.OK)
+
+
+def test_the_vector_state_that_a_destination_lacks_is_said_before_the_freeze() -> None:
+    here = cpu.features()
+    wanted = here | {"d.0.eax": here["d.0.eax"] | 1 << 31}
+    vdso = vdso_build_id().hex()
+    assert list(objections(Offer(1, 1, 0, here, vdso), Room(1 << 40))) == []
+    (obstacle,) = objections(Offer(1, 1, 0, wanted, vdso), Room(1 << 40))
+    assert obstacle.why == "its processor lacks features the process may use (d.0.eax 0x80000000)"
+
+
+def test_tiles_are_a_feature_where_the_kernel_gives_them() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert bool(cpu.features()["d.0.eax"] & ON_REQUEST) == ("amx_tile" in flags)
 
 
 def test_what_the_destination_found_of_itself_is_passed_on() -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from lazyproc.errors import ImageError
 from lazyproc.images.convert import from_images, to_images
-from lazyproc.images.files import EXTRAS, pack, unpack
+from lazyproc.images.files import EXTRAS, ImageWriter, pack, record, unpack
 from lazyproc.images.pagemap import merge
+from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.model import Checkpoint, Epoll, Limit, SharedKind, VmaKind
 from tests.unit.model_strategies import checkpoints
 
@@ -86,8 +87,8 @@ def test_without_lazyproc_img_what_criu_knows_is_the_same(checkpoint: Checkpoint
     plain = from_images(images)
     assert [task.vpid for task in plain.tasks] == [task.vpid for task in checkpoint.tasks]
     for task, original in zip(plain.tasks, checkpoint.tasks, strict=True):
-        assert replace(task, threads=(), mm=None, exit_signal=0) == replace(
-            original, threads=(), mm=None, exit_signal=0
+        assert replace(task, threads=(), mm=None) == replace(
+            original, threads=(), mm=None, exit_signal=task.exit_signal, xfeatures=0
         )
         assert [thread.registers for thread in task.threads] == [
             thread.registers for thread in original.threads
@@ -99,6 +100,19 @@ def test_without_lazyproc_img_what_criu_knows_is_the_same(checkpoint: Checkpoint
             }
     assert plain.files.keys() >= {item.file_id for task in plain.tasks for item in task.descriptors}
     assert plain.memory == checkpoint.memory
+
+
+@settings(HEAVY, max_examples=5)
+@given(checkpoints())
+def test_images_from_before_vector_state_was_asked_for(checkpoint: Checkpoint) -> None:
+    images = to_images(checkpoint)
+    extras = record(images, EXTRAS, own.Extras)
+    for extra in extras.tasks:
+        extra.ClearField("xfeatures")
+    writer = ImageWriter()
+    writer.add(EXTRAS, extras)
+    tasks = tuple(replace(task, xfeatures=0) for task in checkpoint.tasks)
+    assert from_images(images | writer.finish()) == replace(checkpoint, tasks=tasks)
 
 
 @settings(HEAVY, max_examples=10)
