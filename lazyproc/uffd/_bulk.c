@@ -8,8 +8,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define MIN_WINDOW (PIECE_PAGES * PAGE_SIZE)
-#define MAX_WINDOW (32ull << 20)
 #define SCAN_PAGES 65536u /* looked at before the lock is let go */
 #define ASK_AT_ONCE 16    /* requests made before the lock is let go */
 #define IDLE_NS 50000000ull
@@ -119,20 +117,6 @@ static int next_piece(struct pager *p, uint64_t limit, struct piece *piece)
 
 /* --- pace -------------------------------------------------------------------------------------------------------- */
 
-static uint64_t allowed(struct pager *p)
-{
-    p->window = min_u64(p->window, MAX_WINDOW);
-    return atomic_load(&p->urgent_outstanding) ? MIN_WINDOW : p->window;
-}
-
-/* Small pieces while the window is small: a fault's page waits behind what is on the wire. */
-static uint64_t piece_limit(uint64_t window)
-{
-    uint64_t pages = window / 4 / PAGE_SIZE;
-
-    return pages < PIECE_PAGES ? PIECE_PAGES : min_u64(pages, LINK_MAX_PAGES);
-}
-
 static void charge(struct pager *p, uint64_t bytes, uint64_t now)
 {
     if (!p->max_rate)
@@ -195,10 +179,12 @@ static void on_answer(struct pager *p, const struct answer *a)
         pthread_mutex_unlock(&p->lock);
         kick(p->fault_kick);
     }
-    if (atomic_load(&p->urgent_outstanding))
-        return;
-    pthread_mutex_lock(&p->lock);
-    p->window += MIN_WINDOW / 4;
+}
+
+static void note_delay(struct pager *p, uint64_t now, uint64_t asked)
+{
+    lock_politely(p);
+    pace_bulk(&p->pace, now, asked, atomic_load(&p->bulk.bytes_in));
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -206,13 +192,18 @@ static void take_answers(struct pager *p)
 {
     struct answer a;
     int result = link_receive(&p->bulk);
+    uint64_t now = now_ns(), asked = 0;
 
     if (result == -EAGAIN)
         return;
     while (result >= 0 && !atomic_load(&p->stopping) && (result = link_next(&p->bulk, &a)) > 0) {
         p->bulk_pages -= a.pages;
+        if (a.kind == ANSWER_DATA && a.pages == a.request.count)
+            asked = a.request.asked_ns;
         on_answer(p, &a);
     }
+    if (asked)
+        note_delay(p, now, asked);
     if (result < 0)
         declare_lost(p,
                      result == -EBADMSG   ? "the page server sent garbage on the bulk connection"
@@ -250,14 +241,14 @@ static enum next plan_turn(struct pager *p, struct piece *local)
     if (p->status == PAGER_DONE || p->status == PAGER_FAILED)
         return NEXT_END;
     for (int i = 0; i < ASK_AT_ONCE && p->rate_free_ns <= now; i++) {
-        uint64_t window = allowed(p), limit = piece_limit(window);
+        struct quota quota = pace_quota(&p->pace, now, atomic_load(&p->urgent_outstanding));
         struct piece piece = {.as = CLASS_NONE};
 
-        if (p->has_remote && p->bulk_pages * PAGE_SIZE + min_u64(window, limit * PAGE_SIZE) > window)
+        if (p->has_remote && (p->bulk_pages + quota.pages) * PAGE_SIZE > quota.window)
             return NEXT_WAIT;
         if (p->has_remote && !p->online)
             return NEXT_WAIT;
-        found = next_piece(p, limit, &piece);
+        found = next_piece(p, p->has_remote ? quota.pages : PIECE_PAGES, &piece);
         if (found <= 0)
             break;
         charge(p, piece.pages * PAGE_SIZE, now);

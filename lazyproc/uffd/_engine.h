@@ -13,6 +13,7 @@
 #include "_acknowledge.h"
 #include "_ledger.h"
 #include "_link.h"
+#include "_pace.h"
 #include "_pager.h"
 #include "_removals.h"
 
@@ -120,8 +121,7 @@ struct pager {
     uint64_t rate_free_ns; /* the next request may leave then */
 
     atomic_uint urgent_outstanding;
-    uint64_t window;     /* bytes the bulk thread may have under way */
-    uint64_t best_delay; /* of an urgent answer, ns */
+    struct pace pace;
 };
 
 static inline uint64_t min_u64(uint64_t a, uint64_t b)

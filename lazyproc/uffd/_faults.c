@@ -212,20 +212,6 @@ static void serve_fresh(struct pager *p)
 
 /* --- the urgent connection --------------------------------------------------------------------------------------- */
 
-/* Additive growth and multiplicative cut of what bulk may have under way, by the delay that faults see. The best delay
- * seen forgets slowly, so that a path that became longer is not taken for a crowded one forever. */
-static void pace(struct pager *p, uint64_t delay)
-{
-    if (!p->best_delay || delay < p->best_delay)
-        p->best_delay = delay;
-    else
-        p->best_delay += (delay - p->best_delay) / 256;
-    if (delay > 2 * p->best_delay)
-        p->window = p->window / 2 > MIN_WINDOW ? p->window / 2 : MIN_WINDOW;
-    else
-        p->window += MIN_WINDOW;
-}
-
 static void place_answer(struct pager *p, const struct answer *a)
 {
     enum page_class as = a->kind == ANSWER_ZERO ? CLASS_ZERO : CLASS_URGENT;
@@ -256,7 +242,7 @@ static void on_answer(struct pager *p, const struct answer *a)
         requeue(p, -1);
     }
     atomic_fetch_sub(&p->urgent_outstanding, 1);
-    pace(p, now_ns() - a->request.asked_ns);
+    pace_urgent(&p->pace, now_ns(), a->request.asked_ns);
 }
 
 static void take_answers(struct pager *p)

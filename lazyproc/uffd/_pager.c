@@ -20,7 +20,6 @@
 #include "crc32c.h"
 
 #define MAP_SLICE 65536u /* pages of the map that are applied before the lock is let go */
-#define FIRST_WINDOW (256u << 10)
 
 _Static_assert(sizeof(struct pager_fault) == 72, "a record of docs/trace.md");
 
@@ -146,7 +145,7 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
     p->next_urgent = p->next_bulk = p->epoll = p->fault_kick = p->bulk_kick = -1;
     p->urgent.fd = p->bulk.fd = -1;
     p->traced = trace;
-    p->window = FIRST_WINDOW;
+    pace_init(&p->pace);
     p->owner = getpid();
     error = ledger_open(&p->ledger, ledger_fd);
     if (!error)

@@ -70,8 +70,8 @@ def test_a_page_under_way_in_bulk_is_asked_for_urgently() -> None:
     with rig(8) as r:
         held = r.server.hold("bulk", r.at(0))
         r.start(bulk=True)
-        r.server.wait_for("bulk", r.at(5))
-        assert r.child.call("digest", addr=r.at(5), length=PAGE) == r.expect(5, 1)
+        r.server.wait_for("bulk", r.at(3))
+        assert r.child.call("digest", addr=r.at(3), length=PAGE) == r.expect(3, 1)
         held.set()
         r.finish_in_bulk()
         assert (r.pager.counters().urgent, r.pager.counters().bulk) == (1, 7)

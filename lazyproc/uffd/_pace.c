@@ -1,0 +1,103 @@
+#include "_pace.h"
+
+#define EPOCH_NS 2000000000ull
+#define INTERVAL_NS 20000000ull
+#define RECENT_NS 50000000ull
+#define SLICE_NS 64000 /* what a piece may take on the wire while there are faults */
+#define PAGE 4096ull
+#define FIRST_PAGES 4u
+#define FIRST_WINDOW (64ull << 10)
+#define MOST_PAGES 64u
+#define MAX_WINDOW (32ull << 20)
+#define QUIET 4u
+#define WHOLE 64u
+#define MIN_SHARE WHOLE
+#define MAX_SHARE (8 * WHOLE)
+
+/* True when an epoch has begun. */
+static bool note(struct peak *peak, uint64_t now, uint64_t value)
+{
+    bool begun = now >= peak->until_ns;
+
+    if (begun) {
+        peak->before = peak->current;
+        peak->current = 0;
+        peak->until_ns = now + EPOCH_NS;
+    }
+    if (value > peak->current)
+        peak->current = value;
+    return begun;
+}
+
+static uint64_t greatest(const struct peak *peak)
+{
+    return peak->current > peak->before ? peak->current : peak->before;
+}
+
+static uint64_t least_ns(const struct peak *peak)
+{
+    return UINT64_MAX - greatest(peak);
+}
+
+void pace_init(struct pace *pace)
+{
+    *pace = (struct pace){.share = WHOLE};
+}
+
+/* Over so long a time that what a token bucket lets through at once is not taken for the link. */
+static void note_rate(struct pace *pace, uint64_t now, uint64_t bytes_in)
+{
+    uint64_t time = now - pace->since_ns, least = 2 * least_ns(&pace->bulk);
+
+    if (pace->since_ns == 0 || bytes_in < pace->bytes_in) { /* the first answer, of a new connection */
+        pace->since_ns = now;
+        pace->bytes_in = bytes_in;
+    } else if (time >= (least > INTERVAL_NS ? least : INTERVAL_NS)) {
+        note(&pace->rate, now, (uint64_t)((double)(bytes_in - pace->bytes_in) * 1e9 / (double)time));
+        pace->since_ns = now;
+        pace->bytes_in = bytes_in;
+    }
+}
+
+void pace_bulk(struct pace *pace, uint64_t now, uint64_t asked, uint64_t bytes_in)
+{
+    uint64_t delay = now > asked ? now - asked : 1;
+
+    if (note(&pace->bulk, now, UINT64_MAX - delay))
+        pace->drain_until_ns = now + 2 * delay; /* otherwise its own queue is soon all that it has ever seen */
+    note_rate(pace, now, bytes_in);
+}
+
+void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked)
+{
+    uint64_t delay = now > asked ? now - asked : 1;
+
+    pace->fault_ns = now;
+    note(&pace->urgent, now, UINT64_MAX - delay);
+    if (delay <= 2 * least_ns(&pace->urgent))
+        pace->share += pace->share < MAX_SHARE;
+    else
+        pace->share = pace->share - pace->share / 8 > MIN_SHARE ? pace->share - pace->share / 8 : MIN_SHARE;
+}
+
+static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most)
+{
+    return value < least ? least : value > most ? most : value;
+}
+
+struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait)
+{
+    bool recent = faults_wait || now < pace->fault_ns + RECENT_NS;
+    double rate = (double)greatest(&pace->rate);
+    uint64_t pipe, pages, window;
+
+    if (rate == 0)
+        return (struct quota){FIRST_WINDOW, FIRST_PAGES};
+    pipe = (uint64_t)(rate * (double)least_ns(&pace->bulk) / 1e9);
+    pages = clamp((uint64_t)(rate * SLICE_NS * (recent ? 1 : QUIET) / 1e9) / PAGE, 1, MOST_PAGES);
+    if (now < pace->drain_until_ns)
+        return (struct quota){pages * PAGE, (uint32_t)pages};
+    /* One more than the pipe holds: the far end finds the next one when it has sent one. */
+    window = recent ? pipe * pace->share / WHOLE + pages * PAGE : pipe * QUIET;
+    return (struct quota){clamp(window, 2 * pages * PAGE, MAX_WINDOW), (uint32_t)pages};
+}
