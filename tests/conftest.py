@@ -112,8 +112,11 @@ def _no_process_is_left(_orphans_come_to_us: None) -> Iterator[None]:
 
 
 def _children() -> frozenset[int]:
-    lists = Path("/proc/self/task").glob("*/children")
-    return frozenset(int(pid) for children in lists for pid in children.read_text().split())
+    found: set[int] = set()
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread of ours has just ended
+            found.update(map(int, children.read_text().split()))
+    return frozenset(found)
 
 
 def _reap(children: frozenset[int]) -> frozenset[int]:
