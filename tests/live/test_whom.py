@@ -14,24 +14,17 @@ import pytest
 from lazyproc.hosts import Pair
 from lazyproc.images.convert import from_images, to_images
 from lazyproc.images.files import Folder, pack
-from lazyproc.migrate.link import ROLES
-from lazyproc.migrate.prepare import Offer, vdso_build_id
-from lazyproc.migrate.source import Order
 from lazyproc.model import Checkpoint, Credentials
 from lazyproc.pages.bundle import NAME
-from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import Session, dial
-from lazyproc.wire.native import Abort, Images, Needs, Party, Prepare, Prepared
-from tests.live.bad_luck import lazyproc, migrated, says, unchanged, unharmed
+from tests.live.bad_luck import images_sent, lazyproc, migrated, says, unchanged, unharmed
 from tests.live.moving import Receiver, checkpoint, receiving, run_cli
-from tests.live.programs import Program, compile_program, running, wait_until
-from tests.live.real import ending, move_now, network_of
+from tests.live.programs import Program, compile_program, running
+from tests.live.real import ending, move_now
 from tests.live.test_tls import keys
 
 UID = 65534
 ONLY = ("--allow-uid", str(UID))
 NOBODY = f"--reuid={UID} --regid={UID} --clear-groups"
-WAIT_S = 20.0
 
 
 @contextmanager
@@ -199,7 +192,7 @@ def test_who_keeps_silent_about_it_has_nothing_started(pair: Pair, lie: Lie, say
     """He says that it needs nothing, and then sends something else than what he asked for."""
     images = a_lie(pair, lie)
     with receiving(pair.destination, *ONLY) as receiver, unchanged(pair.destination):
-        reason = sent(pair, receiver, images)
+        reason = images_sent(pair, receiver, images)
         assert says_why in reason, reason
         assert f"only uid {UID} is taken in here" in reason
         assert "restore: " not in receiver.notes()
@@ -217,7 +210,7 @@ def test_who_says_that_it_has_a_file_of_roots_does_not_get_it(pair: Pair) -> Non
 
     images = a_lie(pair, lie)
     with receiving(pair.destination, *ONLY) as receiver, unchanged(pair.destination):
-        reason = sent(pair, receiver, images)
+        reason = images_sent(pair, receiver, images)
         assert f"{secret}: cannot be opened as before (Permission denied)" in reason
         assert "committed" not in receiver.notes()
 
@@ -229,26 +222,3 @@ def a_lie(pair: Pair, lie: Lie) -> bytes:
         checkpoint(pair.source, program.pid, folder, "--leave-running")
     images = to_images(lie(from_images(Folder(folder).read())))
     return pack({**images, NAME: bytes(8)})
-
-
-def sent(pair: Pair, receiver: Receiver, data: bytes) -> str:
-    """Why they were not taken."""
-    session = Session.new()
-    offer = Offer(1, 1, 0, {}, vdso_build_id().hex())
-    with network_of(pair.source):
-        control, *pages = (
-            dial(receiver.address, session.hello(role), Party.SOURCE, trust=Trust(insecure=True))
-            for role in ROLES
-        )
-    try:
-        control.send(Needs({"needs": []}))
-        control.send(Prepare({**offer.fields(), **Order().fields()}))
-        assert isinstance(control.receive(WAIT_S), Prepared)
-        control.send(Images(data))
-        answer = control.receive(WAIT_S)
-        assert isinstance(answer, Abort), answer
-        return str(answer.fields["reason"])
-    finally:
-        for channel in (control, *pages):
-            channel.close()
-        wait_until(lambda: f"session {session.id}: " in receiver.notes(), "it is noted")
