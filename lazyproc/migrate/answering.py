@@ -80,7 +80,7 @@ def obstacles_here(
         yield from whom.obstacles(wanted)
     from lazyproc.restore.needs import unmet
 
-    for each, lack in unmet(wanted, pidns=pidns):
+    for each, lack in unmet(wanted, pidns=pidns, users=whom.users if whom else ()):
         yield Obstacle(each.pid, each.where, f"{lack.where}: {lack.what}", lack.remedy)
 
 

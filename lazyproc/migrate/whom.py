@@ -15,9 +15,10 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.model import Checkpoint
 from lazyproc.needs import GroupNeed, PrivilegeNeed, UserNeed, Wanted
-from lazyproc.restore.users import users_wanted
+from lazyproc.restore.users import User, users_wanted
 
 ROOT = 0
+NO_GROUP = 65534
 _FIRST_PORT = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
 _PRIVILEGES: Mapping[str, tuple[str, str]] = {
     "capabilities": ("has capabilities ({bits:#x})", "start it without: setpriv --inh-caps=-all"),
@@ -39,20 +40,29 @@ _PRIVILEGES: Mapping[str, tuple[str, str]] = {
 @dataclass(frozen=True, slots=True)
 class Whom:
     """Who may run here, and what anybody of this host may: the groups of these users, the capabilities that a set-uid
-    program has, the first port that takes no privilege.
+    program has, the first port that takes no privilege. `users` whose files a tree may have, none: anybody's.
     """
 
     uids: frozenset[int]
     gids: frozenset[int]
     bounding: int
     first_port: int
+    users: tuple[User, ...] = ()
 
     @classmethod
     def here(cls, uids: Collection[int]) -> Whom:
         """By the databases of this host."""
         status = proc.status(proc.read(os.getpid(), "status"))
         first = int(Path(_FIRST_PORT).read_text())
-        return cls(frozenset(uids), frozenset(_groups_of(uids)), status.cap_bounding, first)
+        groups = {uid: _groups_of(uid) for uid in sorted(uids)}
+        users = (User(uid, gids[0] if gids else NO_GROUP, gids) for uid, gids in groups.items())
+        return cls(
+            frozenset(uids),
+            frozenset(gid for gids in groups.values() for gid in gids),
+            status.cap_bounding,
+            first,
+            () if ROOT in uids else tuple(users),
+        )
 
     def obstacles(self, wanted: Iterable[Wanted]) -> Iterator[Obstacle]:
         """What of a tree is more than these users. Pure."""
@@ -96,16 +106,13 @@ class Whom:
             raise PermissionDenied(first.why, where=first.place, remedy=first.remedy)
 
 
-def _groups_of(uids: Iterable[int]) -> Iterator[int]:
-    """All groups of these users. Who is in no database has the group of his number, unless that is somebody's."""
-    for uid in uids:
-        try:
-            entry = pwd.getpwuid(uid)
-        except KeyError:
-            if not _known(grp.getgrgid, uid):
-                yield uid
-        else:
-            yield from os.getgrouplist(entry.pw_name, entry.pw_gid)
+def _groups_of(uid: int) -> tuple[int, ...]:
+    """All groups of a user. Who is in no database has the group of his number, unless that is somebody's."""
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        return () if _known(grp.getgrgid, uid) else (uid,)
+    return tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
 
 
 def _known(look: Callable[[int], object], number: int) -> bool:

@@ -110,7 +110,8 @@ def check_access(need: FileNeed, probe: int) -> None:
     ways = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK}
     way = ways.get(need.flags & os.O_ACCMODE, os.R_OK | os.W_OK)
     with _opening(need):
-        if not need.flags & os.O_PATH and not os.access(f"/proc/self/fd/{probe}", way):
+        # As open(2) would see it: access(2) itself asks for our real uid.
+        if not need.flags & os.O_PATH and not os.access(f"/proc/self/fd/{probe}", way, effective_ids=True):
             raise OSError(errno.EACCES, "no access, or a read-only file system")
 
 

@@ -14,12 +14,13 @@ import pytest
 from lazyproc.hosts import Pair
 from lazyproc.images.convert import from_images, to_images
 from lazyproc.images.files import Folder, pack
-from lazyproc.model import Checkpoint, Credentials
+from lazyproc.model import Checkpoint, Credentials, Owner
 from lazyproc.pages.bundle import NAME
 from tests.live.bad_luck import images_sent, lazyproc, migrated, says, unchanged, unharmed
 from tests.live.moving import Receiver, checkpoint, receiving, run_cli
 from tests.live.programs import Program, compile_program, running
 from tests.live.real import ending, move_now
+from tests.live.test_needs import cargo
 from tests.live.test_tls import keys
 
 UID = 65534
@@ -60,8 +61,9 @@ def ids(status: str) -> list[str]:
 # --- what may come, and what may not ------------------------------------------------------------------------
 
 
-def test_a_tree_of_that_user_arrives(pair: Pair) -> None:
-    with run_as(pair) as program, receiving(pair.destination, *ONLY) as receiver:
+@pytest.mark.parametrize("more", [(), ("--allow-uid", str(UID - 1))], ids=["alone", "among others"])
+def test_a_tree_of_that_user_arrives(pair: Pair, more: tuple[str, ...]) -> None:
+    with run_as(pair) as program, receiving(pair.destination, *ONLY, *more) as receiver:
         arrives(pair, receiver, program)
 
 
@@ -129,7 +131,26 @@ def test_a_file_that_its_user_may_not_open_is_not_opened_for_it(pair: Pair) -> N
         unchanged(pair.destination),
         unharmed(program),
     ):
-        says(migrated(pair, receiver, program.pid), 1, str(secret), "Permission denied")
+        says(migrated(pair, receiver, program.pid), 3, str(secret), "cannot be opened as before")
+
+
+def test_what_root_has_prepared_for_it_is_refused(pair: Pair) -> None:
+    """A port and filters that its user could not have got by himself."""
+    filters = "struct.pack('HBBI', 6, 0, 0, 0x7FFF0000)"  # SECCOMP_RET_ALLOW
+    script = f"""
+import struct
+s = socket.socket(); s.bind(("127.0.0.1", 80)); s.listen()
+program = ctypes.create_string_buffer({filters})
+head = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 1, ctypes.addressof(program)))
+libc = ctypes.CDLL(None)
+assert libc.prctl(22, 2, ctypes.c_ulong(ctypes.addressof(head)), 0, 0) == 0
+os.setgroups([]); os.setgid({UID}); os.setuid({UID})
+"""
+    with cargo(pair, script) as it, receiving(pair.destination, *ONLY) as receiver:
+        done = migrated(pair, receiver, it.pid)
+        words = ("has port 80, which only root may take", "has seccomp filters without no_new_privs")
+        says(done, 3, *words)
+        it.goes_on()
 
 
 def test_a_deleted_file_of_roots_is_refused(pair: Pair) -> None:
@@ -175,6 +196,20 @@ def credentials(**changes: object) -> Lie:
     return change
 
 
+def chroot(it: Checkpoint) -> Checkpoint:
+    """Its root directory is where it works."""
+    assert it.root.fs is not None
+    root = replace(it.root, fs=replace(it.root.fs, root_id=it.root.fs.cwd_id))
+    return replace(it, tasks=(root,))
+
+
+def signals(it: Checkpoint) -> Checkpoint:
+    """Whoever writes to its log kills the receiver's init."""
+    return replace(
+        it, files={**it.files, **{n: replace(f, owner=Owner(1, 1, 9)) for n, f in it.files.items()}}
+    )
+
+
 @pytest.mark.parametrize(
     ("lie", "says_why"),
     [
@@ -185,8 +220,10 @@ def credentials(**changes: object) -> Lie:
         (credentials(cap_permitted=1 << 21), "capabilities (0x200000)"),
         (credentials(cap_effective=1), "capabilities (0x1)"),
         (credentials(securebits=4), "securebits (0x4)"),
+        (chroot, "another root directory"),
+        (signals, "sends signals to process 1"),
     ],
-    ids=["real", "saved", "fs", "groups", "permitted", "effective", "securebits"],
+    ids=["real", "saved", "fs", "groups", "permitted", "effective", "securebits", "chroot", "signals"],
 )
 def test_who_keeps_silent_about_it_has_nothing_started(pair: Pair, lie: Lie, says_why: str) -> None:
     """He says that it needs nothing, and then sends something else than what he asked for."""
