@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lazyproc.errors import HostLacks, LazyprocError, UsageError
 from lazyproc.facts import dataclass
+from lazyproc.private import make_folder
 
 DAYS = 730
 CA = "ca"
@@ -109,7 +110,7 @@ def _openssl(directory: Path, config: str, command: str, *options: object) -> No
 
 def _make_folder(directory: Path) -> None:
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(directory)
         if any(directory.iterdir()):
             raise UsageError(
                 "is not empty", where=str(directory), remedy="name a new folder: nothing is overwritten"

@@ -6,8 +6,12 @@ as seen from the tree's root directory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lazyproc.facts import dataclass
-from lazyproc.model import RegularFile
+from lazyproc.model import Credentials, RegularFile
+
+SECBIT_KEEP_CAPS = 0x10  # the only one that anybody may set, see capabilities(7)
 
 Options = tuple[tuple[int, int, bytes], ...]  # level, name, raw value
 
@@ -94,6 +98,31 @@ class FeatureNeed:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class UserNeed:
+    """A uid that a process has, or that owns something which travels."""
+
+    uid: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNeed:
+    """The same of a gid."""
+
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrivilegeNeed:
+    """What a user cannot give himself: `capabilities` or `securebits` (`bits` are those). And, of a process without
+    no_new_privs, what would fool a set-uid program that it starts: `seccomp` filters, `chroot`, or that it may get
+    no other capabilities than `bits` (`bounding`).
+    """
+
+    name: str
+    bits: int = 0
+
+
 Need = (
     FileNeed
     | PathNeed
@@ -105,6 +134,9 @@ Need = (
     | SegmentNeed
     | PidNeed
     | FeatureNeed
+    | UserNeed
+    | GroupNeed
+    | PrivilegeNeed
 )
 
 
@@ -120,3 +152,20 @@ class Wanted:
 def file_need(file: RegularFile, flags: int, *, sized: bool) -> FileNeed:
     """What a file that does not travel must be like; `sized` when its size counts (it is mapped private)."""
     return FileNeed(file.path, file.mode, flags, file.rdev, file.size if sized else -1, file.build_id)
+
+
+def credential_needs(credentials: Credentials, *, filtered: bool, chroot: bool) -> Iterator[Need]:
+    """What the user of a thread must be allowed to be: it has seccomp filters, or another root directory."""
+    it = credentials
+    yield from map(UserNeed, sorted({it.uid, it.euid, it.suid, it.fsuid}))
+    yield from map(GroupNeed, sorted({it.gid, it.egid, it.sgid, it.fsgid, *it.groups}))
+    if capabilities := it.cap_inheritable | it.cap_permitted | it.cap_effective | it.cap_ambient:
+        yield PrivilegeNeed("capabilities", capabilities)
+    if bits := it.securebits & ~SECBIT_KEEP_CAPS:
+        yield PrivilegeNeed("securebits", bits)
+    if not it.no_new_privs:
+        yield PrivilegeNeed("bounding", it.cap_bounding)
+        if filtered:
+            yield PrivilegeNeed("seccomp")
+        if chroot:
+            yield PrivilegeNeed("chroot")

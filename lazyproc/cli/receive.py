@@ -34,7 +34,8 @@ def add(commands: Commands) -> None:
         type=uid,
         action="append",
         default=[],
-        help="let this user of this host in, besides root and our own; may be given more than once",
+        help="let this user of this host in, and take in only trees that run as such a user; "
+        "may be given more than once",
     )
     parser.add_argument(
         "--overcommit", action="store_true", help="take in trees larger than the available memory"
@@ -60,9 +61,8 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     try:
         lazyproc.receive(
             args.listen,
-            Terms(args.pidns, args.overcommit, args.cgroup),
+            Terms(args.pidns, args.overcommit, args.cgroup, frozenset(args.allow_uid)),
             once=args.once,
-            allow_uids=frozenset(args.allow_uid),
             insecure=args.insecure,
             tls=tls_of(args),
             listener=listen,

@@ -57,10 +57,10 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     """Without --detach signals go to the root process, and its exit status is the command's."""
     import signal
-    from pathlib import Path
 
     from lazyproc.cli.listening import handling
     from lazyproc.cli.outcome import Outcome
+    from lazyproc.private import write_text
     from lazyproc.show.reports import report_fields, restore_text
 
     signals = [signal.Signals[name] for name in FORWARDED]
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         handling(lambda number, _: restored.forward(signal.Signals(number)), *signals),
     ):
         if args.pidfile:
-            Path(args.pidfile).write_text(f"{restored.root_pid}\n")
+            write_text(args.pidfile, f"{restored.root_pid}\n")
         status = _wait(restored, args.detach, listener)
         report = restored.report()
     return Outcome(restore_text(report) if args.detach else "", report_fields(report), status)

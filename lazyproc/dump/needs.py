@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 
@@ -13,6 +14,7 @@ from lazyproc.dump.mappings import SYSV_PREFIX
 from lazyproc.dump.memory import kind_of, refusal, vma_of
 from lazyproc.dump.registry import Refused, Registry
 from lazyproc.dump.survey import ProcessFacts, TreeFacts
+from lazyproc.dump.threads import credentials
 from lazyproc.errors import NoSuchProcess
 from lazyproc.kernel import proc, sysvipc
 from lazyproc.kernel.netfilter import plain
@@ -22,14 +24,18 @@ from lazyproc.needs import (
     AddressNeed,
     FeatureNeed,
     FifoNeed,
+    GroupNeed,
     NameNeed,
     Need,
     PathNeed,
     PidNeed,
     PlaceNeed,
+    PrivilegeNeed,
     SegmentNeed,
     SocketFileNeed,
+    UserNeed,
     Wanted,
+    credential_needs,
     file_need,
 )
 
@@ -67,12 +73,16 @@ def _every(
     for content in registry.contents.values():
         if content.path:
             yield PlaceNeed(content.path, content.mode), (facts.root.pid, f"file {content.path}")
+        if not stat.S_ISDIR(content.mode):
+            for owner in UserNeed(content.uid), GroupNeed(content.gid):
+                yield owner, (facts.root.pid, f"file {content.path or content.id}")
     for process in facts.processes:
         yield PidNeed(process.vpid), (process.pid, "process")
         for thread in process.threads:
             yield PidNeed(thread.vtid), (process.pid, f"thread {thread.tid}")
     for process in alive:
         yield from _of_memory(process)
+        yield from _of_users(process)
         with suppress(NoSuchProcess):
             if proc.timers(proc.read(process.pid, "timers")):
                 yield FeatureNeed("POSIX timers"), (process.pid, "process")
@@ -153,6 +163,8 @@ def _of_inet(
     inet: InetSocket, connections: Collection[tuple[tuple[bytes, int], tuple[bytes, int]]]
 ) -> Iterator[Need]:
     """A connection shares its port with anybody (repair mode), and so does one that has ended."""
+    if inet.local[1]:
+        yield PrivilegeNeed("port", inet.local[1])
     tcp = inet.protocol == socket.IPPROTO_TCP
     shares = tcp and (inet.remote is not None or (inet.state == TCP_CLOSE and bool(inet.shutdown)))
     host, port = inet.local
@@ -175,6 +187,17 @@ def _of_inet(
         yield FeatureNeed("TCP_REPAIR")
         if (plain(inet.remote), plain(inet.local)) not in connections:
             yield FeatureNeed("nftables")
+
+
+def _of_users(process: ProcessFacts) -> Iterator[tuple[Need, Place]]:
+    """As whom its threads run. Securebits nobody but a thread itself can see: the images will tell."""
+    with suppress(NoSuchProcess, OSError):
+        chroot = os.readlink(f"/proc/{process.pid}/root") != "/"
+        for thread in process.threads:
+            status = proc.status(proc.read(process.pid, f"task/{thread.tid}/status"))
+            filtered = bool(status.seccomp)
+            for need in credential_needs(credentials(status, 0), filtered=filtered, chroot=chroot):
+                yield need, (process.pid, f"thread {thread.tid}")
 
 
 def _of_memory(process: ProcessFacts) -> Iterator[tuple[Need, Place]]:

@@ -283,12 +283,17 @@ class Folder:
             raise self.failed(error, self.path) from None
 
     def open(self, name: str, flags: int) -> int:
-        """A descriptor of the file `name`, made 0600 when `flags` say so; never through a symbolic link."""
+        """A descriptor of the regular file `name`, made 0600 when `flags` say so; never through a symbolic link."""
         path = self.path / check_name(name)
         try:
-            return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            # O_NONBLOCK: a FIFO put in the place of an image must not stop the restore.
+            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise self.failed(error, path) from None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise ImageError("not a regular file", where=str(path), remedy="copy the folder again")
+        return fd
 
     def read(self) -> dict[str, bytes]:
         """Every image but the pages. What has a name of no image (logs, tarballs) is none."""
@@ -300,22 +305,28 @@ class Folder:
 
     def contents(self, name: str) -> bytes:
         """One image, or any other regular file of the folder."""
-        # O_NONBLOCK: a FIFO put in the place of an image must not stop the restore.
-        fd = self.open(name, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ImageError(
-                    "not a regular file", where=str(self.path / name), remedy="copy the folder again"
-                )
+        with os.fdopen(self.open(name, os.O_RDONLY), "rb") as file:
             try:
                 return file.read()
             except OSError as error:
                 raise self.failed(error, self.path / name) from None
 
     def parent(self) -> Folder | None:
-        """The folder with the pages of the pre-dump before this one; CRIU's link `parent`."""
+        """The folder with the pages of the pre-dump before this one; CRIU's link `parent`. It has to lie next to this
+        one: who writes images must not have those of others read. Raises ImageError.
+        """
         link = self.path / "parent"
-        return Folder(link.resolve()) if link.is_symlink() else None
+        if not link.is_symlink():
+            return None
+        around = Path(os.path.realpath(self.path)).parent
+        parent = Path(os.path.realpath(link))
+        if parent.parent != around or os.readlink(link).startswith("/"):
+            raise ImageError(
+                f"leads out of {around}, to {os.readlink(link)}",
+                where=str(link),
+                remedy="put the folders of one process next to each other, and make the link anew: ../NAME",
+            )
+        return Folder(parent)
 
     def remove(self, name: str) -> None:
         """As far as it can be done: what had to be removed is said already."""

@@ -164,7 +164,7 @@ def _make(place: Place, made: list[str]) -> None:
     for name in place.folder[len(folder) + 1 :].split("/"):
         folder = f"{folder}/{name}"
         with suppress(FileExistsError):
-            os.mkdir(folder)
+            os.mkdir(folder, 0o755)  # whatever the umask is: nobody else makes groups in there
             made.append(folder)
 
 

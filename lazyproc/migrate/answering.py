@@ -11,6 +11,7 @@ from lazyproc.migrate.prepare import Offer, objections
 from lazyproc.migrate.promises import promises
 from lazyproc.migrate.room import Room, least_room
 from lazyproc.migrate.talk import checked, next_event
+from lazyproc.migrate.whom import Whom
 from lazyproc.needs import FeatureNeed, PidNeed, Wanted
 from lazyproc.pages.transport import Channel
 from lazyproc.restore.groups import whereabouts
@@ -58,8 +59,10 @@ def obstacles_here(
     *,
     pidns: Pidns,
     overcommit: bool,
+    whom: Whom | None = None,
 ) -> Iterator[Obstacle]:
-    """Everything about this host that would stop a restore of the tree; `groups` as `groups_here` gives them.
+    """Everything about this host that would stop a restore of the tree; `groups` as `groups_here` gives them. Without
+    `whom` it may run as anybody.
 
     Raises ProtocolError.
     """
@@ -73,9 +76,11 @@ def obstacles_here(
         yield Obstacle(0, "host", why, "choose another, or use the same lazyproc on both hosts")
     lazy = LAZY if order.get("mode") == "postcopy" else ()
     yield from _features(wanted, lazy, pidns)
+    if whom is not None:
+        yield from whom.obstacles(wanted)
     from lazyproc.restore.needs import unmet
 
-    for each, lack in unmet(wanted, pidns=pidns):
+    for each, lack in unmet(wanted, pidns=pidns, users=whom.users if whom else ()):
         yield Obstacle(each.pid, each.where, f"{lack.where}: {lack.what}", lack.remedy)
 
 

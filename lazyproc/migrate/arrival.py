@@ -20,6 +20,8 @@ from lazyproc.migrate.journal import ARRIVING, COMMITTED, Journal, one_at_a_time
 from lazyproc.migrate.link import Link
 from lazyproc.migrate.needs import obstacles_frame
 from lazyproc.migrate.talk import Unfit, expect
+from lazyproc.migrate.whom import ROOT, Whom
+from lazyproc.model import Checkpoint
 from lazyproc.needs import Wanted
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.remote import RemotePages
@@ -27,6 +29,7 @@ from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import LazyTree, to_facts
 from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
+from lazyproc.restore.users import Users
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
 from lazyproc.wire.jsonobject import JsonValue
@@ -43,6 +46,11 @@ class Terms:
     pidns: Pidns = "auto"
     overcommit: bool = False
     cgroup: str | None = None  # a path as in /proc/PID/cgroup; None: one of its own
+    uids: frozenset[int] = frozenset()  # as whom they may run; as anybody when there is none
+
+    def whom(self) -> Whom | None:
+        """None: as anybody."""
+        return Whom.here(self.uids) if self.uids else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +142,11 @@ class Arrival:
         self.described = True
         source = BundledPages(images.pop(NAME, b""), RemotePages(self._link.urgent, {}))
         checkpoint = from_images(images)
+        users = self._users(checkpoint)
         ledger = pager.ledger if wishes.lazy else None
         pidns, cgroup = self._terms.pidns, self._terms.cgroup
         with built_tree(
-            checkpoint, source, self._listener, ledger=ledger, pidns=pidns, cgroup=cgroup
+            checkpoint, source, self._listener, ledger=ledger, pidns=pidns, cgroup=cgroup, users=users
         ) as tree:
             introduce(pager, tree, self._listener)
             remains = tree.lazy_tree()
@@ -150,6 +159,16 @@ class Arrival:
             self._listener(StateChanged("running", time.monotonic()))
             self._announce(flows_to_hold(checkpoint))
         return remains
+
+    def _users(self, checkpoint: Checkpoint) -> Users | None:
+        """Whose files it may open; None: anybody's. What came before the freeze was the word of the source, and what it
+        has sent since is what will be. Raises PermissionDenied.
+        """
+        whom = self._terms.whom()
+        if whom is None:
+            return None
+        whom.check(checkpoint)
+        return None if ROOT in whom.uids else Users.of(checkpoint)
 
     def _release(self, tree: BuiltTree) -> None:
         """It is committed: it runs, whatever of it went wrong."""
@@ -190,7 +209,9 @@ class Arrival:
         """Raises Unfit. Whoever comes next is told what this tree is going to take."""
         terms = self._terms
         groups = groups_here(terms.cgroup)
-        against = obstacles_here(order, wanted, groups, pidns=terms.pidns, overcommit=terms.overcommit)
+        against = obstacles_here(
+            order, wanted, groups, pidns=terms.pidns, overcommit=terms.overcommit, whom=terms.whom()
+        )
         if obstacles := tuple(against):
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)

@@ -30,7 +30,6 @@ def receive(
     terms: Terms,
     *,
     once: bool,
-    allow_uids: frozenset[int],
     insecure: bool,
     tls: Tls | None = None,
     listener: Listener,
@@ -43,7 +42,7 @@ def receive(
     all. Raises UsageError for the address, CannotListen.
     """
     forget_old()
-    trust = Trust(insecure, allow_uids, tls)
+    trust = Trust(insecure, terms.uids, tls)
     with (
         listen(address, Party.DESTINATION, trust=trust, report=listener) as door,
         closing(_Arrivals(door, terms, trust, listener)) as arrivals,

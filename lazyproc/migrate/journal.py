@@ -17,6 +17,7 @@ from typing import Any
 from lazyproc.errors import LazyprocError, UsageError
 from lazyproc.events import Listener, Note
 from lazyproc.facts import dataclass
+from lazyproc.private import make_folder
 
 KEPT_S = 7 * 86400
 SOURCE, DESTINATION = "source", "destination"
@@ -77,7 +78,7 @@ class Journal:
         draft = self._path.with_suffix(".new")
         try:
             with _blamed(self._path):
-                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_folder(self._path.parent)
                 with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                     json.dump(written, file)
                     file.flush()
@@ -127,7 +128,7 @@ def one_at_a_time() -> Iterator[None]:
     Whoever is killed inside before the commit lets go: those who have his descriptors end then.
     """
     with _blamed(folder()):
-        folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder())
         fd = os.open(folder(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

@@ -12,14 +12,17 @@ from lazyproc.needs import (
     FeatureNeed,
     FifoNeed,
     FileNeed,
+    GroupNeed,
     NameNeed,
     Need,
     Options,
     PathNeed,
     PidNeed,
     PlaceNeed,
+    PrivilegeNeed,
     SegmentNeed,
     SocketFileNeed,
+    UserNeed,
     Wanted,
 )
 from lazyproc.wire import jsonobject
@@ -38,6 +41,9 @@ KINDS: Mapping[str, type[Need]] = {
     "segment": SegmentNeed,
     "pid": PidNeed,
     "feature": FeatureNeed,
+    "user": UserNeed,
+    "group": GroupNeed,
+    "privilege": PrivilegeNeed,
 }
 _NAMES = {cls: name for name, cls in KINDS.items()}
 _ROOM = 256  # bytes of a frame that are not entries

@@ -32,7 +32,6 @@ def host_receiver(listener: Listener) -> None:
         "127.0.0.1:0",
         Terms(),
         once=True,
-        allow_uids=frozenset(),
         insecure=False,
         listener=listener,
         opened=lambda port: _write(STDOUT, greeting(port)),

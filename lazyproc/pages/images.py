@@ -122,7 +122,7 @@ class ImagePages:
         layers: list[Pagemap] = []
         fds: list[int] = []
         for folder in chain:
-            if layers and not (folder.path / name).exists():
+            if layers and not os.path.lexists(folder.path / name):
                 break  # the object is younger than that pre-dump
             layers.append(read_pagemap(ImageReader(name, folder.contents(name))))
             fds.append(self._open_pages(folder, f"pages-{layers[-1].pages_id}.img", layers[-1].size))

@@ -27,7 +27,10 @@ def make_named_contents(workshop: Workshop) -> None:
             try:
                 found = os.stat(name, dir_fd=parent, follow_symlinks=False)
             except FileNotFoundError:
-                with words(f"file {content.path}", "cannot be created", _HERE):
+                with (
+                    words(f"file {content.path}", "cannot be created", _HERE),
+                    workshop.users.creating(content),
+                ):
                     _create(parent, name, content)
                 workshop.stack.push(_Undo(os.dup(parent), name, st.S_ISDIR(content.mode)))
             else:
@@ -38,7 +41,7 @@ def ghost(workshop: Workshop, content_id: int, path: str) -> int:
     """The O_PATH descriptor of a deleted file that was at `path`."""
     if content_id not in workshop.ghosts:
         content = workshop.checkpoint.contents[content_id]
-        with words(f"deleted file {path}", "cannot be created", _HERE):
+        with words(f"deleted file {path}", "cannot be created", _HERE), workshop.users.creating(content):
             workshop.ghosts[content_id] = workshop.keep(_make_ghost(workshop, content, path))
     return workshop.ghosts[content_id]
 

@@ -35,6 +35,7 @@ from lazyproc.model import (
 from lazyproc.needs import FileNeed, file_need
 from lazyproc.restore import anon, memfds, pipes
 from lazyproc.restore.contents import ghost, make_named_contents
+from lazyproc.restore.users import Users
 from lazyproc.restore.workshop import OpenPath, Workshop, finish, probe, reopen, words
 
 Recipe = Callable[[Workshop, OpenFile, Any], int]  # the last one: the file's resource, of the recipe's kind
@@ -49,15 +50,17 @@ class Made:
 
 
 @contextmanager
-def make_files(checkpoint: Checkpoint, *, open_path: OpenPath, listener: Listener = ignore) -> Iterator[Made]:
+def make_files(
+    checkpoint: Checkpoint, *, open_path: OpenPath, listener: Listener = ignore, users: Users | None = None
+) -> Iterator[Made]:
     """Every file of the checkpoint but sockets. On leaving all are closed; files created on a tmpfs are
     removed again when it was left by an exception.
 
-    `open_path(path, flags, mode)` opens a path from the tree's root directory on this host. Raises
-    RestoreError that names the file and what to do.
+    `open_path(path, flags, mode)` opens a path from the tree's root directory on this host; `users` whose rights it
+    takes, otherwise ours. Raises RestoreError that names the file and what to do.
     """
     with ExitStack() as stack:
-        workshop = Workshop(checkpoint, open_path, listener, stack)
+        workshop = Workshop(checkpoint, open_path, listener, stack, users or Users())
         make_named_contents(workshop)
         memfds.make_objects(workshop)
         for kind, recipe in _RECIPES.items():
@@ -69,7 +72,10 @@ def make_files(checkpoint: Checkpoint, *, open_path: OpenPath, listener: Listene
 
 def _make(workshop: Workshop, file: OpenFile, recipe: Recipe) -> int:
     where = f"file {file.id} ({type(file.resource).__name__})"
-    with words(where, "cannot be made again", "report it with this host's kernel version"):
+    with (
+        words(where, "cannot be made again", "report it with this host's kernel version"),
+        workshop.users.opening(file.id),
+    ):
         fd = workshop.keep(recipe(workshop, file, file.resource))
         finish(fd, file)
     return fd
@@ -104,7 +110,8 @@ def check_access(need: FileNeed, probe: int) -> None:
     ways = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK}
     way = ways.get(need.flags & os.O_ACCMODE, os.R_OK | os.W_OK)
     with _opening(need):
-        if not need.flags & os.O_PATH and not os.access(f"/proc/self/fd/{probe}", way):
+        # As open(2) would see it: access(2) itself asks for our real uid.
+        if not need.flags & os.O_PATH and not os.access(f"/proc/self/fd/{probe}", way, effective_ids=True):
             raise OSError(errno.EACCES, "no access, or a read-only file system")
 
 

@@ -7,8 +7,9 @@ FIFO, a number that somebody takes meanwhile.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import cached_property, partial
 from typing import Any
 
 from lazyproc.errors import RestoreError
@@ -33,22 +34,37 @@ from lazyproc.restore.names import check_place
 from lazyproc.restore.objects import check_segment
 from lazyproc.restore.pipes import check_fifo
 from lazyproc.restore.tree import Pidns, is_taken
+from lazyproc.restore.users import User, acting_as
 from lazyproc.restore.workshop import probe
 
 
-def unmet(wanted: Iterable[Wanted], *, pidns: Pidns) -> Iterator[tuple[Wanted, RestoreError]]:
-    """The needs that this host does not meet, and why. Features of the kernel are left out (host_check)."""
+def unmet(
+    wanted: Iterable[Wanted], *, pidns: Pidns, users: Sequence[User] = ()
+) -> Iterator[tuple[Wanted, RestoreError]]:
+    """The needs that this host does not meet, and why. Features of the kernel are left out (host_check). Files are
+    tried with the rights of these `users`, of which one is enough, otherwise with ours.
+    """
     every = tuple(wanted)
     here = _Here(pidns, frozenset(w.need.path for w in every if isinstance(w.need, PlaceNeed)))
     for each in every:
         attempt = _TRIES.get(type(each.need))
         try:
             if attempt is not None:
-                attempt(here, each.need)
+                _try_as_one_of(users, partial(attempt, here, each.need))
         except RestoreError as error:
             yield each, error
         except (OSError, ValueError, OverflowError) as error:  # also of numbers and paths that cannot be
             yield each, RestoreError(f"cannot be tried ({error})", remedy="see `lazyproc check`")
+
+
+def _try_as_one_of(users: Sequence[User], attempt: Callable[[], None]) -> None:
+    """Raises what stood in the way of the last one."""
+    for user in users[:-1]:
+        with suppress(RestoreError, OSError), acting_as(user):
+            attempt()
+            return
+    with acting_as(users[-1]) if users else nullcontext():
+        attempt()
 
 
 class _Here:

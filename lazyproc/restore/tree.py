@@ -34,6 +34,7 @@ from lazyproc.restore.lazytree import LazyTask, LazyTree
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
+from lazyproc.restore.users import Users
 from lazyproc.uffd.device import demand_for_tasks
 
 Pidns = Literal["auto", "host", "new"]
@@ -144,13 +145,14 @@ def built_tree(
     ledger: int | None,
     pidns: Pidns,
     cgroup: str | None = None,
+    users: Users | None = None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
     `source` gives the pages that have to be there at once: all of them, unless a pager, whose `ledger` this is, brings
-    the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Raises
-    RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and whatever
-    the kernel refuses.
+    the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Its files are
+    opened with the rights of `users`, otherwise with ours. Raises RestoreError naming the step, PidTaken in pid
+    namespace "host", ImageError, UsageError for `cgroup`, and whatever the kernel refuses.
     """
     if ledger is not None:
         demand_for_tasks()
@@ -158,11 +160,11 @@ def built_tree(
     new = pidns == "new" or (pidns == "auto" and needs_new_pidns(checkpoint))
     with ExitStack() as stack:
         try:
-            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, new, cgroup))
+            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, new, cgroup, users))
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
-            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, True, cgroup))
+            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, True, cgroup, users))
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -192,6 +194,7 @@ def _built(
     ledger: int | None,
     new_pidns: bool,
     cgroup: str | None,
+    users: Users | None,
 ) -> Iterator[BuiltTree]:
     with ExitStack() as stack:
         clock = _StepClock(listener)
@@ -213,7 +216,9 @@ def _built(
             hold = stack.enter_context(Hold(f"to_{birth.pid}"))
             hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
             made = stack.enter_context(ExitStack())
-            files, shared, sockets = made.enter_context(files_and_objects(checkpoint, birth, sites, listener))
+            files, shared, sockets = made.enter_context(
+                files_and_objects(checkpoint, birth, sites, listener, users or Users())
+            )
             clock.done("files")
             for site in sites.values():
                 memory.move_in(site)
@@ -249,7 +254,11 @@ def _built(
 
 @contextmanager
 def files_and_objects(
-    checkpoint: Checkpoint, birth: Nursery, sites: Mapping[int, Site], listener: Listener
+    checkpoint: Checkpoint,
+    birth: Nursery,
+    sites: Mapping[int, Site],
+    listener: Listener,
+    users: Users,
 ) -> Iterator[tuple[Mapping[int, int], Mapping[int, int], MadeSockets]]:
     """Everything the tasks will open or map, as descriptors of ours: by OpenFile id and by SharedMemory id.
 
@@ -261,8 +270,9 @@ def files_and_objects(
     def open_path(path: str, flags: int, mode: int) -> int:
         return os.open(root + path, flags, mode)
 
+    users.check_places(checkpoint, root)
     with (
-        make_files(checkpoint, open_path=open_path, listener=listener) as made,
+        make_files(checkpoint, open_path=open_path, listener=listener, users=users) as made,
         objects.made(checkpoint, made.objects) as shared,
     ):
         files = dict(made.files)

@@ -12,6 +12,7 @@ from lazyproc.events import Listener
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import fds
 from lazyproc.model import Checkpoint, OpenFile
+from lazyproc.restore.users import Users
 
 OpenPath = Callable[[str, int, int], int]  # path from the tree's root directory, O_*, mode -> descriptor
 
@@ -29,6 +30,7 @@ class Workshop:
     open_path: OpenPath
     listener: Listener
     stack: ExitStack
+    users: Users = field(default_factory=Users)
     files: dict[int, int] = field(default_factory=dict)  # file id -> descriptor
     objects: dict[int, int] = field(
         default_factory=dict

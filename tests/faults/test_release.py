@@ -8,7 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -17,6 +17,7 @@ from lazyproc.hosts import Pair
 from lazyproc.kernel import proc
 from lazyproc.migrate.link import Link
 from lazyproc.model import PAGE, ObjectKind
+from lazyproc.trace import read_trace
 from lazyproc.wire.native import (
     Abort,
     Ack,
@@ -39,9 +40,13 @@ from lazyproc.wire.native import (
 from tests.faults.helpers import DESTINATION, SOURCE, journals, kill, sessions
 from tests.faults.test_links_cut import NOTICED_S, cut
 from tests.live.bad_luck import COMMAND_S, lazyproc, linked, listener_on, says, unharmed
-from tests.live.moving import receiving, run_cli, tree_of
+from tests.live.moving import END_S, receiving, run_cli, tree_of
 from tests.live.programs import Program, running, wait_until
 from tests.live.real import Journey, ending, migrating, runs
+from tests.live.sshd import serving
+from tests.live.test_ssh import completes as has_come_by_ssh
+from tests.live.test_ssh import start as start_by_ssh
+from tests.live.test_tls import secured
 
 E = TypeVar("E", bound=Event)
 MIB = 64
@@ -98,7 +103,7 @@ def wait_releasing(pair: Pair, journey: Journey, program: Program) -> None:
     assert journey.still_lazy()
 
 
-def completes(pair: Pair, journey: Journey, program: Program) -> dict[str, object]:
+def completes(pair: Pair, journey: Journey, program: Program) -> dict[str, Any]:
     new, report = journey.arrive()
     verified(program, new)
     wait_until(lambda: not journals(pair.source, SOURCE), "the source's journal is closed")
@@ -150,6 +155,39 @@ def test_the_link_is_cut_while_releasing(pair: Pair, program: Program) -> None:
             wait_until(lambda: "the source is lost" in receiver.notes(), "so does the destination", NOTICED_S)
         report = completes(pair, journey, program)
         assert report["reconnects"] == 1
+
+
+def test_with_tls(pair: Pair, program: Program) -> None:
+    with secured(pair) as receiver, migrating(pair.source, receiver, program.pid, *SLOW) as journey:
+        wait_releasing(pair, journey, program)
+        completes(pair, journey, program)
+
+
+def test_with_a_trace(pair: Pair, program: Program) -> None:
+    """Acknowledgements and faults come over the same connection."""
+    path = pair.shared / "trace"
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *SLOW, "--trace", str(path)) as journey,
+    ):
+        wait_releasing(pair, journey, program)
+        report = completes(pair, journey, program)
+    trace = read_trace(path)
+    assert trace.lost == 0
+    assert 0 < len(trace) == report["fault_us"]["count"]
+
+
+def test_through_ssh(pair: Pair, program: Program) -> None:
+    with serving(pair) as sshd:
+        journey = start_by_ssh(sshd, program, *SLOW)
+        wait_until(
+            lambda: any(each["state"] == "releasing" for each in journals(pair.source, SOURCE)), "it releases"
+        )
+        wait_until(lambda: held(program.pid) < 0.9 * (MIB << 20), "the source frees memory")
+        assert journey.poll() is None
+        out, notes = journey.communicate(timeout=END_S)
+        assert journey.returncode == 0, notes
+        has_come_by_ssh(pair, json.loads(out), program)
 
 
 def test_once_released_it_can_never_run_here_and_one_resume_completes_it(

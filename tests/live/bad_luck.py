@@ -19,9 +19,12 @@ from typing import Any
 from lazyproc.errors import LazyprocError
 from lazyproc.hosts import PRIVATE, Host, Pair
 from lazyproc.kernel import proc
-from lazyproc.migrate.link import Gathering, Link
-from lazyproc.pages.transport import Channel, Session
-from lazyproc.wire.native import Party
+from lazyproc.migrate.link import ROLES, Gathering, Link
+from lazyproc.migrate.prepare import Offer, vdso_build_id
+from lazyproc.migrate.source import Order
+from lazyproc.pages.peer import Trust
+from lazyproc.pages.transport import Channel, Session, dial
+from lazyproc.wire.native import Abort, Images, Needs, Party, Prepare, Prepared
 from tests.live.moving import CLI, Receiver, look_at_tree, tree_of
 from tests.live.programs import Program, wait_until
 from tests.live.real import ending, move_now, network_of, processes_of
@@ -167,6 +170,29 @@ def linked(sock: socket.socket, side: Party, known: Session | None = None) -> Li
             link = gathering.add(channel)
             if link is not None:
                 return link
+
+
+def images_sent(pair: Pair, receiver: Receiver, data: bytes) -> str:
+    """Packed images are sent by a source that says it needs nothing; why they were not taken."""
+    session = Session.new()
+    offer = Offer(1, 1, 0, {}, vdso_build_id().hex())
+    with network_of(pair.source):
+        control, *pages = (
+            dial(receiver.address, session.hello(role), Party.SOURCE, trust=Trust(insecure=True))
+            for role in ROLES
+        )
+    try:
+        control.send(Needs({"needs": []}))
+        control.send(Prepare({**offer.fields(), **Order().fields()}))
+        assert isinstance(control.receive(COMMAND_S), Prepared)
+        control.send(Images(data))
+        answer = control.receive(COMMAND_S)
+        assert isinstance(answer, Abort), answer
+        return str(answer.fields["reason"])
+    finally:
+        for channel in (control, *pages):
+            channel.close()
+        wait_until(lambda: f"session {session.id}: " in receiver.notes(), "it is noted")
 
 
 Meddle = Callable[[int, bytes], bytes]

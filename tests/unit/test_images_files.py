@@ -161,3 +161,15 @@ def test_the_parent_is_where_the_link_points(tmp_path: Path) -> None:
     parent = second.parent()
     assert parent is not None
     assert parent.path == first.path
+
+
+@pytest.mark.parametrize("target", ["{}/1", "../../other", "1", "..", "parent", "../detour", "/"])
+def test_a_parent_that_does_not_lie_next_to_it_is_refused(target: str, tmp_path: Path) -> None:
+    around = tmp_path / "around"
+    for name in ("1", "2/1", "../other"):
+        (around / name).mkdir(parents=True)
+    (around / "detour").symlink_to("../other")
+    folder = Folder(around / "2")
+    (folder.path / "parent").symlink_to(target.format(around))
+    with pytest.raises(ImageError, match=r"2/parent: leads out of .*around, to .*next to each other"):
+        folder.parent()
