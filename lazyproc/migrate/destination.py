@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from lazyproc.errors import ConnectionLost, ProtocolError
+from lazyproc.errors import ConnectionLost, Parked, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.apart import Messages
@@ -39,7 +39,7 @@ def receive(
     """Take in trees at HOST:PORT until interrupted, or until one has come whole (`once`); how many committed.
 
     Each has a keeper that goes on without us. `opened` learns the port; `over` is asked now and then whether that is
-    all. Raises UsageError for the address, CannotListen.
+    all. Raises UsageError for the address, CannotListen; with `once` Parked when all who worked on the tree are gone.
     """
     forget_old()
     trust = Trust(insecure, terms.uids, tls)
@@ -49,13 +49,21 @@ def receive(
     ):
         listener(Note(f"listening on port {door.port}"))
         opened(door.port)
-        while not (once and arrivals.whole) and not over():
+        while not (once and (arrivals.whole or arrivals.left)) and not over():
             arrivals.attend(DOOR_S)
+        if once and arrivals.left and not arrivals.whole:
+            raise Parked(
+                "the tree that came is not whole, and nobody works on it any more",
+                where=address,
+                remedy="see lazyproc sessions, and lazyproc resume there, unless it was ended with lazyproc abort",
+            )
         return arrivals.committed
 
 
 class _Arrivals:
-    """Those on their way in, and what their keepers tell. `committed` and `whole` are counts."""
+    """Those on their way in, and what their keepers tell. `committed`, `whole` and `left` by all who worked on them are
+    counts.
+    """
 
     def __init__(self, door: Door, terms: Terms, trust: Trust, listener: Listener) -> None:
         self._door = door
@@ -65,7 +73,8 @@ class _Arrivals:
         self._gathering = Gathering()
         self._keepers: list[Messages] = []
         self._arriving: list[Messages] = []  # of them, those whose tree is not here yet
-        self.committed = self.whole = 0
+        self._incomplete: set[Messages] = set()  # of them, those whose tree is here and misses pages
+        self.committed = self.whole = self.left = 0
 
     def close(self) -> None:
         self._gathering.close()
@@ -85,6 +94,7 @@ class _Arrivals:
                 keeper.close()
                 self._keepers.remove(keeper)
                 self._has_arrived(keeper)
+                self.left += keeper in self._incomplete
 
     def _open_door(self) -> None:
         channel = self._door.accept(0)
@@ -122,9 +132,11 @@ class _Arrivals:
         if kind == "failed":
             self._listener(Note(str(value)))
         elif kind == "done":
+            self._incomplete.discard(keeper)
             self.whole += 1
         else:
             if isinstance(value, StateChanged) and value.state == "committed":
                 self.committed += 1
                 self._has_arrived(keeper)
+                self._incomplete.add(keeper)
             self._listener(value)

@@ -17,7 +17,7 @@ from tests.faults.campaign.judge import Outcome
 from tests.faults.campaign.moments import Trap, frame_trap
 from tests.faults.campaign.run import run
 from tests.faults.helpers import DESTINATION, SOURCE, helper, journal, journals, kill, sessions
-from tests.live.moving import receiving, run_cli
+from tests.live.moving import END_S, receiving, run_cli
 from tests.live.programs import Program, running, wait_until
 from tests.live.real import Journey, ending, migrating, processes_of, runs
 
@@ -178,3 +178,17 @@ def waits_for_a_page(root: int) -> bool:
         Path(f"/proc/{root}/task/{tid}/wchan").read_text() == "handle_userfault"
         for tid in os.listdir(f"/proc/{root}/task")
     )
+
+
+def test_receive_once_ends_with_those_who_worked_on_its_tree(pair: Pair, program: Program) -> None:
+    with (
+        receiving(pair.destination, "--once", expected=4) as receiver,
+        migrating(pair.source, receiver, program.pid, *SLOW) as journey,
+    ):
+        journey.wait_running()
+        kill(pair.destination, DESTINATION, "keeper", "pager", "guard")
+        assert receiver.process.wait(END_S) == 4
+        assert "nobody works on it any more" in receiver.notes()
+        (orphan,) = sessions(pair.destination)
+        run_cli(pair.destination, "resume", orphan["id"])
+        completes(pair, journey, program)
