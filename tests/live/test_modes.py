@@ -91,7 +91,6 @@ def test_of_both_sides_of_a_migration(pair: Pair, program: Program) -> None:
                     modes = {state: state.stat().st_mode, **everything(state)}
                     assert not [path for path, mode in modes.items() if mode & 0o077], modes
                 assert {mode & 0o777 for mode in ledgers(root)} == {0o600}
-                assert not [name for name in groups(root) if os.stat(name).st_mode & 0o022]
             journey.finish()
     for path in (source.outside / "source.log", source.outside / "trace", destination.outside / "there.log"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
@@ -138,13 +137,6 @@ def ledgers(pid: int) -> list[int]:
     """The modes of those that a process holds."""
     links = Path(f"/proc/{pid}/fd").iterdir()
     return [fd.stat().st_mode for fd in links if "lazyproc-ledger" in os.readlink(fd)]
-
-
-def groups(pid: int) -> list[str]:
-    """The folder of its cgroup, where cgroups are mounted in one place."""
-    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-    names = [line.split(":")[2] for line in lines if "lazyproc" in line]
-    return [path for name in names for path in (f"/sys/fs/cgroup{name}",) if os.path.isdir(path)]
 
 
 def test_of_keys(pair: Pair) -> None:
