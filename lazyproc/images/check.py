@@ -38,6 +38,8 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def _problems(checkpoint: Checkpoint) -> Iterator[str]:
+    if not checkpoint.root.threads:
+        yield f"the root {checkpoint.root.vpid} has ended: nothing of it can run"
     seen: set[int] = set()
     for index, task in enumerate(checkpoint.tasks):
         if index and task.ppid not in seen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -98,6 +99,18 @@ def test_every_thread_is_in_a_new_group_and_elsewhere_in_ours(host: Host, v2: st
         own.pop(V2)
         assert all(each == own for each in found)
     gone(Path(f"{v2}{path}"))
+
+
+def test_nobody_else_makes_groups_in_its_group_whatever_the_umask_is(host: Host, v2: str) -> None:
+    images, before = left(host, "threads"), os.umask(0)
+    try:
+        moved = restore(host, images)
+    finally:
+        os.umask(before)
+    with ending(moved.pid):
+        folder = Path(f"{v2}{groups_of(moved.pid)[0][V2]}")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    gone(folder)
 
 
 def test_who_waits_for_the_tree_removes_its_group(host: Host, v2: str) -> None:

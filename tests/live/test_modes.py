@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from lazyproc.errors import LazyprocError
 from lazyproc.hosts import Pair
+from lazyproc.pages.peer import Trust
+from lazyproc.pages.transport import Session, dial
+from lazyproc.wire.native import Party, Role
 from tests.faults.helpers import DESTINATION, SOURCE, journal
 from tests.live.bad_luck import lazyproc
-from tests.live.moving import receiving
+from tests.live.moving import receiving, run_cli
 from tests.live.programs import Program, running
-from tests.live.real import ending, migrating
+from tests.live.real import ending, migrating, network_of, processes_of
 from tests.needs import require
 
 OPEN = ("sh", "-c", 'umask 0; exec "$@"', "sh")
@@ -87,23 +91,52 @@ def test_of_both_sides_of_a_migration(pair: Pair, program: Program) -> None:
                     modes = {state: state.stat().st_mode, **everything(state)}
                     assert not [path for path, mode in modes.items() if mode & 0o077], modes
                 assert {mode & 0o777 for mode in ledgers(root)} == {0o600}
-                assert not [name for name in groups(root) if os.stat(name).st_mode & 0o022]
             journey.finish()
     for path in (source.outside / "source.log", source.outside / "trace", destination.outside / "there.log"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_the_secret_of_a_session_is_nowhere_to_be_seen(pair: Pair, program: Program) -> None:
+    """Who knew it could go on with the session: it is in the two journals. The name alone, which everybody may see,
+    opens nothing.
+    """
+    source, destination = pair.source, pair.destination
+    with (
+        receiving(destination) as receiver,
+        migrating(source, receiver, program.pid, "--no-bulk") as journey,
+    ):
+        journey.wait_running()
+        record = journal(destination, DESTINATION)
+        with ending(destination.pid(record["tree"]["root_pid"])):
+            said = journey.log() + receiver.notes()
+            for host in (source, destination):
+                said += run_cli(host, "sessions", "--json").stdout
+                said += "".join(command_line(pid) for pid in processes_of(host))
+            assert record["id"] in said
+            assert record["token"] not in said
+            thief = Session(record["id"], "0" * len(record["token"]))
+            with network_of(source), pytest.raises(LazyprocError, match="no such session"):
+                dial(
+                    receiver.address,
+                    thief.hello(Role.CONTROL, resume=True),
+                    Party.SOURCE,
+                    trust=Trust(insecure=True),
+                )
+            program.watch.wait_beats()
+        journey.finish()
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def ledgers(pid: int) -> list[int]:
     """The modes of those that a process holds."""
     links = Path(f"/proc/{pid}/fd").iterdir()
     return [fd.stat().st_mode for fd in links if "lazyproc-ledger" in os.readlink(fd)]
-
-
-def groups(pid: int) -> list[str]:
-    """The folder of its cgroup, where cgroups are mounted in one place."""
-    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-    names = [line.split(":")[2] for line in lines if "lazyproc" in line]
-    return [path for name in names for path in (f"/sys/fs/cgroup{name}",) if os.path.isdir(path)]
 
 
 def test_of_keys(pair: Pair) -> None:

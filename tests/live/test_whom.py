@@ -14,7 +14,7 @@ import pytest
 from lazyproc.hosts import Pair
 from lazyproc.images.convert import from_images, to_images
 from lazyproc.images.files import Folder, pack
-from lazyproc.model import Checkpoint, Credentials, Owner
+from lazyproc.model import Checkpoint, Credentials, Owner, TaskState
 from lazyproc.pages.bundle import NAME
 from tests.live.bad_luck import images_sent, lazyproc, migrated, says, unchanged, unharmed
 from tests.live.moving import Receiver, checkpoint, receiving, run_cli
@@ -233,6 +233,18 @@ def test_who_keeps_silent_about_it_has_nothing_started(pair: Pair, lie: Lie, say
         assert says_why in reason, reason
         assert f"only uid {UID} is taken in here" in reason
         assert "restore: " not in receiver.notes()
+
+
+def test_a_root_that_has_ended_is_no_tree(pair: Pair) -> None:
+    """Nobody has threads in which one could look who runs."""
+
+    def lie(it: Checkpoint) -> Checkpoint:
+        ended = replace(it.root, state=TaskState.ZOMBIE, threads=(), mm=None, fs=None, descriptors=())
+        return replace(it, tasks=(ended,), memory={})
+
+    images = a_lie(pair, lie)
+    with receiving(pair.destination, *ONLY) as receiver, unchanged(pair.destination):
+        assert "has ended: nothing of it can run" in images_sent(pair, receiver, images)
 
 
 def test_who_says_that_it_has_a_file_of_roots_does_not_get_it(pair: Pair) -> None:
