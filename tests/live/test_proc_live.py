@@ -69,7 +69,9 @@ def test_maps_agree_with_python_ptrace() -> None:
         (m.start, m.end, m.permissions, m.offset, (m.major_device, m.minor_device), m.inode, m.pathname or "")
         for m in readProcessMappings(_Process())
     ]
-    ours = [(*entry[:6], entry.path) for entry in proc.maps(proc.read(ME, "maps"))]
+    ours = [
+        (*entry[:6], entry.path + " (deleted)" * entry.deleted) for entry in proc.maps(proc.read(ME, "maps"))
+    ]
     assert len(ours) > 10
     # The parsing itself may move the heap's end.
     assert [entry for entry in ours if entry[6] != "[heap]"] == [
