@@ -11,11 +11,12 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lazyproc.dump import walk
 from lazyproc.errors import NoSuchProcess
 from lazyproc.hosts import Host
 from lazyproc.kernel import proc
@@ -56,14 +57,11 @@ def look(pid: int) -> Seen:
 def tree_of(pid: int) -> dict[int, int]:
     """The processes under `pid` that have not ended, by the number they give themselves."""
     found: dict[int, int] = {}
-    waiting = [pid]
-    while waiting:
-        status = proc.status(proc.read(waiting[-1], "status"))
-        pid = waiting.pop()
-        if status.state != "Z":
-            found[status.ns_pid[-1]] = pid
-            for tid in proc.task_ids(pid):
-                waiting += proc.children_of(pid, tid)
+    for each in walk.tree_of(pid):
+        with suppress(NoSuchProcess):  # it has just ended
+            status = proc.status(proc.read(each, "status"))
+            if status.state != "Z":
+                found[status.ns_pid[-1]] = each
     return found
 
 

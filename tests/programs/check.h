@@ -84,14 +84,16 @@ __attribute__((format(printf, 4, 5))) static inline void
 check_fail(const volatile void *addr, uint64_t expected, uint64_t found, const char *words, ...)
 {
     va_list arguments;
+    int used;
 
     if (__atomic_fetch_add(&status->errors, 1, __ATOMIC_ACQ_REL) != 0)
         return;
     status->bad_addr = (uintptr_t)addr;
     status->expected = expected;
     status->found = found;
+    used = snprintf(status->what, sizeof status->what, "pid %d: ", (int)getpid());
     va_start(arguments, words);
-    vsnprintf(status->what, sizeof status->what, words, arguments);
+    vsnprintf(status->what + used, sizeof status->what - (size_t)used, words, arguments);
     va_end(arguments);
 }
 
