@@ -229,13 +229,23 @@ static void settle(struct pager *p, uint32_t instance, uint64_t addr, uint64_t p
     release(p, instance, addr, pages, outcome, as);
 }
 
+/* The kernel looks whether mappings are changing (userfaultfd_copy in fs/userfaultfd.c), waits for the mapping's lock, and
+ * only then finds nothing mapped (mfill_atomic in mm/userfaultfd.c). What was moved away meanwhile is not gone: the
+ * message about that is unread, as no other can be while we hold the lock. */
+static int64_t install_mapped(const struct pager *p, uint32_t space, uint64_t va, const uint8_t *data, uint64_t pages,
+                              enum page_class as)
+{
+    int64_t result = install(p->ledger.spaces[space].uffd, va, data, pages * PAGE_SIZE, as);
+
+    return result == -ENOENT && probe_space(p, space) == -EAGAIN ? -EAGAIN : result;
+}
+
 /* One mapping is one or more VMAs: mprotect(2) and madvise(2) split them unseen, and a copy must not cross a border. */
 static int64_t install_run(const struct pager *p, const struct mapping *m, const uint8_t *data, enum page_class as)
 {
-    int uffd = p->ledger.spaces[m->space].uffd;
-    int64_t result = install(uffd, m->va, data, m->pages * PAGE_SIZE, as);
+    int64_t result = install_mapped(p, m->space, m->va, data, m->pages, as);
 
-    return result == -ENOENT && m->pages > 1 ? install(uffd, m->va, data, PAGE_SIZE, as) : result;
+    return result == -ENOENT && m->pages > 1 ? install_mapped(p, m->space, m->va, data, 1, as) : result;
 }
 
 /* Places what it can of a run of waiting pages: their number, 0 when the tables changed, or -errno. */
@@ -280,7 +290,7 @@ static int64_t poison_shared(struct pager *p, uint32_t instance, uint64_t addr)
     bool mapped = false;
 
     while (ledger_next_mapping(&p->ledger, instance, addr, 1, &at, &m)) {
-        int64_t result = install(p->ledger.spaces[m.space].uffd, m.va, NULL, PAGE_SIZE, CLASS_POISONED);
+        int64_t result = install_mapped(p, m.space, m.va, NULL, 1, CLASS_POISONED);
         int outcome = count_outcome(p, CLASS_POISONED, result);
 
         if (outcome < 0 || outcome == OUTCOME_DEFERRED)
