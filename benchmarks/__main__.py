@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import blackout, local_fault, restore_start, tls, toucher, trace_cost
+from benchmarks import blackout, links, local_fault, restore_start, tls, toucher, trace_cost
 from benchmarks.measure import Result, load
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,6 +24,9 @@ SCENES: dict[str, Callable[[int], Result]] = {
     "toucher-think": toucher.think,
     "toucher-sequential": toucher.sequential,
     "toucher-zipf": toucher.zipf,
+    "remote-fault": links.remote_fault,
+    "bulk-rate": links.bulk_rate,
+    "links": links.slow_links,
 }
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ CRIU_PIPES = 4 << 20  # what its page server asks for; without CAP_SYS_RESOURCE 
 
 
 @contextmanager
-def by_lazyproc(pair: Pair, vpid: int, _images: Path, *options: str) -> Iterator[Report]:
+def by_lazyproc(pair: Pair, vpid: int, _images: Path, options: Sequence[str] = ()) -> Iterator[Report]:
     address = f"{pair.destination.address}:{PORT}"
     receiver = pair.destination.popen(
         _lazyproc("receive", "--listen", address, "--once", "--insecure", "--json"),

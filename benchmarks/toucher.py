@@ -52,9 +52,16 @@ class Reading:
 
 
 def moved(
-    engine: Engine, cargo: Cargo, binary: Path, rate: str | None = None, stay_s: float = 0.0
+    engine: Engine,
+    cargo: Cargo,
+    binary: Path,
+    rate: str | None = None,
+    stay_s: float = 0.0,
+    *,
+    ends_first: bool = False,
 ) -> Reading:
-    """One move of a fresh cargo between fresh hosts. It runs for `stay_s` more at each end."""
+    """One move of a fresh cargo between fresh hosts. It runs for `stay_s` more at each end, and ends when the engine
+    has; or first, where the engine waits for that."""
     with pair_of_hosts(rate) as pair, tempfile.TemporaryDirectory(dir=pair.shared) as name:
         directory = Path(name)
         images = directory / "images"
@@ -63,8 +70,11 @@ def moved(
             time.sleep(stay_s)
             with engine(pair, pair.source.vpid(toucher.program.pid), images) as report:
                 pid, resident = _until_resident(pair, toucher)
-            time.sleep(stay_s)
-            board, status = toucher.finish(pid)
+                if ends_first:
+                    board, status = toucher.finish(pid)
+            if not ends_first:
+                time.sleep(stay_s)
+                board, status = toucher.finish(pid)
     return Reading(
         board,
         (resident - board.frozen) / 1e6,
