@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import blackout, links, local_fault, restore_start, tls, toucher, trace_cost
+from benchmarks import blackout, blackout_criu, links, local_fault, restore_start, tls, toucher, trace_cost
 from benchmarks.measure import Result, load
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,6 +27,7 @@ SCENES: dict[str, Callable[[int], Result]] = {
     "remote-fault": links.remote_fault,
     "bulk-rate": links.bulk_rate,
     "links": links.slow_links,
+    "blackout-criu": blackout_criu.run,
 }
 
 
