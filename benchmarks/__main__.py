@@ -1,4 +1,4 @@
-"""`make bench`: runs every scene, prints medians with spread, and writes benchmarks/results/<date>.json."""
+"""`make bench`: runs every scene, prints medians with spread, and writes them to benchmarks/results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import blackout, local_fault, restore_start, tls, trace_cost
+from benchmarks import blackout, blackout_criu, links, local_fault, restore_start, tls, toucher, trace_cost
 from benchmarks.measure import Result, load
 
 RESULTS = Path(__file__).parent / "results"
@@ -20,6 +20,14 @@ SCENES: dict[str, Callable[[int], Result]] = {
     "blackout": blackout.run,
     "trace-cost": trace_cost.run,
     "tls": tls.run,
+    "toucher": toucher.random,
+    "toucher-think": toucher.think,
+    "toucher-sequential": toucher.sequential,
+    "toucher-zipf": toucher.zipf,
+    "remote-fault": links.remote_fault,
+    "bulk-rate": links.bulk_rate,
+    "links": links.slow_links,
+    "blackout-criu": blackout_criu.run,
 }
 
 
@@ -40,7 +48,7 @@ def main() -> None:
         for goal in result.goals:
             print(f"  {goal}")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    path = RESULTS / f"{today}.json"
+    path = RESULTS / f"{'-'.join((today, *args.scenes))}.json"  # a part does not take the place of the whole
     record = {
         "date": today,
         "command": "make bench",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -21,18 +22,50 @@ class Samples:
     def median(self) -> float:
         return statistics.median(self.values)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the median lies with at least 95 %: between order statistics, whatever the distribution. Of fewer than
+        six samples none are that sure: all of their range is given."""
+        return median_interval(self.values)
+
     def fields(self) -> dict[str, object]:
         """For JSON: the summary, and the raw samples."""
         return {
             "unit": self.unit,
             "median": self.median,
+            "interval": self.interval,
+            "confidence": confidence(len(self.values)),
             "min": min(self.values),
             "max": max(self.values),
             "samples": list(self.values),
         }
 
     def __str__(self) -> str:
-        return f"{self.median:10.2f} {self.unit} ({min(self.values):.2f} .. {max(self.values):.2f})"
+        low, high = self.interval
+        spread = f"{min(self.values):.2f} .. {max(self.values):.2f}"
+        return f"{self.median:10.2f} {self.unit} ({spread}; median in {low:.2f} .. {high:.2f})"
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The narrowest symmetric pair of order statistics that holds the median with 95 %."""
+    ordered = sorted(values)
+    rank = _rank(len(ordered))
+    return ordered[rank], ordered[-1 - rank]
+
+
+def confidence(count: int) -> float:
+    """How sure `median_interval` is of so many samples; below 0.95 with fewer than six."""
+    return 1 - 2 * _tail(count, _rank(count))
+
+
+def _rank(count: int) -> int:
+    """How many samples may be left out at each end."""
+    return max((rank for rank in range((count + 1) // 2) if _tail(count, rank) <= 0.025), default=0)
+
+
+def _tail(count: int, rank: int) -> float:
+    """The chance that at most `rank` of so many samples lie below the median."""
+    return sum(math.comb(count, below) for below in range(rank + 1)) / 2**count if count > 1 else 0.5
 
 
 def interleaved(runners: Mapping[str, Runner], rounds: int, unit: str) -> dict[str, Samples]:

@@ -1,0 +1,116 @@
+"""Who moves a process from one host to the other: lazyproc, CRIU with lazy pages, CRIU without. All alike: each is a
+context manager that starts its commands; at the end they must have succeeded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.blackout import PORT, _lazyproc
+from lazyproc.hosts import Host, Pair
+from tests.peer import criu
+
+DEADLINE_S = 180
+Report = dict[str, Any]
+# Yields what the engine itself reports, filled at the end; empty for CRIU.
+Engine = Callable[[Pair, int, Path], AbstractContextManager[Report]]
+PIPE_SIZE = Path("/proc/sys/fs/pipe-max-size")
+CRIU_PIPES = 4 << 20  # what its page server asks for; without CAP_SYS_RESOURCE this is the limit
+
+
+@contextmanager
+def by_lazyproc(pair: Pair, vpid: int, _images: Path, options: Sequence[str] = ()) -> Iterator[Report]:
+    address = f"{pair.destination.address}:{PORT}"
+    receiver = pair.destination.popen(
+        _lazyproc("receive", "--listen", address, "--once", "--insecure", "--json"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert receiver.stderr is not None
+    for line in receiver.stderr:
+        if "listening" in line:
+            break
+    report: Report = {}
+    migrate = pair.source.popen(
+        _lazyproc("migrate", vpid, address, "--insecure", "--json", *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield report
+    out, words = migrate.communicate(timeout=DEADLINE_S)
+    if migrate.returncode:
+        raise RuntimeError(f"lazyproc migrate: exit {migrate.returncode}: {words.strip()}")
+    report |= json.loads(out)
+    receiver.communicate(timeout=DEADLINE_S)
+
+
+@contextmanager
+def by_lazy_criu(pair: Pair, vpid: int, images: Path) -> Iterator[Report]:
+    """The images lie where both see them: nothing is copied, which is more than CRIU's users have."""
+    server = ("--address", str(pair.source.address), "--port", str(PORT))
+    with _large_pipes():
+        dump = _until_ready(pair.source, images, "dump", "--lazy-pages", *server, "-t", str(vpid))
+        daemon = _until_ready(pair.destination, images, "lazy-pages", "--page-server", *server)
+        pair.destination.run(
+            _criu("restore", images, "--lazy-pages", "--restore-detached"), check=True, timeout=DEADLINE_S
+        )
+        yield {}
+        for name, process in (("lazy-pages", daemon), ("dump", dump)):
+            if process.wait(DEADLINE_S):
+                raise _failed(name, process.returncode, images)
+
+
+@contextmanager
+def by_plain_criu(pair: Pair, vpid: int, images: Path) -> Iterator[Report]:
+    """All of the memory through files that both see; no link is between."""
+    pair.source.run(_criu("dump", images, "-t", str(vpid)), check=True, timeout=DEADLINE_S)
+    pair.destination.run(_criu("restore", images, "--restore-detached"), check=True, timeout=DEADLINE_S)
+    yield {}
+
+
+ENGINES: Mapping[str, Engine] = {
+    "lazyproc": by_lazyproc,
+    "CRIU lazy": by_lazy_criu,
+    "CRIU plain": by_plain_criu,
+}
+
+
+def _criu(command: str, images: Path, *options: str) -> list[str]:
+    return [*criu(), command, "-D", str(images), "-o", f"{command}.log", *options]
+
+
+def _failed(command: str, status: int, images: Path) -> RuntimeError:
+    words = [line for line in (images / f"{command}.log").read_text().splitlines() if "Error" in line]
+    return RuntimeError(f"criu {command}: exit {status}: {'; '.join(words[-4:])}")
+
+
+def _until_ready(host: Host, images: Path, command: str, *options: str) -> subprocess.Popen[Any]:
+    """A command of CRIU that serves; it says on its status descriptor that it does."""
+    read, write = os.pipe()
+    argv = _criu(command, images, *options, "--status-fd", str(write))
+    process = host.popen(argv, pass_fds=[write], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.close(write)
+    ready = os.read(read, 1)
+    os.close(read)
+    if not ready:
+        process.wait(DEADLINE_S)
+        raise _failed(command, process.returncode, images)
+    return process
+
+
+@contextmanager
+def _large_pipes() -> Iterator[None]:
+    before = PIPE_SIZE.read_text()
+    if int(before) < CRIU_PIPES:
+        PIPE_SIZE.write_text(str(CRIU_PIPES))
+    try:
+        yield
+    finally:
+        PIPE_SIZE.write_text(before)
