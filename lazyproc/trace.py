@@ -167,7 +167,9 @@ class TraceFile:
 
     def _refused(self, why: str | None) -> LazyprocError:
         return LazyprocError(
-            f"the trace cannot be written: {why}", where=self._path, remedy="name another file"
+            f"the trace cannot be written: {why}",
+            where=self._path,
+            remedy="name another file with --trace or --record",
         )
 
     def __enter__(self) -> Self:
