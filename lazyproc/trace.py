@@ -120,7 +120,7 @@ def read_trace(path: Path | str) -> Trace:
         return Trace(Path(path), str(header["session"]), clock, int(header["lost"]))
     except (ValueError, TypeError, KeyError):
         raise ImageError(
-            f"is no trace of version {VERSION}", where=str(path), remedy="name what --trace wrote"
+            f"is no trace of version {VERSION}", where=str(path), remedy="name what --trace or --record wrote"
         ) from None
 
 
@@ -167,7 +167,9 @@ class TraceFile:
 
     def _refused(self, why: str | None) -> LazyprocError:
         return LazyprocError(
-            f"the trace cannot be written: {why}", where=self._path, remedy="name another file with --trace"
+            f"the trace cannot be written: {why}",
+            where=self._path,
+            remedy="name another file with --trace or --record",
         )
 
     def __enter__(self) -> Self:

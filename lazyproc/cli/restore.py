@@ -48,6 +48,9 @@ def add(commands: Commands) -> None:
     add_pidns(parser)
     add_cgroup(parser)
     add_policy(parser)
+    parser.add_argument(
+        "--record", metavar="FILE", help="write the faults to FILE, for a later --policy recorded:FILE"
+    )
     add_trace(parser)
     add_trust(parser)
     add_json(parser)
@@ -84,6 +87,11 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
         from lazyproc.migrate.arrival import Terms
         from lazyproc.migrate.fetch import restore_from
 
+        if args.record is not None:
+            raise lazyproc.errors.UsageError(
+                "only a restore from a folder is recorded", where=args.record, remedy="use -D, or --trace"
+            )
+
         terms = Terms(pidns=args.pidns, cgroup=args.cgroup)
         return restore_from(
             args.peer,
@@ -100,6 +108,7 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
         policy=args.policy,
         cgroup=args.cgroup,
         trace=args.trace,
+        record=args.record,
         listener=listener,
     )
 

@@ -25,6 +25,7 @@ def restore(
     bulk: bool = True,
     cgroup: str | None = None,
     trace: Path | str | None = None,
+    record: Path | str | None = None,
 ) -> Iterator[Restored]:
     """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`."""
     with run.restore(
@@ -36,6 +37,7 @@ def restore(
         bulk=bulk,
         cgroup=cgroup,
         trace=trace,
+        record=record,
     ) as restored:
         if restored.pager is None:
             yield restored
@@ -51,6 +53,7 @@ def _session(restored: Restored, directory: Path, policy: str) -> Iterator[None]
     from lazyproc.migrate.desk import Desk
     from lazyproc.migrate.journal import DESTINATION, Journal
     from lazyproc.restore.lazytree import to_facts
+    from lazyproc.uffd.policy import POLICIES
 
     session = os.urandom(8).hex()
     images = os.path.abspath(directory)
@@ -60,7 +63,7 @@ def _session(restored: Restored, directory: Path, policy: str) -> Iterator[None]
         "images": images,
         "address": "",
         "tree": to_facts(restored.tree),
-        "wishes": {"mode": "postcopy", "policy": policy},
+        "wishes": {"mode": "postcopy", "policy": policy if policy in POLICIES else "sequential"},
     }
     with closing(Desk(session, DESTINATION)):
         journal = Journal(session, DESTINATION, facts)

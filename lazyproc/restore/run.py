@@ -15,14 +15,16 @@ from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.kernel.cgroup import remove
-from lazyproc.model import Extent, MemoryObject
+from lazyproc.model import Checkpoint, Extent, MemoryObject
 from lazyproc.pages.images import ImagePages
 from lazyproc.restore.lazy import finish, introduce
 from lazyproc.restore.lazytree import LazyTree
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Counters, Pager, PagerState
-from lazyproc.uffd.policy import Chunk, named
+from lazyproc.uffd.policy import Chunk, named, recorded
+
+RECORDED = "recorded:"  # the name of a policy, up to the name of its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,45 +120,51 @@ def restore(
     bulk: bool = True,
     cgroup: str | None = None,
     trace: Path | str | None = None,
+    record: Path | str | None = None,
 ) -> Iterator[Restored]:
     """Restore the tree in `directory`; it runs when the context is entered. Without `bulk` only what is touched comes.
 
     The tree is in a cgroup of its own, or in `cgroup`, a path as in /proc/PID/cgroup, which is made when it is missing.
-    Faults, which only a lazy restore has, are written to `trace` (docs/trace.md).
+    Faults, which only a lazy restore has, are written to `trace` and to `record` (docs/trace.md). With the policy
+    `recorded:FILE` the pages that another restore of these images recorded in FILE come first.
 
     Leaving the context before `wait_drained` leaves missing pages parked: whoever touches one waits. Raises
-    ImageError, RestoreError, HostLacks, UsageError (no such policy, no path of a cgroup), LazyprocError (`trace` cannot
-    be written); then nothing half-built is left. Parked: it was interrupted in the first moment of the tree, which
-    runs, its missing pages parked; an interrupt that comes later leaves it so as well.
+    ImageError, RestoreError, HostLacks, UsageError (no such policy, no path of a cgroup), LazyprocError (`trace` or
+    `record` cannot be written); then nothing half-built is left. Parked: it was interrupted in the first moment of the
+    tree, which runs, its missing pages parked; an interrupt that comes later leaves it so as well.
     """
     started = time.monotonic()
-    order = named(policy)
-    if trace is not None and not lazy:
-        raise UsageError("only a lazy restore has faults to trace", where=str(trace), remedy="add --lazy")
+    order = None if policy.startswith(RECORDED) else named(policy)
+    files = [path for path in (trace, record) if path is not None]
+    if files and not lazy:
+        raise UsageError("only a lazy restore has faults to trace", where=str(files[0]), remedy="add --lazy")
     folder = Folder(directory)
     checkpoint = from_images(folder.read())
+    first = () if order else _working_set(policy, checkpoint)
     with ExitStack() as stack:
-        record = stack.enter_context(_recording(trace, listener)) if trace is not None else None
+        start_recording = stack.enter_context(_recording(files, listener)) if files else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
-        pager = stack.enter_context(Pager(trace=trace is not None)) if lazy else None
+        pager = stack.enter_context(Pager(trace=bool(files))) if lazy else None
         ledger = pager.ledger if pager else None
         with built_tree(checkpoint, source, listener, ledger=ledger, pidns=pidns, cgroup=cgroup) as tree:
             stack.callback(remove, tree.groups)  # in case it ends before us
             if pager is not None:
                 introduce(pager, tree, listener)
                 pager.serve_segments(source.segments())
+                if first:  # needs no map, and the tree will want them at once
+                    pager.plan(Chunk(obj, addr, 1) for obj, addr in first)
                 pager.start(bulk=bulk)
             remains = tree.lazy_tree()
             with _said_to_run(tree):
                 tree.release()
-                if record is not None and pager is not None:
-                    record(pager)
+                if start_recording is not None and pager is not None:
+                    start_recording(pager)
                 listener(StateChanged("running", time.monotonic()))
                 if pager is not None:
                     # Only now: content is served without the map, and the map's cost grows with memory.
                     pager.apply_map(tree.checkpoint.memory)
         memory = tree.checkpoint.memory
-        yield Restored(remains, started, pager, _plan=lambda: order(_lazy(memory)))
+        yield Restored(remains, started, pager, _plan=lambda: (order or recorded(first))(_lazy(memory)))
 
 
 @contextmanager
@@ -175,18 +183,39 @@ def _said_to_run(tree: BuiltTree) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(path: Path | str, listener: Listener) -> Iterator[Callable[[Pager], None]]:
-    """A trace file and what begins to fill it from a pager that runs."""
+def _recording(paths: Sequence[Path | str], listener: Listener) -> Iterator[Callable[[Pager], None]]:
+    """Trace files, all with the same faults, and what begins to fill them from a pager that runs."""
     from lazyproc.trace import Clock, TraceFile  # json, threads: nobody else's start should wait for them
     from lazyproc.uffd.recorder import Recorder
 
-    with TraceFile(path, listener) as file, ExitStack() as stack:
-        file.begin("", Clock.now())
+    with ExitStack() as stack:
+        files = [stack.enter_context(TraceFile(path, listener)) for path in paths]
+        clock = Clock.now()
+        for file in files:
+            file.begin("", clock)
+
+        def write(records: bytes, lost: int) -> None:
+            for file in files:
+                file.write(records, lost)
 
         def record(pager: Pager) -> None:
-            stack.callback(Recorder(pager, file.write).close)
+            stack.callback(Recorder(pager, write).close)
 
         yield record
+
+
+def _working_set(policy: str, checkpoint: Checkpoint) -> Sequence[tuple[MemoryObject, int]]:
+    from lazyproc.restore.workingset import read_working_set  # json: nobody else's start should wait for it
+
+    path = Path(policy.removeprefix(RECORDED))
+    try:
+        return read_working_set(path, checkpoint.memory)
+    except OSError as error:
+        raise UsageError(
+            f"the record cannot be read: {error.strerror}",
+            where=f"--policy {policy}",
+            remedy="name what --record wrote",
+        ) from None
 
 
 def _lazy(memory: Mapping[MemoryObject, Sequence[Extent]]) -> Mapping[MemoryObject, Extents]:

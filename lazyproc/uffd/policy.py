@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from lazyproc.errors import UsageError
 from lazyproc.model import PAGE, Extent, MemoryObject
+from lazyproc.runs import Extents as Columns
 
 
 class Chunk(NamedTuple):
@@ -55,6 +56,34 @@ def around(chunks: Iterable[Chunk], obj: MemoryObject, addr: int) -> Iterator[Ch
     yield from sorted(above, key=lambda chunk: chunk.addr)
     yield from sorted(below, key=lambda chunk: chunk.addr, reverse=True)
     yield from rest
+
+
+def recorded(pages: Iterable[tuple[MemoryObject, int]]) -> Policy:
+    """These pages first, in their order, then the rest as `sequential`. What the map does not have is left out."""
+    order = list(dict.fromkeys(pages))
+
+    def policy(extents: Extents) -> Iterator[Chunk]:
+        columns = {obj: Columns.of(runs) for obj, runs in extents.items()}
+        ahead = [(obj, at) for obj, at in order if obj in columns and columns[obj].within(at, at + PAGE)]
+        yield from (Chunk(obj, addr, 1) for obj, addr in ahead)
+        for obj, runs in extents.items():
+            yield from _without(obj, runs, sorted(addr for of, addr in ahead if of == obj))
+
+    return policy
+
+
+def _without(obj: MemoryObject, runs: Sequence[Extent], taken: Sequence[int]) -> Iterator[Chunk]:
+    """The runs, which are sorted, but for the sorted pages of `taken`, each of which is in one of them."""
+    holes = iter(taken)
+    hole = next(holes, None)
+    for extent in runs:
+        addr = extent.addr
+        while hole is not None and hole < extent.end:
+            if hole > addr:
+                yield Chunk(obj, addr, (hole - addr) // PAGE)
+            addr, hole = hole + PAGE, next(holes, None)
+        if addr < extent.end:
+            yield Chunk(obj, addr, (extent.end - addr) // PAGE)
 
 
 POLICIES: dict[str, Policy] = {"sequential": sequential, "smallest-first": smallest_first}

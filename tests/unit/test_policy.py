@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
 from lazyproc.uffd.pager import bucket_floor, percentile
-from lazyproc.uffd.policy import POLICIES, Chunk, Extents, around, sequential, smallest_first
+from lazyproc.uffd.policy import POLICIES, Chunk, Extents, around, recorded, sequential, smallest_first
 
 Page = tuple[MemoryObject, int]
 
@@ -68,6 +68,18 @@ def test_around_loses_nothing_and_begins_at_the_address(
     assert sorted(order) == sorted(pages(chunks))
     above = sorted(at for of, at in order if of == obj and at >= addr)
     assert order[: len(above)] == [(obj, at) for at in above]
+
+
+@given(maps(), st.lists(st.tuples(st.sampled_from(ObjectKind), st.integers(0, 3), st.integers(0, 60))))
+def test_recorded_pages_come_first_and_each_page_once(
+    extents: Extents, faults: list[tuple[ObjectKind, int, int]]
+) -> None:
+    wanted = [(MemoryObject(kind, number), page * PAGE) for kind, number, page in faults]
+    order = pages(recorded(wanted)(extents))
+    known = set(pages_of_map(extents))
+    first = [page for page in dict.fromkeys(wanted) if page in known]
+    assert order[: len(first)] == first
+    assert order[len(first) :] == [page for page in pages_of_map(extents) if page not in first]
 
 
 @given(st.integers(0, 2**62))
