@@ -177,6 +177,7 @@ def test_with_a_trace(pair: Pair, program: Program) -> None:
     assert 0 < len(trace) == report["fault_us"]["count"]
 
 
+@pytest.mark.long
 def test_through_ssh(pair: Pair, program: Program) -> None:
     with serving(pair) as sshd:
         journey = start_by_ssh(sshd, program, *SLOW)

@@ -144,6 +144,7 @@ def restored(pair: Pair, images: Path, name: str, changes: list[Change], *, sums
     return results
 
 
+@pytest.mark.long
 def test_files_that_are_missing_or_cut_short(pair: Pair, images: Path) -> None:
     with unchanged(pair.source):
         for path in without_sums(images):
@@ -159,6 +160,7 @@ def test_files_that_are_missing_or_cut_short(pair: Pair, images: Path) -> None:
                 shutil.rmtree(copy)
 
 
+@pytest.mark.long
 def test_files_with_a_flipped_bit(pair: Pair, images: Path) -> None:
     """Each is refused in a sentence, or the tree is built: another value that can be, which the format cannot know."""
     chance = random.Random(SEED)
@@ -174,6 +176,7 @@ def test_files_with_a_flipped_bit(pair: Pair, images: Path) -> None:
     assert set(processes_of(pair.source).values()) <= {"unshare", "cat"}
 
 
+@pytest.mark.long
 def test_the_checksums_find_every_flipped_bit(pair: Pair, images: Path) -> None:
     chance = random.Random(SEED)
     with unchanged(pair.source):

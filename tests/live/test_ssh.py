@@ -120,6 +120,7 @@ def test_connections_that_are_killed_are_opened_again(pair: Pair, program: Progr
         completes(pair, report, program)
 
 
+@pytest.mark.long
 def test_the_network_goes_and_comes_back(pair: Pair, program: Program) -> None:
     with serving(pair) as sshd:
         migrate = start(sshd, program, *SLOW)
@@ -135,6 +136,7 @@ def test_the_network_goes_and_comes_back(pair: Pair, program: Program) -> None:
         completes(pair, json.loads(out), program)
 
 
+@pytest.mark.long
 def test_everything_killed_at_the_source_is_completed_by_one_resume(pair: Pair, program: Program) -> None:
     """It finds its way by the journal, and by ssh."""
     with serving(pair) as sshd:
@@ -152,6 +154,7 @@ def test_everything_killed_at_the_source_is_completed_by_one_resume(pair: Pair, 
         completes(pair, json.loads(out), program)
 
 
+@pytest.mark.long
 def test_the_server_killed_at_the_source_is_replaced(pair: Pair, program: Program) -> None:
     with serving(pair) as sshd:
         migrate = start(sshd, program, *SLOW)
@@ -164,6 +167,7 @@ def test_the_server_killed_at_the_source_is_replaced(pair: Pair, program: Progra
         completes(pair, report, program)
 
 
+@pytest.mark.long
 def test_with_nobody_left_at_the_destination_its_journal_answers(pair: Pair, program: Program) -> None:
     with serving(pair) as sshd:
         migrate = start(sshd, program, *SLOW)
