@@ -3,7 +3,8 @@
  *
  * toucher MIB THREADS: prints "UFFD ADDRESS LENGTH SIDE_ADDRESS SIDE_LENGTH" once both ranges are registered, starts at
  * a byte on standard input, exits 0 when every word was right. Word i of either range is (i + 1) * 0x9e3779b97f4a7c15,
- * or zero once discarded.
+ * or zero once discarded. With 0 threads the first range is moved away and back, a piece at a time and again and again,
+ * while it comes, and nothing else is done to it; every other page of it is looked at.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -21,6 +22,7 @@
 #define WORDS (PAGE / 8)
 #define SIDE_PAGES 1024ul
 #define PIECE 8ul
+#define MOVES 3000
 
 static uint64_t *memory, *side;
 static size_t pages;
@@ -106,6 +108,29 @@ static void *disturb(void *seed)
     return NULL;
 }
 
+/* With pauses of any length between the moves: whoever copies is then in step with none. */
+static void move_all(void)
+{
+    size_t half = pages / 2 * PAGE;
+    char *place = (char *)memory + half;
+    char *away = mmap(NULL, half, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    uint64_t state = 99;
+
+    for (int i = 0; i < MOVES; i++) {
+        char *from = i % 2 ? away : place, *to = i % 2 ? place : away;
+
+        for (volatile uint64_t pause = next(&state) % 60000; pause; pause--)
+            ;
+        if (mremap(from, half, half, MREMAP_MAYMOVE | MREMAP_FIXED, to) != to)
+            die("mremap");
+    }
+    for (size_t page = 0; page < pages; page += 2)
+        if (wrong(memory, page)) {
+            fprintf(stderr, "page %zu is wrong\n", page);
+            _exit(1);
+        }
+}
+
 static void *lazy(int uffd, size_t length)
 {
     struct uffdio_register range = {.mode = UFFDIO_REGISTER_MODE_MISSING};
@@ -139,6 +164,10 @@ int main(int argc, char **argv)
     fflush(stdout);
     if (getchar() == EOF)
         return 2;
+    if (threads == 0) {
+        move_all();
+        return 0;
+    }
     if (pthread_create(&disturber, NULL, disturb, (void *)77))
         die("pthread_create");
     for (long i = 0; i < threads && i < 16; i++)
