@@ -226,9 +226,8 @@ class Arrival:
         expect(control, Commit, FREEZE_S)
         self._settle()
         self._journal.write(COMMITTED, **facts, identity=whose)
-        self._journal.write(
-            "running", durable=False
-        )  # not after: who finds COMMITTED knows that it never ran
+        # Before it may run: who finds COMMITTED knows that it never did (docs/adr/0010).
+        self._journal.write("running", durable=False)
         self.committed = True
         tree.outlive_us()
         self._outlived()

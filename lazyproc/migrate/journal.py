@@ -49,9 +49,11 @@ class Record:
 
     @property
     def unborn(self) -> bool:
-        """Whether the tree has not run here; when nobody works on it, it never will. Of a host that was started again
-        COMMITTED does not say that: what is written next is not durable.
+        """Whether the tree has not run at this destination; when nobody works on it, it never will. Of a host that was
+        started again COMMITTED does not say that: what is written next is not durable.
         """
+        if self.role != DESTINATION:
+            return False
         return self.state == ARRIVING or (self.state == COMMITTED and not self.rebooted)
 
 

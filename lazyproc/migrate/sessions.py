@@ -73,7 +73,7 @@ def state_of(record: Record) -> str:
     if record.state in ("garbled", *ENDED):
         return record.state
     staffed = is_staffed(record.session, record.role)
-    if record.role == DESTINATION and record.unborn and not staffed:
+    if record.unborn and not staffed:
         return "aborted"  # nobody is left who could commit it, and a source in doubt is told so
     if record.rebooted:
         return GONE
