@@ -153,7 +153,8 @@ static int read_piece(struct connection *c, const struct server_segment *s, uint
                       run * PAGE_BYTES);
         if (n < 0 && errno == EINTR)
             continue;
-        if (n == 0 && s->pid) /* fs/proc/base.c: mem_rw: no address space; the process is no zombie yet, or one that is traced */
+        /* No address space (fs/proc/base.c: mem_rw): it is no zombie yet, or one that is traced, and its pidfd not ready. */
+        if (n == 0 && s->pid)
             return end(c, SERVER_SOURCE_GONE, 0, (uint64_t)s->pid);
         got = n > 0 ? (size_t)n / PAGE_BYTES : 0;
         done += got;

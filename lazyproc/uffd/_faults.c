@@ -16,7 +16,6 @@
 #define TICK_MS 250    /* how soon a process that ended is noticed when nobody touches it */
 #define SPINS 200      /* a copy is deferred while another thread is between two instructions of the kernel... */
 #define BACK_OFF_MS 1  /* ...or in a long fork */
-#define MIN_WINDOW (PIECE_PAGES * PAGE_SIZE)
 
 /* --- messages ---------------------------------------------------------------------------------------------------- */
 

@@ -229,9 +229,9 @@ static void settle(struct pager *p, uint32_t instance, uint64_t addr, uint64_t p
     release(p, instance, addr, pages, outcome, as);
 }
 
-/* The kernel looks whether mappings are changing (userfaultfd_copy in fs/userfaultfd.c), waits for the mapping's lock, and
- * only then finds nothing mapped (mfill_atomic in mm/userfaultfd.c). What was moved away meanwhile is not gone: the
- * message about that is unread, as no other can be while we hold the lock. */
+/* The kernel looks whether mappings are changing (userfaultfd_copy in fs/userfaultfd.c), waits for the mapping's lock,
+ * and only then finds nothing mapped (mfill_atomic in mm/userfaultfd.c). What was moved away meanwhile is not gone: the
+ * message about that is unread still, as we hold the lock that reading takes (docs/adr/0016). */
 static int64_t install_mapped(const struct pager *p, uint32_t space, uint64_t va, const uint8_t *data, uint64_t pages,
                               enum page_class as)
 {
