@@ -5,46 +5,30 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.measure import Goal, Result, Samples
+from benchmarks.receiver import lazyproc, receiving
 from lazyproc.hosts import Pair, pair_of_hosts
 from tests.live.programs import running
 
 SIZES_MIB = (64, 4096)
 THREADS = 4
 PACE_US = 1000
-PORT = 7700
-
-
-def _lazyproc(*words: object) -> list[str]:
-    return [sys.executable, "-m", "lazyproc.cli.main", *map(str, words)]
 
 
 def move(pair: Pair, mib: int, directory: Path) -> dict[str, object]:
     """One move of a fresh program; the report of `migrate --json`."""
-    address = f"{pair.destination.address}:{PORT}"
     with running("memory_random", mib, THREADS, PACE_US, directory=directory, host=pair.source) as program:
-        receiver = pair.destination.popen(
-            _lazyproc("receive", "--listen", address, "--once", "--insecure", "--json"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert receiver.stderr is not None
-        for line in receiver.stderr:  # it says when it listens
-            if "listening" in line:
-                break
-        done = pair.source.run(
-            _lazyproc("migrate", pair.source.vpid(program.pid), address, "--insecure", "--json"),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
+        with receiving(pair, "--insecure") as address:
+            done = pair.source.run(
+                lazyproc("migrate", pair.source.vpid(program.pid), address, "--insecure", "--json"),
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
         report: dict[str, object] = json.loads(done.stdout)
-        receiver.communicate(timeout=30)
         program.watch.wait_beats()
         pair.destination.run(["kill", f"-{signal.SIGKILL.value}", str(report["root_pid"])], check=True)
         return report

@@ -11,11 +11,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.blackout import PORT, _lazyproc
+from benchmarks.receiver import DEADLINE_S, PORT, lazyproc, receiving
 from lazyproc.hosts import Host, Pair
 from tests.peer import criu
 
-DEADLINE_S = 180
 Report = dict[str, Any]
 # Yields what the engine itself reports, filled at the end; empty for CRIU.
 Engine = Callable[[Pair, int, Path], AbstractContextManager[Report]]
@@ -25,30 +24,19 @@ CRIU_PIPES = 4 << 20  # what its page server asks for; without CAP_SYS_RESOURCE 
 
 @contextmanager
 def by_lazyproc(pair: Pair, vpid: int, _images: Path, options: Sequence[str] = ()) -> Iterator[Report]:
-    address = f"{pair.destination.address}:{PORT}"
-    receiver = pair.destination.popen(
-        _lazyproc("receive", "--listen", address, "--once", "--insecure", "--json"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert receiver.stderr is not None
-    for line in receiver.stderr:
-        if "listening" in line:
-            break
     report: Report = {}
-    migrate = pair.source.popen(
-        _lazyproc("migrate", vpid, address, "--insecure", "--json", *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    yield report
-    out, words = migrate.communicate(timeout=DEADLINE_S)
-    if migrate.returncode:
-        raise RuntimeError(f"lazyproc migrate: exit {migrate.returncode}: {words.strip()}")
-    report |= json.loads(out)
-    receiver.communicate(timeout=DEADLINE_S)
+    with receiving(pair, "--insecure") as address:
+        migrate = pair.source.popen(
+            lazyproc("migrate", vpid, address, "--insecure", "--json", *options),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        yield report
+        out, words = migrate.communicate(timeout=DEADLINE_S)
+        if migrate.returncode:
+            raise RuntimeError(f"lazyproc migrate: exit {migrate.returncode}: {words.strip()}")
+        report |= json.loads(out)
 
 
 @contextmanager

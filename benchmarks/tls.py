@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.blackout import PACE_US, PORT, THREADS, _lazyproc
+from benchmarks.blackout import PACE_US, THREADS
 from benchmarks.measure import Result, Samples
+from benchmarks.receiver import lazyproc, receiving
 from lazyproc.hosts import Pair, pair_of_hosts
 from lazyproc.keys import make_keys
 from tests.live.programs import running
@@ -25,30 +26,12 @@ QUIET_MIB, BULK_MIB = 64, 1024
 SLOWLY = ("--max-rate", str(20 << 20))  # faults have the links to themselves
 
 
-@contextmanager
-def receiving(pair: Pair, trust: Sequence[Sequence[str]]) -> Iterator[list[str]]:
-    """`receive` for one tree; what `migrate` needs to find it."""
-    address = f"{pair.destination.address}:{PORT}"
-    receiver = pair.destination.popen(
-        _lazyproc("receive", "--listen", address, "--once", *trust[1], "--json"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert receiver.stderr is not None
-    for line in receiver.stderr:
-        if "listening" in line:
-            break
-    yield [address, *trust[0]]
-    receiver.communicate(timeout=30)
-
-
 def move(
     pair: Pair, mib: int, directory: Path, to: Sequence[str], env: Mapping[str, str], *options: str
 ) -> dict[str, float]:
     """One move of a fresh program. Microseconds, and for all its memory MB a second after the blackout."""
     with running("memory_random", mib, THREADS, PACE_US, directory=directory, host=pair.source) as program:
-        argv = _lazyproc("migrate", pair.source.vpid(program.pid), *to, *options, "--json", "-v")
+        argv = lazyproc("migrate", pair.source.vpid(program.pid), *to, *options, "--json", "-v")
         migrate = pair.source.popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert migrate.stderr is not None
         at = {line.strip(): time.monotonic() for line in migrate.stderr}
@@ -70,8 +53,9 @@ def way(pair: Pair, name: str) -> Iterator[tuple[Sequence[str], Mapping[str, str
         with serving(pair) as sshd:
             yield [sshd.target], sshd.environment()
     else:
-        with receiving(pair, _trust(pair, name)) as to:
-            yield to, os.environ
+        source, destination = _trust(pair, name)
+        with receiving(pair, *destination) as address:
+            yield [address, *source], os.environ
 
 
 def run(rounds: int) -> Result:
