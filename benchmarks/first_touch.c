@@ -2,6 +2,8 @@
 /* A cargo that, once restored lazily, touches every page of its memory in the order of floor.c and writes what each
  * first touch cost into a shared file: u32 go, u32 done, u64 median, u64 p99, u64 mean (ns). Usage: first_touch FILE
  * PAGES */
+#include "floors.h"
+
 #include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -17,20 +19,6 @@ struct board {
 	volatile uint32_t go, done;
 	volatile uint64_t median, p99, mean;
 };
-
-static void die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000 + (uint64_t)ts.tv_nsec;
-}
 
 static int ascending(const void *a, const void *b)
 {

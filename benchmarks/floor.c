@@ -2,6 +2,8 @@
 /* The least a fault from a local image can cost: one thread touches pages in random order, another answers each
  * userfaultfd message with one UFFDIO_COPY from a mapped file. Prints the toucher's median and p99 in nanoseconds.
  * Usage: floor FILE PAGES */
+#include "floors.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -25,20 +27,6 @@ struct scene {
 	char *memory;
 	const char *image;
 };
-
-static void die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000 + (uint64_t)ts.tv_nsec;
-}
 
 static void *serve(void *argument)
 {

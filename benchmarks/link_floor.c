@@ -6,6 +6,8 @@
  * link_floor bulk HOST PORT MIB    all of it in pieces of 256 KiB; prints how long it took in ns
  *
  * A request is a u64: how many bytes to send. */
+#include "floors.h"
+
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -32,20 +34,6 @@ struct scene {
 	size_t pages;
 	char *memory, *piece;
 };
-
-static void die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000 + (uint64_t)ts.tv_nsec;
-}
 
 static char *anonymous(size_t size)
 {
