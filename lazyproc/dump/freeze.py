@@ -17,6 +17,7 @@ from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.settle import Stopped, settle, settle_again
 from lazyproc.kernel.sleeps import SleepBefore
 from lazyproc.kernel.tracee import Tracee
+from lazyproc.steps import Steps
 
 FREEZE_MS = 2000
 ROUNDS = 64  # a tree that still grows after so many rounds forks faster than it can be stopped
@@ -65,7 +66,11 @@ class FrozenTree:
 
 @contextmanager
 def frozen_tree(
-    pid: int, *, asleep: Mapping[int, SleepBefore] | None = None, timeout_ms: int = FREEZE_MS
+    pid: int,
+    *,
+    asleep: Mapping[int, SleepBefore] | None = None,
+    timeout_ms: int = FREEZE_MS,
+    steps: Steps | None = None,
 ) -> Iterator[FrozenTree]:
     """Freeze the tree under `pid`; on leaving, what has not been killed runs on.
 
@@ -75,14 +80,16 @@ def frozen_tree(
     A thread that has fallen into uninterruptible sleep since we looked can only be let go by the end of the
     tracing thread (kernel/exit.c, exit_ptrace): call this in a thread that ends soon.
     """
-    tree = FrozenTree()
+    tree, steps = FrozenTree(), steps or Steps()
     try:
         for member in tree_of(pid):
             _wait_interruptible(member, timeout_ms)
         _freeze(tree, pid, timeout_ms)
+        steps.done("stop")
         tree.frozen_at_ns = time.monotonic_ns()
         for task in tree.tasks.values():
             _settle(task, asleep or {}, tree.frozen_at_ns)
+        steps.done("settle")
         yield tree
     finally:
         _let_go(tree)

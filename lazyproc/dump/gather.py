@@ -15,7 +15,7 @@ from lazyproc.dump.descriptors import Gathered, gather_descriptors
 from lazyproc.dump.files import gather_link
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
 from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, rings_of, settled
-from lazyproc.dump.memory import eager_pages, private_extents, shared_extents, with_guards
+from lazyproc.dump.memory import eager_pages, private_extents, runs_of, shared_extents, with_guards
 from lazyproc.dump.question import ask
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.tasks import TASK_ANSWERS, gather_task, gather_zombie, process_questions
@@ -29,6 +29,7 @@ from lazyproc.model import (
     PAGE,
     Checkpoint,
     Clocks,
+    Descriptor,
     Extent,
     Fs,
     MemFd,
@@ -40,6 +41,7 @@ from lazyproc.model import (
     Task,
     Thread,
 )
+from lazyproc.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ def dumped(
     guarded: Collection[int] | None = None,
     tcp_close: bool = False,
     hold: Callable[[Sequence[Flow]], None] | None = None,
+    steps: Steps | None = None,
 ) -> Iterator[Dump]:
     """Describe a frozen tree. The tree is as before on leaving; descriptors of ours into it are closed.
 
@@ -128,6 +131,7 @@ def dumped(
     `guarded` are the processes to look for MADV_GUARD_INSTALL in, None all. `hold` is told which packets to hold back
     before the queues of sockets are read. CannotBeDone lists all obstacles.
     """
+    steps = steps or Steps()
     clocks = _clocks(tree)
     alive = [task for task in tree.tasks.values() if not task.zombie]
     tids = {
@@ -137,18 +141,19 @@ def dumped(
     with ExitStack() as stack:
         gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold)
         stack.enter_context(gathered.sockets)
+        steps.done("descriptors")
         objects = Objects(stack)
         tasks, eager = [], {}
         for frozen in tree.tasks.values():
             if frozen.zombie:
                 tasks.append(gather_zombie(frozen, _ids(frozen, tree)))
                 continue
-            task, pages = _one_task(frozen, tree, gathered, objects, tids, smaps or {})
+            task, pages = _one_task(frozen, tree, gathered, objects, tids, smaps or {}, steps)
             if task.mm and (guarded is None or frozen.pid in guarded):
                 task = replace(task, mm=replace(task.mm, vmas=with_guards(frozen.pid, task.mm.vmas)))
             tasks.append(task)
             eager[MemoryObject(ObjectKind.TASK, task.vpid)] = pages
-        _take_unmapped_memfds(gathered.registry, objects, stack)
+        _take_unmapped_memfds(gathered.registry, gathered.descriptors, objects)
         shared_memory = settled(gathered.registry, tasks)
         if gathered.obstacles:
             raise CannotBeDone(tuple(gathered.obstacles))
@@ -169,6 +174,7 @@ def dumped(
         pids = {ref.vpid: ref.pid for ref in refs}
         segments = tuple(_segments(checkpoint, pids, objects.fds))
         sockets = gathered.sockets
+        steps.done("rest")
         yield Dump(checkpoint, segments, pids, objects.fds, sockets.connections(), sockets.given_up())
 
 
@@ -179,17 +185,21 @@ def _one_task(
     objects: Objects,
     tids: Mapping[int, int],
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]],
+    steps: Steps,
 ) -> tuple[Task, tuple[Extent, ...]]:
     """One process, and its pages that have to be there before it runs."""
     pid, registry = frozen.pid, gathered.registry
     maps = proc.maps(proc.read(pid, "maps"))
+    steps.done("maps")
     with ptrace.memory(pid) as memory:
-        threads, answers = _ask(frozen, memory, maps)
+        threads, answers = _ask(frozen, memory, maps, steps)
         ids = (tids[pid], *_ids(frozen, tree)[1:])
         task = gather_task(frozen, ids, threads, answers, tids)
+        steps.done("task")
         entries = _with_flags(pid, maps, smaps.get(pid, ()))
         of_mm = cast(tuple[int, bool, int], tuple(answers[TASK_ANSWERS:]))
         mm = gather_mm(registry, frozen, entries, of_mm, memory, objects)
+        steps.done("memory")
         pages = eager_pages(mm, threads, memory)
     cwd, root = gather_link(registry, pid, "cwd"), gather_link(registry, pid, "root")
     task = replace(
@@ -198,11 +208,13 @@ def _one_task(
         fs=Fs(cwd, root, frozen.stopped[0].status.umask or 0),
         descriptors=gathered.descriptors[task.vpid],
     )
-    return task, _eager_extents(pid, mm, pages)
+    extents = _eager_extents(pid, mm, pages)
+    steps.done("pagemap")
+    return task, extents
 
 
 def _ask(
-    frozen: FrozenTask, memory: ptrace.Memory, maps: Sequence[proc.MapsEntry]
+    frozen: FrozenTask, memory: ptrace.Memory, maps: Sequence[proc.MapsEntry], steps: Steps
 ) -> tuple[tuple[Thread, ...], list[object]]:
     """Threads, and the process's answers: one remote program in every thread, all at the same time."""
     timers = proc.timers(proc.read(frozen.pid, "timers"))
@@ -216,13 +228,17 @@ def _ask(
     with remote.borrowed(frozen.threads, states, memory, maps, ending=ending) as bench:
         questions = [thread_questions(bench) for _ in frozen.threads]
         questions[0] += process_questions(bench, timers)
+        steps.done("bench")
         answers = ask(bench, list(zip(frozen.threads, questions, strict=True)))
+        steps.done("ask")
+    steps.done("bench")
     of_process = answers[0][THREAD_ANSWERS:]
     sigactions = cast(tuple[SigAction, ...], of_process[0])
     threads = tuple(
         gather_thread(frozen.pid, tracee, stopped, row[:THREAD_ANSWERS], sigactions, memory)
         for tracee, stopped, row in zip(frozen.threads, frozen.stopped, answers, strict=True)
     )
+    steps.done("threads")
     return threads, of_process
 
 
@@ -258,13 +274,14 @@ def _ids(frozen: FrozenTask, tree: FrozenTree) -> tuple[int, int, int, int]:
     return status.ns_pid[-1], ppid, status.ns_pgid[-1], status.ns_sid[-1]
 
 
-def _take_unmapped_memfds(registry: Registry, objects: Objects, stack: ExitStack) -> None:
+def _take_unmapped_memfds(
+    registry: Registry, descriptors: Mapping[int, Sequence[Descriptor]], objects: Objects
+) -> None:
     for task in registry.tasks:
-        for fd in proc.descriptor_numbers(task.pid):
-            file_id, _ = registry.intern(task.pid, fd)
-            file = registry.files.get(file_id)
+        for descriptor in descriptors[task.vpid]:
+            file = registry.files.get(descriptor.file_id)
             if file is not None and isinstance(file.resource, MemFd):
-                with registry.taken(task.pid, fd) as own:
+                with registry.taken(task.pid, descriptor.fd) as own:
                     open_memfds(registry, {file.resource.object_id: own}, objects)
 
 
@@ -274,8 +291,8 @@ def _segments(
     for task in checkpoint.tasks:
         if task.mm is not None:
             obj = MemoryObject(ObjectKind.TASK, task.vpid)
-            for vma in task.mm.vmas:
-                yield Segment(obj, vma.start, vma.end, pids[task.vpid], -1, vma.start)
+            for start, end in runs_of(task.mm.vmas):
+                yield Segment(obj, start, end, pids[task.vpid], -1, start)
     for number, shared in checkpoint.shared.items():
         size = -(-shared.size // PAGE) * PAGE
         yield Segment(MemoryObject(ObjectKind.SHARED, number), 0, size, 0, object_fds[number], 0)

@@ -93,6 +93,17 @@ def _name(path: str, kind: VmaKind) -> str:
     return path[len(ANON_NAME) : -1] if path.startswith(ANON_NAME) else path
 
 
+def runs_of(vmas: Iterable[Vma]) -> list[tuple[int, int]]:
+    """The address ranges of mappings, in their order; those that touch are one."""
+    runs: list[tuple[int, int]] = []
+    for vma in vmas:
+        if runs and runs[-1][1] == vma.start:
+            runs[-1] = runs[-1][0], vma.end
+        else:
+            runs.append((vma.start, vma.end))
+    return runs
+
+
 def private_extents(pid: int, vmas: Sequence[Vma], eager: frozenset[int] = frozenset()) -> tuple[Extent, ...]:
     """The pages of private mappings that have content of their own; `eager` are page addresses not to be lazy."""
     fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)

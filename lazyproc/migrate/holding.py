@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from lazyproc.dump.gather import Dump
-from lazyproc.dump.memory import private_extents, shared_extents
+from lazyproc.dump.memory import private_extents, runs_of, shared_extents
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.facts import dataclass
@@ -106,7 +106,7 @@ def holding_of(dump: Dump, processes: tuple[ParkedProcess, ...]) -> Holding:
     places = [Place(s.object, s.start, s.end, s.pid, s.addr) for s in dump.segments if s.fd < 0]
     for task in tree.tasks:
         vmas = task.mm.vmas if task.mm else ()
-        if ranges := tuple((vma.start, vma.end) for vma in vmas if vma.may_be_lazy):
+        if ranges := tuple(runs_of(vma for vma in vmas if vma.may_be_lazy)):
             lazy[MemoryObject(ObjectKind.TASK, task.vpid)] = ranges
         for vma in vmas:
             if vma.kind is VmaKind.SHARED and tree.shared[vma.object_id].lazy:

@@ -41,13 +41,14 @@ from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, number_in, report_of
-from lazyproc.migrate.talk import Refused, Unfit, expect, milliseconds
+from lazyproc.migrate.talk import Refused, Unfit, expect
 from lazyproc.pages.bundle import NAME as BUNDLE
 from lazyproc.pages.bundle import pack_bundle
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import SCHEME, Channel, Door, Session, listen
+from lazyproc.steps import Steps
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.wire.native import Built, Commit, Images, Party
 
@@ -283,35 +284,40 @@ def hand_over(
         hold = stack.enter_context(Hold(chain.session))
         hold.add(before.flows)
         asleep = observed_sleeps(pid)
-        frozen, frozen_at = time.monotonic(), time.time()
-        tree = stack.enter_context(frozen_tree(pid, asleep=asleep))
+        began, steps = time.time(), Steps()
+        tree = stack.enter_context(frozen_tree(pid, asleep=asleep, steps=steps))
         stack.callback(hold.release)  # before the tree is let go: its sends must not fail
-        listener(StateChanged("frozen", time.monotonic()))
-        dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close))
+        frozen_at = time.monotonic()
+        dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close, steps))
+        _send_images(control, dump, pages, order, steps)
+        # From here on the other side builds, and there is time.
+        listener(StateChanged("frozen", frozen_at))
         server = stack.enter_context(PageServer(pages.segments(), releasing=order.release))
         extents = dump.lazy_extents if order.mode == "postcopy" else dict
         serving = Serving(chain, server, extents, pid, listener, trace)
         serving.answer(chain.current)
-        _send_images(control, dump, pages, order)
-        with _parked(tree, dump, hold, journal, frozen_at) as (
-            held,
-            commit_sent,
-        ):  # while the other side builds
+        steps.done("serve")
+        with _parked(tree, dump, hold, journal, began) as (held, commit_sent):
+            steps.done("park")
             expect(control, Built, BUILD_S)
+            steps.done("built")
             dump.demand_idle_rings()
             held.demand_there()
             settle()
             last.enter_context(deaf())  # until all is put away
+            steps.done("demand")
             control.send(Commit())
             commit_sent.set()
             serving.until_committed()
-            frozen_ms = milliseconds(frozen)
+            steps.done("committed")
+            frozen_ms = steps.total_ms
             journal.note("committed", listener)
             running = serving.until_running()
-            blackout_ms = milliseconds(frozen)
+            steps.done("running")
             hang_up(dump.given_up)
-            figures = {"frozen_ms": frozen_ms, "blackout_ms": blackout_ms}
-            journal.note("running", listener, {"remote_pid": running.get("root_pid"), **figures})
+            figures = {"frozen_ms": frozen_ms, "blackout_ms": steps.total_ms, "steps_ms": steps.ms()}
+            figures["remote_pid"] = running.get("root_pid")
+            journal.note("running", listener, figures)
             with _releaser(order.release, held, server, journal, listener, traced=True) as releaser:
                 drained = serving.until_drained(releaser)
         report = report_of(journal.facts, drained, server, chain)
@@ -351,21 +357,26 @@ def _prepare(
 
 @contextmanager
 def _described(
-    tree: FrozenTree, before: Before, hold: Hold, tcp_close: bool
+    tree: FrozenTree, before: Before, hold: Hold, tcp_close: bool, steps: Steps
 ) -> Iterator[tuple[Dump, DumpPages]]:
     with (
-        dumped(tree, smaps=before.smaps, guarded=before.guarded, tcp_close=tcp_close, hold=hold.add) as dump,
+        dumped(
+            tree, smaps=before.smaps, guarded=before.guarded, tcp_close=tcp_close, hold=hold.add, steps=steps
+        ) as dump,
         dump_pages(dump) as pages,
     ):
         yield dump, pages
 
 
-def _send_images(control: Channel, dump: Dump, pages: DumpPages, order: Order) -> None:
+def _send_images(control: Channel, dump: Dump, pages: DumpPages, order: Order, steps: Steps) -> None:
     """The description, and the pages that must be there at once; the other side builds the tree from it."""
     checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
     images = to_images(checkpoint)
+    steps.done("encode")
     images[BUNDLE] = pack_bundle(checkpoint.memory, pages)
+    steps.done("pages")
     control.send(Images(pack(images)))
+    steps.done("send")
 
 
 @contextmanager
@@ -377,7 +388,9 @@ def _parked(
     """
     processes = parking(tree)
     held = holding_of(dump, processes)
-    journal.write("parked", held=to_facts(held), root_vpid=dump.checkpoint.root.vpid, frozen_at=frozen_at)
+    # For whoever comes after us. Not for a host without power: the tree goes with it, whatever the disk has.
+    facts = {"held": to_facts(held), "root_vpid": dump.checkpoint.root.vpid, "frozen_at": frozen_at}
+    journal.write("parked", durable=False, **facts)
     sent = Event()
     try:
         park_tree(tree, processes)
