@@ -15,6 +15,7 @@ from lazyproc.dump.descriptors import look_at_descriptors
 from lazyproc.dump.memory import has_guards, refused_mappings
 from lazyproc.dump.needs import needs_of
 from lazyproc.dump.registry import Refused, Registry, TaskRef
+from lazyproc.dump.space import NOTHING, Seen, spaces_of
 from lazyproc.dump.supervisor import warnings
 from lazyproc.dump.survey import ProcessFacts, ThreadFacts, TreeFacts, survey
 from lazyproc.errors import NoSuchProcess, Obstacle, TraceeError
@@ -49,6 +50,7 @@ class Examined:
     wanted: tuple[Wanted, ...]
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]  # by pid
     guarded: frozenset[int]  # the processes that use MADV_GUARD_INSTALL
+    seen: Seen
 
 
 def examine(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -> Examined:
@@ -57,12 +59,12 @@ def examine(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -
     host.pagemap_scan()
     for text in notes(facts):
         listener(Note(text))
-    of_resources, wanted = _resources(facts, tcp_close)
+    of_resources, wanted, seen = _resources(facts, tcp_close)
     alive = {process.pid: process for process in facts.processes if process.alive}
     guarded = frozenset(_guarded(alive.values()))
     guards = tuple(Wanted(FeatureNeed("guard regions"), pid, "process") for pid in sorted(guarded)[:1])
     smaps = {pid: process.smaps for pid, process in alive.items()}
-    return Examined((*obstacles(facts), *of_resources), (*wanted, *guards), smaps, guarded)
+    return Examined((*obstacles(facts), *of_resources), (*wanted, *guards), smaps, guarded, seen)
 
 
 def _guarded(processes: Iterable[ProcessFacts]) -> Iterator[int]:
@@ -191,7 +193,7 @@ def _note_of_copies(facts: TreeFacts) -> Iterator[str]:
         )
 
 
-def _resources(facts: TreeFacts, tcp_close: bool) -> tuple[list[Obstacle], tuple[Wanted, ...]]:
+def _resources(facts: TreeFacts, tcp_close: bool) -> tuple[list[Obstacle], tuple[Wanted, ...], Seen]:
     """Descriptors and mappings, by the rules of the dump itself."""
     with ExitStack() as stack:
         refs = []
@@ -203,14 +205,16 @@ def _resources(facts: TreeFacts, tcp_close: bool) -> tuple[list[Obstacle], tuple
                 stack.callback(os.close, pidfd)
                 refs.append(TaskRef(process.pid, process.vpid, pidfd))
         if not refs:
-            return [], ()
+            return [], (), NOTHING
         registry = Registry(tuple(refs), contents_wanted=False)
+        mapped = {process.pid: process.smaps for process in facts.processes}
         for process in facts.processes:
             refused_mappings(registry, process.pid, process.smaps)
             registry.obstacles.extend(_unfetched(process))
         look_at_descriptors(registry, tcp_close=tcp_close)
         wanted = tuple(needs_of(registry, facts))
-        return registry.obstacles, wanted
+        spaces = dict(spaces_of(registry, {ref.pid: mapped[ref.pid] for ref in refs}))
+        return registry.obstacles, wanted, Seen(spaces, registry.looked)
 
 
 def _unfetched(process: ProcessFacts) -> list[Obstacle]:

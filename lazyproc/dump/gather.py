@@ -12,12 +12,13 @@ from typing import cast
 
 from lazyproc.dump.aio import unfetched
 from lazyproc.dump.descriptors import Gathered, gather_descriptors
-from lazyproc.dump.files import gather_link
+from lazyproc.dump.files import LINKS, gather_link
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
 from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, rings_of, settled
 from lazyproc.dump.memory import eager_pages, private_extents, runs_of, shared_extents, with_guards
 from lazyproc.dump.question import ask
 from lazyproc.dump.registry import Registry, TaskRef
+from lazyproc.dump.space import NOTHING, Seen, Space, space_now
 from lazyproc.dump.tasks import TASK_ANSWERS, gather_task, gather_zombie, process_questions
 from lazyproc.dump.threads import THREAD_ANSWERS, gather_thread, thread_questions
 from lazyproc.errors import CannotBeDone, Obstacle
@@ -119,7 +120,7 @@ class Dump:
 def dumped(
     tree: FrozenTree,
     *,
-    smaps: Mapping[int, tuple[proc.SmapsEntry, ...]] | None = None,
+    seen: Seen = NOTHING,
     guarded: Collection[int] | None = None,
     tcp_close: bool = False,
     hold: Callable[[Sequence[Flow]], None] | None = None,
@@ -127,7 +128,7 @@ def dumped(
 ) -> Iterator[Dump]:
     """Describe a frozen tree. The tree is as before on leaving; descriptors of ours into it are closed.
 
-    `smaps` (by pid) may have been read before the freeze: its flags are used where the mappings are still the same.
+    `seen` is what was there before the freeze: of it is used what is still so.
     `guarded` are the processes to look for MADV_GUARD_INSTALL in, None all. `hold` is told which packets to hold back
     before the queues of sockets are read. CannotBeDone lists all obstacles.
     """
@@ -139,7 +140,7 @@ def dumped(
     }
     refs = [TaskRef(task.pid, tids[task.pid], task.pidfd) for task in alive]
     with ExitStack() as stack:
-        gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold)
+        gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold, seen=seen.files)
         stack.enter_context(gathered.sockets)
         steps.done("descriptors")
         objects = Objects(stack)
@@ -148,7 +149,7 @@ def dumped(
             if frozen.zombie:
                 tasks.append(gather_zombie(frozen, _ids(frozen, tree)))
                 continue
-            task, pages = _one_task(frozen, tree, gathered, objects, tids, smaps or {}, steps)
+            task, pages = _one_task(frozen, tree, gathered, objects, tids, seen.spaces.get(frozen.pid), steps)
             if task.mm and (guarded is None or frozen.pid in guarded):
                 task = replace(task, mm=replace(task.mm, vmas=with_guards(frozen.pid, task.mm.vmas)))
             tasks.append(task)
@@ -184,24 +185,23 @@ def _one_task(
     gathered: Gathered,
     objects: Objects,
     tids: Mapping[int, int],
-    smaps: Mapping[int, tuple[proc.SmapsEntry, ...]],
+    before: Space | None,
     steps: Steps,
 ) -> tuple[Task, tuple[Extent, ...]]:
     """One process, and its pages that have to be there before it runs."""
     pid, registry = frozen.pid, gathered.registry
-    maps = proc.maps(proc.read(pid, "maps"))
+    space = space_now(pid, before)
     steps.done("maps")
     with ptrace.memory(pid) as memory:
-        threads, answers = _ask(frozen, memory, maps, steps)
+        threads, answers = _ask(frozen, memory, space.maps, steps)
         ids = (tids[pid], *_ids(frozen, tree)[1:])
         task = gather_task(frozen, ids, threads, answers, tids)
         steps.done("task")
-        entries = _with_flags(pid, maps, smaps.get(pid, ()))
         of_mm = cast(tuple[int, bool, int], tuple(answers[TASK_ANSWERS:]))
-        mm = gather_mm(registry, frozen, entries, of_mm, memory, objects)
+        exe, cwd, root = (gather_link(registry, pid, name) for name in LINKS)
+        mm = gather_mm(registry, frozen, space, exe, of_mm, memory, objects)
         steps.done("memory")
         pages = eager_pages(mm, threads, memory)
-    cwd, root = gather_link(registry, pid, "cwd"), gather_link(registry, pid, "root")
     task = replace(
         task,
         mm=mm,
@@ -240,15 +240,6 @@ def _ask(
     )
     steps.done("threads")
     return threads, of_process
-
-
-def _with_flags(
-    pid: int, maps: Sequence[proc.MapsEntry], before: Sequence[proc.SmapsEntry]
-) -> tuple[proc.SmapsEntry, ...]:
-    """smaps of now, from before the freeze where the mappings are the same: reading it walks all memory."""
-    if before and tuple(entry.entry for entry in before) == tuple(maps):
-        return tuple(before)
-    return proc.smaps(proc.read(pid, "smaps"))
 
 
 def _eager_extents(pid: int, mm: Mm, pages: frozenset[int]) -> tuple[Extent, ...]:

@@ -65,8 +65,8 @@ def refusal(smaps: proc.SmapsEntry, kind: VmaKind) -> None:
             raise Refused(why, remedy)
 
 
-def vma_of(smaps: proc.SmapsEntry, file_id: int = 0, object_id: int = 0) -> Vma:
-    """One mapping as it would be passed to mmap(2)."""
+def vma_of(smaps: proc.SmapsEntry) -> Vma:
+    """One mapping as it would be passed to mmap(2), without the number of what lies behind it."""
     entry, kind = smaps.entry, kind_of(smaps.entry)
     flags = mmap.MAP_PRIVATE if entry.perms[3] == "p" else mmap.MAP_SHARED
     flags |= mmap.MAP_ANONYMOUS if kind is VmaKind.ANON else 0
@@ -79,8 +79,6 @@ def vma_of(smaps: proc.SmapsEntry, file_id: int = 0, object_id: int = 0) -> Vma:
         flags=flags,
         kind=kind,
         offset=entry.offset if kind in (VmaKind.FILE, VmaKind.SHARED) else 0,
-        file_id=file_id,
-        object_id=object_id,
         vm_flags=smaps.vm_flags,
         name=_name(entry.path, kind),
         huge_pages=smaps.anon_huge // PAGE,
@@ -226,9 +224,19 @@ def _held_futexes(head: int, memory: Memory) -> set[int]:
 
 def refused_mappings(registry: Registry, pid: int, smaps: Sequence[proc.SmapsEntry]) -> None:
     """Put the mappings of a process that cannot be moved on the registry's list of obstacles."""
+    for entry, refused in refused_of(smaps):
+        registry.refuse(pid, place_of(entry), refused)
+
+
+def refused_of(smaps: Iterable[proc.SmapsEntry]) -> Iterator[tuple[proc.SmapsEntry, Refused]]:
+    """The mappings that cannot be moved, and why."""
     for entry in smaps:
-        where = f"mapping {entry.entry.start:#x}-{entry.entry.end:#x} {entry.entry.path}".rstrip()
         try:
             refusal(entry, kind_of(entry.entry))
         except Refused as refused:
-            registry.refuse(pid, where, refused)
+            yield entry, refused
+
+
+def place_of(smaps: proc.SmapsEntry) -> str:
+    """As an obstacle names it."""
+    return f"mapping {smaps.entry.start:#x}-{smaps.entry.end:#x} {smaps.entry.path}".rstrip()

@@ -6,6 +6,7 @@ it never runs here again. In between is doubt: the tree stays stopped and the op
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,25 +26,23 @@ from lazyproc.dump.walk import tree_of
 from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, Obstacle, UsageError
 from lazyproc.events import Listener, StateChanged, ignore
 from lazyproc.facts import asdict, dataclass
-from lazyproc.images.convert import to_images
-from lazyproc.images.files import pack
 from lazyproc.kernel import netfilter
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.netfilter import Hold
 from lazyproc.migrate.apart import Client, Work, apart
 from lazyproc.migrate.asking import asked
+from lazyproc.migrate.description import description
 from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.holding import Holding, from_facts, holding_of, to_facts
 from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record, find
 from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
 from lazyproc.migrate.lost import source_ended
 from lazyproc.migrate.prepare import offer_of
+from lazyproc.migrate.rehearsal import rehearse
 from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, number_in, report_of
 from lazyproc.migrate.talk import Refused, Unfit, expect
-from lazyproc.pages.bundle import NAME as BUNDLE
-from lazyproc.pages.bundle import pack_bundle
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
@@ -284,12 +283,16 @@ def hand_over(
         hold = stack.enter_context(Hold(chain.session))
         hold.add(before.flows)
         asleep = observed_sleeps(pid)
+        stack.callback(gc.enable)
+        gc.disable()  # a collection takes as long as all the rest
         began, steps = time.time(), Steps()
         tree = stack.enter_context(frozen_tree(pid, asleep=asleep, steps=steps))
         stack.callback(hold.release)  # before the tree is let go: its sends must not fail
         frozen_at = time.monotonic()
         dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close, steps))
-        _send_images(control, dump, pages, order, steps)
+        checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
+        control.send(Images(description(checkpoint, pages, steps)))
+        steps.done("send")
         # From here on the other side builds, and there is time.
         listener(StateChanged("frozen", frozen_at))
         server = stack.enter_context(PageServer(pages.segments(), releasing=order.release))
@@ -314,6 +317,7 @@ def hand_over(
             journal.note("committed", listener)
             running = serving.until_running()
             steps.done("running")
+            gc.enable()
             hang_up(dump.given_up)
             figures = {"frozen_ms": frozen_ms, "blackout_ms": steps.total_ms, "steps_ms": steps.ms()}
             figures["remote_pid"] = running.get("root_pid")
@@ -336,7 +340,7 @@ def _prepare(
 ) -> None:
     """Raises Unfit with all that stands in the way at the destination."""
     wishes = {**order.fields(), "trace": trace is not None}
-    answer = asked(control, offer_of(before.smaps), before.wanted, wishes, listener)
+    answer = asked(control, offer_of(before.smaps), before.wanted, wishes, listener, meanwhile=rehearse)
     if isinstance(answer, tuple):
         raise Unfit(answer)
     if order.release and answer.fields.get("release") is not True:
@@ -361,22 +365,11 @@ def _described(
 ) -> Iterator[tuple[Dump, DumpPages]]:
     with (
         dumped(
-            tree, smaps=before.smaps, guarded=before.guarded, tcp_close=tcp_close, hold=hold.add, steps=steps
+            tree, seen=before.seen, guarded=before.guarded, tcp_close=tcp_close, hold=hold.add, steps=steps
         ) as dump,
         dump_pages(dump) as pages,
     ):
         yield dump, pages
-
-
-def _send_images(control: Channel, dump: Dump, pages: DumpPages, order: Order, steps: Steps) -> None:
-    """The description, and the pages that must be there at once; the other side builds the tree from it."""
-    checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
-    images = to_images(checkpoint)
-    steps.done("encode")
-    images[BUNDLE] = pack_bundle(checkpoint.memory, pages)
-    steps.done("pages")
-    control.send(Images(pack(images)))
-    steps.done("send")
 
 
 @contextmanager
