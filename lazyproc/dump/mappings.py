@@ -39,8 +39,8 @@ def gather_mm(
     memory: Memory,
     objects: Objects,
 ) -> Mm:
-    """Mm of a frozen process; `exe` is the number of its program, `answers` are dumpable, thp_disabled and brk. Obstacles
-    go to the registry.
+    """Mm of a frozen process; `exe` is the number of its program, `answers` are dumpable, thp_disabled and brk.
+    Obstacles go to the registry.
     """
     dumpable, thp_disabled, brk = answers
     pid, stat = frozen.pid, frozen.stat

@@ -1,7 +1,8 @@
 """What a freeze will run is run once before it, on a child of ours that sleeps.
 
 The first time costs two to three times as much as the next: classes are compiled at their first use
-(lazyproc/facts.py), modules are imported, code is specialised, and what a fork has left shared is copied when it is written to.
+(lazyproc/facts.py), modules are imported, code is specialised, and what a fork has left shared is copied when it is
+written to.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ def rehearse() -> None:
         to_facts(holding_of(dump, processes))
         park_tree(tree, processes)
         unpark_tree(tree, processes)
-        tree.kill()
 
 
 @contextmanager
@@ -60,6 +60,5 @@ def _sleeper() -> Iterator[int]:
         yield pid
     finally:
         os.close(ours)
-        with suppress(OSError):  # it was killed and reaped
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
