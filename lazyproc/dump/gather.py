@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import cast
@@ -15,7 +14,14 @@ from lazyproc.dump.descriptors import Gathered, gather_descriptors
 from lazyproc.dump.files import LINKS, gather_link
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
 from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, rings_of, settled
-from lazyproc.dump.memory import eager_pages, private_extents, runs_of, shared_extents, with_guards
+from lazyproc.dump.memory import (
+    eager_extents,
+    eager_pages,
+    lazy_extents,
+    runs_of,
+    shared_extents,
+    with_guards,
+)
 from lazyproc.dump.question import ask
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.space import NOTHING, Seen, Space, space_now
@@ -35,7 +41,6 @@ from lazyproc.model import (
     Fs,
     MemFd,
     MemoryObject,
-    Mm,
     ObjectKind,
     SharedKind,
     SigAction,
@@ -99,9 +104,8 @@ class Dump:
                 continue
             obj = MemoryObject(ObjectKind.TASK, task.vpid)
             known = frozenset(page for e in eager.get(obj, ()) for page in range(e.addr, e.end, PAGE))
-            lazy_vmas = [vma for vma in task.mm.vmas if vma.may_be_lazy]
-            extents = private_extents(self.pids[task.vpid], lazy_vmas, known)
-            found[obj] = tuple(extent for extent in extents if extent.lazy)
+            ranges = runs_of(vma for vma in task.mm.vmas if vma.may_be_lazy)
+            found[obj] = lazy_extents(self.pids[task.vpid], ranges, known)
         for number, shared in self.checkpoint.shared.items():
             if shared.lazy:
                 obj = MemoryObject(ObjectKind.SHARED, number)
@@ -208,7 +212,7 @@ def _one_task(
         fs=Fs(cwd, root, frozen.stopped[0].status.umask or 0),
         descriptors=gathered.descriptors[task.vpid],
     )
-    extents = _eager_extents(pid, mm, pages)
+    extents = eager_extents(pid, mm.vmas, pages)
     steps.done("pagemap")
     return task, extents
 
@@ -234,26 +238,13 @@ def _ask(
     steps.done("bench")
     of_process = answers[0][THREAD_ANSWERS:]
     sigactions = cast(tuple[SigAction, ...], of_process[0])
+    cpus = os.cpu_count() or 1
     threads = tuple(
-        gather_thread(frozen.pid, tracee, stopped, row[:THREAD_ANSWERS], sigactions, memory)
+        gather_thread(cpus, tracee, stopped, row[:THREAD_ANSWERS], sigactions, memory)
         for tracee, stopped, row in zip(frozen.threads, frozen.stopped, answers, strict=True)
     )
     steps.done("threads")
     return threads, of_process
-
-
-def _eager_extents(pid: int, mm: Mm, pages: frozenset[int]) -> tuple[Extent, ...]:
-    """The eager pages that have content: all own pages of mappings that cannot be lazy, single pages of the others."""
-    eager_vmas = [vma for vma in mm.vmas if not vma.may_be_lazy]
-    ordered = sorted(pages)
-    singles = [
-        replace(vma, start=page, end=page + PAGE)
-        for vma in mm.vmas
-        if vma.may_be_lazy
-        for page in ordered[bisect_left(ordered, vma.start) : bisect_left(ordered, vma.end)]
-    ]
-    found = private_extents(pid, eager_vmas) + private_extents(pid, singles, pages)
-    return tuple(sorted(found, key=lambda extent: extent.addr))
 
 
 def _ids(frozen: FrozenTask, tree: FrozenTree) -> tuple[int, int, int, int]:

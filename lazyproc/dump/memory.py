@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from lazyproc.dump import aio
 from lazyproc.dump.registry import Refused, Registry
@@ -102,33 +104,57 @@ def runs_of(vmas: Iterable[Vma]) -> list[tuple[int, int]]:
     return runs
 
 
-def private_extents(pid: int, vmas: Sequence[Vma], eager: frozenset[int] = frozenset()) -> tuple[Extent, ...]:
-    """The pages of private mappings that have content of their own; `eager` are page addresses not to be lazy."""
+def lazy_extents(pid: int, ranges: Iterable[tuple[int, int]], eager: frozenset[int]) -> tuple[Extent, ...]:
+    """The pages with content in lazy mappings, without those at the addresses `eager`. Grows with memory."""
+    with _pagemap(pid) as pagemap:
+        return tuple(
+            extent for start, end in _own_pages(pagemap, ranges) for extent in _without(start, end, eager)
+        )
+
+
+def eager_extents(pid: int, vmas: Sequence[Vma], pages: Iterable[int]) -> tuple[Extent, ...]:
+    """The pages with content that are not lazy: of all mappings that cannot be, and those at the addresses `pages`."""
+    fixed = [vma for vma in vmas if not vma.may_be_lazy and vma.flags & mmap.MAP_PRIVATE]
+    mapped = runs_of(vma for vma in fixed if vma.kind in (VmaKind.FILE, VmaKind.SHARED))
+    anonymous = runs_of(vma for vma in fixed if vma.kind is VmaKind.ANON) + _pages_in(vmas, pages)
+    with _pagemap(pid) as pagemap:
+        found = [*_own_pages(pagemap, mapped, excluded=kernel.PAGE_IS_FILE), *_own_pages(pagemap, anonymous)]
+    return tuple(Extent(start, (end - start) // PAGE, lazy=False) for start, end in sorted(found))
+
+
+def _pages_in(vmas: Sequence[Vma], pages: Iterable[int]) -> list[tuple[int, int]]:
+    """The runs of these pages that lie in lazy mappings."""
+    starts = [vma.start for vma in vmas]
+    runs: list[tuple[int, int]] = []
+    for page in sorted(pages):
+        at = bisect_right(starts, page) - 1
+        if at < 0 or page >= vmas[at].end or not vmas[at].may_be_lazy:
+            continue
+        if runs and runs[-1][1] == page:
+            runs[-1] = runs[-1][0], page + PAGE
+        else:
+            runs.append((page, page + PAGE))
+    return runs
+
+
+@contextmanager
+def _pagemap(pid: int) -> Iterator[int]:
     fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return tuple(
-            extent
-            for vma in vmas
-            for start, end in _own_pages(fd, vma)
-            for extent in _split(start, end, vma.may_be_lazy, eager)
-        )
+        yield fd
     finally:
         os.close(fd)
 
 
-def _own_pages(pagemap: int, vma: Vma) -> Iterator[tuple[int, int]]:
-    """Runs of present or swapped pages; in a file mapping those that were copied (fs/proc/task_mmu.c)."""
-    if vma.kind not in (VmaKind.ANON, VmaKind.FILE, VmaKind.SHARED) or vma.flags & mmap.MAP_SHARED:
-        return
-    excluded = kernel.PAGE_IS_PFNZERO | kernel.guard_category()
-    excluded |= 0 if vma.kind is VmaKind.ANON else kernel.PAGE_IS_FILE
-    for start, end, _ in kernel.pagemap_scan(
-        pagemap,
-        vma.start,
-        vma.end,
-        excluded=excluded,
-        anyof=kernel.PAGE_IS_PRESENT | kernel.PAGE_IS_SWAPPED,
-    ):
+def _own_pages(
+    pagemap: int, ranges: Iterable[tuple[int, int]], *, excluded: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Runs of present or swapped pages of private mappings; in those of a file without PAGE_IS_FILE: what was copied
+    (fs/proc/task_mmu.c).
+    """
+    excluded |= kernel.PAGE_IS_PFNZERO | kernel.guard_category()
+    anyof = kernel.PAGE_IS_PRESENT | kernel.PAGE_IS_SWAPPED
+    for start, end, _ in kernel.pagemap_scan(pagemap, ranges, excluded=excluded, anyof=anyof):
         yield start, end
 
 
@@ -154,20 +180,16 @@ def _may_be_guarded(vma: Vma) -> bool:
 
 
 def _guards(pagemap: int, vma: Vma) -> tuple[tuple[int, int], ...]:
-    runs = kernel.pagemap_scan(pagemap, vma.start, vma.end, required=kernel.PAGE_IS_GUARD)
+    runs = kernel.pagemap_scan(pagemap, [(vma.start, vma.end)], required=kernel.PAGE_IS_GUARD)
     return tuple((start, end) for start, end, _ in runs)
 
 
-def _split(start: int, end: int, lazy: bool, eager: frozenset[int]) -> Iterator[Extent]:
+def _without(start: int, end: int, eager: frozenset[int]) -> Iterator[Extent]:
     """One run as extents, cut at the pages that must be there before the process runs."""
-    if not lazy:
-        yield Extent(start, (end - start) // PAGE, lazy=False)
-        return
     few = range(start, end, PAGE) if (end - start) // PAGE < len(eager) else sorted(eager)
     for page in (page for page in few if start <= page < end and page in eager):
         if page > start:
             yield Extent(start, (page - start) // PAGE, lazy=True)
-        yield Extent(page, 1, lazy=False)
         start = page + PAGE
     if start < end:
         yield Extent(start, (end - start) // PAGE, lazy=True)

@@ -45,21 +45,20 @@ THREAD_ANSWERS = 5
 
 
 def gather_thread(
-    pid: int,
+    cpus: int,
     tracee: Tracee,
     stopped: Stopped,
     answers: Sequence[object],
     sigactions: Sequence[SigAction],
     memory: Memory,
 ) -> Thread:
-    """The model of one frozen thread from its state, /proc and its own answers."""
+    """The model of one frozen thread from its state, /proc and its own answers; this host has `cpus` processors."""
     altstack, clear_child_tid, pdeath, securebits, slack = answers
     state, status = stopped.state, stopped.status
-    stat = proc.stat(proc.read(pid, f"task/{tracee.tid}/stat"))
     registers, restart = resumed(tracee, stopped, sigactions, memory)
     return Thread(
         tid=status.ns_pid[-1],
-        comm=stat.comm,
+        comm=status.comm,
         registers=registers,
         xsave=state.xsave,
         blocked=state.blocked,
@@ -70,7 +69,7 @@ def gather_thread(
         robust_list_len=state.robust_list_len,
         rseq=state.rseq,
         credentials=credentials(status, cast(int, securebits)),
-        scheduling=_scheduling(tracee.tid, stat),
+        scheduling=_scheduling(tracee.tid, cpus),
         pdeath_signal=cast(int, pdeath),
         timer_slack_ns=cast(int, slack),
         seccomp_mode=status.seccomp,
@@ -94,12 +93,12 @@ def credentials(status: proc.Status, securebits: int) -> Credentials:
     )
 
 
-def _scheduling(tid: int, stat: proc.Stat) -> Scheduling:
-    cpus = os.sched_getaffinity(tid)
+def _scheduling(tid: int, cpus: int) -> Scheduling:
+    allowed = os.sched_getaffinity(tid)
     return Scheduling(
         policy=os.sched_getscheduler(tid),
         priority=os.sched_getparam(tid).sched_priority,
-        nice=stat.nice,
+        nice=os.getpriority(os.PRIO_PROCESS, tid),
         ioprio=kernel.ioprio_get(tid),
-        cpus=() if len(cpus) >= (os.cpu_count() or 1) else tuple(sorted(cpus)),
+        cpus=() if len(allowed) >= cpus else tuple(sorted(allowed)),
     )

@@ -23,7 +23,8 @@ MAX_SIZE = 1 << 16
 _FXSAVE = Struct("<4H2Q2I32I64I")  # cwd .. xmm_space: 416 bytes; padding and the XCR0 word follow
 _HEADER = 512
 _XCR0 = 464
-_CHUNK = 16  # granularity of patches
+_CHUNK, _BLOCK = 16, 1024  # granularity of patches, and of the search for them
+_ZEROS = bytes(_BLOCK)
 _SOMETHING = re.compile(rb"[^\0]")
 
 
@@ -89,7 +90,7 @@ def to_entry(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtr
         getattr(entry.xsave, part.field).extend(part.layout.unpack_from(area, part.offset))
         beyond[part.offset : part.offset + part.size] = bytes(part.size)
     extra.xsave_size = len(area)
-    for start, end in _runs(beyond.rstrip(b"\0")):
+    for start, end in _runs(beyond):
         extra.xsave_patches.add(offset=start, data=area[start:end])
 
 
@@ -131,13 +132,19 @@ def _rebuild(
 
 
 def _runs(data: bytearray) -> Iterator[tuple[int, int]]:
-    """The runs of 16-byte chunks that are not all zeros: the search is done in C, for there are 11 KiB a thread."""
-    end = 0
-    while (found := _SOMETHING.search(data, end)) is not None:
-        start = end = found.start() & -_CHUNK
-        while any(data[end : end + _CHUNK]):
-            end += _CHUNK
-        yield start, end
+    """The runs of 16-byte chunks that are not all zeros, and no run goes on in the next block. Most blocks are zeros,
+    and there are 11 KiB a thread.
+    """
+    for block in range(0, len(data), _BLOCK):
+        words = bytes(data[block : block + _BLOCK])
+        if words == _ZEROS[: len(words)]:
+            continue
+        end = 0
+        while (found := _SOMETHING.search(words, end)) is not None:
+            start = end = found.start() & -_CHUNK
+            while any(words[end : end + _CHUNK]):
+                end += _CHUNK
+            yield block + start, block + end
 
 
 def _lay(area: bytearray, patches: Iterable[own.XsavePatch]) -> None:
