@@ -22,13 +22,11 @@ from lazyproc.needs import Wanted
 class Before:
     """`smaps` by pid, and what of it a dump takes over: `seen`.
 
-    `flows` are the packets that will have to be held back, `guarded` the processes that use MADV_GUARD_INSTALL,
-    `wanted` what the tree needs of the host that takes it in.
+    `flows` are the packets that will have to be held back, `wanted` what the tree needs of the host that takes it in.
     """
 
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]
     flows: tuple[Flow, ...]
-    guarded: frozenset[int]
     wanted: tuple[Wanted, ...]
     seen: Seen
 
@@ -46,7 +44,7 @@ def look_before(examined: Examined, *, tcp_close: bool = False) -> Before:
     held back.
     """
     flows = _flows(examined.smaps, tcp_close)
-    return Before(examined.smaps, flows, examined.guarded, examined.wanted, examined.seen)
+    return Before(examined.smaps, flows, examined.wanted, examined.seen)
 
 
 def _flows(pids: Iterable[int], tcp_close: bool) -> tuple[Flow, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
@@ -24,7 +24,7 @@ from lazyproc.dump.memory import (
 )
 from lazyproc.dump.question import ask
 from lazyproc.dump.registry import Registry, TaskRef
-from lazyproc.dump.space import NOTHING, Seen, Space, space_now
+from lazyproc.dump.space import NOTHING, Seen, space_now
 from lazyproc.dump.tasks import TASK_ANSWERS, gather_task, gather_zombie, process_questions
 from lazyproc.dump.threads import THREAD_ANSWERS, gather_thread, thread_questions
 from lazyproc.errors import CannotBeDone, Obstacle
@@ -125,7 +125,6 @@ def dumped(
     tree: FrozenTree,
     *,
     seen: Seen = NOTHING,
-    guarded: Collection[int] | None = None,
     tcp_close: bool = False,
     hold: Callable[[Sequence[Flow]], None] | None = None,
     steps: Steps | None = None,
@@ -133,7 +132,7 @@ def dumped(
     """Describe a frozen tree. The tree is as before on leaving; descriptors of ours into it are closed.
 
     `seen` is what was there before the freeze: of it is used what is still so.
-    `guarded` are the processes to look for MADV_GUARD_INSTALL in, None all. `hold` is told which packets to hold back
+    `hold` is told which packets to hold back
     before the queues of sockets are read. CannotBeDone lists all obstacles.
     """
     steps = steps or Steps()
@@ -153,9 +152,7 @@ def dumped(
             if frozen.zombie:
                 tasks.append(gather_zombie(frozen, _ids(frozen, tree)))
                 continue
-            task, pages = _one_task(frozen, tree, gathered, objects, tids, seen.spaces.get(frozen.pid), steps)
-            if task.mm and (guarded is None or frozen.pid in guarded):
-                task = replace(task, mm=replace(task.mm, vmas=with_guards(frozen.pid, task.mm.vmas)))
+            task, pages = _one_task(frozen, tree, gathered, objects, tids, seen, steps)
             tasks.append(task)
             eager[MemoryObject(ObjectKind.TASK, task.vpid)] = pages
         _take_unmapped_memfds(gathered.registry, gathered.descriptors, objects)
@@ -189,12 +186,13 @@ def _one_task(
     gathered: Gathered,
     objects: Objects,
     tids: Mapping[int, int],
-    before: Space | None,
+    seen: Seen,
     steps: Steps,
 ) -> tuple[Task, tuple[Extent, ...]]:
     """One process, and its pages that have to be there before it runs."""
     pid, registry = frozen.pid, gathered.registry
-    space = space_now(pid, before)
+    before = seen.spaces.get(pid)
+    space = space_now(pid, frozen.stopped[0].status.locked_kib, before)
     steps.done("maps")
     with ptrace.memory(pid) as memory:
         threads, answers = _ask(frozen, memory, space.maps, steps)
@@ -204,6 +202,8 @@ def _one_task(
         of_mm = cast(tuple[int, bool, int], tuple(answers[TASK_ANSWERS:]))
         exe, cwd, root = (gather_link(registry, pid, name) for name in LINKS)
         mm = gather_mm(registry, frozen, space, exe, of_mm, memory, objects)
+        if space is not before or pid in seen.guarded:
+            mm = replace(mm, vmas=with_guards(pid, mm.vmas))
         steps.done("memory")
         pages = eager_pages(mm, threads, memory)
     task = replace(

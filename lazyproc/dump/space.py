@@ -4,7 +4,7 @@ are the same text after the freeze.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from lazyproc.dump.files import gather_mapped_file
@@ -18,11 +18,13 @@ from lazyproc.model import RegularFile, Vma, VmaKind
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """`text` is /proc/PID/maps. `vmas` are the mappings that can be moved, `entries` their lines; those of files have
-    the numbers in `files` (index, number), those of shared objects, at the indices `objects`, none yet.
+    """`text` is /proc/PID/maps, `locked_kib` VmLck of status, which maps do not show. `vmas` are the mappings that can
+    be moved, `entries` their lines; those of files have the numbers in `files` (index, number), those of shared
+    objects, at the indices `objects`, none yet.
     """
 
     text: bytes
+    locked_kib: int
     maps: tuple[proc.MapsEntry, ...]
     refused: tuple[tuple[str, Refused], ...]  # where, why
     vmas: tuple[Vma, ...]
@@ -33,18 +35,21 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What was seen of a running tree, and is taken over where it is still so: `spaces` by pid, and the files that its
-    mappings and directories led to.
+    """What was seen of a running tree, and is taken over where it is still so: `spaces` by pid, the files that its
+    mappings and directories led to, and which processes use MADV_GUARD_INSTALL.
     """
 
     spaces: Mapping[int, Space]
     files: Mapping[FileSeen, RegularFile]
+    guarded: frozenset[int]
 
 
-NOTHING = Seen({}, {})
+NOTHING = Seen({}, {}, frozenset())
 
 
-def space_of(text: bytes, maps: tuple[proc.MapsEntry, ...], smaps: Sequence[proc.SmapsEntry]) -> Space:
+def space_of(
+    text: bytes, locked_kib: int, maps: tuple[proc.MapsEntry, ...], smaps: Sequence[proc.SmapsEntry]
+) -> Space:
     """Pure."""
     refused = list(refused_of(smaps))
     stuck = {each.entry.start for each, _ in refused}
@@ -52,6 +57,7 @@ def space_of(text: bytes, maps: tuple[proc.MapsEntry, ...], smaps: Sequence[proc
     vmas = tuple([vma_of(each) for each in moved])
     return Space(
         text,
+        locked_kib,
         maps,
         tuple((place_of(each), why) for each, why in refused),
         vmas,
@@ -61,24 +67,26 @@ def space_of(text: bytes, maps: tuple[proc.MapsEntry, ...], smaps: Sequence[proc
     )
 
 
-def spaces_of(
-    registry: Registry, tree: Mapping[int, Sequence[proc.SmapsEntry]]
-) -> Iterator[tuple[int, Space]]:
-    """Of running processes, by pid, whose smaps were just read; without those whose maps are others already."""
-    for pid, smaps in tree.items():
-        with suppress(NoSuchProcess, PermissionError):  # map_files is root's
-            text = proc.read(pid, "maps")
-            maps = proc.maps(text)
-            if maps == tuple([each.entry for each in smaps]):
-                yield pid, numbered(registry, pid, space_of(text, maps, smaps))
+def space_before(
+    registry: Registry, pid: int, locked_kib: int, smaps: Sequence[proc.SmapsEntry]
+) -> Space | None:
+    """Of a running process whose status and then smaps were just read; None when its maps are others already, or not
+    for us to see.
+    """
+    with suppress(NoSuchProcess, PermissionError):  # map_files is root's
+        text = proc.read(pid, "maps")
+        maps = proc.maps(text)
+        if maps == tuple([each.entry for each in smaps]):
+            return numbered(registry, pid, space_of(text, locked_kib, maps, smaps))
+    return None
 
 
-def space_now(pid: int, before: Space | None) -> Space:
+def space_now(pid: int, locked_kib: int, before: Space | None) -> Space:
     """Of a frozen process. smaps is read only when the maps are no longer the same: it walks all memory."""
     text = proc.read(pid, "maps")
-    if before is not None and text == before.text:
+    if before is not None and text == before.text and locked_kib == before.locked_kib:
         return before
-    return space_of(text, proc.maps(text), proc.smaps(proc.read(pid, "smaps")))
+    return space_of(text, locked_kib, proc.maps(text), proc.smaps(proc.read(pid, "smaps")))
 
 
 def numbered(registry: Registry, pid: int, space: Space) -> Space:

@@ -269,6 +269,7 @@ class Status:
     ns_pgid: tuple[int, ...]  # 0 in a namespace that does not see the group's number
     ns_sid: tuple[int, ...]
     umask: int | None  # None for a zombie
+    locked_kib: int  # VmLck: mappings that mlock(2) holds
     kernel_thread: bool
     thp_enabled: bool
     threads: int
@@ -308,6 +309,7 @@ def status(data: bytes) -> Status:
         _ints(text.get(b"NSpgid", b"0")),
         _ints(text.get(b"NSsid", b"0")),
         int(text[b"Umask"], 8) if b"Umask" in text else None,
+        int(text.get(b"VmLck", b"0 kB")[:-3]),
         int(text.get(b"Kthread", b"0")) == 1,
         int(text.get(b"THP_enabled", b"1")) == 1,
         int(text[b"Threads"]),

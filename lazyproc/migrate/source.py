@@ -364,9 +364,7 @@ def _described(
     tree: FrozenTree, before: Before, hold: Hold, tcp_close: bool, steps: Steps
 ) -> Iterator[tuple[Dump, DumpPages]]:
     with (
-        dumped(
-            tree, seen=before.seen, guarded=before.guarded, tcp_close=tcp_close, hold=hold.add, steps=steps
-        ) as dump,
+        dumped(tree, seen=before.seen, tcp_close=tcp_close, hold=hold.add, steps=steps) as dump,
         dump_pages(dump) as pages,
     ):
         yield dump, pages
