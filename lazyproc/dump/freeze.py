@@ -116,18 +116,32 @@ def _is_uninterruptible(stat: bytes) -> bool:
 
 
 def _freeze(tree: FrozenTree, root: int, timeout_ms: int) -> None:
+    """In rounds, until one finds nothing that runs, and then no child that is not stopped: who stands still forks no
+    more.
+    """
+    _stop_process(tree, root, timeout_ms)
     for _ in range(ROUNDS):
-        grown = _stop_process(tree, root, timeout_ms)
-        for task in list(tree.tasks.values()):
-            for tracee in task.threads:
-                for child in proc.children_of(task.pid, tracee.tid):
-                    if child not in tree.tasks:
-                        grown |= _stop_child(tree, child, timeout_ms)
-        for task in list(tree.tasks.values()):
-            grown |= not task.zombie and _stop_process(tree, task.pid, timeout_ms)
-        if not grown:
+        running = [_stop_process(tree, task.pid, timeout_ms) for task in _members(tree)]
+        if not any(running) and not _stop_children(tree, timeout_ms):
             return
     raise TraceeError("the tree grows faster than it can be stopped", where=f"pid {root}", remedy="try again")
+
+
+def _members(tree: FrozenTree) -> list[FrozenTask]:
+    return [task for task in tree.tasks.values() if not task.zombie]
+
+
+def _stop_children(tree: FrozenTree, timeout_ms: int) -> bool:
+    """Stop the children that are not known yet, and theirs; True when there were any."""
+    grown = False
+    members = _members(tree)
+    for task in members:  # which grows on the way
+        for tracee in list(task.threads):
+            for child in proc.children_of(task.pid, tracee.tid):
+                if child not in tree.tasks:
+                    grown |= _stop_child(tree, child, timeout_ms)
+                    members += [tree.tasks[child]] if child in tree.tasks else []
+    return grown
 
 
 def _stop_child(tree: FrozenTree, pid: int, timeout_ms: int) -> bool:

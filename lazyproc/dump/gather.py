@@ -22,11 +22,11 @@ from lazyproc.dump.memory import (
     shared_extents,
     with_guards,
 )
-from lazyproc.dump.question import ask
+from lazyproc.dump.question import Question, ask
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.space import NOTHING, Seen, space_now
 from lazyproc.dump.tasks import TASK_ANSWERS, gather_task, gather_zombie, process_questions
-from lazyproc.dump.threads import THREAD_ANSWERS, gather_thread, thread_questions
+from lazyproc.dump.threads import ThreadAnswers, gather_thread, thread_question
 from lazyproc.errors import CannotBeDone, Obstacle
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc, remote, sysvipc
@@ -230,17 +230,17 @@ def _ask(
     ending = remote.ending_signal(frozen.stopped[0].status.sig_caught, pending)
     states = [stopped.state for stopped in frozen.stopped]
     with remote.borrowed(frozen.threads, states, memory, maps, ending=ending) as bench:
-        questions = [thread_questions(bench) for _ in frozen.threads]
+        questions: list[list[Question[object]]] = [[thread_question(bench)] for _ in frozen.threads]
         questions[0] += process_questions(bench, timers)
         steps.done("bench")
         answers = ask(bench, list(zip(frozen.threads, questions, strict=True)))
         steps.done("ask")
     steps.done("bench")
-    of_process = answers[0][THREAD_ANSWERS:]
+    of_process = answers[0][1:]
     sigactions = cast(tuple[SigAction, ...], of_process[0])
     cpus = os.cpu_count() or 1
     threads = tuple(
-        gather_thread(cpus, tracee, stopped, row[:THREAD_ANSWERS], sigactions, memory)
+        gather_thread(cpus, tracee, stopped, cast(ThreadAnswers, row[0]), sigactions, memory)
         for tracee, stopped, row in zip(frozen.threads, frozen.stopped, answers, strict=True)
     )
     steps.done("threads")

@@ -12,7 +12,6 @@ import functools
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from struct import Struct
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import dataclass, replace
@@ -20,7 +19,7 @@ from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as pb
 
 MAX_SIZE = 1 << 16
-_FXSAVE = Struct("<4H2Q2I32I64I")  # cwd .. xmm_space: 416 bytes; padding and the XCR0 word follow
+_FXSAVE = struct.Struct("<4H2Q2I32I64I")  # cwd .. xmm_space: 416 bytes; padding and the XCR0 word follow
 _HEADER = 512
 _XCR0 = 464
 _CHUNK, _BLOCK = 16, 1024  # granularity of patches, and of the search for them
@@ -32,42 +31,43 @@ _SOMETHING = re.compile(rb"[^\0]")
 class _Component:
     bit: int
     field: str
-    layout: Struct
+    count: int
+    code: str  # of struct: I or Q
     offset: int  # Intel's place, with room for MPX and AVX-512
 
     @property
     def size(self) -> int:
-        return self.layout.size
+        return self.count * struct.calcsize(self.code)
 
 
 _INTEL = (
-    _Component(2, "ymmh_space", Struct("<64I"), 576),
-    _Component(3, "bndreg_state", Struct("<8Q"), 960),
-    _Component(4, "bndcsr_state", Struct("<8Q"), 1024),
-    _Component(5, "opmask_reg", Struct("<8Q"), 1088),
-    _Component(6, "zmm_upper", Struct("<64Q"), 1152),
-    _Component(7, "hi16_zmm", Struct("<128Q"), 1664),
-    _Component(9, "pkru", Struct("<2I"), 2688),
+    _Component(2, "ymmh_space", 64, "I", 576),
+    _Component(3, "bndreg_state", 8, "Q", 960),
+    _Component(4, "bndcsr_state", 8, "Q", 1024),
+    _Component(5, "opmask_reg", 8, "Q", 1088),
+    _Component(6, "zmm_upper", 64, "Q", 1152),
+    _Component(7, "hi16_zmm", 128, "Q", 1664),
+    _Component(9, "pkru", 2, "I", 2688),
 )
 
 
-def _layout(area: bytes) -> tuple[_Component, ...]:
+def _layout(area: bytes | bytearray) -> tuple[_Component, ...]:
     """Where the components of this area lie.
 
     CPUID leaf 0xD tells; Intel's answers are fixed and leave gaps, AMD's leave none. An area too short for
     Intel's places of what XCR0 enables is AMD's.
     """
-    return _places(int.from_bytes(area[_XCR0 : _XCR0 + 8], "little"), len(area))
+    return _layout_of(int.from_bytes(area[_XCR0 : _XCR0 + 8], "little"), len(area))
 
 
 @functools.lru_cache(maxsize=16)  # all threads of a host have the same
-def _places(enabled: int, size: int) -> tuple[_Component, ...]:
+def _layout_of(enabled: int, length: int) -> tuple[_Component, ...]:
     held = [part for part in _INTEL if enabled >> part.bit & 1] if enabled else list(_INTEL)
-    if not held or not enabled or held[-1].offset + held[-1].size <= size:
-        return tuple(part for part in held if part.offset + part.size <= size)
+    if not held or not enabled or held[-1].offset + held[-1].size <= length:
+        return tuple(part for part in held if part.offset + part.size <= length)
     packed, at = [], _INTEL[0].offset
     for part in held:
-        if at + part.size <= size:
+        if at + part.size <= length:
             packed.append(replace(part, offset=at))
         at += part.size
     return tuple(packed)
@@ -87,7 +87,9 @@ def to_entry(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtr
     beyond[: _FXSAVE.size] = bytes(_FXSAVE.size)
     beyond[_HEADER : _HEADER + 8] = bytes(8)
     for part in _layout(area):
-        getattr(entry.xsave, part.field).extend(part.layout.unpack_from(area, part.offset))
+        getattr(entry.xsave, part.field).extend(
+            struct.unpack_from(f"<{part.count}{part.code}", area, part.offset)
+        )
         beyond[part.offset : part.offset + part.size] = bytes(part.size)
     extra.xsave_size = len(area)
     for start, end in _runs(beyond):
@@ -125,7 +127,7 @@ def _rebuild(
         for part in layout:
             values = getattr(entry.xsave, part.field)
             if values:
-                part.layout.pack_into(area, part.offset, *values)
+                struct.pack_into(f"<{part.count}{part.code}", area, part.offset, *values)
     except struct.error:
         raise _bad(name) from None
     return bytes(area[:size])

@@ -37,8 +37,8 @@ from lazyproc.migrate.holding import Holding, from_facts, holding_of, to_facts
 from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record, find
 from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
 from lazyproc.migrate.lost import source_ended
+from lazyproc.migrate.practice import practise
 from lazyproc.migrate.prepare import offer_of
-from lazyproc.migrate.rehearsal import rehearse
 from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, number_in, report_of
@@ -340,7 +340,7 @@ def _prepare(
 ) -> None:
     """Raises Unfit with all that stands in the way at the destination."""
     wishes = {**order.fields(), "trace": trace is not None}
-    answer = asked(control, offer_of(before.smaps), before.wanted, wishes, listener, meanwhile=rehearse)
+    answer = asked(control, offer_of(before.smaps), before.wanted, wishes, listener, meanwhile=practise)
     if isinstance(answer, tuple):
         raise Unfit(answer)
     if order.release and answer.fields.get("release") is not True:

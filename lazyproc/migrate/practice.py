@@ -26,7 +26,7 @@ from lazyproc.steps import Steps
 STANDARD = 3  # descriptors that the child keeps
 
 
-def rehearse() -> None:
+def practise() -> None:
     """Whatever goes wrong here is no reason not to move another process."""
     with (
         suppress(LazyprocError, OSError),
