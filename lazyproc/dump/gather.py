@@ -176,7 +176,7 @@ def dumped(
         pids = {ref.vpid: ref.pid for ref in refs}
         segments = tuple(_segments(checkpoint, pids, objects.fds))
         sockets = gathered.sockets
-        steps.done("rest")
+        steps.done("objects")
         yield Dump(checkpoint, segments, pids, objects.fds, sockets.connections(), sockets.given_up())
 
 

@@ -308,7 +308,7 @@ def hand_over(
             held.demand_there()
             settle()
             last.enter_context(deaf())  # until all is put away
-            steps.done("demand")
+            steps.done("check")
             control.send(Commit())
             commit_sent.set()
             serving.until_committed()

@@ -6,8 +6,11 @@ what was seen must then be the dump that asks for everything anew.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +22,20 @@ from lazyproc.dump.gather import dumped
 from lazyproc.dump.space import NOTHING, Seen
 from lazyproc.errors import CannotBeDone
 from lazyproc.facts import replace
+from lazyproc.kernel import proc
 from lazyproc.migrate.source import look
 from lazyproc.model import Checkpoint, Clocks, RegularFile, Vma
+from tests.live import moving
+from tests.live.test_cli import killed_at_the_end, listening
 from tests.live.tracees import Running, tracee
+from tests.needs import require_root
 
 PROGRAM = Path(__file__).with_name("changing.c").read_text()
 CHANGES = re.findall(r"CHANGE\((\w+)\)", PROGRAM.partition("changes[] = {")[2])
+MEANWHILE = (
+    *("map", "lock", "protect", "map_a_file", "close_one", "directory", "action", "limit", "file_mode_mask"),
+    *("ignored", "blocked", "name", "groups", "user", "capabilities"),
+)
 PAGE = 4096
 
 
@@ -111,3 +122,49 @@ def test_the_change_itself_is_seen(what: str, tmp_path: Path) -> None:
         resources = [file.resource for file in checkpoint.files.values()]
         sizes = {each.size for each in resources if isinstance(each, RegularFile) and "/mapped" in each.path}
         assert sizes == {3 * PAGE}
+
+
+def shown(pid: int) -> dict[str, object]:
+    """What /proc says of a process and a move does not change."""
+    status = proc.status(proc.read(pid, "status"))
+    return {
+        "directory": os.readlink(f"/proc/{pid}/cwd"),
+        "descriptors and mappings": moving.look(pid),
+        "limits": proc.read(pid, "limits"),
+        "status": [
+            *(status.comm, status.uid, status.gid, status.groups, status.umask, status.sig_blocked),
+            *(status.sig_ignored, status.sig_caught, status.cap_bounding, status.no_new_privs),
+        ],
+    }
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_changes_meanwhile_arrives(tmp_path: Path) -> None:
+    """Through a whole move, whose last look was before all of it."""
+    require_root()
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    for fifo in (ready, go):
+        os.mkfifo(fifo)
+    with told(tmp_path) as it, listening("receive", "--once", "--json") as (receiver, target):
+        before = shown(it.pid)
+        command = [sys.executable, "-m", "tests.live.held_up", ready, go, "migrate", it.pid, target, "--json"]
+        with started(list(map(str, command))) as migrate:
+            assert ready.read_text() == "ready\n"
+            for what in MEANWHILE:
+                change(it, tmp_path, what)
+            after = shown(it.pid)
+            go.write_text("")
+            report = json.loads(migrate.communicate(timeout=30)[0])
+        with killed_at_the_end(report["root_pid"]):
+            assert before != after == shown(report["root_pid"])
+            change(it, tmp_path, "unmap")  # and it lives
+            assert receiver.wait(20) == 0
