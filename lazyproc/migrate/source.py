@@ -291,7 +291,7 @@ def hand_over(
         frozen_at = time.monotonic()
         dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close, steps))
         checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
-        control.send(Images(description(checkpoint, pages, steps)))
+        control.send(Images(description(checkpoint, pages, steps, before.written)))
         steps.done("send")
         # From here on the other side builds, and there is time.
         listener(StateChanged("frozen", frozen_at))
