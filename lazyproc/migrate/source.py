@@ -321,7 +321,7 @@ def hand_over(
             hang_up(dump.given_up)
             figures = {"frozen_ms": frozen_ms, "blackout_ms": steps.total_ms, "steps_ms": steps.ms()}
             figures["remote_pid"] = running.get("root_pid")
-            journal.note("running", listener, figures)
+            journal.note("running", listener, figures, durable=True)
             with _releaser(order.release, held, server, journal, listener, traced=True) as releaser:
                 drained = serving.until_drained(releaser)
         report = report_of(journal.facts, drained, server, chain)
@@ -379,7 +379,7 @@ def _parked(
     """
     processes = parking(tree)
     held = holding_of(dump, processes)
-    # For whoever comes after us. Not for a host without power: the tree goes with it, whatever the disk has.
+    # For whoever comes after us. Not yet for a host without power: the tree goes with it, whatever the disk has.
     facts = {"held": to_facts(held), "root_vpid": dump.checkpoint.root.vpid, "frozen_at": frozen_at}
     journal.write("parked", durable=False, **facts)
     sent = Event()
