@@ -143,10 +143,15 @@ class Arrival:
         source = BundledPages(images.pop(NAME, b""), RemotePages(self._link.urgent, {}))
         checkpoint = from_images(images)
         users = self._users(checkpoint)
-        ledger = pager.ledger if wishes.lazy else None
         pidns, cgroup = self._terms.pidns, self._terms.cgroup
         with built_tree(
-            checkpoint, source, self._listener, ledger=ledger, pidns=pidns, cgroup=cgroup, users=users
+            checkpoint,
+            source,
+            self._listener,
+            pager=pager if wishes.lazy else None,
+            pidns=pidns,
+            cgroup=cgroup,
+            users=users,
         ) as tree:
             introduce(pager, tree, self._listener)
             remains = tree.lazy_tree()

@@ -80,9 +80,9 @@ def keep_on(record: Record, supply: Supply, listener: Listener) -> Mapping[str, 
         unplug()
         client = Client(theirs)
         try:
-            ledger, userfaultfds = anchors(tree.tasks)
-            rebind(ledger, userfaultfds)
-            facts = {**record.facts, "ledger": ledger, "connections": [], "supply": supply.facts()}
+            kept = anchors(tree)
+            rebind(kept.ledger, kept.cradle, kept.userfaultfds)
+            facts = {**record.facts, "ledger": kept.ledger, "connections": [], "supply": supply.facts()}
             journal = Journal(record.session, DESTINATION, facts)
             journal.write(record.state, durable=False)
             session = Session(record.session, str(record.facts["token"]))
@@ -299,7 +299,7 @@ class Keeper:
         self._connections = []
 
     def _supplied(self, request: Request) -> None:
-        """Pages come from elsewhere from now on. A forked child has no anchor, so one of us always lives meanwhile."""
+        """Pages come from elsewhere from now on. One of us always lives meanwhile, and has all descriptors."""
         try:
             asker = Client(request.take_socket())
         except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from lazyproc.pages import PageSource
 from lazyproc.restore.site import Site
 from lazyproc.runs import Extents
 from lazyproc.uffd.device import Outcome, Userfaultfd
+from lazyproc.uffd.pager import Pager
 
 O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 ABOVE_TRANSPORT = 3  # see the nursery's start: it uses two numbers above its socket
@@ -85,14 +86,14 @@ def lazy_ranges(checkpoint: Checkpoint) -> Iterator[LazyRange]:
 
 
 def register(
-    sites: Mapping[int, Site], checkpoint: Checkpoint, ledger: int, stack: ExitStack
+    sites: Mapping[int, Site], checkpoint: Checkpoint, pager: Pager, stack: ExitStack
 ) -> tuple[dict[int, int], tuple[LazyRange, ...]]:
     """A userfaultfd in every task that has lazy ranges, shared with us and registered. Ours is closed by `stack`.
 
     The task keeps its own as an *anchor*, on a number out of the program's way: when the last reference to a
     userfaultfd goes, missing pages read as zeros. So they wait as long as the process lives, whatever becomes of us.
-    With it goes the pager's `ledger`, which tells whoever completes the tree then what never came from what was
-    dropped. The task may only read it.
+    With it go the pager's ledger, which tells whoever completes the tree then what never came from what was dropped and
+    which the task may only read, and the pager's cradle, which is to the children that it forks what this is to itself.
     """
     ranges = tuple(lazy_ranges(checkpoint))
     userfaultfds = {}
@@ -100,11 +101,10 @@ def register(
         mine = [r for r in ranges if r.vpid == vpid]
         if not mine:
             continue
-        (theirs,) = site.run(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)))
-        site.anchor = _out_of_the_way(site, theirs)
-        with _readable(ledger) as own:
-            (copy,) = site.receive([own])
-        site.ledger = _out_of_the_way(site, copy)
+        theirs = site.run(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)))
+        with _readable(pager.ledger) as ledger:
+            theirs += site.receive([ledger, pager.cradle])
+        site.anchor, site.ledger, site.cradle = _out_of_the_way(site, theirs)
         fd = userfaultfds[vpid] = pidfd_getfd(site.pidfd, site.anchor)
         stack.callback(os.close, fd)
         device = Userfaultfd.from_fd(fd)
@@ -114,12 +114,11 @@ def register(
     return userfaultfds, ranges
 
 
-def _out_of_the_way(site: Site, fd: int) -> int:
-    """The number of a task's descriptor after it was moved above all that the program uses."""
+def _out_of_the_way(site: Site, fds: Sequence[int]) -> Sequence[int]:
+    """The numbers of a task's descriptors after they were moved above all that the program uses."""
     lowest = site.transport_fd + ABOVE_TRANSPORT
-    (moved,) = site.run(Call("fcntl", (fd, fcntl.F_DUPFD_CLOEXEC, lowest)))
-    site.run(Call("close", (fd,)))
-    return moved
+    moved = [Call("fcntl", (fd, fcntl.F_DUPFD_CLOEXEC, lowest)) for fd in fds]
+    return site.run(*moved, *(Call("close", (fd,)) for fd in fds))[: len(fds)]
 
 
 @contextmanager

@@ -145,8 +145,7 @@ def restore(
         start_recording = stack.enter_context(_recording(files, listener)) if files else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
         pager = stack.enter_context(Pager(trace=bool(files))) if lazy else None
-        ledger = pager.ledger if pager else None
-        with built_tree(checkpoint, source, listener, ledger=ledger, pidns=pidns, cgroup=cgroup) as tree:
+        with built_tree(checkpoint, source, listener, pager=pager, pidns=pidns, cgroup=cgroup) as tree:
             stack.callback(remove, tree.groups)  # in case it ends before us
             if pager is not None:
                 introduce(pager, tree, listener)

@@ -36,6 +36,7 @@ from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
 from lazyproc.restore.users import Users
 from lazyproc.uffd.device import demand_for_tasks
+from lazyproc.uffd.pager import Pager
 
 Pidns = Literal["auto", "host", "new"]
 
@@ -70,11 +71,12 @@ class BuiltTree:
             root_vpid=self.checkpoint.root.vpid,
             nursery_pid=self.nursery.pid,
             tasks=tuple(
-                LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger)
+                LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger, site.cradle)
                 for site in anchored
             ),
             huge=tuple((self.sites[r.vpid].pid, r.addr, r.length) for r in self.lazy if r.huge),
             groups=tuple(self.groups),
+            cradle=_inode(anchored[0].pid, anchored[0].cradle) if anchored else 0,
         )
 
     def outlive_us(self) -> None:
@@ -107,6 +109,10 @@ class BuiltTree:
 
     def _tracees(self) -> list[ptrace.Tracee]:
         return [tracee for site in self.sites.values() for tracee in site.threads.values()]
+
+
+def _inode(pid: int, fd: int) -> int:
+    return os.stat(f"/proc/{pid}/fd/{fd}").st_ino
 
 
 def _started(pid: int) -> int:
@@ -142,29 +148,30 @@ def built_tree(
     source: PageSource,
     listener: Listener,
     *,
-    ledger: int | None,
+    pager: Pager | None,
     pidns: Pidns,
     cgroup: str | None = None,
     users: Users | None = None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
-    `source` gives the pages that have to be there at once: all of them, unless a pager, whose `ledger` this is, brings
-    the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Its files are
-    opened with the rights of `users`, otherwise with ours. Raises RestoreError naming the step, PidTaken in pid
-    namespace "host", ImageError, UsageError for `cgroup`, and whatever the kernel refuses.
+    `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told
+    of them by `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as
+    in /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. Raises RestoreError
+    naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and whatever the kernel
+    refuses.
     """
-    if ledger is not None:
+    if pager is not None:
         demand_for_tasks()
-    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=ledger is not None), listener)
+    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=pager is not None), listener)
     new = pidns == "new" or (pidns == "auto" and needs_new_pidns(checkpoint))
     with ExitStack() as stack:
         try:
-            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, new, cgroup, users))
+            tree = stack.enter_context(_built(checkpoint, source, listener, pager, new, cgroup, users))
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
-            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, True, cgroup, users))
+            tree = stack.enter_context(_built(checkpoint, source, listener, pager, True, cgroup, users))
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -191,7 +198,7 @@ def _built(
     checkpoint: Checkpoint,
     source: PageSource,
     listener: Listener,
-    ledger: int | None,
+    pager: Pager | None,
     new_pidns: bool,
     cgroup: str | None,
     users: Users | None,
@@ -225,11 +232,11 @@ def _built(
                 memory.map_all(site, checkpoint, files, shared)
             objects.mark_removed(checkpoint)
             clock.done("memory map")
-            if ledger is None:
+            if pager is None:
                 userfaultfds: dict[int, int] = {}
                 ranges: tuple[pages.LazyRange, ...] = ()
             else:
-                userfaultfds, ranges = pages.register(sites, checkpoint, ledger, stack)
+                userfaultfds, ranges = pages.register(sites, checkpoint, pager, stack)
             pages.fill(sites, checkpoint, source, userfaultfds, shared)
             seal_memfds(checkpoint, shared)
             clock.done("eager pages")

@@ -1,5 +1,6 @@
 /* The fault thread: reads what processes do to their lazy memory and answers faults on demand. */
 #define _GNU_SOURCE
+#include "_children.h"
 #include "_engine.h"
 #include "_shadow.h"
 
@@ -19,9 +20,9 @@
 
 /* --- messages ---------------------------------------------------------------------------------------------------- */
 
-static int on_fork(struct pager *p, uint32_t parent, int uffd)
+static int on_fork(struct pager *p, uint32_t parent, const struct uffd_msg *msg)
 {
-    int child = ledger_fork(&p->ledger, parent, uffd);
+    int child = ledger_fork(&p->ledger, parent, (int)msg->arg.fork.ufd, child_of(msg));
 
     return child < 0 ? child : watch_space(p, (uint32_t)child);
 }
@@ -66,7 +67,7 @@ static int on_message(struct pager *p, uint32_t space, const struct uffd_msg *ms
     p->changes++;
     switch (msg->event) {
     case UFFD_EVENT_FORK:
-        return on_fork(p, space, (int)msg->arg.fork.ufd);
+        return on_fork(p, space, msg);
     case UFFD_EVENT_REMAP:
         error = ledger_remap(&p->ledger, space, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
         forget_calls(p, space, msg->arg.remap.to, msg->arg.remap.to + msg->arg.remap.len);
@@ -87,6 +88,7 @@ int apply_messages(struct pager *p, uint32_t count)
     struct ledger_head *head = p->ledger.head;
     uint64_t now = now_ns();
 
+    children_keep(&p->ledger, count);
     for (uint32_t i = 0; i < count; i++) {
         int error;
 

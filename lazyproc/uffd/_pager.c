@@ -15,6 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "_children.h"
+#include "_cradle.h"
 #include "_engine.h"
 #include "_shadow.h"
 #include "crc32c.h"
@@ -129,6 +131,12 @@ static int take_over(struct pager *p)
     return 0;
 }
 
+static int new_cradle(struct ledger_head *head)
+{
+    head->cradle = cradle_open();
+    return head->cradle < 0 ? head->cradle : 0;
+}
+
 int pager_new(int ledger_fd, bool trace, struct pager **result)
 {
     struct pager *p;
@@ -154,8 +162,8 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
         error = link_init(&p->urgent);
     if (!error)
         error = link_init(&p->bulk);
-    if (!error && ledger_fd >= 0)
-        error = take_over(p);
+    if (!error)
+        error = ledger_fd < 0 ? new_cradle(p->ledger.head) : take_over(p);
     if (error)
         pager_free(p);
     else
@@ -163,15 +171,7 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
     return error;
 }
 
-/* What was read of a fork and not applied names a descriptor that has gone with its table. */
-static void forget_forks(struct ledger_head *head)
-{
-    for (uint32_t i = 0; i < LEDGER_MESSAGES; i++)
-        if (head->messages[i].event == UFFD_EVENT_FORK)
-            head->messages[i].event = 0;
-}
-
-int pager_rebind(int ledger_fd, const int *uffds, size_t count)
+int pager_rebind(int ledger_fd, int cradle, const int *uffds, size_t count)
 {
     struct ledger ledger;
     int error = ledger_open(&ledger, ledger_fd);
@@ -179,14 +179,11 @@ int pager_rebind(int ledger_fd, const int *uffds, size_t count)
     if (error)
         return error;
     shadow_recover(&ledger);
-    forget_forks(ledger.head);
-    for (uint32_t s = 0; s < ledger.head->spaces; s++) {
-        if (s < count && uffds[s] >= 0)
-            ledger.spaces[s].uffd = uffds[s];
-        else if (ledger.spaces[s].live)
-            ledger_retire(&ledger, s);
-    }
-    if (ledger.head->removal_count) {
+    for (uint32_t s = 0; s < ledger.head->spaces; s++)
+        if (!ledger.spaces[s].child)
+            ledger.spaces[s].uffd = s < count ? uffds[s] : -1;
+    error = children_take_back(&ledger, cradle);
+    if (!error && ledger.head->removal_count) {
         int opened = removals_open(ledger.head->removal_fds, LEDGER_REMOVALS);
 
         error = opened < 0 ? opened : 0;
@@ -245,6 +242,11 @@ void pager_free(struct pager *p)
 int pager_ledger_fd(const struct pager *p)
 {
     return p->ledger.fd;
+}
+
+int pager_cradle(const struct pager *p)
+{
+    return p->ledger.head->cradle;
 }
 
 /* --- tables ------------------------------------------------------------------------------------------------------ */

@@ -54,12 +54,13 @@ struct pager_fault {
 
 /* ledger_fd < 0: a new ledger; else goes on with that one, whose pager must have ended. */
 int pager_new(int ledger_fd, bool trace, struct pager **result);
-/* The userfaultfds of a ledger whose processes are all gone, by the order in which they were added: those of children
- * that were forked since are lost. Before pager_new. */
-int pager_rebind(int ledger_fd, const int *uffds, size_t count);
+/* The userfaultfds of a ledger whose pagers are all gone, by the order in which they were added; those of children that
+ * were forked since lie in the cradle. Before pager_new. */
+int pager_rebind(int ledger_fd, int cradle, const int *uffds, size_t count);
 int64_t pager_remaining(int ledger_fd); /* pages that still wait; the descriptor may be for reading only */
 void pager_free(struct pager *p); /* stops; closes no userfaultfd */
 int pager_ledger_fd(const struct pager *p);
+int pager_cradle(const struct pager *p); /* for each process to hold, before it runs: _cradle.h */
 
 /* Owns uffd until pager_spaces after a stop hands it back. vpid 0: not known, as of a forked child; its first fault's
  * tid is taken for it. pid is ours of the same process, 0: not known. */

@@ -129,11 +129,13 @@ def _table(kind: str, rows: array[int]) -> tuple[Any, int]:
     return table, len(table)
 
 
-def rebind(ledger: int, userfaultfds: Sequence[int]) -> None:
+def rebind(ledger: int, cradle: int, userfaultfds: Sequence[int]) -> None:
     """Give a ledger, whose pagers are gone with their descriptor table, the userfaultfds of its processes anew, in the
-    order in which they were added (-1: that process has ended). Before a Pager takes it over.
+    order in which they were added (-1: that process has ended), and those of forked children, which the cradle has.
+    Before a Pager takes it over.
     """
-    _check(lib.pager_rebind(ledger, ffi.new("int[]", list(userfaultfds)), len(userfaultfds)), "ledger")
+    fds = ffi.new("int[]", list(userfaultfds))
+    _check(lib.pager_rebind(ledger, cradle, fds, len(userfaultfds)), "ledger")
 
 
 def demand_removals() -> None:
@@ -360,6 +362,13 @@ class Pager:
     def ledger(self) -> int:
         """The descriptor of the memfd with all tables, for a guard to keep."""
         return int(lib.pager_ledger_fd(self._pager))
+
+    @property
+    def cradle(self) -> int:
+        """The descriptor of a socket that keeps the userfaultfds of forked children (_cradle.h). Every process has to
+        hold it before it runs.
+        """
+        return int(lib.pager_cradle(self._pager))
 
     # --- the end ---
 
