@@ -22,6 +22,7 @@ from lazyproc.uffd.policy import Policy
 from lazyproc.uffd.recorder import Recorder
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import (
+    PACKS,
     Abort,
     Ack,
     Committed,
@@ -103,7 +104,8 @@ class Drain:
         self.reason = ""
         self._pulse = Pulse(link.control)
         self._pager.forget_acknowledged()
-        self._pager.serve_remote(link.urgent.detach(), link.bulk.detach())
+        packs = link.bulk.peer_revision >= PACKS
+        self._pager.serve_remote(link.urgent.detach(), link.bulk.detach(), packs=packs)
         if self.report is not None:
             self._send(Drained(self.report))
 
@@ -220,6 +222,6 @@ class Drain:
 def report_of(counters: Counters, *, ended: bool) -> Mapping[str, JsonValue]:
     """What DRAINED says, in the words of MigrateReport."""
     faults: dict[str, JsonValue] = asdict(counters.fault_us)
-    names = ("total", "zero", "eager", "urgent", "bulk", "dropped", "poisoned")
+    names = ("total", "zero", "eager", "urgent", "bulk", "packed", "dropped", "poisoned")
     pages: dict[str, JsonValue] = {f"pages_{name}": getattr(counters, name) for name in names}
     return {**pages, "fault_us": faults, "ended": ended}

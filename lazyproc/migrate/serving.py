@@ -206,6 +206,7 @@ def report_of(
         pages_eager=number_in(drained, "pages_eager"),
         pages_urgent=number_in(drained, "pages_urgent"),
         pages_bulk=number_in(drained, "pages_bulk"),
+        pages_packed=number_in(drained, "pages_packed"),
         pages_dropped=number_in(drained, "pages_dropped"),
         pages_poisoned=number_in(drained, "pages_poisoned"),
     )

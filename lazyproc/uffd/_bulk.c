@@ -198,6 +198,9 @@ static void take_answers(struct pager *p)
         return;
     while (result >= 0 && !atomic_load(&p->stopping) && (result = link_next(&p->bulk, &a)) > 0) {
         p->bulk_pages -= a.pages;
+        if (a.packed)
+            __atomic_fetch_add(&p->ledger.head->packed, a.pages, __ATOMIC_RELAXED);
+        packing_note(&p->packing, now, a.request.packed, a.pages, a.bytes);
         if (a.kind == ANSWER_DATA && a.pages == a.request.count)
             asked = a.request.asked_ns;
         on_answer(p, &a);
@@ -223,6 +226,7 @@ static void renew_link(struct pager *p)
     link_connect(&p->bulk, p->next_bulk);
     p->next_bulk = -1;
     p->bulk_pages = 0;
+    packing_init(&p->packing, p->next_packs && link_can_unpack(&p->bulk));
     p->bulk_generation = p->generation;
 }
 
@@ -242,13 +246,14 @@ static enum next plan_turn(struct pager *p, struct piece *local)
         return NEXT_END;
     for (int i = 0; i < ASK_AT_ONCE && p->rate_free_ns <= now; i++) {
         struct quota quota = pace_quota(&p->pace, now, atomic_load(&p->urgent_outstanding));
+        uint64_t bytes = p->packing.wire_bytes, pages = min_u64(quota.pages * PAGE_SIZE / bytes, LINK_MAX_PAGES);
         struct piece piece = {.as = CLASS_NONE};
 
-        if (p->has_remote && (p->bulk_pages + quota.pages) * PAGE_SIZE > quota.window)
+        if (p->has_remote && (p->bulk_pages + pages) * bytes > quota.window)
             return NEXT_WAIT;
         if (p->has_remote && !p->online)
             return NEXT_WAIT;
-        found = next_piece(p, p->has_remote ? quota.pages : PIECE_PAGES, &piece);
+        found = next_piece(p, p->has_remote ? pages : PIECE_PAGES, &piece);
         if (found <= 0)
             break;
         charge(p, piece.pages * PAGE_SIZE, now);
@@ -265,7 +270,7 @@ static enum next plan_turn(struct pager *p, struct piece *local)
         ledger_mark(&p->ledger, piece.primary, piece.addr, piece.pages, PAGE_ASKED_BULK, PAGE_ASKED_BULK);
         p->bulk_pages += piece.pages;
         if (link_ask(&p->bulk, piece.primary, p->ledger.instances[piece.primary].object, piece.addr,
-                     (uint32_t)piece.pages, now))
+                     (uint32_t)piece.pages, p->packing.packed, now))
             failed(p, "no memory for requests", -ENOMEM);
     }
     if (found == 0 && p->bulk_pages == 0) {

@@ -14,6 +14,7 @@
 #include "_ledger.h"
 #include "_link.h"
 #include "_pace.h"
+#include "_packing.h"
 #include "_pager.h"
 #include "_removals.h"
 
@@ -105,6 +106,7 @@ struct pager {
     uint32_t generation; /* of the pair of connections */
     uint64_t reconnects;
     bool poisons; /* what neither a segment nor a connection brings */
+    bool next_packs;            /* the source of the pair that is given can compress, perhaps */
     int next_urgent, next_bulk; /* given and not yet taken up by their thread, or -1 */
     struct link urgent;         /* the fault thread's */
     uint32_t urgent_generation;
@@ -122,6 +124,7 @@ struct pager {
 
     atomic_uint urgent_outstanding;
     struct pace pace;
+    struct packing packing; /* the bulk thread's */
 };
 
 static inline uint64_t min_u64(uint64_t a, uint64_t b)

@@ -169,7 +169,7 @@ static int await_page(struct pager *p, struct fault *f, enum page_state state)
         return 0;
     ledger_mark(&p->ledger, primary, f->addr, 1, PAGE_ASKED_URGENT, PAGE_ASKED_URGENT);
     atomic_fetch_add(&p->urgent_outstanding, 1);
-    return link_ask(&p->urgent, primary, object, f->addr, 1, f->queued_ns);
+    return link_ask(&p->urgent, primary, object, f->addr, 1, false, f->queued_ns);
 }
 
 /* What no region covers is a grown stack, or memory that mremap(2) left behind or added: zero. */

@@ -113,6 +113,7 @@ struct ledger_head {
     uint64_t counted[CLASS_COUNT];
     uint64_t outcomes[CLASS_COUNT][OUTCOME_COUNT];
     uint64_t faults;
+    uint64_t packed; /* pages that came compressed */
     uint64_t fault_max_ns;
     uint64_t fault_ns[LEDGER_BUCKETS]; /* log-linear: 16 buckets to the octave */
     uint64_t traced;                   /* records ever written */

@@ -20,6 +20,7 @@
 #include "_engine.h"
 #include "_shadow.h"
 #include "crc32c.h"
+#include "zstd.h"
 
 #define MAP_SLICE 65536u /* pages of the map that are applied before the lock is let go */
 
@@ -154,6 +155,7 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
     p->urgent.fd = p->bulk.fd = -1;
     p->traced = trace;
     pace_init(&p->pace);
+    packing_init(&p->packing, false);
     p->owner = getpid();
     error = ledger_open(&p->ledger, ledger_fd);
     if (!error)
@@ -423,13 +425,14 @@ const uint8_t *local_pages(const struct pager *p, uint64_t object, uint64_t addr
 
 /* --- remote pages ------------------------------------------------------------------------------------------------ */
 
-int pager_set_remote(struct pager *p, int urgent, int bulk)
+int pager_set_remote(struct pager *p, int urgent, int bulk, bool packs)
 {
     pthread_mutex_lock(&p->lock);
     close_if_open(p->next_urgent);
     close_if_open(p->next_bulk);
     p->next_urgent = urgent;
     p->next_bulk = bulk;
+    p->next_packs = packs;
     p->reconnects += p->has_remote;
     p->has_remote = true;
     p->online = true;
@@ -696,6 +699,7 @@ void pager_counters(struct pager *p, struct pager_counters *c)
         memcpy(c->outcomes[i], head->outcomes[classes[i]], sizeof(c->outcomes[i]));
     c->bytes_in = atomic_load(&p->urgent.bytes_in) + atomic_load(&p->bulk.bytes_in);
     c->bytes_out = atomic_load(&p->urgent.bytes_out) + atomic_load(&p->bulk.bytes_out);
+    c->packed = __atomic_load_n(&head->packed, __ATOMIC_RELAXED);
     c->reconnects = p->reconnects;
     c->faults = head->faults;
     c->fault_max_ns = head->fault_max_ns;
@@ -726,6 +730,15 @@ size_t pager_trace(const struct pager *p, uint64_t *next, uint64_t *lost, struct
     *lost += oldest - *next;
     *next = end;
     return end - oldest;
+}
+
+bool pager_has_zstd(void)
+{
+    struct zstd zstd;
+    bool found = zstd_load(&zstd);
+
+    zstd_unload(&zstd);
+    return found;
 }
 
 uint32_t pager_crc32c(const void *pages, size_t count)

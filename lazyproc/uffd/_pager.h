@@ -40,7 +40,7 @@ struct pager_counters {
     uint64_t total, zero, eager, urgent, bulk, dropped, poisoned; /* pages of the map; at the end total is the sum */
     uint64_t remaining;                                           /* pages of all processes, forked ones included */
     uint64_t outcomes[3][4];                            /* zero, urgent, bulk x installed, present, deferred, gone */
-    uint64_t bytes_in, bytes_out, reconnects;
+    uint64_t bytes_in, bytes_out, packed, reconnects; /* packed: pages that came compressed */
     uint64_t faults, fault_max_ns;
     uint64_t fault_ns[1024]; /* log-linear, 16 buckets to the octave, 0 to 15 ns one each */
 };
@@ -76,7 +76,8 @@ int pager_watch_removals(struct pager *p);
 int pager_note_removal(struct pager *p, uint32_t pid, uint32_t tid, uint64_t start, uint64_t length);
 
 int pager_set_segments(struct pager *p, const struct pager_segment *sorted, size_t count); /* before start */
-int pager_set_remote(struct pager *p, int urgent, int bulk);                               /* owns both sockets */
+/* Owns both sockets. `packs`: bulk may be asked for compressed, where that is faster (_packing.h). */
+int pager_set_remote(struct pager *p, int urgent, int bulk, bool packs);
 int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count);
 int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count);
 
@@ -109,6 +110,7 @@ int pager_finish(struct pager *p);    /* the same, then pager_abandon */
 void pager_abandon(struct pager *p); /* stops, closes the userfaultfds and what watches: what is missing reads as zeros */
 
 int pager_collapse(int pidfd, uint64_t start, uint64_t length); /* process_madvise(MADV_COLLAPSE) */
+bool pager_has_zstd(void);
 uint32_t pager_crc32c(const void *pages, size_t count);         /* as the page protocol has it */
 
 #endif

@@ -53,7 +53,8 @@ class Counters:
     """A reading of the pager's counters, in pages unless named otherwise.
 
     Each page counts once: at the end `total == zero + eager + urgent + bulk + dropped + poisoned`. `remaining` are the
-    pages that still wait, those of forked children included. `outcomes[class][outcome]` counts what the kernel said.
+    pages that still wait, those of forked children included, `packed` those that came compressed.
+    `outcomes[class][outcome]` counts what the kernel said.
     """
 
     total: int
@@ -67,6 +68,7 @@ class Counters:
     outcomes: Mapping[str, Mapping[Outcome, int]]
     bytes_in: int
     bytes_out: int
+    packed: int
     reconnects: int
     fault_us: FaultTimes
 
@@ -145,6 +147,12 @@ def demand_removals() -> None:
         pager.watch_removals()
     finally:
         pager.abandon()
+
+
+def demand_zstd() -> None:
+    """Raises OSError (ENOENT) when there is no libzstd to compress pages with."""
+    if not lib.pager_has_zstd():
+        raise OSError(errno.ENOENT, "there is no libzstd.so.1")
 
 
 def remaining(ledger: int) -> int:
@@ -233,12 +241,13 @@ class Pager:
         if result < 0:
             raise UsageError(f"the segments cannot be served: {os.strerror(-result)}", where="pager")
 
-    def serve_remote(self, urgent: int, bulk: int) -> None:
-        """Two connected stream sockets to a page server, which belong to the pager from now on.
+    def serve_remote(self, urgent: int, bulk: int, *, packs: bool = False) -> None:
+        """Two connected stream sockets to a page server, which belong to the pager from now on. One that `packs` is
+        asked for compressed pages in bulk where these come faster, and where there is a libzstd here.
 
         Also after the source was lost: everything that was under way is asked for again.
         """
-        lib.pager_set_remote(self._pager, urgent, bulk)
+        lib.pager_set_remote(self._pager, urgent, bulk, packs)
 
     def plan(self, chunks: Iterable[Chunk]) -> None:
         """The order of the bulk transfer, from now on; what it leaves out comes last."""
@@ -339,6 +348,7 @@ class Pager:
             },
             bytes_in=int(raw.bytes_in),
             bytes_out=int(raw.bytes_out),
+            packed=int(raw.packed),
             reconnects=int(raw.reconnects),
             fault_us=_fault_times(raw),
         )
