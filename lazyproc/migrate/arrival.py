@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
-from lazyproc.events import Listener, Note, StateChanged
+from lazyproc.events import Later, Listener, Note, StateChanged, StepClock
 from lazyproc.facts import asdict, dataclass
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
@@ -37,6 +37,7 @@ from lazyproc.wire.native import Abort, Built, Commit, Committed, Images, Prepar
 
 PREPARE_S = 60.0
 FREEZE_S = 60.0
+STEP = "restore: "  # begins the names of all steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,27 +137,50 @@ class Arrival:
             raise
 
     def _begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
-        control = self._link.control
         wishes = self._prepare()
-        images = unpack(expect(control, Images, FREEZE_S).data)
+        data = expect(self._link.control, Images, FREEZE_S).data
+        later = Later(self._listener)
+        clock = StepClock(later, STEP, self._link.control.began)
+        clock.done("receive")
+        try:
+            return self._build(data, wishes, pager, serve, later, clock)
+        finally:
+            later.tell()
+
+    def _build(
+        self,
+        data: bytes,
+        wishes: Wishes,
+        pager: Pager,
+        serve: Callable[[], None],
+        later: Later,
+        clock: StepClock,
+    ) -> LazyTree:
+        """All that is done while the tree stands still at its source."""
+        images = unpack(data)
         self.described = True
         source = BundledPages(images.pop(NAME, b""), RemotePages(self._link.urgent, {}))
         checkpoint = from_images(images)
+        clock.done("decode")
         users = self._users(checkpoint)
         ledger = pager.ledger if wishes.lazy else None
         pidns, cgroup = self._terms.pidns, self._terms.cgroup
         with built_tree(
-            checkpoint, source, self._listener, ledger=ledger, pidns=pidns, cgroup=cgroup, users=users
+            checkpoint, source, later, ledger=ledger, pidns=pidns, cgroup=cgroup, users=users
         ) as tree:
-            introduce(pager, tree, self._listener)
+            clock = StepClock(later, STEP)
+            introduce(pager, tree, later)
             remains = tree.lazy_tree()
+            clock.done("tables")
             facts = {"tree": to_facts(remains), "wishes": wishes.fields(), "ledger": pager.ledger}
-            self._commit(tree, facts, lambda: identity(checkpoint, source))
+            self._commit(tree, facts, lambda: identity(checkpoint, source), clock)
             serve()
             self._release(tree)
+            clock.done("release")
+            steps: dict[str, JsonValue] = {**later.steps_ms(STEP)}
             with suppress(ConnectionLost):  # whoever drains notices
-                control.send(Running({"root_pid": tree.root_pid}))
-            self._listener(StateChanged("running", time.monotonic()))
+                self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": steps}))
+            later(StateChanged("running", time.monotonic()))
             self._announce(flows_to_hold(checkpoint))
         return remains
 
@@ -216,16 +240,21 @@ class Arrival:
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
-    def _commit(self, tree: BuiltTree, facts: Mapping[str, Any], identity: Callable[[], object]) -> None:
+    def _commit(
+        self, tree: BuiltTree, facts: Mapping[str, Any], identity: Callable[[], object], clock: StepClock
+    ) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
         """
         control = self._link.control
         control.send(Built())
         whose = identity()  # while the answer is on its way
+        clock.done("identity")
         expect(control, Commit, FREEZE_S)
+        clock.done("wait for commit")
         self._settle()
         self._journal.write(COMMITTED, **facts, identity=whose)
+        clock.done("durable")
         # Before it may run: who finds COMMITTED knows that it never did (docs/adr/0010).
         self._journal.write("running", durable=False)
         self.committed = True
@@ -234,3 +263,4 @@ class Arrival:
         self._listener(StateChanged("committed", time.monotonic()))
         with suppress(ConnectionLost):
             control.send(Committed())
+        clock.done("committed")

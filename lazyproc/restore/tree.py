@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 from lazyproc.errors import NoSuchProcess, PidTaken, RestoreError
-from lazyproc.events import Listener, Note, StepDone
+from lazyproc.events import Listener, Note, StepClock
 from lazyproc.facts import dataclass, field, replace
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
@@ -197,7 +197,7 @@ def _built(
     users: Users | None,
 ) -> Iterator[BuiltTree]:
     with ExitStack() as stack:
-        clock = _StepClock(listener)
+        clock = StepClock(listener, "restore: ")
         birth, groups = stack.enter_context(
             nursery_in_group(
                 cgroup,
@@ -279,19 +279,6 @@ def files_and_objects(
         with make_sockets(checkpoint, files, root=root, sites=sites) as sockets:
             add_orphans(checkpoint, files)
             yield files, shared, sockets
-
-
-class _StepClock:
-    """Says how long each step took."""
-
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
-        self._last = time.monotonic()
-
-    def done(self, name: str) -> None:
-        now = time.monotonic()
-        self._listener(StepDone(f"restore: {name}", now, now - self._last))
-        self._last = now
 
 
 def _free_number(checkpoint: Checkpoint) -> int:
