@@ -346,24 +346,6 @@ long lp_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t required, ui
 	return got < 0 ? -errno : got;
 }
 
-static int write_text(const char *path, const char *text)
-{
-	size_t length = strlen(text);
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	ssize_t got;
-
-	if (fd < 0)
-		return -errno;
-	got = write(fd, text, length);
-	if (got != (ssize_t)length) {
-		int err = got < 0 ? -errno : -EIO;
-
-		close(fd);
-		return err;
-	}
-	return close(fd) < 0 ? -errno : 0;
-}
-
 /* From now on `keep_as` and two descriptors above it, closed by exec, are all: first out of the way of those
  * numbers, then there. `report` is kept up to date, so that an error still gets through. */
 static int arrange_descriptors(const struct lp_birth *birth, int *report)
@@ -481,8 +463,6 @@ static int middle(void *argument)
 		err = -errno;
 	if (err == 0 && birth->namespaces && unshare((int)birth->namespaces) < 0)
 		err = -errno;
-	if (err == 0 && birth->timens_offsets)
-		err = write_text("/proc/self/timens_offsets", birth->timens_offsets);
 	if (err < 0)
 		report_and_exit(report, err);
 	pid = clone_sibling(birth->cgroup);
@@ -499,8 +479,7 @@ static int middle(void *argument)
 }
 
 /* The caller sleeps until the middle process has gone, so for that its page tables need not be copied. No handler may
- * run there meanwhile: it would be the caller's, in the caller's memory. The nursery is forked: a child that shares
- * memory does not enter the new time namespace (copy_namespaces, kernel/nsproxy.c). */
+ * run there meanwhile: it would be the caller's, in the caller's memory. */
 static long start_middle(struct middle *m)
 {
 	char stack[1 << 15] __attribute__((aligned(16)));

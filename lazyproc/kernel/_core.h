@@ -44,7 +44,6 @@ struct lp_thread {
 /* How the nursery is started. */
 struct lp_birth {
 	const char *const *argv;
-	const char *timens_offsets; /* of a new time namespace, or NULL */
 	uint64_t namespaces;
 	int32_t exe_fd, keep_fd, keep_as;
 	int32_t cgroup;       /* the v2 group in which it is born, or -1 for the caller's */

@@ -18,7 +18,7 @@ struct lp_thread {
     uint64_t xsave_size;
 };
 struct lp_birth {
-    const char *const *argv; const char *timens_offsets; uint64_t namespaces;
+    const char *const *argv; uint64_t namespaces;
     int32_t exe_fd; int32_t keep_fd; int32_t keep_as;
     int32_t cgroup; int32_t tasks_count; const int32_t *tasks;
 };

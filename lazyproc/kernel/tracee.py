@@ -170,7 +170,7 @@ class Tracee:
 
     def set_xsave(self, xsave: bytes) -> None:
         """An area that ends early, of a processor with less or of CRIU's, is filled up: the kernel takes no shorter."""
-        xsave = xsave.ljust(_xsave_size(), b"\0")
+        xsave = xsave.ljust(xsave_size(), b"\0")
         iov = ffi.new("uint64_t[2]", [_address(xsave), len(xsave)])
         self._ptrace(PTRACE_SETREGSET, NT_X86_XSTATE, _address(iov))
 
@@ -208,7 +208,7 @@ class Tracee:
 
 
 @functools.cache
-def _xsave_size() -> int:
+def xsave_size() -> int:
     """Bytes of the whole NT_X86_XSTATE area here: what XCR0 enables, in the standard format."""
     return cpuid(0xD, 0)[1]
 

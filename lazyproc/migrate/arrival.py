@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
@@ -14,21 +14,23 @@ from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
-from lazyproc.migrate.answering import groups_here, heard, obstacles_here
+from lazyproc.migrate.answering import groups_here, heard, numbers_of, obstacles_here
 from lazyproc.migrate.identity import identity
 from lazyproc.migrate.journal import ARRIVING, COMMITTED, Journal, one_at_a_time
 from lazyproc.migrate.link import Link
 from lazyproc.migrate.needs import obstacles_frame
+from lazyproc.migrate.rehearsal import no_collections, rehearse
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.migrate.whom import ROOT, Whom
 from lazyproc.model import Checkpoint
 from lazyproc.needs import Wanted
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.remote import RemotePages
+from lazyproc.restore.groups import Birth
 from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import LazyTree, to_facts
 from lazyproc.restore.sockets import flows_to_hold
-from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
+from lazyproc.restore.tree import BuiltTree, Pidns, built_tree, expecting, wants_new_pidns
 from lazyproc.restore.users import Users
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
@@ -137,20 +139,20 @@ class Arrival:
             raise
 
     def _begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
-        wishes = self._prepare()
-        data = expect(self._link.control, Images, FREEZE_S).data
-        later = Later(self._listener)
-        clock = StepClock(later, STEP, self._link.control.began)
-        clock.done("receive")
-        try:
-            return self._build(data, wishes, pager, serve, later, clock)
-        finally:
-            later.tell()
+        with ExitStack() as stack:
+            wishes, birth = self._prepare(stack)
+            data = expect(self._link.control, Images, FREEZE_S).data
+            later = Later(self._listener)
+            stack.callback(later.tell)
+            clock = StepClock(later, STEP, self._link.control.began)
+            clock.done("receive")
+            return self._build(data, wishes, birth, pager, serve, later, clock)
 
     def _build(
         self,
         data: bytes,
         wishes: Wishes,
+        birth: Birth | None,
         pager: Pager,
         serve: Callable[[], None],
         later: Later,
@@ -166,7 +168,7 @@ class Arrival:
         ledger = pager.ledger if wishes.lazy else None
         pidns, cgroup = self._terms.pidns, self._terms.cgroup
         with built_tree(
-            checkpoint, source, later, ledger=ledger, pidns=pidns, cgroup=cgroup, users=users
+            checkpoint, source, later, ledger=ledger, pidns=pidns, cgroup=cgroup, users=users, birth=birth
         ) as tree:
             clock = StepClock(later, STEP)
             introduce(pager, tree, later)
@@ -217,17 +219,29 @@ class Arrival:
             else:
                 control.send(Abort({"reason": "; ".join(map(str, error.obstacles))}))
 
-    def _prepare(self) -> Wishes:
+    def _prepare(self, stack: ExitStack) -> tuple[Wishes, Birth | None]:
+        """What is asked for, and the nursery of the tree, unless its source is too old to say its numbers. Until
+        PREPARED is said the tree runs at its source; what is left to be done afterwards is a part of its blackout.
+        """
         order, wanted = heard(self._link.control, PREPARE_S)
         with one_at_a_time():
             self._admit(order, wanted)
+        rehearse(self._listener)
+        stack.enter_context(no_collections())
+        birth = stack.enter_context(self._expecting(numbers_of(wanted)))
         clock = Clock.now()
         if self._trace is not None:
             self._trace.begin(self._link.session.id, clock)
         wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
         trace: dict[str, JsonValue] = {"trace": asdict(clock)} if wishes.traced else {}
         self._link.control.send(Prepared({**trace, "release": True} if wishes.release else trace))
-        return wishes
+        return wishes, birth
+
+    def _expecting(self, numbers: list[int]) -> AbstractContextManager[Birth | None]:
+        if not numbers:
+            return nullcontext()
+        new = wants_new_pidns(self._terms.pidns, numbers)
+        return expecting(numbers[0], self._listener, new_pidns=new, cgroup=self._terms.cgroup)
 
     def _admit(self, order: Mapping[str, JsonValue], wanted: Sequence[Wanted]) -> None:
         """Raises Unfit. Whoever comes next is told what this tree is going to take."""
