@@ -176,12 +176,15 @@ class Arrival:
             clock.done("tables")
             facts = {"tree": to_facts(remains), "wishes": wishes.fields(), "ledger": pager.ledger}
             self._commit(tree, facts, lambda: identity(checkpoint, source), clock)
+            committed = StateChanged("committed", time.monotonic())
             serve()
             self._release(tree)
             clock.done("release")
             steps: dict[str, JsonValue] = {**later.steps_ms(STEP)}
             with suppress(ConnectionLost):  # whoever drains notices
+                self._link.control.send(Committed())
                 self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": steps}))
+            self._listener(committed)
             later(StateChanged("running", time.monotonic()))
             self._announce(flows_to_hold(checkpoint))
         return remains
@@ -260,21 +263,19 @@ class Arrival:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
         """
-        control = self._link.control
-        control.send(Built())
-        whose = identity()  # while the answer is on its way
-        clock.done("identity")
-        expect(control, Commit, FREEZE_S)
+        self._link.control.send(Built())
+        facts = {**facts, "identity": identity()}  # while the answer is on its way
+        committed = self._journal.draft(COMMITTED, **facts)
+        running = self._journal.draft("running", durable=False, **facts)
+        clock.done("draft")
+        expect(self._link.control, Commit, FREEZE_S)
         clock.done("wait for commit")
         self._settle()
-        self._journal.write(COMMITTED, **facts, identity=whose)
+        self._journal.publish(committed)
         clock.done("durable")
         # Before it may run: who finds COMMITTED knows that it never did (docs/adr/0010).
-        self._journal.write("running", durable=False)
+        self._journal.publish(running)
         self.committed = True
         tree.outlive_us()
         self._outlived()
-        self._listener(StateChanged("committed", time.monotonic()))
-        with suppress(ConnectionLost):
-            control.send(Committed())
-        clock.done("committed")
+        clock.done("outlive")
