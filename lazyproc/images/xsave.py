@@ -8,6 +8,7 @@ arch/x86/include/asm/fpu/types.h). CRIU keeps the components it knows by name an
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterable
 
@@ -47,19 +48,23 @@ _INTEL = (
 )
 
 
-def _layout(area: bytes) -> tuple[_Component, ...]:
+def _layout(area: bytes | bytearray) -> tuple[_Component, ...]:
     """Where the components of this area lie.
 
     CPUID leaf 0xD tells; Intel's answers are fixed and leave gaps, AMD's leave none. An area too short for
     Intel's places of what XCR0 enables is AMD's.
     """
-    enabled = int.from_bytes(area[_XCR0 : _XCR0 + 8], "little")
+    return _layout_of(int.from_bytes(area[_XCR0 : _XCR0 + 8], "little"), len(area))
+
+
+@functools.lru_cache(maxsize=16)  # all threads of a host have the same
+def _layout_of(enabled: int, length: int) -> tuple[_Component, ...]:
     held = [part for part in _INTEL if enabled >> part.bit & 1] if enabled else list(_INTEL)
-    if not held or not enabled or held[-1].offset + held[-1].size <= len(area):
-        return tuple(part for part in held if part.offset + part.size <= len(area))
+    if not held or not enabled or held[-1].offset + held[-1].size <= length:
+        return tuple(part for part in held if part.offset + part.size <= length)
     packed, at = [], _INTEL[0].offset
     for part in held:
-        if at + part.size <= len(area):
+        if at + part.size <= length:
             packed.append(replace(part, offset=at))
         at += part.size
     return tuple(packed)
@@ -88,21 +93,21 @@ def from_entry(entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra | None, n
     if extra is None or not extra.HasField("xsave_size"):
         held = [part for part in _INTEL if getattr(entry.xsave, part.field)]
         size = held[-1].offset + held[-1].size if held else _HEADER + 64
-        return _rebuild(entry, _INTEL, size, name)
+        return bytes(_rebuild(entry, _INTEL, size, name))
     if extra.xsave_size > MAX_SIZE or any(
         patch.offset + len(patch.data) > extra.xsave_size for patch in extra.xsave_patches
     ):
         raise _bad(name)
     known = bytearray(extra.xsave_size)
     _lay(known, extra.xsave_patches)
-    area = bytearray(_rebuild(entry, _layout(bytes(known)), extra.xsave_size, name))
+    area = _rebuild(entry, _layout(known), extra.xsave_size, name)
     _lay(area, extra.xsave_patches)
     return bytes(area)
 
 
 def _rebuild(
     entry: pb.user_x86_fpregs_entry, layout: Iterable[_Component], size: int, name: str = "core"
-) -> bytes:
+) -> bytearray:
     """An area of `size` bytes from CRIU's fields alone."""
     area = bytearray(max(size, _HEADER + 64))
     try:
@@ -117,7 +122,8 @@ def _rebuild(
                 struct.pack_into(f"<{part.count}{part.code}", area, part.offset, *values)
     except struct.error:
         raise _bad(name) from None
-    return bytes(area[:size])
+    del area[size:]
+    return area
 
 
 def _patches(rebuilt: bytes, area: bytes) -> Iterable[own.XsavePatch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -56,12 +57,17 @@ def arranged(checkpoint: Checkpoint, *, lazy: bool) -> Checkpoint:
 
 def _cut(extents: Extents, vmas: Sequence[Vma], lazy: bool, where: str) -> Iterator[Extents]:
     """What lies in each mapping; the work does not grow with the number of extents in it."""
-    at = 0
+    at, first, starts = 0, 0, extents.addrs
     for vma in vmas:
-        _demand_none(extents.within(at, vma.start), where)
-        inside = extents.within(vma.start, vma.end)
-        yield inside if lazy and vma.may_be_lazy else inside.as_eager()
-        at = vma.end
+        reaches = starts[first - 1] + extents.counts[first - 1] * PAGE if first else 0  # the one before
+        # Most mappings have nothing before them, and many nothing in them.
+        if reaches > at or (first < len(starts) and starts[first] < vma.start):
+            _demand_none(extents.within(at, vma.start), where)
+        last = bisect_left(starts, vma.end, first)
+        if last > first or reaches > vma.start:
+            inside = extents.within(vma.start, vma.end)
+            yield inside if lazy and vma.may_be_lazy else inside.as_eager()
+        at, first = vma.end, last
     _demand_none(extents.within(at, ADDRESS_LIMIT), where)
 
 
