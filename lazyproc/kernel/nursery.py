@@ -7,6 +7,8 @@ root's status. In a new pid namespace it is pid 1.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -34,6 +36,7 @@ PT_LOAD, PT_GNU_STACK = 1, 0x6474E551
 STOP_MS = 5000
 TRANSPORT_FD = 65  # until it is known which numbers are the tree's
 AT_FDCWD = -100
+NS_GET_PID_FROM_PIDNS = 2 << 30 | 4 << 16 | 0xB7 << 8 | 6  # _IOR(NSIO, 0x6, int), include/uapi/linux/nsfs.h
 
 
 def elf() -> bytes:
@@ -58,6 +61,7 @@ class Nursery:
     transport_fd: int
     memory: Memory
     new_pidns: bool
+    namespace: int  # a descriptor of its pid namespace
     spare: bool = field(default=True)  # it has neither ended nor been let go
 
     @property
@@ -67,6 +71,20 @@ class Nursery:
     def bench(self, memory: Memory, ending: int) -> Bench:
         """The bench that the nursery and each fresh fork of it has from the start."""
         return Bench(memory, TEXT + BLOB_OFFSET, DATA, DATA_SIZE, ending)
+
+    def number_here(self, vpid: int) -> int:
+        """Our number of a process or thread of its pid namespace; 0 when the kernel does not tell (before Linux 6.12).
+
+        Raises ProcessLookupError when there is none.
+        """
+        if not self.new_pidns:
+            return vpid
+        try:
+            return fcntl.ioctl(self.namespace, NS_GET_PID_FROM_PIDNS, vpid)
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                raise
+            return 0
 
     def make_ready(self, transport_fd: int, offsets: str, *, is_root: bool) -> None:
         """What is forked from it finds the transport as `transport_fd`, and lives in a time namespace with `offsets`,
@@ -158,7 +176,7 @@ def nursery(
             tracee.seize(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL)
             tracee.interrupt()
             tracee.wait_stop(STOP_MS)
-            with ptrace.memory(pid) as memory:
-                yield Nursery(tracee, pidfd, ours, transport_fd, memory, pidns)
+            with ptrace.memory(pid) as memory, open(f"/proc/{pid}/ns/pid") as namespace:
+                yield Nursery(tracee, pidfd, ours, transport_fd, memory, pidns, namespace.fileno())
         finally:
             os.close(pidfd)

@@ -16,6 +16,7 @@ import mmap
 import os
 import signal
 import struct
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -33,6 +34,7 @@ MAP_FIXED_NOREPLACE = 0x100000
 MAY_FAIL, INSTRUCTION = 1 << 32, 1 << 33
 XRSTOR = "xrstor"
 ROW = struct.Struct("<q6Qq")
+COLUMNS = ROW.size // 8
 STACK_GAP = 1 << 20  # kernel's stack_guard_gap: 256 pages
 ENDINGS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default
 
@@ -184,15 +186,20 @@ _NO_ARGS = (0, 0, 0, 0, 0, 0)
 
 def _row(call: Call) -> bytes:
     nr = INSTRUCTION if call.name == XRSTOR else SYS[call.name] | (MAY_FAIL if call.may_fail else 0)
-    args = [arg & arch.MASK64 for arg in call.args]
-    return ROW.pack(nr, *args, *_NO_ARGS[len(args) :], 0)
+    args = call.args + _NO_ARGS[len(call.args) :]
+    try:
+        return ROW.pack(nr, *args, 0)
+    except struct.error:  # a negative one
+        return ROW.pack(nr, *(arg & arch.MASK64 for arg in args), 0)
 
 
 def _results(tracee: Tracee, calls: Sequence[Call], table: bytes) -> list[int]:
-    results = [row[7] for row in ROW.iter_unpack(table)]
-    for call, result in zip(calls, results, strict=True):
-        if -4096 < result < 0 and not call.may_fail:
-            raise _call_failed(tracee, call.name, call.args, result)
+    """The last column of the rows."""
+    results = array("q", table)[COLUMNS - 1 :: COLUMNS].tolist()
+    if results and min(results) < 0:
+        for call, result in zip(calls, results, strict=True):
+            if -4096 < result < 0 and not call.may_fail:
+                raise _call_failed(tracee, call.name, call.args, result)
     return results
 
 

@@ -19,7 +19,6 @@ from lazyproc.migrate.identity import identity
 from lazyproc.migrate.journal import ARRIVING, COMMITTED, Journal, one_at_a_time
 from lazyproc.migrate.link import Link
 from lazyproc.migrate.needs import obstacles_frame
-from lazyproc.migrate.rehearsal import no_collections, rehearse
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.migrate.whom import ROOT, Whom
 from lazyproc.model import Checkpoint
@@ -29,6 +28,7 @@ from lazyproc.pages.remote import RemotePages
 from lazyproc.restore.groups import Birth
 from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import LazyTree, to_facts
+from lazyproc.restore.rehearsal import no_collections, rehearse
 from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree, expecting, wants_new_pidns
 from lazyproc.restore.users import Users
@@ -229,7 +229,7 @@ class Arrival:
         order, wanted = heard(self._link.control, PREPARE_S)
         with one_at_a_time():
             self._admit(order, wanted)
-        rehearse(self._listener)
+        rehearse(self._listener, identity)
         stack.enter_context(no_collections())
         birth = stack.enter_context(self._expecting(numbers_of(wanted)))
         clock = Clock.now()

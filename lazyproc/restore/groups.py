@@ -13,6 +13,7 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import cgroup
 from lazyproc.kernel.cgroup import SYSTEMD, V2, Hierarchy, Place
 from lazyproc.kernel.nursery import Nursery, nursery
+from lazyproc.restore.inherited import Inherited
 
 UNITS = (".service", ".scope")  # who stops one kills all that is in its group and below
 BELOW = "/sys/fs/cgroup"
@@ -96,6 +97,7 @@ class Birth:
 
     nursery: Nursery
     groups: Sequence[str]
+    inherited: Inherited
 
 
 @contextmanager
@@ -120,7 +122,7 @@ def nursery_in_group(named: str | None, label: int, listener: Listener, *, pidns
                 )
             )
             birth = stack.enter_context(nursery(pidns=pidns))
-        yield Birth(birth, [place.folder for place in there if named is None])
+        yield Birth(birth, [place.folder for place in there if named is None], Inherited.of(birth))
 
 
 @contextmanager

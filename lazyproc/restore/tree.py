@@ -30,6 +30,7 @@ from lazyproc.restore.creation import Maker, make_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
 from lazyproc.restore.groups import Birth, nursery_in_group
+from lazyproc.restore.inherited import Inherited
 from lazyproc.restore.lazytree import LazyTask, LazyTree
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
@@ -197,7 +198,7 @@ def expecting(label: int, listener: Listener, *, new_pidns: bool, cgroup: str | 
 def ungrouped() -> Iterator[Birth]:
     """The same in a new pid namespace and in our own cgroups. Raises HostLacks."""
     with nursery(pidns=True) as made, _killed_at_end(made):
-        yield Birth(made, ())
+        yield Birth(made, (), Inherited.of(made))
 
 
 @contextmanager
@@ -260,10 +261,10 @@ def _built(
             seal_memfds(checkpoint, shared)
             clock.done("eager pages")
             for site in sites.values():
-                make_threads(site)
+                make_threads(site, born)
             clock.done("threads")
             for site in sites.values():
-                _give_state(site, checkpoint, files, listener)
+                _give_state(site, checkpoint, files, birth.inherited, listener)
             sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
             clock.done("state")
             for site in reversed(
@@ -310,7 +311,9 @@ def _free_number(checkpoint: Checkpoint) -> int:
     return max(highest, most, 64) + 1
 
 
-def _give_state(site: Site, checkpoint: Checkpoint, made: Mapping[int, int], listener: Listener) -> None:
+def _give_state(
+    site: Site, checkpoint: Checkpoint, made: Mapping[int, int], inherited: Inherited, listener: Listener
+) -> None:
     """Everything but registers. Credentials come late (what precedes needs privileges), seccomp after them."""
     task, bench = site.task, site.bench
     assert task.fs is not None
@@ -328,9 +331,9 @@ def _give_state(site: Site, checkpoint: Checkpoint, made: Mapping[int, int], lis
     )
     state.set_from_outside(task, site.pid, listener)
     for thread in task.threads:
-        state.schedule(thread, site.threads[thread.tid].tid, listener)
+        state.schedule(thread, site.threads[thread.tid].tid, inherited, listener)
     vectors.make_room(site)
-    _run_in_threads(site, _available_capabilities())
+    _run_in_threads(site, inherited)
     assert task.mm is not None
     site.run(
         *memory.lock_calls(task.mm.vmas),
@@ -339,11 +342,11 @@ def _give_state(site: Site, checkpoint: Checkpoint, made: Mapping[int, int], lis
     )
 
 
-def _run_in_threads(site: Site, available: int) -> None:
+def _run_in_threads(site: Site, inherited: Inherited) -> None:
     """The threads' own state, all threads at the same time; then filters, which would forbid what came before."""
     bench = site.bench
     pairs = [(site.threads[thread.tid], thread) for thread in site.task.threads]
-    bench.run_all([(t, list(state.thread_calls(thread, bench, available))) for t, thread in pairs])
+    bench.run_all([(t, list(state.thread_calls(thread, bench, inherited))) for t, thread in pairs])
     for tracee, thread in pairs:
         if thread.seccomp_mode:
             tracee.set_options(
@@ -352,10 +355,6 @@ def _run_in_threads(site: Site, available: int) -> None:
         late = [*state.seccomp_calls(thread, bench), *state.pending_calls(site.task, thread, bench)]
         if late:
             bench.run(tracee, late)
-
-
-def _available_capabilities() -> int:
-    return proc.status(proc.read(os.getpid(), "status")).cap_permitted
 
 
 def _finish(site: Site, parent: Site | None, clocks: Clocks) -> None:

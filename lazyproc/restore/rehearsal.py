@@ -6,7 +6,7 @@ own making, which never runs (docs/adr/0017-rehearsal.md).
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -14,13 +14,13 @@ from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Note, ignore
 from lazyproc.images.convert import from_images, to_images
 from lazyproc.images.files import pack, unpack
-from lazyproc.migrate.identity import identity
-from lazyproc.migrate.understudy import understudy
-from lazyproc.model import PAGE, Extent, MemoryObject
+from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject
+from lazyproc.pages import PageSource
 from lazyproc.pages.bundle import NAME, BundledPages, pack_bundle
 from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import to_facts
 from lazyproc.restore.tree import built_tree, ungrouped
+from lazyproc.restore.understudy import understudy
 from lazyproc.uffd.pager import Pager
 
 ROOMS = (
@@ -40,19 +40,21 @@ class _Zeros:
         return bytes(count * PAGE)
 
 
-def rehearse(listener: Listener) -> None:
-    """Everything up to the commit that can be done without the tree. Where that fails the blackout is longer."""
+def rehearse(listener: Listener, also: Callable[[Checkpoint, PageSource], object]) -> None:
+    """Everything that can be done without the tree, up to what is done with a checkpoint that was built: `also`. Where
+    that fails the blackout is longer.
+    """
     try:
         for room in ROOMS:
             import_module(f"lazyproc.{room}")
         checkpoint = understudy()
         images = {**to_images(checkpoint), NAME: pack_bundle(checkpoint.memory, _Zeros())}
-        _build(pack(images))
+        _build(pack(images), also)
     except (LazyprocError, OSError) as error:
         listener(Note(f"what restores could not be rehearsed, and will take longer: {error}"))
 
 
-def _build(data: bytes) -> None:
+def _build(data: bytes, also: Callable[[Checkpoint, PageSource], object]) -> None:
     images = unpack(data)
     source = BundledPages(images.pop(NAME), _Zeros())
     checkpoint = from_images(images)
@@ -64,7 +66,7 @@ def _build(data: bytes) -> None:
         ):
             introduce(pager, tree, ignore)
             to_facts(tree.lazy_tree())
-            identity(checkpoint, source)
+            also(checkpoint, source)
     finally:
         pager.abandon()
 
