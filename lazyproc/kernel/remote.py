@@ -234,20 +234,33 @@ def _ended_badly(jobs: Sequence[ffi.CData]) -> TraceeError | NoSuchProcess:
     return next(_unfinished(job.tid, -job.error) for job in jobs if job.error < 0)
 
 
-def step(tracee: Tracee, registers: Registers, *, interrupted: bool = False) -> int:
+def step(tracee: Tracee, registers: Registers) -> int:
     """Execute the one `syscall` instruction at registers.ip; the thread is at an event stop behind it.
 
-    All its signals are blocked from then on. `interrupted`: as soon as it sleeps, so that a sleep returns
-    -ERESTART_RESTARTBLOCK with its restart block armed, and anything that needs no sleep its result.
+    All its signals are blocked from then on.
     """
     result = ffi.new("int64_t *")
-    run = lib.lp_step_interrupted if interrupted else lib.lp_step
-    done = int(run(tracee.tid, ffi.from_buffer(arch.pack_registers(registers)), result))
+    done = int(lib.lp_step(tracee.tid, ffi.from_buffer(arch.pack_registers(registers)), result))
     if done < 0:
         raise _unfinished(tracee.tid, -done)
     if done:
         os.kill(tracee.tid, signal.SIGSTOP)
     return int(result[0])
+
+
+def fall_asleep(calls: Sequence[tuple[Tracee, Registers]]) -> list[int]:
+    """The same in several threads at once, each call interrupted as soon as it sleeps: a sleep then returns
+    -ERESTART_RESTARTBLOCK with its restart block armed, and anything that needs no sleep its result.
+    """
+    sleeps = ffi.new("struct lp_sleep[]", len(calls))
+    for sleep, (tracee, registers) in zip(sleeps, calls, strict=True):
+        sleep.tid, sleep.registers = tracee.tid, registers
+    if lib.lp_sleep(sleeps, len(calls)) < 0:
+        raise next(_unfinished(sleep.tid, -sleep.error) for sleep in sleeps if sleep.error < 0)
+    for sleep in sleeps:
+        if sleep.error:
+            os.kill(sleep.tid, signal.SIGSTOP)
+    return [int(sleep.result) for sleep in sleeps]
 
 
 # --- a bench in a process that must survive us -------------------------------------------------------------------

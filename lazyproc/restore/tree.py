@@ -367,11 +367,9 @@ def _finish(site: Site, parent: Site | None, clocks: Clocks) -> None:
     _unmap_bench(site, task)
     if task.state is TaskState.STOPPED:
         stop(site, parent)
-    for thread in task.threads:
-        tracee = site.threads[thread.tid]
-        tracee.set_xsave(thread.xsave)
-        tracee.set_registers(resumed.get(thread.tid, thread.registers))
-        tracee.set_blocked(thread.blocked)
+    ptrace.dress(
+        [(site.threads[t.tid], resumed.get(t.tid, t.registers), t.xsave, t.blocked) for t in task.threads]
+    )
 
 
 def _unmap_bench(site: Site, task: Task) -> None:
