@@ -8,8 +8,11 @@ arch/x86/include/asm/fpu/types.h). CRIU keeps the components it knows by name an
 
 from __future__ import annotations
 
+import functools
+import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from struct import Struct
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import dataclass, replace
@@ -17,49 +20,54 @@ from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as pb
 
 MAX_SIZE = 1 << 16
-_FXSAVE = struct.Struct("<4H2Q2I32I64I")  # cwd .. xmm_space: 416 bytes; padding and the XCR0 word follow
+_FXSAVE = Struct("<4H2Q2I32I64I")  # cwd .. xmm_space: 416 bytes; padding and the XCR0 word follow
 _HEADER = 512
 _XCR0 = 464
-_CHUNK = 16  # granularity of patches
+_CHUNK, _BLOCK = 16, 1024  # granularity of patches, and of the search for them
+_ZEROS = bytes(_BLOCK)
+_SOMETHING = re.compile(rb"[^\0]")
 
 
 @dataclass(frozen=True, slots=True)
 class _Component:
     bit: int
     field: str
-    count: int
-    code: str  # of struct: I or Q
+    layout: Struct
     offset: int  # Intel's place, with room for MPX and AVX-512
 
     @property
     def size(self) -> int:
-        return self.count * struct.calcsize(self.code)
+        return self.layout.size
 
 
 _INTEL = (
-    _Component(2, "ymmh_space", 64, "I", 576),
-    _Component(3, "bndreg_state", 8, "Q", 960),
-    _Component(4, "bndcsr_state", 8, "Q", 1024),
-    _Component(5, "opmask_reg", 8, "Q", 1088),
-    _Component(6, "zmm_upper", 64, "Q", 1152),
-    _Component(7, "hi16_zmm", 128, "Q", 1664),
-    _Component(9, "pkru", 2, "I", 2688),
+    _Component(2, "ymmh_space", Struct("<64I"), 576),
+    _Component(3, "bndreg_state", Struct("<8Q"), 960),
+    _Component(4, "bndcsr_state", Struct("<8Q"), 1024),
+    _Component(5, "opmask_reg", Struct("<8Q"), 1088),
+    _Component(6, "zmm_upper", Struct("<64Q"), 1152),
+    _Component(7, "hi16_zmm", Struct("<128Q"), 1664),
+    _Component(9, "pkru", Struct("<2I"), 2688),
 )
 
 
-def _layout(area: bytes) -> tuple[_Component, ...]:
+def _layout(area: bytes | bytearray) -> tuple[_Component, ...]:
     """Where the components of this area lie.
 
     CPUID leaf 0xD tells; Intel's answers are fixed and leave gaps, AMD's leave none. An area too short for
     Intel's places of what XCR0 enables is AMD's.
     """
-    enabled = int.from_bytes(area[_XCR0 : _XCR0 + 8], "little")
+    return _places(int.from_bytes(area[_XCR0 : _XCR0 + 8], "little"), len(area))
+
+
+@functools.lru_cache(maxsize=16)  # all threads of a host have the same
+def _places(enabled: int, size: int) -> tuple[_Component, ...]:
     held = [part for part in _INTEL if enabled >> part.bit & 1] if enabled else list(_INTEL)
-    if not held or not enabled or held[-1].offset + held[-1].size <= len(area):
-        return tuple(part for part in held if part.offset + part.size <= len(area))
+    if not held or not enabled or held[-1].offset + held[-1].size <= size:
+        return tuple(part for part in held if part.offset + part.size <= size)
     packed, at = [], _INTEL[0].offset
     for part in held:
-        if at + part.size <= len(area):
+        if at + part.size <= size:
             packed.append(replace(part, offset=at))
         at += part.size
     return tuple(packed)
@@ -75,12 +83,15 @@ def to_entry(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtr
     entry.st_space.extend(fields[8:40])
     entry.xmm_space.extend(fields[40:])
     entry.xsave.xstate_bv = int.from_bytes(padded[_HEADER : _HEADER + 8], "little")
+    beyond = bytearray(padded)  # what CRIU has no field for
+    beyond[: _FXSAVE.size] = bytes(_FXSAVE.size)
+    beyond[_HEADER : _HEADER + 8] = bytes(8)
     for part in _layout(area):
-        getattr(entry.xsave, part.field).extend(
-            struct.unpack_from(f"<{part.count}{part.code}", area, part.offset)
-        )
+        getattr(entry.xsave, part.field).extend(part.layout.unpack_from(area, part.offset))
+        beyond[part.offset : part.offset + part.size] = bytes(part.size)
     extra.xsave_size = len(area)
-    extra.xsave_patches.extend(_patches(_rebuild(entry, _layout(area), len(area)), area))
+    for start, end in _runs(beyond):
+        extra.xsave_patches.add(offset=start, data=area[start:end])
 
 
 def from_entry(entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra | None, name: str) -> bytes:
@@ -88,21 +99,21 @@ def from_entry(entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra | None, n
     if extra is None or not extra.HasField("xsave_size"):
         held = [part for part in _INTEL if getattr(entry.xsave, part.field)]
         size = held[-1].offset + held[-1].size if held else _HEADER + 64
-        return _rebuild(entry, _INTEL, size, name)
+        return bytes(_rebuild(entry, _INTEL, size, name))
     if extra.xsave_size > MAX_SIZE or any(
         patch.offset + len(patch.data) > extra.xsave_size for patch in extra.xsave_patches
     ):
         raise _bad(name)
     known = bytearray(extra.xsave_size)
     _lay(known, extra.xsave_patches)
-    area = bytearray(_rebuild(entry, _layout(bytes(known)), extra.xsave_size, name))
+    area = _rebuild(entry, _layout(known), extra.xsave_size, name)
     _lay(area, extra.xsave_patches)
     return bytes(area)
 
 
 def _rebuild(
-    entry: pb.user_x86_fpregs_entry, layout: Iterable[_Component], size: int, name: str = "core"
-) -> bytes:
+    entry: pb.user_x86_fpregs_entry, layout: Iterable[_Component], size: int, name: str
+) -> bytearray:
     """An area of `size` bytes from CRIU's fields alone."""
     area = bytearray(max(size, _HEADER + 64))
     try:
@@ -114,21 +125,27 @@ def _rebuild(
         for part in layout:
             values = getattr(entry.xsave, part.field)
             if values:
-                struct.pack_into(f"<{part.count}{part.code}", area, part.offset, *values)
+                part.layout.pack_into(area, part.offset, *values)
     except struct.error:
         raise _bad(name) from None
-    return bytes(area[:size])
+    del area[size:]
+    return area
 
 
-def _patches(rebuilt: bytes, area: bytes) -> Iterable[own.XsavePatch]:
-    """The runs of 16-byte chunks in which the two differ."""
-    start = None
-    for at in range(0, len(area) + _CHUNK, _CHUNK):
-        if at < len(area) and rebuilt[at : at + _CHUNK] != area[at : at + _CHUNK]:
-            start = at if start is None else start
-        elif start is not None:
-            yield own.XsavePatch(offset=start, data=area[start:at])
-            start = None
+def _runs(data: bytearray) -> Iterator[tuple[int, int]]:
+    """The runs of 16-byte chunks that are not all zeros, and no run goes on in the next block. Most blocks are zeros,
+    and there are 11 KiB a thread.
+    """
+    for block in range(0, len(data), _BLOCK):
+        words = bytes(data[block : block + _BLOCK])
+        if words == _ZEROS[: len(words)]:
+            continue
+        end = 0
+        while (found := _SOMETHING.search(words, end)) is not None:
+            start = end = found.start() & -_CHUNK
+            while any(words[end : end + _CHUNK]):
+                end += _CHUNK
+            yield block + start, block + end
 
 
 def _lay(area: bytearray, patches: Iterable[own.XsavePatch]) -> None:

@@ -30,6 +30,7 @@ class MigrateReport:
     fault_us: dict[str, float] = field(default_factory=dict)
     ended: bool = False
     steps_ms: dict[str, float] = field(default_factory=dict)
+    steps_there_ms: dict[str, float] = field(default_factory=dict)
 
     def json(self) -> dict[str, object]:
         return asdict(self)

@@ -311,7 +311,8 @@ def hand_over(
             blackout_ms = milliseconds(frozen)
             hang_up(dump.given_up)
             figures = {"frozen_ms": frozen_ms, "blackout_ms": blackout_ms}
-            journal.note("running", listener, {"remote_pid": running.get("root_pid"), **figures})
+            there = {"remote_pid": running.get("root_pid"), "steps_there_ms": running.get("steps_ms")}
+            journal.note("running", listener, {**there, **figures})
             with _releaser(order.release, held, server, journal, listener, traced=True) as releaser:
                 drained = serving.until_drained(releaser)
         report = report_of(journal.facts, drained, server, chain)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
+from itertools import accumulate
 
 from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.events import Listener, Note
@@ -14,7 +16,7 @@ from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.model import Extent, ObjectKind
 from lazyproc.restore.lazytree import ANCHORS, LazyTree, anchor_holders, members
-from lazyproc.restore.pages import LazyRange
+from lazyproc.restore.pages import ADDRESS_LIMIT, LazyRange, rows_of
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Pager
@@ -24,19 +26,16 @@ ROUNDS = 8
 
 def introduce(pager: Pager, tree: BuiltTree, listener: Listener) -> None:
     """Tell the pager, whose ledger the tree was built with, of its processes and the pages that are there already."""
-    spaces = {
-        vpid: pager.add_space(os.dup(fd), vpid, tree.sites[vpid].pid)
-        for vpid, fd in tree.userfaultfds.items()
-    }
-    for r in tree.lazy:
-        pager.add_region(spaces[r.vpid], r.addr, r.length, r.object, r.object_addr)
+    for vpid, fd in tree.userfaultfds.items():
+        space = pager.add_space(os.dup(fd), vpid, tree.sites[vpid].pid)
+        pager.add_regions(space, rows_of(r for r in tree.lazy if r.vpid == vpid))
     if any(r.object.kind is ObjectKind.SHARED for r in tree.lazy):
         _watch_removals(pager, listener)
     count = 0
     for obj, extents in tree.checkpoint.memory.items():
         eager = Extents.of(extents).where(lazy=False)
         count += sum(eager.counts)
-        for extent in _inside(eager, [r for r in tree.lazy if r.object == obj]):
+        for extent in _inside(eager, (r for r in tree.lazy if r.object == obj)):
             pager.mark_installed(obj, extent.addr, extent.count)
     pager.add_eager(count)
 
@@ -65,9 +64,13 @@ def note_removals(pager: Pager, tree: LazyTree) -> None:
                         pager.note_removal(pid, tid, start, length)
 
 
-def _inside(extents: Sequence[Extent], ranges: Sequence[LazyRange]) -> Iterator[Extent]:
+def _inside(extents: Iterable[Extent], ranges: Iterable[LazyRange]) -> Iterator[Extent]:
+    """Extents in order that begin in one of the ranges."""
+    spans = sorted((r.object_addr, r.object_addr + r.length) for r in ranges)
+    ends = list(accumulate((end for _, end in spans), max))  # of all that begin no later
     for extent in extents:
-        if any(r.object_addr <= extent.addr < r.object_addr + r.length for r in ranges):
+        at = bisect_right(spans, (extent.addr, ADDRESS_LIMIT))
+        if at and extent.addr < ends[at - 1]:
             yield extent
 
 

@@ -4,12 +4,14 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -304,17 +306,44 @@ static bool misaligned(uint64_t a, uint64_t b, uint64_t c)
     return (a | b | c) & (PAGE_SIZE - 1);
 }
 
-int pager_add_region(struct pager *p, int space, uint64_t start, uint64_t length, uint64_t object, uint64_t addr)
+static int add_region(struct pager *p, int space, const struct pager_region *r)
 {
-    int error = -EINVAL;
-
-    if (misaligned(start, length, addr) || !length || start + length < start || addr + length < addr)
+    if (misaligned(r->start, r->length, r->addr) || !r->length || r->start + r->length < r->start ||
+        r->addr + r->length < r->addr)
         return -EINVAL;
+    if (space < 0 || (uint32_t)space >= p->ledger.head->spaces || !p->ledger.spaces[space].live)
+        return -EINVAL;
+    return ledger_add_region(&p->ledger, (uint32_t)space, r->start, r->length, r->object, r->addr);
+}
+
+int pager_add_regions(struct pager *p, int space, const struct pager_region *regions, size_t count)
+{
+    int error = 0;
+
     pthread_mutex_lock(&p->lock);
-    if (space >= 0 && (uint32_t)space < p->ledger.head->spaces && p->ledger.spaces[space].live)
-        error = ledger_add_region(&p->ledger, (uint32_t)space, start, length, object, addr);
+    for (size_t k = 0; !error && k < count; k++)
+        error = add_region(p, space, &regions[k]);
     pthread_mutex_unlock(&p->lock);
     return error;
+}
+
+int pager_add_region(struct pager *p, int space, uint64_t start, uint64_t length, uint64_t object, uint64_t addr)
+{
+    const struct pager_region region = {start, length, object, addr};
+
+    return pager_add_regions(p, space, &region, 1);
+}
+
+int pager_register(int uffd, const struct pager_region *regions, size_t count)
+{
+    for (size_t k = 0; k < count; k++) {
+        struct uffdio_register request = {.range = {regions[k].start, regions[k].length},
+                                          .mode = UFFDIO_REGISTER_MODE_MISSING};
+
+        if (ioctl(uffd, UFFDIO_REGISTER, &request) < 0)
+            return -errno;
+    }
+    return 0;
 }
 
 int pager_add_eager(struct pager *p, uint64_t pages)

@@ -30,6 +30,11 @@ struct pager_segment {
     uint64_t offset; /* of `start` in the file */
 };
 
+struct pager_region { /* `length` bytes from `start` of a process show `object` from `addr` on */
+    uint64_t start, length;
+    uint64_t object, addr;
+};
+
 struct pager_run {
     uint64_t object;
     uint64_t addr;
@@ -66,6 +71,10 @@ int pager_cradle(const struct pager *p); /* for each process to hold, before it 
  * tid is taken for it. pid is ours of the same process, 0: not known. */
 int pager_add_space(struct pager *p, int uffd, uint32_t vpid, uint32_t pid);
 int pager_add_region(struct pager *p, int space, uint64_t start, uint64_t length, uint64_t object, uint64_t addr);
+/* Several; those before one that is refused have been added. */
+int pager_add_regions(struct pager *p, int space, const struct pager_region *regions, size_t count);
+/* UFFDIO_REGISTER of them, for missing pages. */
+int pager_register(int uffd, const struct pager_region *regions, size_t count);
 int pager_add_eager(struct pager *p, uint64_t pages);
 int pager_mark_installed(struct pager *p, uint64_t object, uint64_t addr, uint64_t pages);
 

@@ -131,6 +131,13 @@ def _table(kind: str, rows: array[int]) -> tuple[Any, int]:
     return table, len(table)
 
 
+def register_regions(uffd: int, rows: array[int]) -> None:
+    """UFFDIO_REGISTER of what `Pager.add_regions` is told of, for missing pages. Raises OSError."""
+    result = lib.pager_register(uffd, *_table("pager_region", rows))
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+
+
 def rebind(ledger: int, cradle: int, userfaultfds: Sequence[int]) -> None:
     """Give a ledger, whose pagers are gone with their descriptor table, the userfaultfds of its processes anew, in the
     order in which they were added (-1: that process has ended), and those of forked children, which the cradle has.
@@ -206,6 +213,11 @@ class Pager:
         """`length` bytes from `start` of a process show `obj` from `obj_addr` on. Whole pages."""
         where = f"region {start:#x}+{length:#x}"
         _check(lib.pager_add_region(self._pager, space, start, length, obj.key, obj_addr), where)
+
+    def add_regions(self, space: int, rows: array[int]) -> None:
+        """Several at once: start, length, MemoryObject.key, address in the object; see `register_regions`."""
+        table = _table("pager_region", rows)
+        _check(lib.pager_add_regions(self._pager, space, *table), f"regions of space {space}")
 
     def add_eager(self, pages: int) -> None:
         """These were copied before the process ran: counted as total and as eager."""

@@ -331,6 +331,11 @@ class Connection:
         whole = HEADER.size if self._frame is None else self._frame.length
         return whole - len(self._buffer)
 
+    @property
+    def between(self) -> bool:
+        """Whether nothing is under way."""
+        return self._frame is None and not self._buffer and not self.pages_due
+
     def send(self, event: Event) -> bytes:
         """The bytes of `event`; the content of a Pages is sent behind them by the caller.
 
