@@ -199,6 +199,7 @@ def report_of(
         rtt_us=chain.current.control.rtt_us,
         bytes_wire=sum(each.bytes_in + each.bytes_out for each in server.counters().values()),
         reconnects=chain.reconnects,
+        steps_ms=dict(facts.get("steps_ms", {})),
         fault_us=_faults(drained),
         ended=drained.get("ended") is True,
         steps_there_ms=steps_in(facts.get("steps_there_ms")),
