@@ -18,6 +18,7 @@ from lazyproc.pages.remote import extents_of
 from lazyproc.restore.lazy import finish
 from lazyproc.restore.lazytree import LazyTree
 from lazyproc.uffd.pager import Counters, Pager, PagerState
+from lazyproc.uffd.planner import follow
 from lazyproc.uffd.policy import Policy
 from lazyproc.uffd.recorder import Recorder
 from lazyproc.wire.jsonobject import JsonValue
@@ -168,9 +169,11 @@ class Drain:
 
     def _apply(self, extents: Mapping[MemoryObject, Sequence[Extent]]) -> None:
         """Once in the life of a ledger: what comes later says the same."""
-        self._pager.plan(self._policy(extents))
+        self._pager.plan(self._policy.order(extents))
         if not self._pager.map_known:
             self._pager.apply_map(extents)
+        if not self._mapped and self._policy.reaction is not None:
+            follow(self._pager, self._policy.reaction())
         self._mapped = True
 
     def _complete(self) -> None:

@@ -9,11 +9,10 @@ from lazyproc.errors import ImageError
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
 from lazyproc.runs import Extents
 from lazyproc.trace import Fault, read_trace
+from lazyproc.uffd.reactive import Page
 
 
-def read_working_set(
-    path: Path, memory: Mapping[MemoryObject, Sequence[Extent]]
-) -> list[tuple[MemoryObject, int]]:
+def read_working_set(path: Path, memory: Mapping[MemoryObject, Sequence[Extent]]) -> list[Page]:
     """Object and address of the pages with content that were touched before they were there, in that order, each once.
 
     Raises ImageError when the file is no trace, or one of a process whose pages are not all in `memory`. OSError.
@@ -31,7 +30,7 @@ def read_working_set(
     return list(pages)
 
 
-def _page(fault: Fault, path: Path) -> tuple[MemoryObject, int]:
+def _page(fault: Fault, path: Path) -> Page:
     try:
         obj = MemoryObject(ObjectKind(fault.object & 0xFF), fault.object >> 8)
     except ValueError:
@@ -40,4 +39,4 @@ def _page(fault: Fault, path: Path) -> tuple[MemoryObject, int]:
             where=str(path),
             remedy="record it again",
         ) from None
-    return obj, fault.object_addr
+    return Page(obj, fault.object_addr)

@@ -152,6 +152,7 @@ static int await_page(struct pager *p, struct fault *f, enum page_state state)
     error = faults_push(&p->waiting, f);
     if (error)
         return error;
+    note_faulted(p, object, f->addr);
     if (data)
         return place_pages(p, primary, f->addr, 1, data, CLASS_URGENT);
     if (!p->has_remote && p->poisons)
@@ -367,6 +368,7 @@ static void turn(struct pager *p, const struct epoll_event *events, int count)
     send_requests(p);
     if (count == 0 && !p->retry)
         reap_dead(p);
+    tell_faulted(p);
     check_done(p);
 }
 
