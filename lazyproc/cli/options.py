@@ -142,7 +142,8 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
         "--policy",
         metavar="NAME",
         default="sequential",
-        help="the order of pages that nobody waits for: sequential or smallest-first (default: %(default)s)",
+        help="what comes next that nobody waits for: sequential, smallest-first, around, stride or pivots "
+        "(default: %(default)s)",
     )
 
 

@@ -240,7 +240,7 @@ static enum next plan_turn(struct pager *p, struct piece *local)
     if (p->status == PAGER_DONE || p->status == PAGER_FAILED)
         return NEXT_END;
     for (int i = 0; i < ASK_AT_ONCE && p->rate_free_ns <= now; i++) {
-        struct quota quota = pace_quota(&p->pace, now, atomic_load(&p->urgent_outstanding));
+        struct quota quota = pace_quota(&p->pace, now, p->patient || atomic_load(&p->urgent_outstanding));
         struct piece piece = {.as = CLASS_NONE};
 
         if (p->has_remote && (p->bulk_pages + quota.pages) * PAGE_SIZE > quota.window)

@@ -100,6 +100,7 @@ struct pager {
     bool traced;
     uint64_t changes; /* messages other than faults so far */
     bool retry;       /* a fault was deferred: serve it again soon */
+    bool patient;     /* a fault waits for what is under way in bulk */
     pid_t owner;
     pthread_t fault_thread, bulk_thread;
     bool fault_runs, bulk_runs;

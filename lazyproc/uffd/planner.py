@@ -12,9 +12,10 @@ from itertools import islice
 from lazyproc.uffd.pager import Pager
 from lazyproc.uffd.reactive import Reaction
 
-PERIOD_S = 0.002  # between two looks at most
+PERIOD_S = 0.002  # between two looks at least,
+SHARE = 0.1  # and as much of a processor at most
 LOOK_S = 1.0
-MOST = 512  # runs
+MOST = 256  # runs
 
 
 def follow(pager: Pager, reaction: Reaction) -> None:
@@ -25,6 +26,7 @@ def follow(pager: Pager, reaction: Reaction) -> None:
 def _follow(pager: Pager, reaction: Reaction) -> None:
     while (faults := pager.faulted(LOOK_S)) is not None:
         if faults:
+            begun = time.thread_time()
             reaction = reaction.after(faults)
             pager.bring_ahead(islice(reaction.ahead(), MOST))
-            time.sleep(PERIOD_S)
+            time.sleep(max(PERIOD_S, (time.thread_time() - begun) / SHARE))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from lazyproc.errors import UsageError
 from lazyproc.model import PAGE, Extent, MemoryObject
 from lazyproc.runs import Extents as Columns
-from lazyproc.uffd.reactive import Around, Chunk, Page, Pivots, Reaction, Strides
+from lazyproc.uffd.reactive import Adaptive, Around, Chunk, Page, Pivots, Reaction, Strides
 
 Extents = Mapping[MemoryObject, Sequence[Extent]]
 Order = Callable[[Extents], Iterator[Chunk]]
@@ -93,6 +93,7 @@ POLICIES: dict[str, Policy] = {
     "around": Policy(sequential, Around),
     "stride": Policy(sequential, Strides),
     "pivots": Policy(sequential, Pivots),
+    "adaptive": Policy(sequential, Adaptive),
 }
 
 

@@ -226,3 +226,21 @@ class Pivots:
 
     def ahead(self) -> Iterator[Chunk]:
         return in_turn(pivot.ahead() for pivot in self.pivots)
+
+
+# --- both -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """Strides where there are any, since those are sure, and then bubbles."""
+
+    strides: Strides = Strides()
+    pivots: Pivots = Pivots()
+
+    def after(self, faults: Sequence[Page]) -> Self:
+        return replace(self, strides=self.strides.after(faults), pivots=self.pivots.after(faults))
+
+    def ahead(self) -> Iterator[Chunk]:
+        yield from self.strides.ahead()
+        yield from self.pivots.ahead()

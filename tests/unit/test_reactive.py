@@ -15,6 +15,7 @@ from lazyproc.uffd.reactive import (
     NEIGHBOURS,
     PIVOTS,
     STREAMS,
+    Adaptive,
     Around,
     Chunk,
     Page,
@@ -37,7 +38,7 @@ faults = st.lists(
 )
 near = st.lists(st.builds(lambda number: Page(HEAP, number * PAGE), st.integers(0, 300)), max_size=60)
 reactions = pytest.mark.parametrize(
-    "reaction", [Around(), Strides(), Pivots()], ids=lambda each: type(each).__name__
+    "reaction", [Around(), Strides(), Pivots(), Adaptive()], ids=lambda each: type(each).__name__
 )
 
 
@@ -181,6 +182,15 @@ def test_each_place_of_work_has_its_bubble() -> None:
     assert set(heap([10_011, 50_001])) <= set(named(known, 2))
 
 
+# --- both -----------------------------------------------------------------------------------------------
+
+
+@given(near)
+def test_what_is_sure_comes_before_bubbles(waited: list[Page]) -> None:
+    strides, pivots = Strides().after(waited), Pivots().after(waited)
+    assert list(Adaptive().after(waited).ahead()) == [*strides.ahead(), *pivots.ahead()]
+
+
 # --- on a link ------------------------------------------------------------------------------------------
 
 
@@ -218,6 +228,8 @@ WIDE = list(range(1000, 2900, 7))
         (Strides(), TWO_SCANS),
         (Strides(), WIDE),
         (Strides(), WIDE[::-1]),
+        (Adaptive(), TWO_SCANS),
+        (Adaptive(), WIDE),
         (Pivots(), SCAN),
         (Pivots(), BACK),
         (Pivots(), TWO_SCANS),
