@@ -17,6 +17,7 @@ from lazyproc.pages.images import ImagePages
 from lazyproc.pages.remote import extents_of
 from lazyproc.restore.lazy import finish
 from lazyproc.restore.lazytree import LazyTree
+from lazyproc.trace import TraceFile
 from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.planner import follow
 from lazyproc.uffd.policy import Policy
@@ -119,9 +120,16 @@ class Drain:
         self._alone = True
         self.reason = "the source is given up"
 
-    def record(self) -> None:
-        """The source gets the faults as well, while it can be reached."""
-        self._recorder = Recorder(self._pager, self._send_trace)
+    def record(self, file: TraceFile | None, *, tell: bool) -> None:
+        """The faults into `file`; with `tell` the source gets them as well, while it can be reached."""
+
+        def sink(records: bytes, lost: int) -> None:
+            if file is not None:
+                file.write(records, lost)
+            if tell:
+                self._send_trace(records, lost)
+
+        self._recorder = Recorder(self._pager, sink)
 
     def acknowledge(self) -> None:
         """The source is told which pages have come, and frees them."""

@@ -23,10 +23,9 @@ from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.planner import follow
-from lazyproc.uffd.policy import Policy, blocks, named, recorded
-from lazyproc.uffd.reactive import Chunk, Page
+from lazyproc.uffd.policy import RECORDED, Policy, blocks, named
+from lazyproc.uffd.reactive import Chunk
 
-RECORDED = "recorded:"  # the name of a policy, up to the name of its file
 PLACE_S = 0.1  # how long the tree waits for its recorded pages at most, before its first instruction
 
 
@@ -143,8 +142,7 @@ def restore(
         raise UsageError("only a lazy restore has faults to trace", where=str(files[0]), remedy="add --lazy")
     folder = Folder(directory)
     checkpoint = from_images(folder.read())
-    first = () if known else _working_set(policy, checkpoint)
-    chosen = known or Policy(recorded(first))
+    chosen = known or _recorded(policy, checkpoint)
     with ExitStack() as stack:
         start_recording = stack.enter_context(_recording(files, listener)) if files else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
@@ -155,9 +153,9 @@ def restore(
             if pager is not None:
                 introduce(pager, tree, listener)
                 pager.serve_segments(source.segments())
-                pager.plan(blocks(first))
+                pager.plan(blocks(chosen.first))
                 pager.start(bulk=bulk)
-                if first and bulk:  # the tree will want them at once, and no map is needed
+                if chosen.first and bulk:  # the tree will want them at once, and no map is needed
                     pager.wait_plan(PLACE_S)
             remains = tree.lazy_tree()
             with _said_to_run(tree):
@@ -211,18 +209,10 @@ def _recording(paths: Sequence[Path | str], listener: Listener) -> Iterator[Call
         yield record
 
 
-def _working_set(policy: str, checkpoint: Checkpoint) -> Sequence[Page]:
-    from lazyproc.restore.workingset import read_working_set  # json: nobody else's start should wait for it
+def _recorded(policy: str, checkpoint: Checkpoint) -> Policy:
+    from lazyproc.restore.workingset import policy_of  # json: nobody else's start should wait for it
 
-    path = Path(policy.removeprefix(RECORDED))
-    try:
-        return read_working_set(path, checkpoint.memory)
-    except OSError as error:
-        raise UsageError(
-            f"the record cannot be read: {error.strerror}",
-            where=f"--policy {policy}",
-            remedy="name what --record wrote",
-        ) from None
+    return policy_of(policy, checkpoint.memory)
 
 
 def _lazy(memory: Mapping[MemoryObject, Sequence[Extent]]) -> Mapping[MemoryObject, Extents]:

@@ -17,12 +17,14 @@ from lazyproc.uffd.reactive import Adaptive, Around, Chunk, Page, Pivots, Reacti
 
 Extents = Mapping[MemoryObject, Sequence[Extent]]
 Order = Callable[[Extents], Iterator[Chunk]]
+RECORDED = "recorded:"  # the name of a policy, up to the name of its file
 BLOCK = 4096  # recorded pages that come by address, as many at a time: 16 MiB
 
 
 class Policy(NamedTuple):
     order: Order
     reaction: Callable[[], Reaction] | None = None
+    first: Sequence[Page] = ()  # worth bringing before the map is known: the order begins with them
 
 
 def sequential(extents: Extents) -> Iterator[Chunk]:
@@ -37,7 +39,7 @@ def smallest_first(extents: Extents) -> Iterator[Chunk]:
     yield from sorted(sequential(extents), key=lambda chunk: chunk.pages)
 
 
-def recorded(pages: Sequence[Page]) -> Order:
+def recorded(pages: Sequence[Page]) -> Policy:
     """These pages first, by `blocks`, then the rest as `sequential`. What the map does not have is left out."""
 
     def order(extents: Extents) -> Iterator[Chunk]:
@@ -47,7 +49,7 @@ def recorded(pages: Sequence[Page]) -> Order:
         for obj, runs in extents.items():
             yield from _without(obj, runs, sorted(addr for of, addr in known if of == obj))
 
-    return order
+    return Policy(order, first=pages)
 
 
 def blocks(pages: Sequence[Page]) -> Iterator[Chunk]:

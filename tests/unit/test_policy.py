@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazyproc.cli.options import POLICIES as POLICY_NAMES
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
 from lazyproc.uffd.pager import bucket_floor, percentile
 from lazyproc.uffd.policy import BLOCK, POLICIES, Extents, blocks, recorded, sequential, smallest_first
@@ -46,6 +47,11 @@ def test_each_page_once(name: str, extents: Extents) -> None:
     assert sorted(pages(POLICIES[name].order(extents))) == sorted(pages_of_map(extents))
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_command_line_names_each(name: str) -> None:
+    assert name in POLICY_NAMES.replace(" or ", ", ").split(", ")
+
+
 @given(maps())
 def test_sequential_keeps_the_order(extents: Extents) -> None:
     assert pages(sequential(extents)) == pages_of_map(extents)
@@ -62,7 +68,7 @@ def test_recorded_pages_come_first_and_each_page_once(
     extents: Extents, faults: list[tuple[ObjectKind, int, int]]
 ) -> None:
     wanted = [Page(MemoryObject(kind, number), page * PAGE) for kind, number, page in faults]
-    order = pages(recorded(wanted)(extents))
+    order = pages(recorded(wanted).order(extents))
     known = set(pages_of_map(extents))
     first = [page for page in dict.fromkeys(wanted) if page in known]
     assert order[: len(first)] == sorted(first, key=lambda page: (page.obj.key, page.addr))
