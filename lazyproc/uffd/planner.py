@@ -12,7 +12,7 @@ from itertools import islice
 from lazyproc.uffd.pager import Pager
 from lazyproc.uffd.reactive import Reaction
 
-PERIOD_S = 0.002  # between two looks at least,
+PERIOD_S = 0.001  # between two looks at least,
 SHARE = 0.1  # and as much of a processor at most
 LOOK_S = 1.0
 MOST = 256  # runs
