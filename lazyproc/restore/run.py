@@ -166,7 +166,7 @@ def restore(
                 if pager is not None:
                     # Only now: content is served without the map, and the map's cost grows with memory.
                     pager.apply_map(tree.checkpoint.memory)
-                    if bulk and chosen.reaction is not None:
+                    if chosen.reaction is not None:
                         follow(pager, chosen.reaction())
         memory = tree.checkpoint.memory
         yield Restored(remains, started, pager, _plan=lambda: chosen.order(_lazy(memory)))

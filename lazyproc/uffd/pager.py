@@ -182,6 +182,7 @@ class Pager:
             )
         _check(result, "cannot make a pager")
         self._pager: Any = ffi.gc(out[0], lib.pager_free)
+        self.bulk = False  # it brings what nobody waits for
         self._next, self._lost = ffi.new("uint64_t *"), ffi.new("uint64_t *")  # records of the trace
         self._seen = ffi.new("uint64_t *")  # faults
         self._faulted = ffi.new("struct pager_page[]", FAULTED)
@@ -325,6 +326,7 @@ class Pager:
 
     def start(self, bulk: bool = True, max_rate: int = 0) -> None:
         """Starts the threads. `bulk=False` fetches only what is touched; `max_rate` bytes a second, 0 without limit."""
+        self.bulk = bulk
         _check(lib.pager_start(self._pager, bulk, max_rate), "start")
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -25,6 +25,8 @@ def follow(pager: Pager, reaction: Reaction) -> None:
 
 def _follow(pager: Pager, reaction: Reaction) -> None:
     while (faults := pager.faulted(LOOK_S)) is not None:
+        if faults and not pager.bulk:
+            return
         if faults:
             begun = time.thread_time()
             reaction = reaction.after(faults)
