@@ -23,8 +23,7 @@ from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.planner import follow
-from lazyproc.uffd.policy import RECORDED, Policy, blocks, named
-from lazyproc.uffd.reactive import Chunk
+from lazyproc.uffd.policy import RECORDED, Chunk, Policy, blocks, named
 
 PLACE_S = 0.1  # how long the tree waits for its recorded pages at most, before its first instruction
 

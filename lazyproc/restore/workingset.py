@@ -9,8 +9,7 @@ from lazyproc.errors import ImageError, UsageError
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
 from lazyproc.runs import Extents
 from lazyproc.trace import Fault, read_trace
-from lazyproc.uffd.policy import RECORDED, Policy, named, recorded
-from lazyproc.uffd.reactive import Page
+from lazyproc.uffd.policy import RECORDED, Page, Policy, named, recorded
 
 
 def policy_of(name: str, memory: Mapping[MemoryObject, Sequence[Extent]] | None = None) -> Policy:

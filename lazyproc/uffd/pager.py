@@ -22,7 +22,7 @@ from lazyproc.model import Extent, MemoryObject, ObjectKind
 from lazyproc.runs import Extents, Segment, Segments, interleaved
 from lazyproc.uffd._pager import ffi, lib
 from lazyproc.uffd.device import Outcome
-from lazyproc.uffd.reactive import Chunk, Page
+from lazyproc.uffd.policy import Chunk, Page
 
 SLICE = 0.25  # seconds between two looks at Python's own signals while waiting
 

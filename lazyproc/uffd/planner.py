@@ -10,7 +10,10 @@ import time
 from itertools import islice
 
 from lazyproc.uffd.pager import Pager
-from lazyproc.uffd.reactive import Reaction
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lazyproc.uffd.reactive import Reaction
 
 PERIOD_S = 0.001  # between two looks at least,
 SHARE = 0.1  # and as much of a processor at most

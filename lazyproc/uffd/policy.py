@@ -13,7 +13,26 @@ from typing import NamedTuple
 from lazyproc.errors import UsageError
 from lazyproc.model import PAGE, Extent, MemoryObject
 from lazyproc.runs import Extents as Columns
-from lazyproc.uffd.reactive import Adaptive, Around, Chunk, Page, Pivots, Reaction, Strides
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lazyproc.uffd.reactive import Reaction
+
+
+class Page(NamedTuple):
+    """The page of `obj` at `addr`."""
+
+    obj: MemoryObject
+    addr: int
+
+
+class Chunk(NamedTuple):
+    """`pages` pages of `obj` from `addr`."""
+
+    obj: MemoryObject
+    addr: int
+    pages: int
+
 
 Extents = Mapping[MemoryObject, Sequence[Extent]]
 Order = Callable[[Extents], Iterator[Chunk]]
@@ -89,13 +108,25 @@ def _without(obj: MemoryObject, runs: Sequence[Extent], taken: Sequence[int]) ->
             yield Chunk(obj, addr, (extent.end - addr) // PAGE)
 
 
+def _reaction(name: str) -> Callable[[], Reaction]:
+    """A class of reactive.py, which is imported when the tree runs: its start does not wait for that."""
+
+    def first() -> Reaction:
+        from lazyproc.uffd import reactive
+
+        value: Reaction = getattr(reactive, name)()
+        return value
+
+    return first
+
+
 POLICIES: dict[str, Policy] = {
     "sequential": Policy(sequential),
     "smallest-first": Policy(smallest_first),
-    "around": Policy(sequential, Around),
-    "stride": Policy(sequential, Strides),
-    "pivots": Policy(sequential, Pivots),
-    "adaptive": Policy(sequential, Adaptive),
+    "around": Policy(sequential, _reaction("Around")),
+    "stride": Policy(sequential, _reaction("Strides")),
+    "pivots": Policy(sequential, _reaction("Pivots")),
+    "adaptive": Policy(sequential, _reaction("Adaptive")),
 }
 
 

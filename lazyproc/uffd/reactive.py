@@ -7,25 +7,11 @@ asked a few hundred times a second at most (planner.py), never in a fault's way:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 from lazyproc.facts import dataclass, replace
 from lazyproc.model import PAGE, MemoryObject
-
-
-class Page(NamedTuple):
-    """The page of `obj` at `addr`."""
-
-    obj: MemoryObject
-    addr: int
-
-
-class Chunk(NamedTuple):
-    """`pages` pages of `obj` from `addr`."""
-
-    obj: MemoryObject
-    addr: int
-    pages: int
+from lazyproc.uffd.policy import Chunk, Page
 
 
 class Reaction(Protocol):

@@ -11,8 +11,7 @@ import pytest
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 from lazyproc.uffd.pager import Pager, PagerState
 from lazyproc.uffd.planner import follow
-from lazyproc.uffd.policy import sequential
-from lazyproc.uffd.reactive import Chunk, Page
+from lazyproc.uffd.policy import Chunk, Page, sequential
 from tests.live.lazy_rig import DEADLINE, TASK, Rig, rig, whole
 
 PAGES = 512

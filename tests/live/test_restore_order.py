@@ -11,8 +11,7 @@ import pytest
 
 from lazyproc.events import Event, StateChanged
 from lazyproc.restore.run import restore
-from lazyproc.uffd.policy import POLICIES, Extents, Policy, sequential
-from lazyproc.uffd.reactive import Chunk
+from lazyproc.uffd.policy import POLICIES, Chunk, Extents, Policy, sequential
 from tests.live.arrivals import leave
 
 

@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from lazyproc.cli.options import POLICIES as POLICY_NAMES
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
 from lazyproc.uffd.pager import bucket_floor, percentile
-from lazyproc.uffd.policy import BLOCK, POLICIES, Extents, blocks, recorded, sequential, smallest_first
-from lazyproc.uffd.reactive import Chunk, Page
+from lazyproc.uffd.policy import (
+    BLOCK,
+    POLICIES,
+    Chunk,
+    Extents,
+    Page,
+    blocks,
+    recorded,
+    sequential,
+    smallest_first,
+)
 
 
 @st.composite

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
+from lazyproc.uffd.policy import Chunk, Page
 from lazyproc.uffd.reactive import (
     LOOK_BACK,
     NEIGHBOURS,
@@ -17,8 +18,6 @@ from lazyproc.uffd.reactive import (
     STREAMS,
     Adaptive,
     Around,
-    Chunk,
-    Page,
     Pivots,
     Reaction,
     Strides,
