@@ -50,6 +50,8 @@ class Terms:
     overcommit: bool = False
     cgroup: str | None = None  # a path as in /proc/PID/cgroup; None: one of its own
     uids: frozenset[int] = frozenset()  # as whom they may run; as anybody when there is none
+    policy: str | None = None  # what comes next, recorded:FILE too; None: as the source wants it
+    record: str | None = None  # a file for the faults of the one tree that comes
 
     def whom(self) -> Whom | None:
         """None: as anybody."""

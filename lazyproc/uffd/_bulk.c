@@ -58,16 +58,14 @@ static uint64_t find_missing(const struct pager *p, uint32_t instance, uint64_t 
     return 0;
 }
 
-static uint64_t along_plan(struct pager *p, struct piece *piece, uint64_t limit, uint64_t *budget)
+static uint64_t along(const struct pager *p, struct course *course, struct piece *piece, uint64_t limit, uint64_t *budget)
 {
-    struct walk *walk = &p->walk;
-
-    for (; walk->run < p->plan_count && *budget; walk->run++, walk->page = 0) {
-        const struct run *run = &p->plan[walk->run];
-        uint64_t addr = run->addr + walk->page * PAGE_SIZE;
+    for (; course->run < course->count && *budget; course->run++, course->page = 0) {
+        const struct run *run = &course->runs[course->run];
+        uint64_t addr = run->addr + course->page * PAGE_SIZE;
         uint64_t n = find_missing(p, run->primary, &addr, run->addr + run->pages * PAGE_SIZE, limit, budget);
 
-        walk->page = (addr - run->addr) >> PAGE_SHIFT;
+        course->page = (addr - run->addr) >> PAGE_SHIFT;
         piece->primary = run->primary;
         piece->addr = addr;
         if (n || !*budget)
@@ -102,11 +100,12 @@ static uint64_t over_the_rest(struct pager *p, struct piece *piece, uint64_t lim
  * Before the map is known only what the plan names is worth fetching. */
 static int next_piece(struct pager *p, uint64_t limit, struct piece *piece)
 {
-    uint64_t budget = SCAN_PAGES, n = 0;
+    bool mapped = p->ledger.head->map_known;
+    uint64_t budget = SCAN_PAGES, n = mapped ? along(p, &p->ahead, piece, limit, &budget) : 0;
 
-    if (p->walk.run < p->plan_count)
-        n = along_plan(p, piece, limit, &budget);
-    if (!n && budget && p->walk.run == p->plan_count && p->ledger.head->map_known)
+    if (!n && budget)
+        n = along(p, &p->plan, piece, limit, &budget);
+    if (!n && budget && mapped)
         n = over_the_rest(p, piece, limit, &budget);
     if (!n)
         return budget ? 0 : -EAGAIN;
@@ -245,7 +244,7 @@ static enum next plan_turn(struct pager *p, struct piece *local)
     if (p->status == PAGER_DONE || p->status == PAGER_FAILED)
         return NEXT_END;
     for (int i = 0; i < ASK_AT_ONCE && p->rate_free_ns <= now; i++) {
-        struct quota quota = pace_quota(&p->pace, now, atomic_load(&p->urgent_outstanding));
+        struct quota quota = pace_quota(&p->pace, now, p->patient || atomic_load(&p->urgent_outstanding));
         uint64_t bytes = p->packing.wire_bytes, pages = min_u64(quota.pages * PAGE_SIZE / bytes, LINK_MAX_PAGES);
         struct piece piece = {.as = CLASS_NONE};
 
@@ -275,7 +274,9 @@ static enum next plan_turn(struct pager *p, struct piece *local)
     }
     if (found == 0 && p->bulk_pages == 0) {
         /* What is missing still or again (a connection was lost, a process forked) is found on another round. */
-        p->walk = (struct walk){.run = p->plan_count};
+        p->walk = (struct walk){0};
+        p->bulk_idle = true;
+        pthread_cond_broadcast(&p->changed);
         return NEXT_WAIT;
     }
     return found == 0 || p->rate_free_ns > now ? NEXT_WAIT : NEXT_AT_ONCE;

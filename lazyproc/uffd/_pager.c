@@ -54,6 +54,15 @@ static void set_status(struct pager *p, enum pager_status status, const char *re
     else
         snprintf(p->reason, sizeof(p->reason), "%s", reason);
     pthread_cond_broadcast(&p->changed);
+    pthread_cond_broadcast(&p->faulted.more);
+}
+
+void begin_again(struct pager *p)
+{
+    p->plan.run = p->ahead.run = 0;
+    p->plan.page = p->ahead.page = 0;
+    p->walk = (struct walk){0};
+    p->bulk_idle = false;
 }
 
 void lost(struct pager *p, const char *reason, int error)
@@ -62,7 +71,7 @@ void lost(struct pager *p, const char *reason, int error)
 
     p->online = false;
     ledger_forget_asked(&p->ledger);
-    p->walk = (struct walk){0};
+    begin_again(p);
     if (mattered)
         set_status(p, PAGER_LOST, reason, error == -EBADMSG || error == -EILSEQ ? 0 : error);
     kick(p->fault_kick);
@@ -98,6 +107,8 @@ static int init_lock(struct pager *p)
         return -error;
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     error = pthread_cond_init(&p->changed, &attributes);
+    if (!error)
+        error = pthread_cond_init(&p->faulted.more, &attributes);
     pthread_condattr_destroy(&attributes);
     if (!error)
         error = pthread_mutex_init(&p->lock, NULL);
@@ -234,7 +245,8 @@ void pager_free(struct pager *p)
     if (p->ledger.head)
         ledger_close(&p->ledger);
     unmap_files(p);
-    free(p->plan);
+    free(p->plan.runs);
+    free(p->ahead.runs);
     free(p->fresh.items);
     free(p->waiting.items);
     free(p->calls.items);
@@ -467,7 +479,7 @@ int pager_set_remote(struct pager *p, int urgent, int bulk, bool packs)
     p->online = true;
     p->generation++;
     ledger_forget_asked(&p->ledger);
-    p->walk = (struct walk){0};
+    begin_again(p);
     if (p->status == PAGER_LOST)
         set_status(p, p->fault_runs ? PAGER_RUNNING : PAGER_IDLE, "", 0);
     pthread_mutex_unlock(&p->lock);
@@ -478,28 +490,37 @@ int pager_set_remote(struct pager *p, int urgent, int bulk, bool packs)
 
 /* --- plan and map ------------------------------------------------------------------------------------------------ */
 
-int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count)
+static int set_course(struct pager *p, struct course *course, const struct pager_run *runs, size_t count)
 {
-    struct run *plan = calloc(count + 1, sizeof(*plan)), *old;
-    size_t known = 0;
+    struct run *known = calloc(count + 1, sizeof(*known)), *old;
+    size_t n = 0;
 
-    if (!plan)
+    if (!known)
         return -ENOMEM;
     pthread_mutex_lock(&p->lock);
     for (size_t i = 0; i < count; i++) {
         int64_t primary = ledger_primary(&p->ledger, runs[i].object);
 
         if (primary >= 0)
-            plan[known++] = (struct run){runs[i].addr, runs[i].count, (uint32_t)primary};
+            known[n++] = (struct run){runs[i].addr, runs[i].count, (uint32_t)primary};
     }
-    old = p->plan;
-    p->plan = plan;
-    p->plan_count = known;
-    p->walk = (struct walk){0};
+    old = course->runs;
+    *course = (struct course){.runs = known, .count = n};
+    p->bulk_idle = false;
     pthread_mutex_unlock(&p->lock);
     free(old);
     kick(p->bulk_kick);
     return 0;
+}
+
+int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count)
+{
+    return set_course(p, &p->plan, runs, count);
+}
+
+int pager_set_ahead(struct pager *p, const struct pager_run *runs, size_t count)
+{
+    return set_course(p, &p->ahead, runs, count);
 }
 
 static void map_runs(struct pager *p, const struct pager_run *run)
@@ -557,6 +578,7 @@ int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count)
     if (error)
         lost(p, "the source does not have a page that its map names", 0);
     p->ledger.head->map_known = 1;
+    p->bulk_idle = false;
     p->retry = true; /* who waited for a page that the source does not have learns that it is zero */
     check_done(p);
     pthread_mutex_unlock(&p->lock);
@@ -680,22 +702,44 @@ void pager_stop(struct pager *p)
     if (p->status == PAGER_RUNNING || p->status == PAGER_LOST || p->status == PAGER_IDLE)
         p->status = PAGER_STOPPED;
     pthread_cond_broadcast(&p->changed);
+    pthread_cond_broadcast(&p->faulted.more);
     pthread_mutex_unlock(&p->lock);
+}
+
+struct timespec moment_after(int timeout_ms)
+{
+    uint64_t end = now_ns() + (uint64_t)timeout_ms * 1000000u;
+
+    return (struct timespec){(time_t)(end / 1000000000u), (long)(end % 1000000000u)};
 }
 
 int pager_wait(struct pager *p, int timeout_ms)
 {
-    struct timespec until;
-    uint64_t end = now_ns() + (uint64_t)timeout_ms * 1000000u;
+    const struct timespec until = moment_after(timeout_ms);
     int error = 0, status;
 
-    until = (struct timespec){(time_t)(end / 1000000000u), (long)(end % 1000000000u)};
     pthread_mutex_lock(&p->lock);
     while (p->status == PAGER_RUNNING && !error)
         error = pthread_cond_timedwait(&p->changed, &p->lock, &until);
     status = (int)p->status;
     pthread_mutex_unlock(&p->lock);
     return status == PAGER_RUNNING ? -ETIMEDOUT : status;
+}
+
+int pager_wait_plan(struct pager *p, int timeout_ms)
+{
+    const struct timespec until = moment_after(timeout_ms);
+    int error = 0;
+
+    pthread_mutex_lock(&p->lock);
+    while (p->status == PAGER_RUNNING && !p->bulk_idle && !error)
+        error = pthread_cond_timedwait(&p->changed, &p->lock, &until);
+    if (p->status != PAGER_RUNNING)
+        error = ESHUTDOWN;
+    else if (p->bulk_idle)
+        error = 0;
+    pthread_mutex_unlock(&p->lock);
+    return -error;
 }
 
 int pager_status(struct pager *p, char *reason, size_t size)

@@ -50,6 +50,11 @@ struct pager_counters {
     uint64_t fault_ns[1024]; /* log-linear, 16 buckets to the octave, 0 to 15 ns one each */
 };
 
+struct pager_page {
+    uint64_t object;
+    uint64_t addr;
+};
+
 /* As it lies in a trace file (docs/trace.md). Times are CLOCK_MONOTONIC, 0: it did not happen. */
 struct pager_fault {
     uint64_t event_ns, queued_ns, sent_ns, installed_ns;
@@ -88,6 +93,16 @@ int pager_set_segments(struct pager *p, const struct pager_segment *sorted, size
 /* Owns both sockets. `packs`: bulk may be asked for compressed, where that is faster (_packing.h). */
 int pager_set_remote(struct pager *p, int urgent, int bulk, bool packs);
 int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count);
+/* These before the plan, in place of those that were to come before it until now. What is not missing, or in no region, is
+ * passed over. */
+int pager_set_ahead(struct pager *p, const struct pager_run *runs, size_t count);
+/* The latest pages that were waited for, behind number *next, which moves to the last of them: at most `most`, and 1024,
+ * in their order; older ones are left out. Waits for one; 0: none in time. -ESHUTDOWN: none will come, it is DONE, FAILED
+ * or STOPPED. */
+int pager_faulted(struct pager *p, uint64_t *next, struct pager_page *pages, size_t most, int timeout_ms);
+/* Until the bulk thread has brought all that it knows of: before the map that is the plan. 0, -ETIMEDOUT, or -ESHUTDOWN
+ * when the state is another than RUNNING. */
+int pager_wait_plan(struct pager *p, int timeout_ms);
 int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count);
 
 /* The next runs of pages that the source may free: no process waits for them, and they were not returned since

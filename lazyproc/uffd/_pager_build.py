@@ -9,6 +9,7 @@ WIRE = "lazyproc/wire"
 PARTS = (
     "pager",
     "faults",
+    "faulted",
     "bulk",
     "cradle",
     "children",

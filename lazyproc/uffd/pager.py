@@ -11,17 +11,18 @@ import os
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
 from lazyproc.errors import HostLacks, LazyprocError, Parked, UsageError
 from lazyproc.events import PagesMoved
 from lazyproc.facts import dataclass
-from lazyproc.model import Extent, MemoryObject
+from lazyproc.model import Extent, MemoryObject, ObjectKind
 from lazyproc.runs import Extents, Segment, Segments, interleaved
 from lazyproc.uffd._pager import ffi, lib
 from lazyproc.uffd.device import Outcome
-from lazyproc.uffd.policy import Chunk
+from lazyproc.uffd.policy import Chunk, Page
 
 SLICE = 0.25  # seconds between two looks at Python's own signals while waiting
 
@@ -91,6 +92,7 @@ class Counters:
 _OUTCOMES = tuple(Outcome)
 TRACE_PIECE = 4096  # records
 ACK_PIECE = 4096  # runs
+FAULTED = 1024  # as the core keeps
 
 
 def bucket_floor(index: int) -> int:
@@ -136,6 +138,15 @@ def register_regions(uffd: int, rows: array[int]) -> None:
     result = lib.pager_register(uffd, *_table("pager_region", rows))
     if result < 0:
         raise OSError(-result, os.strerror(-result))
+
+
+def _rows(chunks: Iterable[Chunk]) -> array[int]:
+    return array("Q", (number for obj, addr, pages in chunks for number in (obj.key, addr, pages)))
+
+
+@cache
+def _object(key: int) -> MemoryObject:
+    return MemoryObject(ObjectKind(key & 0xFF), key >> 8)
 
 
 def rebind(ledger: int, cradle: int, userfaultfds: Sequence[int]) -> None:
@@ -188,7 +199,10 @@ class Pager:
             )
         _check(result, "cannot make a pager")
         self._pager: Any = ffi.gc(out[0], lib.pager_free)
+        self.bulk = False  # it brings what nobody waits for
         self._next, self._lost = ffi.new("uint64_t *"), ffi.new("uint64_t *")  # records of the trace
+        self._seen = ffi.new("uint64_t *")  # faults
+        self._faulted = ffi.new("struct pager_page[]", FAULTED)
 
     def __enter__(self) -> Self:
         return self
@@ -263,8 +277,30 @@ class Pager:
 
     def plan(self, chunks: Iterable[Chunk]) -> None:
         """The order of the bulk transfer, from now on; what it leaves out comes last."""
-        rows = array("Q", (number for obj, addr, pages in chunks for number in (obj.key, addr, pages)))
-        _check(lib.pager_set_plan(self._pager, *_table("pager_run", rows)), "plan")
+        _check(lib.pager_set_plan(self._pager, *_table("pager_run", _rows(chunks))), "plan")
+
+    def bring_ahead(self, chunks: Iterable[Chunk]) -> None:
+        """These before the plan, in place of what was to come before it until now; once the map is known. They may name
+        what is there already and what is in no region."""
+        _check(lib.pager_set_ahead(self._pager, *_table("pager_run", _rows(chunks))), "plan")
+
+    def faulted(self, timeout: float) -> Sequence[Page] | None:
+        """The pages with content, or not known to have none, that were waited for since the last call: the latest 1024,
+        in their order. Waits for one at most `timeout` seconds. None: no more will come. One thread at a time.
+        """
+        count = lib.pager_faulted(
+            self._pager, self._seen, self._faulted, FAULTED, max(0, int(timeout * 1000))
+        )
+        if count < 0:
+            return None
+        rows = ffi.unpack(ffi.cast("uint64_t *", self._faulted), 2 * count) if count else []
+        return [Page(_object(key), addr) for key, addr in zip(rows[::2], rows[1::2], strict=True)]
+
+    def wait_plan(self, timeout: float) -> bool:
+        """Whether all that the plan names is there, before the map is applied; False after `timeout` seconds, or when
+        no more comes.
+        """
+        return bool(lib.pager_wait_plan(self._pager, max(0, int(timeout * 1000))) == 0)
 
     def apply_map(self, extents: Mapping[MemoryObject, Sequence[Extent]]) -> None:
         """Which lazy pages have content; all others are zero. Once, before or after `start`.
@@ -313,6 +349,7 @@ class Pager:
 
     def start(self, bulk: bool = True, max_rate: int = 0) -> None:
         """Starts the threads. `bulk=False` fetches only what is touched; `max_rate` bytes a second, 0 without limit."""
+        self.bulk = bulk
         _check(lib.pager_start(self._pager, bulk, max_rate), "start")
 
     def wait(self, timeout: float | None = None) -> bool:
