@@ -10,7 +10,18 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import blackout, blackout_criu, links, local_fault, restore_start, tls, toucher, trace_cost
+from benchmarks import (
+    blackout,
+    blackout_criu,
+    links,
+    local_fault,
+    policies,
+    restore_start,
+    tls,
+    toucher,
+    trace_cost,
+    working_set,
+)
 from benchmarks.measure import Result, load
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,6 +39,8 @@ SCENES: dict[str, Callable[[int], Result]] = {
     "bulk-rate": links.bulk_rate,
     "links": links.slow_links,
     "blackout-criu": blackout_criu.run,
+    "policies": policies.run,
+    "working-set": working_set.run,
 }
 
 

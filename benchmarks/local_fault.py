@@ -69,17 +69,18 @@ class Touches(NamedTuple):
 class Cargo:
     """first_touch in images, ready to be restored any number of times."""
 
-    def __init__(self, folder: Path, binary: Path, pages: int) -> None:
+    def __init__(self, folder: Path, binary: Path, pages: int, more: int = 0) -> None:
+        """`pages` to be touched, above `more` that are not."""
         self.images, self._board = folder / f"images-{pages}", folder / f"board-{pages}"
         self._board.write_bytes(bytes(mmap.PAGESIZE))
         process = subprocess.Popen(
-            [binary, self._board, str(pages)],
+            [binary, self._board, str(pages), str(more)],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        self._wait_done(1)
+        self.wait_done(1)
         dump: list[str | Path] = [
             sys.executable,
             "-m",
@@ -92,20 +93,20 @@ class Cargo:
         subprocess.run(dump, check=True, stdout=subprocess.DEVNULL)
         process.wait()
 
-    def _read(self) -> Touches:
+    def read(self) -> Touches:
         return Touches(*BOARD.unpack_from(self._board.read_bytes())[1:])
 
-    def _wait_done(self, value: int) -> None:
-        while self._read().done != value:
+    def wait_done(self, value: int) -> None:
+        while self.read().done != value:
             time.sleep(0.001)
 
-    def _set(self, go: int, done: int) -> None:
+    def set(self, go: int, done: int) -> None:
         with open(self._board, "r+b") as file, closing(mmap.mmap(file.fileno(), mmap.PAGESIZE)) as board:
             board[:8] = struct.pack("<II", go, done)
 
     def touch_all(self, *trace: Path) -> Touches:
         """What first touches cost, nothing coming but what is touched. The faults go into `trace`."""
-        self._set(go=0, done=1)
+        self.set(go=0, done=1)
         with subprocess.Popen(
             [sys.executable, "-c", RESTORE, self.images, "demand", *trace],
             stdin=subprocess.PIPE,
@@ -114,11 +115,11 @@ class Cargo:
         ) as pager:
             assert pager.stdout is not None
             root = int(pager.stdout.readline())
-            self._set(go=1, done=1)
-            self._wait_done(2)
+            self.set(go=1, done=1)
+            self.wait_done(2)
             os.kill(root, signal.SIGKILL)
             pager.communicate("")
-        return self._read()
+        return self.read()
 
     def pager_kib(self) -> float:
         """Memory of the pager's process that no file backs, after it has moved everything."""

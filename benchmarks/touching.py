@@ -22,7 +22,7 @@ _SLOTS = 30_000
 
 @dataclass(frozen=True, slots=True)
 class Cargo:
-    """What touch.c is to do; `mode` is random, think, sequential or zipf."""
+    """What touch.c is to do; `mode` is one that touch.c takes."""
 
     mode: str = "random"
     mib: int = 512

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from lazyproc.facts import dataclass, field
@@ -49,6 +50,46 @@ Listener = Callable[[Event], None]
 
 def ignore(_event: Event) -> None:
     """The listener of somebody who does not listen."""
+
+
+class StepClock:
+    """Gives every stretch of a piece of work a name: what has passed since the last one ended belongs to the next."""
+
+    def __init__(self, listener: Listener, prefix: str, began: float | None = None) -> None:
+        """`prefix` of their names; `began`: CLOCK_MONOTONIC in seconds, now when absent."""
+        self._listener = listener
+        self._prefix = prefix
+        self._last = time.monotonic() if began is None else began
+
+    def done(self, name: str) -> None:
+        now = time.monotonic()
+        self._listener(StepDone(self._prefix + name, now, now - self._last))
+        self._last = now
+
+
+class Later:
+    """A listener for a stretch of work in which no time may be lost: it keeps what it hears until `tell`."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._kept: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self._kept.append(event)
+
+    def steps_ms(self, prefix: str) -> dict[str, float]:
+        """How long the steps that are kept took together, by what follows `prefix` in their names."""
+        steps: dict[str, float] = {}
+        for event in self._kept:
+            if isinstance(event, StepDone) and event.name.startswith(prefix):
+                name = event.name.removeprefix(prefix)
+                steps[name] = steps.get(name, 0.0) + event.seconds * 1e3
+        return steps
+
+    def tell(self) -> None:
+        kept, self._kept = self._kept, []
+        for event in kept:
+            self._listener(event)
 
 
 @dataclass(slots=True)

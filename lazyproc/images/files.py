@@ -8,6 +8,7 @@ criu/protobuf.c. Everything that is wrong with an image is an ImageError with th
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import stat
@@ -75,6 +76,7 @@ _U32 = struct.Struct("<I")
 _HEADER = struct.Struct("<II")
 
 
+@functools.lru_cache(maxsize=4096)  # asked several times of each image
 def kind_of(name: str) -> str:
     """`core` for `core-17.img`; "" for what is none of the images named here (pages, logs, tarballs)."""
     match = _KIND.fullmatch(name)

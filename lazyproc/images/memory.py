@@ -69,7 +69,6 @@ _S_IFREG = 0o100000
 _ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
 _MAP_FLAGS = {"gd": _MAP_GROWSDOWN, "lo": _MAP_LOCKED, "nr": _MAP_NORESERVE, "ht": _MAP_HUGETLB}
 
-_NO_NOTE = own.VmaExtra(index=0)
 _ANON_NAME = b"/dev/zero"  # CRIU's name of a memfd that stands for shared anonymous memory
 _MM_FIELDS = (
     "start_code", "end_code", "start_data", "end_data", "start_stack", "start_brk", "brk",
@@ -340,23 +339,32 @@ def read_mm(
     if extra.vm_flags and len(extra.vm_flags) != len(messages):
         raise garbled(name, f"{len(messages)} mappings, and lazyproc.img speaks of {len(extra.vm_flags)}")
     notes = {note.index: note for note in extra.vmas}
+    kinds: dict[int, VmaKind] = {}  # by status, of which thousands of mappings have a few
     vmas: list[Vma] = []
     access: dict[int, int] = {}
     for index, message in enumerate(messages):
-        kind, file_id, object_id = _backing(message, shared, memfd_files, extra.vvar_vclock, name)
-        flags = extras.vm_flags(extra.vm_flags[index]) if extra.vm_flags else _implied_flags(message)
-        note = notes.get(index, _NO_NOTE)
-        if len(note.guards) % 2:
-            raise garbled(name, f"{len(note.guards)} bounds of guarded memory in lazyproc.img")
-        label = to_text(note.name, name) if note.HasField("name") else _implied_name(message, entry)
+        status = message.status
+        kind = kinds[status] if status in kinds else kinds.setdefault(status, _kind(message, name))
+        file_id = object_id = 0
+        if kind is VmaKind.FILE:
+            file_id = message.shmid
+            if message.HasField("fdflags"):
+                access[file_id] = max(access.get(file_id, 0), message.fdflags & _O_ACCMODE)
+        elif kind is VmaKind.SHARED:
+            object_id = _object_of(message, shared, memfd_files, name)
+        elif kind is VmaKind.VVAR and message.start in extra.vvar_vclock:
+            kind = VmaKind.VVAR_VCLOCK
+        label, huge_pages = _implied_name(message, entry), 0
+        guards: tuple[tuple[int, int], ...] = ()
+        if index in notes:
+            label, huge_pages, guards = _noted(notes[index], label, name)
         vmas.append(
             Vma(
                 message.start, message.end, message.prot, message.flags, kind, message.pgoff, file_id, object_id,
-                flags, label, note.huge_pages, tuple(zip(note.guards[::2], note.guards[1::2], strict=True)),
+                extras.vm_flags(extra.vm_flags[index]) if extra.vm_flags else _implied_flags(message),
+                label, huge_pages, guards,
             )
         )  # fmt: skip
-        if kind is VmaKind.FILE and message.HasField("fdflags"):
-            access[file_id] = max(access.get(file_id, 0), message.fdflags & _O_ACCMODE)
     mm = Mm(
         **{field: getattr(entry, f"mm_{field}") for field in _MM_FIELDS},
         auxv=tuple(entry.mm_saved_auxv),
@@ -372,33 +380,21 @@ def read_mm(
 def _split_vvar(entries: Iterable[pb.vma_entry], vclocks: Iterable[int]) -> Iterator[pb.vma_entry]:
     starts = set(vclocks)
     for entry in entries:
-        inside = (
-            [start for start in starts if entry.start < start < entry.end] if entry.status & _VVAR else []
-        )
-        for start in sorted(inside):
-            first = pb.vma_entry()
-            first.CopyFrom(entry)
-            first.end = entry.start = start
-            yield first
+        if starts and entry.status & _VVAR:
+            for start in sorted(start for start in starts if entry.start < start < entry.end):
+                first = pb.vma_entry()
+                first.CopyFrom(entry)
+                first.end = entry.start = start
+                yield first
         yield entry
 
 
-def _backing(
-    entry: pb.vma_entry,
-    shared: SharedTable,
-    memfd_files: Mapping[int, int],
-    vclocks: Iterable[int],
-    name: str,
-) -> tuple[VmaKind, int, int]:
-    """The kind of a mapping, and the file or the shared object behind it."""
-    kind = _kind(entry, name)
-    if kind is VmaKind.VVAR and entry.start in vclocks:
-        return VmaKind.VVAR_VCLOCK, 0, 0
-    if kind is VmaKind.FILE:
-        return kind, entry.shmid, 0
-    if kind is VmaKind.SHARED:
-        return kind, 0, _object_of(entry, shared, memfd_files, name)
-    return kind, 0, 0
+def _noted(note: own.VmaExtra, implied: str, name: str) -> tuple[str, int, tuple[tuple[int, int], ...]]:
+    """Name, huge pages and guarded ranges of a mapping of which lazyproc.img says more than CRIU's fields."""
+    if len(note.guards) % 2:
+        raise garbled(name, f"{len(note.guards)} bounds of guarded memory in lazyproc.img")
+    label = to_text(note.name, name) if note.HasField("name") else implied
+    return label, note.huge_pages, tuple(zip(note.guards[::2], note.guards[1::2], strict=True))
 
 
 def _implied_flags(entry: pb.vma_entry) -> frozenset[str]:

@@ -133,9 +133,9 @@ def read_sigactions(entry: pb.task_core_entry, name: str) -> tuple[SigAction, ..
     for signal, message in zip(_CATCHABLE, entry.sigactions, strict=False):
         if message.compat_sigaction:
             raise garbled(name, f"signal {signal} has a 32-bit handler")
-        action = SigAction(signal, message.sigaction, message.flags, message.restorer, message.mask)
-        if action != SigAction(signal, 0, 0, 0, 0):
-            actions.append(action)
+        action = (message.sigaction, message.flags, message.restorer, message.mask)
+        if any(action):
+            actions.append(SigAction(signal, *action))
     return tuple(actions)
 
 

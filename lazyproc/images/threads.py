@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Sequence
 
 from lazyproc.errors import ImageError
@@ -21,6 +23,7 @@ from lazyproc.model import (
     Thread,
 )
 
+_REGISTERS = operator.attrgetter(*Registers._fields)
 _DEFAULT_TIMER_SLACK_NS = 50_000  # prctl(2) PR_SET_TIMERSLACK: the default of init, which everybody inherits
 
 
@@ -140,7 +143,7 @@ def read_thread(
     return Thread(
         tid=tid,
         comm=to_text(comm, name),
-        registers=Registers(*(getattr(info.gpregs, register) for register in Registers._fields)),
+        registers=Registers._make(_REGISTERS(info.gpregs)),
         xsave=xsave.from_entry(info.fpregs, extra, name),
         blocked=entry.blk_sigset if entry.HasField("blk_sigset") else core.tc.blk_sigset,
         pending=read_signals(entry.signals_p),
@@ -187,6 +190,12 @@ def read_signals(queue: pb.signal_queue_entry) -> tuple[bytes, ...]:
 def read_credentials(entry: pb.creds_entry, name: str) -> Credentials:
     if entry.lsm_profile or entry.lsm_sockcreate or entry.apparmor_data:
         raise ImageError("the thread has a security label", where=name, remedy="restore it with criu")
+    return _credentials(entry.SerializeToString())
+
+
+@functools.lru_cache(maxsize=16)  # those of most threads are the same
+def _credentials(data: bytes) -> Credentials:
+    entry = pb.creds_entry.FromString(data)
     return Credentials(
         uid=entry.uid, euid=entry.euid, suid=entry.suid, fsuid=entry.fsuid,
         gid=entry.gid, egid=entry.egid, sgid=entry.sgid, fsgid=entry.fsgid,
@@ -202,4 +211,5 @@ def read_credentials(entry: pb.creds_entry, name: str) -> Credentials:
 
 
 def _mask(words: Sequence[int]) -> int:
-    return sum(word << 32 * index for index, word in enumerate(words[:2]))
+    low, high = (*words, 0, 0)[:2]
+    return low | high << 32

@@ -12,6 +12,7 @@ import functools
 import re
 import struct
 from collections.abc import Iterable, Iterator
+from struct import Struct
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import dataclass, replace
@@ -19,7 +20,7 @@ from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as pb
 
 MAX_SIZE = 1 << 16
-_FXSAVE = struct.Struct("<4H2Q2I32I64I")  # cwd .. xmm_space: 416 bytes; padding and the XCR0 word follow
+_FXSAVE = Struct("<4H2Q2I32I64I")  # cwd .. xmm_space: 416 bytes; padding and the XCR0 word follow
 _HEADER = 512
 _XCR0 = 464
 _EXTENDED = 576  # where the components begin
@@ -31,23 +32,22 @@ _SOMETHING = re.compile(rb"[^\0]")
 class _Component:
     bit: int
     field: str
-    count: int
-    code: str  # of struct: I or Q
+    layout: Struct
     offset: int  # Intel's place, with room for MPX and AVX-512
 
     @property
     def size(self) -> int:
-        return self.count * struct.calcsize(self.code)
+        return self.layout.size
 
 
 _INTEL = (
-    _Component(2, "ymmh_space", 64, "I", 576),
-    _Component(3, "bndreg_state", 8, "Q", 960),
-    _Component(4, "bndcsr_state", 8, "Q", 1024),
-    _Component(5, "opmask_reg", 8, "Q", 1088),
-    _Component(6, "zmm_upper", 64, "Q", 1152),
-    _Component(7, "hi16_zmm", 128, "Q", 1664),
-    _Component(9, "pkru", 2, "I", 2688),
+    _Component(2, "ymmh_space", Struct("<64I"), 576),
+    _Component(3, "bndreg_state", Struct("<8Q"), 960),
+    _Component(4, "bndcsr_state", Struct("<8Q"), 1024),
+    _Component(5, "opmask_reg", Struct("<8Q"), 1088),
+    _Component(6, "zmm_upper", Struct("<64Q"), 1152),
+    _Component(7, "hi16_zmm", Struct("<128Q"), 1664),
+    _Component(9, "pkru", Struct("<2I"), 2688),
 )
 
 
@@ -57,17 +57,17 @@ def _layout(area: bytes | bytearray) -> tuple[_Component, ...]:
     CPUID leaf 0xD tells; Intel's answers are fixed and leave gaps, AMD's leave none. An area too short for
     Intel's places of what XCR0 enables is AMD's.
     """
-    return _layout_of(int.from_bytes(area[_XCR0 : _XCR0 + 8], "little"), len(area))
+    return _places(int.from_bytes(area[_XCR0 : _XCR0 + 8], "little"), len(area))
 
 
 @functools.lru_cache(maxsize=16)  # all threads of a host have the same
-def _layout_of(enabled: int, length: int) -> tuple[_Component, ...]:
+def _places(enabled: int, size: int) -> tuple[_Component, ...]:
     held = [part for part in _INTEL if enabled >> part.bit & 1] if enabled else list(_INTEL)
-    if not held or not enabled or held[-1].offset + held[-1].size <= length:
-        return tuple(part for part in held if part.offset + part.size <= length)
+    if not held or not enabled or held[-1].offset + held[-1].size <= size:
+        return tuple(part for part in held if part.offset + part.size <= size)
     packed, at = [], _INTEL[0].offset
     for part in held:
-        if at + part.size <= length:
+        if at + part.size <= size:
             packed.append(replace(part, offset=at))
         at += part.size
     return tuple(packed)
@@ -93,7 +93,7 @@ def to_entry(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtr
         if content != bytes(part.size):  # memcmp(3): any() would look at each byte
             values = getattr(entry.xsave, part.field)
             del values[:]
-            values.extend(struct.unpack(f"<{part.count}{part.code}", content))
+            values.extend(part.layout.unpack(content))
             beyond[part.offset : part.offset + part.size] = bytes(part.size)
     extra.xsave_size = len(area)
     for start, end in _runs(beyond):
@@ -105,7 +105,7 @@ def _unused(layout: tuple[_Component, ...]) -> pb.user_x86_xsave_entry:
     """Components that a thread has not used are zeros: those are copied, not written one by one."""
     entry = pb.user_x86_xsave_entry(xstate_bv=0)
     for part in layout:
-        getattr(entry, part.field).extend([0] * part.count)
+        getattr(entry, part.field).extend(part.layout.unpack(bytes(part.size)))
     return entry
 
 
@@ -114,21 +114,21 @@ def from_entry(entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra | None, n
     if extra is None or not extra.HasField("xsave_size"):
         held = [part for part in _INTEL if getattr(entry.xsave, part.field)]
         size = held[-1].offset + held[-1].size if held else _HEADER + 64
-        return _rebuild(entry, _INTEL, size, name)
+        return bytes(_rebuild(entry, _INTEL, size, name))
     if extra.xsave_size > MAX_SIZE or any(
         patch.offset + len(patch.data) > extra.xsave_size for patch in extra.xsave_patches
     ):
         raise _bad(name)
     known = bytearray(extra.xsave_size)
     _lay(known, extra.xsave_patches)
-    area = bytearray(_rebuild(entry, _layout(bytes(known)), extra.xsave_size, name))
+    area = _rebuild(entry, _layout(known), extra.xsave_size, name)
     _lay(area, extra.xsave_patches)
     return bytes(area)
 
 
 def _rebuild(
-    entry: pb.user_x86_fpregs_entry, layout: Iterable[_Component], size: int, name: str = "core"
-) -> bytes:
+    entry: pb.user_x86_fpregs_entry, layout: Iterable[_Component], size: int, name: str
+) -> bytearray:
     """An area of `size` bytes from CRIU's fields alone."""
     area = bytearray(max(size, _HEADER + 64))
     try:
@@ -140,10 +140,11 @@ def _rebuild(
         for part in layout:
             values = getattr(entry.xsave, part.field)
             if values:
-                struct.pack_into(f"<{part.count}{part.code}", area, part.offset, *values)
+                part.layout.pack_into(area, part.offset, *values)
     except struct.error:
         raise _bad(name) from None
-    return bytes(area[:size])
+    del area[size:]
+    return area
 
 
 def _runs(data: bytearray) -> Iterator[tuple[int, int]]:

@@ -215,18 +215,16 @@ long lp_run(struct lp_job *jobs, size_t count)
 
 #define SYSCALL_STOP (SIGTRAP | 0x80) /* PTRACE_O_TRACESYSGOOD */
 
-/* Continues to the next syscall stop. Returns 1 when a SIGSTOP was swallowed on the way, else 0. */
-static long stop_at_syscall(int tid)
+/* Until the next syscall stop of a thread that was told to continue to it. Returns 1 when a SIGSTOP was swallowed on
+ * the way, else 0. */
+static long await_syscall(int tid)
 {
 	long swallowed = 0;
 
 	for (;;) {
 		int status;
-		long err = lp_ptrace(PTRACE_SYSCALL, tid, 0, 0);
+		long err = lp_wait(tid, &status, PROGRAM_MS);
 
-		if (err < 0)
-			return err;
-		err = lp_wait(tid, &status, PROGRAM_MS);
 		if (err <= 0)
 			return err < 0 ? err : -ETIMEDOUT;
 		if (!WIFSTOPPED(status))
@@ -237,20 +235,24 @@ static long stop_at_syscall(int tid)
 			swallowed = 1;
 		else if (status >> 16 == 0) /* not a group stop or the echo of PTRACE_INTERRUPT: a fault */
 			return -EFAULT;
+		err = lp_ptrace(PTRACE_SYSCALL, tid, 0, 0);
+		if (err < 0)
+			return err;
 	}
 }
 
-static long stop_at_event(int tid)
+static long to_event(int tid)
 {
-	int status;
 	long err = lp_ptrace(PTRACE_INTERRUPT, tid, 0, 0);
 
-	if (err < 0)
-		return err;
-	err = lp_ptrace(PTRACE_CONT, tid, 0, 0);
-	if (err < 0)
-		return err;
-	err = lp_wait(tid, &status, PROGRAM_MS);
+	return err < 0 ? err : lp_ptrace(PTRACE_CONT, tid, 0, 0);
+}
+
+static long await_event(int tid)
+{
+	int status;
+	long err = lp_wait(tid, &status, PROGRAM_MS);
+
 	if (err <= 0)
 		return err < 0 ? err : -ETIMEDOUT;
 	if (!WIFSTOPPED(status))
@@ -258,16 +260,16 @@ static long stop_at_event(int tid)
 	return status >> 16 ? 0 : -EFAULT;
 }
 
-/* To the entry of the syscall instruction at ip, with all signals blocked: after the registers for the reason
- * given at job_start(). Returns 1 when a SIGSTOP was swallowed, else 0. */
-static long enter_syscall(int tid, const void *regs)
+/* Towards the entry of the syscall instruction at ip, with all signals blocked: after the registers for the reason
+ * given at job_start(). */
+static long to_syscall(int tid, const void *regs)
 {
 	const uint64_t all = ~0ULL;
 	long err = lp_ptrace(PTRACE_SETREGS, tid, 0, (uint64_t)regs);
 
 	if (err >= 0)
 		err = lp_ptrace(PTRACE_SETSIGMASK, tid, SIGSET_SIZE, (uint64_t)&all);
-	return err < 0 ? err : stop_at_syscall(tid);
+	return err < 0 ? err : lp_ptrace(PTRACE_SYSCALL, tid, 0, 0);
 }
 
 static long returned(int tid, int64_t *result)
@@ -285,31 +287,81 @@ static long returned(int tid, int64_t *result)
  * a SIGSTOP was swallowed and has to be sent again, else 0. */
 long lp_step(int tid, const void *regs, int64_t *result)
 {
-	long entered = enter_syscall(tid, regs), left, err;
+	long err = to_syscall(tid, regs), entered, left;
 
+	if (err < 0)
+		return err;
+	entered = await_syscall(tid);
 	if (entered < 0)
 		return entered;
-	left = stop_at_syscall(tid);
+	err = lp_ptrace(PTRACE_SYSCALL, tid, 0, 0);
+	if (err < 0)
+		return err;
+	left = await_syscall(tid);
 	if (left < 0)
 		return left;
 	err = returned(tid, result);
 	if (err >= 0)
-		err = stop_at_event(tid);
+		err = to_event(tid);
+	if (err >= 0)
+		err = await_event(tid);
 	return err < 0 ? err : entered | left;
 }
 
-/* The same, with the call interrupted as soon as it sleeps: a sleep then returns -ERESTART_RESTARTBLOCK with its
- * restart block armed, and anything that needs no sleep its result. */
-long lp_step_interrupted(int tid, const void *regs, int64_t *result)
-{
-	long entered = enter_syscall(tid, regs), err;
+/* One phase of lp_sleep() in a thread in which none has failed. */
+#define EACH(s, sleeps, count) \
+	for (struct lp_sleep *s = (sleeps); s < (sleeps) + (count); s++) \
+		if (s->error >= 0)
 
-	if (entered < 0)
-		return entered;
-	err = stop_at_event(tid);
+/* The same in several threads, with each call interrupted as soon as it sleeps: a sleep then returns
+ * -ERESTART_RESTARTBLOCK with its restart block armed, and anything that needs no sleep its result. All threads go at
+ * the same time. Returns 0, or the first error; each has its own in `error`, or 1 when a SIGSTOP was swallowed. */
+long lp_sleep(struct lp_sleep *sleeps, size_t count)
+{
+	EACH(s, sleeps, count)
+		s->error = (int32_t)to_syscall(s->tid, s->registers);
+	EACH(s, sleeps, count)
+		s->error = (int32_t)await_syscall(s->tid);
+	EACH(s, sleeps, count) {
+		long err = to_event(s->tid);
+
+		s->error = err < 0 ? (int32_t)err : s->error;
+	}
+	EACH(s, sleeps, count) {
+		long err = await_event(s->tid);
+
+		if (err >= 0)
+			err = returned(s->tid, &s->result);
+		s->error = err < 0 ? (int32_t)err : s->error;
+	}
+	for (size_t i = 0; i < count; i++)
+		if (sleeps[i].error < 0)
+			return sleeps[i].error;
+	return 0;
+}
+
+static long dress(const struct lp_dress *d)
+{
+	struct iovec area = { (void *)(uintptr_t)d->xsave, d->xsave_size };
+	long err = lp_ptrace(PTRACE_SETREGSET, d->tid, NT_X86_XSTATE, (uint64_t)&area);
+
 	if (err >= 0)
-		err = returned(tid, result);
-	return err < 0 ? err : entered;
+		err = lp_ptrace(PTRACE_SETREGS, d->tid, 0, (uint64_t)d->registers);
+	if (err >= 0)
+		err = lp_ptrace(PTRACE_SETSIGMASK, d->tid, SIGSET_SIZE, (uint64_t)&d->blocked);
+	return err;
+}
+
+/* The state that stopped threads of ours go on with. Returns 0, or the first error, which ends it; `at` is where. */
+long lp_dress(const struct lp_dress *threads, size_t count, size_t *at)
+{
+	for (*at = 0; *at < count; (*at)++) {
+		long err = dress(&threads[*at]);
+
+		if (err < 0)
+			return err;
+	}
+	return 0;
 }
 
 int lp_cpuid(uint32_t leaf, uint32_t sub, uint32_t out[4])
@@ -344,24 +396,6 @@ long lp_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t required, ui
 
 	*walked = arg.walk_end;
 	return got < 0 ? -errno : got;
-}
-
-static int write_text(const char *path, const char *text)
-{
-	size_t length = strlen(text);
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	ssize_t got;
-
-	if (fd < 0)
-		return -errno;
-	got = write(fd, text, length);
-	if (got != (ssize_t)length) {
-		int err = got < 0 ? -errno : -EIO;
-
-		close(fd);
-		return err;
-	}
-	return close(fd) < 0 ? -errno : 0;
 }
 
 /* From now on `keep_as` and two descriptors above it, closed by exec, are all: first out of the way of those
@@ -481,8 +515,6 @@ static int middle(void *argument)
 		err = -errno;
 	if (err == 0 && birth->namespaces && unshare((int)birth->namespaces) < 0)
 		err = -errno;
-	if (err == 0 && birth->timens_offsets)
-		err = write_text("/proc/self/timens_offsets", birth->timens_offsets);
 	if (err < 0)
 		report_and_exit(report, err);
 	pid = clone_sibling(birth->cgroup);
@@ -499,8 +531,7 @@ static int middle(void *argument)
 }
 
 /* The caller sleeps until the middle process has gone, so for that its page tables need not be copied. No handler may
- * run there meanwhile: it would be the caller's, in the caller's memory. The nursery is forked: a child that shares
- * memory does not enter the new time namespace (copy_namespaces, kernel/nsproxy.c). */
+ * run there meanwhile: it would be the caller's, in the caller's memory. */
 static long start_middle(struct middle *m)
 {
 	char stack[1 << 15] __attribute__((aligned(16)));

@@ -41,10 +41,25 @@ struct lp_thread {
 	uint64_t xsave_size; /* bytes of the NT_X86_XSTATE area */
 };
 
+/* A thread that begins to sleep. */
+struct lp_sleep {
+	int32_t tid;
+	int32_t error; /* out: a negative errno, or 1 when a SIGSTOP came meanwhile and has to be sent again, or 0 */
+	uint64_t registers[27]; /* at a syscall instruction */
+	int64_t result; /* out */
+};
+
+/* A thread about to go on. */
+struct lp_dress {
+	int32_t tid;
+	uint64_t registers[27];
+	uint64_t blocked;
+	uint64_t xsave, xsave_size; /* address and bytes of the NT_X86_XSTATE area */
+};
+
 /* How the nursery is started. */
 struct lp_birth {
 	const char *const *argv;
-	const char *timens_offsets; /* of a new time namespace, or NULL */
 	uint64_t namespaces;
 	int32_t exe_fd, keep_fd, keep_as;
 	int32_t cgroup;       /* the v2 group in which it is born, or -1 for the caller's */
@@ -58,7 +73,8 @@ long lp_wait(int tid, int *status, int timeout_ms);
 long lp_look(struct lp_thread *threads, size_t count, uint8_t *xsave, size_t xsave_max);
 long lp_run(struct lp_job *jobs, size_t count);
 long lp_step(int tid, const void *regs, int64_t *result);
-long lp_step_interrupted(int tid, const void *regs, int64_t *result);
+long lp_sleep(struct lp_sleep *sleeps, size_t count);
+long lp_dress(const struct lp_dress *threads, size_t count, size_t *at);
 long lp_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded,
 		     uint64_t anyof, void *regions, size_t count, uint64_t *walked);
 #define LP_NOT_JOINED 4096 /* added to the errno when it is a group that refuses */

@@ -17,8 +17,14 @@ struct lp_thread {
     uint32_t rseq_size; uint32_t rseq_signature; uint64_t robust_list; uint64_t robust_list_len;
     uint64_t xsave_size;
 };
+struct lp_sleep {
+    int32_t tid; int32_t error; uint64_t registers[27]; int64_t result;
+};
+struct lp_dress {
+    int32_t tid; uint64_t registers[27]; uint64_t blocked; uint64_t xsave; uint64_t xsave_size;
+};
 struct lp_birth {
-    const char *const *argv; const char *timens_offsets; uint64_t namespaces;
+    const char *const *argv; uint64_t namespaces;
     int32_t exe_fd; int32_t keep_fd; int32_t keep_as;
     int32_t cgroup; int32_t tasks_count; const int32_t *tasks;
 };
@@ -28,7 +34,8 @@ long lp_wait(int tid, int *status, int timeout_ms);
 long lp_look(struct lp_thread *threads, size_t count, uint8_t *xsave, size_t xsave_max);
 long lp_run(struct lp_job *jobs, size_t count);
 long lp_step(int tid, const void *regs, int64_t *result);
-long lp_step_interrupted(int tid, const void *regs, int64_t *result);
+long lp_sleep(struct lp_sleep *sleeps, size_t count);
+long lp_dress(const struct lp_dress *threads, size_t count, size_t *at);
 long lp_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded,
                      uint64_t anyof, void *regions, size_t count, uint64_t *walked);
 #define LP_NOT_JOINED 4096

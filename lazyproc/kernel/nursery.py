@@ -7,18 +7,21 @@ root's status. In a new pid namespace it is pid 1.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import signal
 import socket
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from lazyproc.errors import HostLacks
-from lazyproc.facts import dataclass
+from lazyproc.errors import HostLacks, TraceeError
+from lazyproc.facts import dataclass, field
 from lazyproc.kernel import cgroup
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel._core import ffi, lib
-from lazyproc.kernel.remote import BLOB, Bench
+from lazyproc.kernel.remote import BLOB, Bench, Call
 from lazyproc.kernel.sys import check
 from lazyproc.kernel.tracee import Memory, Tracee
 from lazyproc.model import PAGE
@@ -31,6 +34,9 @@ HEADER = 64 + 3 * 56  # ELF header and three program headers
 BLOB_OFFSET = (HEADER + 15) & -16
 PT_LOAD, PT_GNU_STACK = 1, 0x6474E551
 STOP_MS = 5000
+TRANSPORT_FD = 65  # until it is known which numbers are the tree's
+AT_FDCWD = -100
+NS_GET_PID_FROM_PIDNS = 2 << 30 | 4 << 16 | 0xB7 << 8 | 6  # _IOR(NSIO, 0x6, int), include/uapi/linux/nsfs.h
 
 
 def elf() -> bytes:
@@ -55,6 +61,8 @@ class Nursery:
     transport_fd: int
     memory: Memory
     new_pidns: bool
+    namespace: int  # a descriptor of its pid namespace
+    spare: bool = field(default=True)  # it has neither ended nor been let go
 
     @property
     def pid(self) -> int:
@@ -63,6 +71,47 @@ class Nursery:
     def bench(self, memory: Memory, ending: int) -> Bench:
         """The bench that the nursery and each fresh fork of it has from the start."""
         return Bench(memory, TEXT + BLOB_OFFSET, DATA, DATA_SIZE, ending)
+
+    def number_here(self, vpid: int) -> int:
+        """Our number of a process or thread of its pid namespace; 0 when the kernel does not tell (before Linux 6.12).
+
+        Raises ProcessLookupError when there is none.
+        """
+        if not self.new_pidns:
+            return vpid
+        try:
+            return fcntl.ioctl(self.namespace, NS_GET_PID_FROM_PIDNS, vpid)
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                raise
+            return 0
+
+    def make_ready(self, transport_fd: int, offsets: str, *, is_root: bool) -> None:
+        """What is forked from it finds the transport as `transport_fd`, and lives in a time namespace with `offsets`,
+        in the form of /proc/PID/timens_offsets; with `is_root` it lives there itself. Raises HostLacks.
+        """
+        bench = self.bench(self.memory, signal.SIGURG)
+        calls = [Call("unshare", (CLONE_NEWTIME,))]
+        if transport_fd != self.transport_fd:
+            calls += [Call("dup3", (self.transport_fd, transport_fd, 0)), Call("close", (self.transport_fd,))]
+        try:
+            bench.run(self.tracee, calls)
+            with open(f"/proc/{self.pid}/timens_offsets", "w") as file:
+                file.write(offsets)
+            if is_root:
+                self._enter_time_of_children(bench)
+        except (OSError, TraceeError) as error:
+            raise HostLacks(
+                f"could not have clocks of its own: {error}",
+                where="new time namespace",
+                remedy="run as root, or with CAP_SYS_ADMIN and CAP_SYS_TIME",
+            ) from error
+        self.transport_fd = transport_fd
+
+    def _enter_time_of_children(self, bench: Bench) -> None:
+        path = bench.place(b"/proc/self/ns/time_for_children\0")
+        (fd,) = bench.run(self.tracee, [Call("openat", (AT_FDCWD, path, os.O_RDONLY))])
+        bench.run(self.tracee, [Call("setns", (fd, CLONE_NEWTIME)), Call("close", (fd,))])
 
     def become_parent_of(self, root: int) -> None:
         """Once it runs it reaps, and exits as the root (pid as it sees it) does."""
@@ -76,12 +125,7 @@ class Nursery:
 
 
 def _spawn(
-    transport: socket.socket,
-    transport_fd: int,
-    *,
-    pidns: bool,
-    timens: str | None,
-    groups: Sequence[cgroup.Place],
+    transport: socket.socket, transport_fd: int, *, pidns: bool, groups: Sequence[cgroup.Place]
 ) -> tuple[int, int]:
     """Start it: its pid and a pidfd. HostLacks, NotJoined."""
     image = os.memfd_create("lazyproc-nursery", os.MFD_CLOEXEC)
@@ -91,9 +135,7 @@ def _spawn(
         argv = ffi.new("const char *[2]", [name, ffi.NULL])
         birth = ffi.new("struct lp_birth *")
         birth.argv, birth.exe_fd, birth.keep_fd, birth.keep_as = argv, image, transport.fileno(), transport_fd
-        birth.namespaces = (CLONE_NEWPID | CLONE_NEWNS if pidns else 0) | (CLONE_NEWTIME if timens else 0)
-        offsets = ffi.new("char[]", (timens or "").encode())  # cffi frees what no name of ours refers to
-        birth.timens_offsets = offsets if timens else ffi.NULL
+        birth.namespaces = CLONE_NEWPID | CLONE_NEWNS if pidns else 0
         pidfd = ffi.new("int *")
         with cgroup.doors(groups) as (birth.cgroup, numbers):
             tasks = ffi.new("int32_t[]", numbers)
@@ -104,7 +146,7 @@ def _spawn(
     except OSError as error:
         raise HostLacks(
             f"could not start the nursery: {error.strerror}",
-            where="new pid, mount or time namespace" if pidns or timens else "nursery",
+            where="new pid or mount namespace" if pidns else "nursery",
             remedy="run as root, or with CAP_SYS_ADMIN",
         ) from error
     finally:
@@ -120,22 +162,21 @@ def _demand_joined(result: int) -> int:
 
 @contextmanager
 def nursery(
-    *, pidns: bool, timens: str | None, transport_fd: int, groups: Sequence[cgroup.Place] = ()
+    *, pidns: bool, transport_fd: int = TRANSPORT_FD, groups: Sequence[cgroup.Place] = ()
 ) -> Iterator[Nursery]:
-    """A stopped nursery, killed with everything forked from it (EXITKILL too) unless it was let go.
+    """A stopped nursery, which ends with us (EXITKILL), and with it everything forked from it, unless it was let go.
 
-    `timens` is what goes into timens_offsets of a new time namespace, None for ours. It is born in `groups`, and
-    what is forked from it too. HostLacks, NotJoined.
+    It is born in `groups`, and what is forked from it too. HostLacks, NotJoined.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        pid, pidfd = _spawn(theirs, transport_fd, pidns=pidns, timens=timens, groups=groups)
+        pid, pidfd = _spawn(theirs, transport_fd, pidns=pidns, groups=groups)
         try:
             tracee = Tracee(pid)
             tracee.seize(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL)
             tracee.interrupt()
             tracee.wait_stop(STOP_MS)
-            with ptrace.memory(pid) as memory:
-                yield Nursery(tracee, pidfd, ours, transport_fd, memory, pidns)
+            with ptrace.memory(pid) as memory, open(f"/proc/{pid}/ns/pid") as namespace:
+                yield Nursery(tracee, pidfd, ours, transport_fd, memory, pidns, namespace.fileno())
         finally:
             os.close(pidfd)

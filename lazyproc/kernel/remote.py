@@ -16,6 +16,7 @@ import mmap
 import os
 import signal
 import struct
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -33,6 +34,7 @@ MAP_FIXED_NOREPLACE = 0x100000
 MAY_FAIL, INSTRUCTION = 1 << 32, 1 << 33
 XRSTOR = "xrstor"
 ROW = struct.Struct("<q6Qq")
+COLUMNS = ROW.size // 8
 STACK_GAP = 1 << 20  # kernel's stack_guard_gap: 256 pages
 ENDINGS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default
 
@@ -184,15 +186,20 @@ _NO_ARGS = (0, 0, 0, 0, 0, 0)
 
 def _row(call: Call) -> bytes:
     nr = INSTRUCTION if call.name == XRSTOR else SYS[call.name] | (MAY_FAIL if call.may_fail else 0)
-    args = [arg & arch.MASK64 for arg in call.args]
-    return ROW.pack(nr, *args, *_NO_ARGS[len(args) :], 0)
+    args = call.args + _NO_ARGS[len(call.args) :]
+    try:
+        return ROW.pack(nr, *args, 0)
+    except struct.error:  # a negative one
+        return ROW.pack(nr, *(arg & arch.MASK64 for arg in args), 0)
 
 
 def _results(tracee: Tracee, calls: Sequence[Call], table: bytes) -> list[int]:
-    results = [row[7] for row in ROW.iter_unpack(table)]
-    for call, result in zip(calls, results, strict=True):
-        if -4096 < result < 0 and not call.may_fail:
-            raise _call_failed(tracee, call.name, call.args, result)
+    """The last column of the rows."""
+    results = array("q", table)[COLUMNS - 1 :: COLUMNS].tolist()
+    if results and min(results) < 0:
+        for call, result in zip(calls, results, strict=True):
+            if -4096 < result < 0 and not call.may_fail:
+                raise _call_failed(tracee, call.name, call.args, result)
     return results
 
 
@@ -227,20 +234,33 @@ def _ended_badly(jobs: Sequence[ffi.CData]) -> TraceeError | NoSuchProcess:
     return next(_unfinished(job.tid, -job.error) for job in jobs if job.error < 0)
 
 
-def step(tracee: Tracee, registers: Registers, *, interrupted: bool = False) -> int:
+def step(tracee: Tracee, registers: Registers) -> int:
     """Execute the one `syscall` instruction at registers.ip; the thread is at an event stop behind it.
 
-    All its signals are blocked from then on. `interrupted`: as soon as it sleeps, so that a sleep returns
-    -ERESTART_RESTARTBLOCK with its restart block armed, and anything that needs no sleep its result.
+    All its signals are blocked from then on.
     """
     result = ffi.new("int64_t *")
-    run = lib.lp_step_interrupted if interrupted else lib.lp_step
-    done = int(run(tracee.tid, ffi.from_buffer(arch.pack_registers(registers)), result))
+    done = int(lib.lp_step(tracee.tid, ffi.from_buffer(arch.pack_registers(registers)), result))
     if done < 0:
         raise _unfinished(tracee.tid, -done)
     if done:
         os.kill(tracee.tid, signal.SIGSTOP)
     return int(result[0])
+
+
+def fall_asleep(calls: Sequence[tuple[Tracee, Registers]]) -> list[int]:
+    """The same in several threads at once, each call interrupted as soon as it sleeps: a sleep then returns
+    -ERESTART_RESTARTBLOCK with its restart block armed, and anything that needs no sleep its result.
+    """
+    sleeps = ffi.new("struct lp_sleep[]", len(calls))
+    for sleep, (tracee, registers) in zip(sleeps, calls, strict=True):
+        sleep.tid, sleep.registers = tracee.tid, registers
+    if lib.lp_sleep(sleeps, len(calls)) < 0:
+        raise next(_unfinished(sleep.tid, -sleep.error) for sleep in sleeps if sleep.error < 0)
+    for sleep in sleeps:
+        if sleep.error:
+            os.kill(sleep.tid, signal.SIGSTOP)
+    return [int(sleep.result) for sleep in sleeps]
 
 
 # --- a bench in a process that must survive us -------------------------------------------------------------------

@@ -172,12 +172,6 @@ class Tracee:
         raw = arch.pack_registers(registers)
         self._ptrace(PTRACE_SETREGS, 0, _address(raw))
 
-    def set_xsave(self, xsave: bytes) -> None:
-        """An area that ends early, of a processor with less or of CRIU's, is filled up: the kernel takes no shorter."""
-        xsave = xsave.ljust(_xsave_size(), b"\0")
-        iov = ffi.new("uint64_t[2]", [_address(xsave), len(xsave)])
-        self._ptrace(PTRACE_SETREGSET, NT_X86_XSTATE, _address(iov))
-
     def set_blocked(self, mask: int) -> None:
         value = ffi.new("uint64_t *", mask)
         self._ptrace(PTRACE_SETSIGMASK, 8, _address(value))
@@ -212,7 +206,7 @@ class Tracee:
 
 
 @functools.cache
-def _xsave_size() -> int:
+def xsave_size() -> int:
     """Bytes of the whole NT_X86_XSTATE area here: what XCR0 enables, in the standard format."""
     return cpuid(0xD, 0)[1]
 
@@ -248,6 +242,28 @@ def states(tracees: Sequence[Tracee]) -> list[State]:
         _state(thread, bytes(xsave[start : start + thread.xsave_size]))
         for thread, start in zip(threads, range(0, len(xsave), XSAVE_MAX), strict=True)
     ]
+
+
+def dress(threads: Sequence[tuple[Tracee, Registers, bytes, int]]) -> None:
+    """Registers, xsave area and blocked signals that these stopped threads go on with.
+
+    An area that ends early, of a processor with less or of CRIU's, is filled up: the kernel takes no shorter. Raises
+    NoSuchProcess, TraceeError.
+    """
+    rows, at = ffi.new("struct lp_dress[]", len(threads)), ffi.new("size_t *")
+    areas = [xsave.ljust(xsave_size(), b"\0") for _, _, xsave, _ in threads]
+    for row, area, (tracee, registers, _, blocked) in zip(rows, areas, threads, strict=True):
+        row.tid, row.registers, row.blocked = tracee.tid, registers, blocked
+        row.xsave, row.xsave_size = _address(area), len(area)
+    error = -int(lib.lp_dress(rows, len(threads), at))
+    if error == errno.ESRCH:
+        raise NoSuchProcess("the thread is gone", where=f"thread {rows[at[0]].tid}", remedy="check the pid")
+    if error:
+        raise TraceeError(
+            f"its state cannot be set: {os.strerror(error)}",
+            where=f"thread {rows[at[0]].tid}",
+            remedy="see ptrace(2)",
+        )
 
 
 def _state(thread: ffi.CData, xsave: bytes) -> State:

@@ -15,7 +15,7 @@ from lazyproc.migrate.whom import Whom
 from lazyproc.needs import FeatureNeed, PidNeed, Wanted
 from lazyproc.pages.transport import Channel
 from lazyproc.restore.groups import whereabouts
-from lazyproc.restore.tree import Pidns, is_taken
+from lazyproc.restore.tree import Pidns, wants_new_pidns
 from lazyproc.uffd.policy import POLICIES
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Ask, Needs, Prepare
@@ -84,13 +84,17 @@ def obstacles_here(
         yield Obstacle(each.pid, each.where, f"{lack.where}: {lack.what}", lack.remedy)
 
 
+def numbers_of(wanted: Sequence[Wanted]) -> list[int]:
+    """The numbers of the tree's processes and threads, the root's first; none when its source is older than that."""
+    return [each.need.number for each in wanted if isinstance(each.need, PidNeed)]
+
+
 def _features(wanted: Sequence[Wanted], lazy: Sequence[str], pidns: Pidns) -> Iterator[Obstacle]:
     """What a restore takes of this kernel, and what this tree takes besides."""
     from lazyproc.host_check import unmet
 
     whose = {each.need.name: each for each in wanted if isinstance(each.need, FeatureNeed)}
-    numbers = (each.need.number for each in wanted if isinstance(each.need, PidNeed))
-    new = pidns == "new" or (pidns == "auto" and any(map(is_taken, numbers)))
+    new = wants_new_pidns(pidns, numbers_of(wanted))
     for finding in unmet({*ALWAYS, *lazy, *whose, *(["pid namespaces"] if new else [])}):
         each = whose.get(finding.name)
         pid, where = (each.pid, each.where) if each else (0, "host")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
-from lazyproc.events import Listener, Note, StateChanged
+from lazyproc.events import Later, Listener, Note, StateChanged, StepClock
 from lazyproc.facts import asdict, dataclass
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
-from lazyproc.migrate.answering import groups_here, heard, obstacles_here
+from lazyproc.migrate.answering import groups_here, heard, numbers_of, obstacles_here
 from lazyproc.migrate.identity import identity
 from lazyproc.migrate.journal import ARRIVING, COMMITTED, Journal, one_at_a_time
 from lazyproc.migrate.link import Link
@@ -25,10 +25,12 @@ from lazyproc.model import Checkpoint
 from lazyproc.needs import Wanted
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.remote import RemotePages
+from lazyproc.restore.groups import Birth
 from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import LazyTree, to_facts
+from lazyproc.restore.rehearsal import no_collections, rehearse
 from lazyproc.restore.sockets import flows_to_hold
-from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
+from lazyproc.restore.tree import BuiltTree, Pidns, built_tree, expecting, wants_new_pidns
 from lazyproc.restore.users import Users
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
@@ -37,6 +39,7 @@ from lazyproc.wire.native import Abort, Built, Commit, Committed, Images, Prepar
 
 PREPARE_S = 60.0
 FREEZE_S = 60.0
+STEP = "restore: "  # begins the names of all steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class Terms:
     overcommit: bool = False
     cgroup: str | None = None  # a path as in /proc/PID/cgroup; None: one of its own
     uids: frozenset[int] = frozenset()  # as whom they may run; as anybody when there is none
+    policy: str | None = None  # what comes next, recorded:FILE too; None: as the source wants it
+    record: str | None = None  # a file for the faults of the one tree that comes
 
     def whom(self) -> Whom | None:
         """None: as anybody."""
@@ -136,27 +141,59 @@ class Arrival:
             raise
 
     def _begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
-        control = self._link.control
-        wishes = self._prepare()
-        images = unpack(expect(control, Images, FREEZE_S).data)
+        with ExitStack() as stack:
+            wishes, birth = self._prepare(stack)
+            data = expect(self._link.control, Images, FREEZE_S).data
+            later = Later(self._listener)
+            stack.callback(later.tell)
+            clock = StepClock(later, STEP, self._link.control.began)
+            clock.done("receive")
+            return self._build(data, wishes, birth, pager, serve, later, clock)
+
+    def _build(
+        self,
+        data: bytes,
+        wishes: Wishes,
+        birth: Birth | None,
+        pager: Pager,
+        serve: Callable[[], None],
+        later: Later,
+        clock: StepClock,
+    ) -> LazyTree:
+        """All that is done while the tree stands still at its source."""
+        images = unpack(data)
         self.described = True
         source = BundledPages(images.pop(NAME, b""), RemotePages(self._link.urgent, {}))
         checkpoint = from_images(images)
+        clock.done("decode")
         users = self._users(checkpoint)
-        ledger = pager.ledger if wishes.lazy else None
         pidns, cgroup = self._terms.pidns, self._terms.cgroup
         with built_tree(
-            checkpoint, source, self._listener, ledger=ledger, pidns=pidns, cgroup=cgroup, users=users
+            checkpoint,
+            source,
+            later,
+            pager=pager if wishes.lazy else None,
+            pidns=pidns,
+            cgroup=cgroup,
+            users=users,
+            birth=birth,
         ) as tree:
-            introduce(pager, tree, self._listener)
+            clock = StepClock(later, STEP)
+            introduce(pager, tree, later)
             remains = tree.lazy_tree()
+            clock.done("tables")
             facts = {"tree": to_facts(remains), "wishes": wishes.fields(), "ledger": pager.ledger}
-            self._commit(tree, facts, lambda: identity(checkpoint, source))
+            self._commit(tree, facts, lambda: identity(checkpoint, source), clock)
+            committed = StateChanged("committed", time.monotonic())
             serve()
             self._release(tree)
+            clock.done("release")
+            steps: dict[str, JsonValue] = {**later.steps_ms(STEP)}
             with suppress(ConnectionLost):  # whoever drains notices
-                control.send(Running({"root_pid": tree.root_pid}))
-            self._listener(StateChanged("running", time.monotonic()))
+                self._link.control.send(Committed())
+                self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": steps}))
+            self._listener(committed)
+            later(StateChanged("running", time.monotonic()))
             self._announce(flows_to_hold(checkpoint))
         return remains
 
@@ -193,17 +230,29 @@ class Arrival:
             else:
                 control.send(Abort({"reason": "; ".join(map(str, error.obstacles))}))
 
-    def _prepare(self) -> Wishes:
+    def _prepare(self, stack: ExitStack) -> tuple[Wishes, Birth | None]:
+        """What is asked for, and the nursery of the tree, unless its source is too old to say its numbers. Until
+        PREPARED is said the tree runs at its source; what is left to be done afterwards is a part of its blackout.
+        """
         order, wanted = heard(self._link.control, PREPARE_S)
         with one_at_a_time():
             self._admit(order, wanted)
+        rehearse(self._listener, identity)
+        stack.enter_context(no_collections())
+        birth = stack.enter_context(self._expecting(numbers_of(wanted)))
         clock = Clock.now()
         if self._trace is not None:
             self._trace.begin(self._link.session.id, clock)
         wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
         trace: dict[str, JsonValue] = {"trace": asdict(clock)} if wishes.traced else {}
         self._link.control.send(Prepared({**trace, "release": True} if wishes.release else trace))
-        return wishes
+        return wishes, birth
+
+    def _expecting(self, numbers: list[int]) -> AbstractContextManager[Birth | None]:
+        if not numbers:
+            return nullcontext()
+        new = wants_new_pidns(self._terms.pidns, numbers)
+        return expecting(numbers[0], self._listener, new_pidns=new, cgroup=self._terms.cgroup)
 
     def _admit(self, order: Mapping[str, JsonValue], wanted: Sequence[Wanted]) -> None:
         """Raises Unfit. Whoever comes next is told what this tree is going to take."""
@@ -216,21 +265,25 @@ class Arrival:
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
-    def _commit(self, tree: BuiltTree, facts: Mapping[str, Any], identity: Callable[[], object]) -> None:
+    def _commit(
+        self, tree: BuiltTree, facts: Mapping[str, Any], identity: Callable[[], object], clock: StepClock
+    ) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
         """
-        control = self._link.control
-        control.send(Built())
-        whose = identity()  # while the answer is on its way
-        expect(control, Commit, FREEZE_S)
+        self._link.control.send(Built())
+        facts = {**facts, "identity": identity()}  # while the answer is on its way
+        committed = self._journal.draft(COMMITTED, **facts)
+        running = self._journal.draft("running", durable=False, **facts)
+        clock.done("draft")
+        expect(self._link.control, Commit, FREEZE_S)
+        clock.done("wait for commit")
         self._settle()
-        self._journal.write(COMMITTED, **facts, identity=whose)
+        self._journal.publish(committed)
+        clock.done("durable")
         # Before it may run: who finds COMMITTED knows that it never did (docs/adr/0010).
-        self._journal.write("running", durable=False)
+        self._journal.publish(running)
         self.committed = True
         tree.outlive_us()
         self._outlived()
-        self._listener(StateChanged("committed", time.monotonic()))
-        with suppress(ConnectionLost):
-            control.send(Committed())
+        clock.done("outlive")

@@ -6,6 +6,7 @@ Whoever finds it can tell who may run the tree, and finish the work: docs/reliab
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import time
@@ -57,6 +58,16 @@ class Record:
         return self.state == ARRIVING or (self.state == COMMITTED and not self.rebooted)
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A record beside the one that holds."""
+
+    state: str
+    durable: bool
+    path: Path
+    facts: dict[str, Any]
+
+
 class Journal:
     """The record of one session on this host. `facts` of an earlier process's journal are gone on with."""
 
@@ -76,24 +87,44 @@ class Journal:
         Raises LazyprocError when that cannot be. What was recorded before still is, then; a durable write may have
         come to disk all the same, so whoever decides by it removes the record.
         """
+        draft = self.draft(state, durable=durable, **facts)
+        try:
+            self.publish(draft)
+        finally:
+            self._discard()
+
+    def draft(self, state: str, *, durable: bool = True, **facts: object) -> Draft:
+        """The most of a `write`, ahead of time: nothing is recorded before `publish`. Raises LazyprocError."""
         written = self.facts | {"boot_id": _boot_id(), "state": state, "since": time.time(), **facts}
-        draft = self._path.with_suffix(".new")
+        draft = Draft(state, durable, self._path.with_suffix(f".{state}"), written)
         try:
             with _blamed(self._path):
                 make_folder(self._path.parent)
-                with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                    file.write(json.dumps(written))  # json.dump would go through Python code, word by word
+                fd = os.open(draft.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                with open(fd, "wb") as file:
+                    file.write(json.dumps(written).encode())
                     file.flush()
                     if durable:
-                        os.fsync(file.fileno())
-                os.rename(draft, self._path)
-                if durable:
-                    _sync_folder(self._path.parent)
+                        os.fsync(fd)
         except LazyprocError:
-            with suppress(OSError):
-                draft.unlink()
+            self._discard()
             raise
-        self.facts = written
+        return draft
+
+    def publish(self, draft: Draft) -> None:
+        """Record it; see `write`. A durable draft is on the disk already, and its name is when this returns."""
+        with _blamed(self._path):
+            os.rename(draft.path, self._path)
+            if draft.durable:
+                _sync_folder(self._path.parent)
+        self.facts = draft.facts
+
+    def _discard(self) -> None:
+        """What was drafted, by whomever, and never published."""
+        with suppress(OSError):
+            for path in self._path.parent.glob(f"{self._path.stem}.*"):
+                if path != self._path:
+                    path.unlink()
 
     def note(
         self, state: str, listener: Listener, facts: Mapping[str, object] = {}, *, durable: bool = False
@@ -121,6 +152,7 @@ class Journal:
         """The session is over and nobody has to be told."""
         with suppress(OSError):
             self._path.unlink()
+        self._discard()
 
 
 @contextmanager
@@ -193,5 +225,6 @@ def _sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+@functools.cache
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

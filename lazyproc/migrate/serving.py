@@ -202,14 +202,22 @@ def report_of(
         steps_ms=dict(facts.get("steps_ms", {})),
         fault_us=_faults(drained),
         ended=drained.get("ended") is True,
+        steps_there_ms=steps_in(facts.get("steps_there_ms")),
         pages_total=number_in(drained, "pages_total"),
         pages_zero=number_in(drained, "pages_zero"),
         pages_eager=number_in(drained, "pages_eager"),
         pages_urgent=number_in(drained, "pages_urgent"),
         pages_bulk=number_in(drained, "pages_bulk"),
+        pages_packed=number_in(drained, "pages_packed"),
         pages_dropped=number_in(drained, "pages_dropped"),
         pages_poisoned=number_in(drained, "pages_poisoned"),
     )
+
+
+def steps_in(value: object) -> dict[str, float]:
+    """Milliseconds by step, as RUNNING has them; empty when the other side says nothing of the kind."""
+    steps = value if isinstance(value, dict) else {}
+    return {str(name): float(ms) for name, ms in steps.items() if isinstance(ms, int | float)}
 
 
 def number_in(fields: Mapping[str, object], name: str) -> int:

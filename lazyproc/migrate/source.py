@@ -320,8 +320,8 @@ def hand_over(
             gc.enable()
             hang_up(dump.given_up)
             figures = {"frozen_ms": frozen_ms, "blackout_ms": steps.total_ms, "steps_ms": steps.ms()}
-            figures["remote_pid"] = running.get("root_pid")
-            journal.note("running", listener, figures, durable=True)
+            there = {"remote_pid": running.get("root_pid"), "steps_there_ms": running.get("steps_ms")}
+            journal.note("running", listener, {**there, **figures}, durable=True)
             with _releaser(order.release, held, server, journal, listener, traced=True) as releaser:
                 drained = serving.until_drained(releaser)
         report = report_of(journal.facts, drained, server, chain)

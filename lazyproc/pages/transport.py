@@ -93,6 +93,7 @@ class Channel:
         self.peer = dialled or (behind.peer if behind else peer_name(sock))
         self.hello: Hello | None = None  # once it has passed
         self.heard = time.monotonic()  # when the peer last said anything
+        self.began = self.heard  # when what `receive` gave last began to come
         self._sock = sock
         self.behind = behind
         self._connection = Connection(side, dialled=dialled is not None)
@@ -203,6 +204,7 @@ class Channel:
 
     def _receive_some(self) -> Event | None:
         """What one recv(2) completes; never more than one event, since never more than one frame is read."""
+        between = self._connection.between
         data = self._attempt(self._sock.recv, min(self._connection.wanted, _READ), socket.MSG_DONTWAIT)
         if data is None:
             return None
@@ -213,6 +215,8 @@ class Channel:
                 remedy="see there what it said, and whether it still runs",
             )
         self.heard = time.monotonic()
+        if between:
+            self.began = self.heard
         try:
             event = next(iter(self._connection.receive_data(data)), None)
         except ProtocolError as error:

@@ -118,8 +118,8 @@ class Maker:
 
     def _host_pid(self, parent: int, vpid: int) -> int:
         """Our number of the child that `parent` has just made."""
-        if not self.nursery.new_pidns:
-            return vpid
+        if number := self.nursery.number_here(vpid):
+            return number
         for child in proc.children_of(parent, parent):
             if proc.status(proc.read(child, "status")).ns_pid[-1] == vpid:
                 return child
@@ -181,7 +181,7 @@ def stop(site: Site, parent: Site | None) -> None:
         _swallow(parent, signal.SIGCHLD)
 
 
-def make_threads(site: Site) -> None:
+def make_threads(site: Site, nursery: Nursery) -> None:
     """The other threads of a process, each stopped before its first instruction."""
     others = site.task.threads[1:]
     if not others:
@@ -196,7 +196,9 @@ def make_threads(site: Site) -> None:
     ]
     for thread, result in zip(others, site.run(*calls), strict=True):
         _check_made(thread.tid, result)
-    known = host_tids(site.pid, [thread.tid for thread in others], {site.task.vpid: site.pid})
-    for thread in others:
-        tracee = site.threads[thread.tid] = Tracee(known[thread.tid])
+    tids = [thread.tid for thread in others]
+    ours = [nursery.number_here(tid) for tid in tids]
+    known = dict(zip(tids, ours, strict=True)) if all(ours) else host_tids(site.pid, tids)
+    for tid in tids:
+        tracee = site.threads[tid] = Tracee(known[tid])
         tracee.wait_stop(STOP_MS)

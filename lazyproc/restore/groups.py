@@ -9,9 +9,11 @@ from contextlib import ExitStack, contextmanager
 
 from lazyproc.errors import RestoreError, UsageError
 from lazyproc.events import Listener, Note
+from lazyproc.facts import dataclass
 from lazyproc.kernel import cgroup
 from lazyproc.kernel.cgroup import SYSTEMD, V2, Hierarchy, Place
 from lazyproc.kernel.nursery import Nursery, nursery
+from lazyproc.restore.inherited import Inherited
 
 UNITS = (".service", ".scope")  # who stops one kills all that is in its group and below
 BELOW = "/sys/fs/cgroup"
@@ -89,11 +91,18 @@ def tried(named: str | None) -> Sequence[Place]:
         return there
 
 
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """A nursery in the groups of its tree, and the directories of those that were made because none was named."""
+
+    nursery: Nursery
+    groups: Sequence[str]
+    inherited: Inherited
+
+
 @contextmanager
-def nursery_in_group(
-    named: str | None, label: int, listener: Listener, *, pidns: bool, timens: str | None, transport_fd: int
-) -> Iterator[tuple[Nursery, Sequence[str]]]:
-    """The nursery in the groups of its tree, and the directories of those that were made because none was named.
+def nursery_in_group(named: str | None, label: int, listener: Listener, *, pidns: bool) -> Iterator[Birth]:
+    """The nursery of a tree, stopped.
 
     `label` is a part of their names. Where none can be made the tree is in our own groups, and `listener` is told.
     Raises RestoreError for a group that was named, UsageError, HostLacks.
@@ -102,9 +111,7 @@ def nursery_in_group(
         there: Sequence[Place] = ()
         try:
             there = stack.enter_context(_ready(named, label))
-            birth = stack.enter_context(
-                nursery(pidns=pidns, timens=timens, transport_fd=transport_fd, groups=there)
-            )
+            birth = stack.enter_context(nursery(pidns=pidns, groups=there))
         except cgroup.NotJoined as error:
             if named is not None:
                 raise _refused(named, error) from error
@@ -114,8 +121,8 @@ def nursery_in_group(
                     f"the tree is in the cgroup of this command and may end with it ({error.strerror}): {AMENDS}"
                 )
             )
-            birth = stack.enter_context(nursery(pidns=pidns, timens=timens, transport_fd=transport_fd))
-        yield birth, [place.folder for place in there if named is None]
+            birth = stack.enter_context(nursery(pidns=pidns))
+        yield Birth(birth, [place.folder for place in there if named is None], Inherited.of(birth))
 
 
 @contextmanager

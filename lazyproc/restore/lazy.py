@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
+from itertools import accumulate
 
 from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.events import Listener, Note
@@ -13,31 +15,27 @@ from lazyproc.kernel import proc
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.model import Extent, ObjectKind
-from lazyproc.restore.lazytree import LazyTree, descendants
-from lazyproc.restore.pages import LazyRange
+from lazyproc.restore.lazytree import ANCHORS, LazyTree, anchor_holders, members
+from lazyproc.restore.pages import ADDRESS_LIMIT, LazyRange, rows_of
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Pager
 
-ANCHOR_LINKS = ("anon_inode:[userfaultfd]", "/memfd:lazyproc-ledger (deleted)")
 ROUNDS = 8
 
 
 def introduce(pager: Pager, tree: BuiltTree, listener: Listener) -> None:
     """Tell the pager, whose ledger the tree was built with, of its processes and the pages that are there already."""
-    spaces = {
-        vpid: pager.add_space(os.dup(fd), vpid, tree.sites[vpid].pid)
-        for vpid, fd in tree.userfaultfds.items()
-    }
-    for r in tree.lazy:
-        pager.add_region(spaces[r.vpid], r.addr, r.length, r.object, r.object_addr)
+    for vpid, fd in tree.userfaultfds.items():
+        space = pager.add_space(os.dup(fd), vpid, tree.sites[vpid].pid)
+        pager.add_regions(space, rows_of(r for r in tree.lazy if r.vpid == vpid))
     if any(r.object.kind is ObjectKind.SHARED for r in tree.lazy):
         _watch_removals(pager, listener)
     count = 0
     for obj, extents in tree.checkpoint.memory.items():
         eager = Extents.of(extents).where(lazy=False)
         count += sum(eager.counts)
-        for extent in _inside(eager, [r for r in tree.lazy if r.object == obj]):
+        for extent in _inside(eager, (r for r in tree.lazy if r.object == obj)):
             pager.mark_installed(obj, extent.addr, extent.count)
     pager.add_eager(count)
 
@@ -56,7 +54,7 @@ def _watch_removals(pager: Pager, listener: Listener) -> None:
 
 def note_removals(pager: Pager, tree: LazyTree) -> None:
     """Tell a pager that takes over of the calls that were made while no pager was there: they have waited since."""
-    for pid in descendants(_roots(tree)):
+    for pid in members(tree):
         with suppress(NoSuchProcess):
             for tid in proc.task_ids(pid):
                 blocked = proc.syscall(proc.read(pid, f"task/{tid}/syscall"))
@@ -66,9 +64,13 @@ def note_removals(pager: Pager, tree: LazyTree) -> None:
                         pager.note_removal(pid, tid, start, length)
 
 
-def _inside(extents: Sequence[Extent], ranges: Sequence[LazyRange]) -> Iterator[Extent]:
+def _inside(extents: Iterable[Extent], ranges: Iterable[LazyRange]) -> Iterator[Extent]:
+    """Extents in order that begin in one of the ranges."""
+    spans = sorted((r.object_addr, r.object_addr + r.length) for r in ranges)
+    ends = list(accumulate((end for _, end in spans), max))  # of all that begin no later
     for extent in extents:
-        if any(r.object_addr <= extent.addr < r.object_addr + r.length for r in ranges):
+        at = bisect_right(spans, (extent.addr, ADDRESS_LIMIT))
+        if at and extent.addr < ends[at - 1]:
             yield extent
 
 
@@ -92,10 +94,9 @@ def _drop_anchors(tree: LazyTree) -> None:
     """In the tasks, and in the children they have forked meanwhile, which have inherited them: parents first, and
     again until nobody has one, since a child may be forked while we are on our way.
     """
-    numbers = {number for task in tree.tasks for number in (task.userfaultfd, task.ledger)}
     failed: LazyprocError | None = None
     for _ in range(ROUNDS):
-        holders = [(pid, n) for pid in descendants(_roots(tree)) for n in numbers if _is_anchor(pid, n)]
+        holders = [holder for name in ANCHORS for holder in anchor_holders(tree, name)]
         if not holders:
             return
         for pid, number in holders:
@@ -111,14 +112,3 @@ def _close_in(pid: int, number: int) -> None:
     from lazyproc.kernel.visit import call_in  # the tree runs by now
 
     call_in(pid, "close", number)
-
-
-def _is_anchor(pid: int, number: int) -> bool:
-    try:
-        return os.readlink(f"/proc/{pid}/fd/{number}") in ANCHOR_LINKS
-    except OSError:
-        return False
-
-
-def _roots(tree: LazyTree) -> list[int]:
-    return [tree.nursery_pid, *(task.pid for task in tree.tasks)]  # orphans are the nursery's

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 from lazyproc.errors import ImageError, RestoreError
-from lazyproc.facts import dataclass, replace
+from lazyproc.facts import replace
 from lazyproc.kernel.remote import Call
 from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject, ObjectKind, Vma, VmaKind
@@ -16,6 +20,7 @@ from lazyproc.pages import PageSource
 from lazyproc.restore.site import Site
 from lazyproc.runs import Extents
 from lazyproc.uffd.device import Outcome, Userfaultfd
+from lazyproc.uffd.pager import Pager, register_regions
 
 O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 ABOVE_TRANSPORT = 3  # see the nursery's start: it uses two numbers above its socket
@@ -25,9 +30,11 @@ ATTEMPTS = 16
 ADDRESS_LIMIT = 1 << 64
 
 
-@dataclass(frozen=True, slots=True)
-class LazyRange:
-    """A registered range of a task: `length` bytes at `addr` hold the pages of `object` from `object_addr` on."""
+class LazyRange(NamedTuple):
+    """A registered range of a task: `length` bytes at `addr` hold the pages of `object` from `object_addr` on.
+
+    A tuple, not a dataclass: there may be thousands of them.
+    """
 
     vpid: int
     addr: int
@@ -56,12 +63,17 @@ def arranged(checkpoint: Checkpoint, *, lazy: bool) -> Checkpoint:
 
 def _cut(extents: Extents, vmas: Sequence[Vma], lazy: bool, where: str) -> Iterator[Extents]:
     """What lies in each mapping; the work does not grow with the number of extents in it."""
-    at = 0
+    at, first, starts = 0, 0, extents.addrs
     for vma in vmas:
-        _demand_none(extents.within(at, vma.start), where)
-        inside = extents.within(vma.start, vma.end)
-        yield inside if lazy and vma.may_be_lazy else inside.as_eager()
-        at = vma.end
+        reaches = starts[first - 1] + extents.counts[first - 1] * PAGE if first else 0  # the one before
+        # Most mappings have nothing before them, and many nothing in them.
+        if reaches > at or (first < len(starts) and starts[first] < vma.start):
+            _demand_none(extents.within(at, vma.start), where)
+        last = bisect_left(starts, vma.end, first)
+        if last > first or reaches > vma.start:
+            inside = extents.within(vma.start, vma.end)
+            yield inside if lazy and vma.may_be_lazy else inside.as_eager()
+        at, first = vma.end, last
     _demand_none(extents.within(at, ADDRESS_LIMIT), where)
 
 
@@ -75,24 +87,32 @@ def _demand_none(stray: Extents, where: str) -> None:
 def lazy_ranges(checkpoint: Checkpoint) -> Iterator[LazyRange]:
     """What can be lazy: private anonymous memory that is not locked, and shared objects marked so."""
     for task in checkpoint.tasks:
+        obj = MemoryObject(ObjectKind.TASK, task.vpid)
         for vma in task.mm.vmas if task.mm else ():
             if vma.may_be_lazy:
-                obj = MemoryObject(ObjectKind.TASK, task.vpid)
                 yield LazyRange(task.vpid, vma.start, vma.length, obj, vma.start, vma.huge_pages > 0)
             elif vma.kind is VmaKind.SHARED and checkpoint.shared[vma.object_id].lazy:
-                obj = MemoryObject(ObjectKind.SHARED, vma.object_id)
-                yield LazyRange(task.vpid, vma.start, vma.length, obj, vma.offset, False)
+                shared = MemoryObject(ObjectKind.SHARED, vma.object_id)
+                yield LazyRange(task.vpid, vma.start, vma.length, shared, vma.offset, False)
+
+
+def rows_of(ranges: Iterable[LazyRange]) -> array[int]:
+    """As the pager takes them."""
+    rows = array("Q")
+    for _, addr, length, obj, object_addr, _ in ranges:
+        rows.extend((addr, length, obj.id << 8 | obj.kind, object_addr))
+    return rows
 
 
 def register(
-    sites: Mapping[int, Site], checkpoint: Checkpoint, ledger: int, stack: ExitStack
+    sites: Mapping[int, Site], checkpoint: Checkpoint, pager: Pager, stack: ExitStack
 ) -> tuple[dict[int, int], tuple[LazyRange, ...]]:
     """A userfaultfd in every task that has lazy ranges, shared with us and registered. Ours is closed by `stack`.
 
     The task keeps its own as an *anchor*, on a number out of the program's way: when the last reference to a
     userfaultfd goes, missing pages read as zeros. So they wait as long as the process lives, whatever becomes of us.
-    With it goes the pager's `ledger`, which tells whoever completes the tree then what never came from what was
-    dropped. The task may only read it.
+    With it go the pager's ledger, which tells whoever completes the tree then what never came from what was dropped and
+    which the task may only read, and the pager's cradle, which is to the children that it forks what this is to itself.
     """
     ranges = tuple(lazy_ranges(checkpoint))
     userfaultfds = {}
@@ -100,26 +120,23 @@ def register(
         mine = [r for r in ranges if r.vpid == vpid]
         if not mine:
             continue
-        (theirs,) = site.run(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)))
-        site.anchor = _out_of_the_way(site, theirs)
-        with _readable(ledger) as own:
-            (copy,) = site.receive([own])
-        site.ledger = _out_of_the_way(site, copy)
+        theirs = site.run(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)))
+        with _readable(pager.ledger) as ledger:
+            theirs += site.receive([ledger, pager.cradle])
+        site.anchor, site.ledger, site.cradle = _out_of_the_way(site, theirs)
         fd = userfaultfds[vpid] = pidfd_getfd(site.pidfd, site.anchor)
         stack.callback(os.close, fd)
         device = Userfaultfd.from_fd(fd)
         device.api()
-        for r in mine:
-            device.register(r.addr, r.length)
+        register_regions(fd, rows_of(mine))
     return userfaultfds, ranges
 
 
-def _out_of_the_way(site: Site, fd: int) -> int:
-    """The number of a task's descriptor after it was moved above all that the program uses."""
+def _out_of_the_way(site: Site, fds: Sequence[int]) -> Sequence[int]:
+    """The numbers of a task's descriptors after they were moved above all that the program uses."""
     lowest = site.transport_fd + ABOVE_TRANSPORT
-    (moved,) = site.run(Call("fcntl", (fd, fcntl.F_DUPFD_CLOEXEC, lowest)))
-    site.run(Call("close", (fd,)))
-    return moved
+    moved = [Call("fcntl", (fd, fcntl.F_DUPFD_CLOEXEC, lowest)) for fd in fds]
+    return site.run(*moved, *(Call("close", (fd,)) for fd in fds))[: len(fds)]
 
 
 @contextmanager
@@ -192,4 +209,8 @@ def _place(device: Userfaultfd, addr: int, data: bytes, where: str) -> None:
 
 
 def _vma_at(vmas: Sequence[Vma], addr: int) -> Vma:
-    return next(vma for vma in vmas if vma.start <= addr < vma.end)
+    """`arranged` has seen that there is one."""
+    return vmas[bisect_right(vmas, addr, key=_start_of) - 1]
+
+
+_start_of = operator.attrgetter("start")

@@ -14,7 +14,7 @@ from lazyproc.errors import RestoreError
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel.arch_x86_64 import SYS
-from lazyproc.kernel.remote import SYSCALL, step
+from lazyproc.kernel.remote import SYSCALL, fall_asleep
 from lazyproc.model import Clocks, Registers, Restart, Task, Thread, VmaKind
 from lazyproc.restore.site import Site
 
@@ -31,7 +31,16 @@ def resume(site: Site, clocks: Clocks) -> dict[int, Registers]:
     if not sleepers:
         return {}
     passed_ns = max(0, _monotonic_ns(site.pid) - clocks.monotonic_ns)
-    return {thread.tid: _reissue(site, thread, restart, passed_ns) for thread, restart in sleepers}
+    times, calls = bytearray(), []
+    for thread, restart in sleepers:
+        registers = _call_again(site, thread, restart, max(0, restart.remaining_ns - passed_ns), times)
+        calls.append((site.threads[thread.tid], registers))
+    site.memory.write(site.bench.data, bytes(times))
+    results = fall_asleep(calls)
+    return {
+        thread.tid: _asleep(thread.registers, restart.nr, result)
+        for (thread, restart), result in zip(sleepers, results, strict=True)
+    }
 
 
 def _waits_in_shared(task: Task, thread: Thread) -> bool:
@@ -49,25 +58,23 @@ def _monotonic_ns(pid: int) -> int:
     return time.monotonic_ns() + theirs - ours
 
 
-def _reissue(site: Site, thread: Thread, restart: Restart, passed_ns: int) -> Registers:
+def _call_again(site: Site, thread: Thread, restart: Restart, left_ns: int, times: bytearray) -> Registers:
+    """Registers for the call with what is left of its time. poll takes milliseconds, the others a pointer to a
+    timespec, which is read at the call's entry only; `times` is what will lie at the bench's data.
+    """
     if restart.nr not in TIME_ARGUMENT:
         raise RestoreError(
             f"system call {restart.nr} cannot be resumed", where=f"thread {thread.tid}", remedy="report it"
         )
-    old = thread.registers  # rewound: ip at the `syscall` instruction
-    args = list(arch.call_arguments(old))
-    args[TIME_ARGUMENT[restart.nr]] = _time(site, restart.nr, max(0, restart.remaining_ns - passed_ns))
-    tracee = site.threads[thread.tid]
-    call = arch.calling(tracee.registers(), site.bench.code + SYSCALL, restart.nr, tuple(args))
-    result = step(tracee, call, interrupted=True)
-    return old._replace(
-        ax=result & arch.MASK64, orig_ax=restart.nr, ip=old.ip + len(arch.SYSCALL_INSTRUCTION)
-    )
+    args = list(arch.call_arguments(thread.registers))
+    if restart.nr == SYS["poll"]:
+        args[TIME_ARGUMENT[restart.nr]] = -(-left_ns // MS_NS)
+    else:
+        args[TIME_ARGUMENT[restart.nr]] = site.bench.data + len(times)
+        times += struct.pack("<qq", *divmod(left_ns, 10**9))
+    return arch.calling(thread.registers, site.bench.code + SYSCALL, restart.nr, tuple(args))
 
 
-def _time(site: Site, nr: int, left_ns: int) -> int:
-    """poll takes milliseconds, the others a pointer to a timespec, which is read at the call's entry only."""
-    if nr == SYS["poll"]:
-        return -(-left_ns // MS_NS)
-    site.memory.write(site.bench.data, struct.pack("<qq", *divmod(left_ns, 10**9)))
-    return site.bench.data
+def _asleep(old: Registers, nr: int, result: int) -> Registers:
+    """`old` are rewound: ip is at the `syscall` instruction."""
+    return old._replace(ax=result & arch.MASK64, orig_ax=nr, ip=old.ip + len(arch.SYSCALL_INSTRUCTION))

@@ -34,6 +34,7 @@ class Site:
     threads: dict[int, Tracee] = field(default_factory=dict)  # by tid as the task sees it
     anchor: int = -1  # number of the userfaultfd in the task's own descriptor table
     ledger: int = -1  # of the pager's ledger there
+    cradle: int = -1  # and of its cradle
 
     @property
     def pid(self) -> int:
@@ -68,11 +69,9 @@ class Site:
         return list(struct.unpack(f"<{len(fds)}i", self.memory.read(control + CMSG.size, 4 * len(fds))))
 
 
-def host_tids(pid: int, tids: Sequence[int], known: dict[int, int]) -> dict[int, int]:
-    """The threads of `pid` by the number they have in their own pid namespace -> ours. `known` is updated."""
-    for tid in proc.task_ids(pid):
-        if tid not in known.values():
-            known[proc.status(proc.read(pid, f"task/{tid}/status")).ns_pid[-1]] = tid
+def host_tids(pid: int, tids: Sequence[int]) -> dict[int, int]:
+    """The threads of `pid` by the number they have in their own pid namespace -> ours."""
+    known = {proc.status(proc.read(pid, f"task/{tid}/status")).ns_pid[-1]: tid for tid in proc.task_ids(pid)}
     missing = [tid for tid in tids if tid not in known]
     if missing:
         raise RestoreError(f"threads {missing} are not there", where=f"pid {pid}", remedy="report it")

@@ -11,6 +11,7 @@ from lazyproc.events import Listener, Note
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.model import Credentials, Fs, Task, Thread
+from lazyproc.restore.inherited import Inherited
 
 # include/uapi/linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_SECCOMP = 1, 4, 15, 22
@@ -99,8 +100,8 @@ def _limit(value: int) -> int:
 # --- thread -----------------------------------------------------------------------------------------------------
 
 
-def thread_calls(thread: Thread, bench: Bench, available: int) -> Iterator[Call]:
-    """Everything of one thread that it sets itself. `available` are the capabilities this host can give."""
+def thread_calls(thread: Thread, bench: Bench, inherited: Inherited) -> Iterator[Call]:
+    """Everything of one thread that it sets itself."""
     yield Call("prctl", (PR_SET_NAME, bench.place(os.fsencode(thread.comm)[:15] + b"\0")))
     if thread.altstack:
         stack = struct.pack("<QiIQ", thread.altstack.sp, thread.altstack.flags & ~1, 0, thread.altstack.size)
@@ -110,13 +111,15 @@ def thread_calls(thread: Thread, bench: Bench, available: int) -> Iterator[Call]
     if thread.rseq:
         yield Call("rseq", (thread.rseq.addr, thread.rseq.size, 0, thread.rseq.signature))
     yield Call("prctl", (PR_SET_TIMERSLACK, thread.timer_slack_ns))
-    yield from credential_calls(thread.credentials, bench, available)
+    if thread.credentials != inherited.credentials:
+        yield from credential_calls(thread.credentials, bench, inherited.credentials.cap_permitted)
     if thread.pdeath_signal:  # cleared by every change of credentials
         yield Call("prctl", (PR_SET_PDEATHSIG, thread.pdeath_signal))
 
 
 def credential_calls(creds: Credentials, bench: Bench, available: int) -> Iterator[Call]:
-    """Ids first with capabilities kept (SECBIT_NO_SETUID_FIXUP), then the sets: capabilities(7).
+    """Ids first with capabilities kept (SECBIT_NO_SETUID_FIXUP), then the sets: capabilities(7). `available` are those
+    that this host can give.
 
     The inheritable set before the bounding set, which limits what may be added to it; the ambient set while nothing
     forbids it yet; the last capset takes away what the steps before it needed.
@@ -166,9 +169,11 @@ def seccomp_calls(thread: Thread, bench: Bench) -> Iterator[Call]:
         yield Call("prctl", (PR_SET_SECCOMP, 1))
 
 
-def schedule(thread: Thread, tid: int, listener: Listener) -> None:
+def schedule(thread: Thread, tid: int, inherited: Inherited, listener: Listener) -> None:
     """Policy and nice value, set from outside while the thread still has our privileges."""
     wanted = thread.scheduling
+    if wanted == inherited.scheduling:
+        return
     try:
         os.sched_setscheduler(tid, wanted.policy, os.sched_param(wanted.priority))
         os.setpriority(os.PRIO_PROCESS, tid, wanted.nice)

@@ -9,19 +9,19 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 from lazyproc.errors import NoSuchProcess, PidTaken, RestoreError
-from lazyproc.events import Listener, Note, StepDone
+from lazyproc.events import Listener, Note, StepClock
 from lazyproc.facts import dataclass, field, replace
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.netfilter import Hold
-from lazyproc.kernel.nursery import Nursery
+from lazyproc.kernel.nursery import Nursery, nursery
 from lazyproc.kernel.remote import Call, step
 from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
 from lazyproc.pages import PageSource
@@ -29,13 +29,15 @@ from lazyproc.restore import descriptors, memory, objects, pages, restarts, stat
 from lazyproc.restore.creation import Maker, make_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
-from lazyproc.restore.groups import nursery_in_group
+from lazyproc.restore.groups import Birth, nursery_in_group
+from lazyproc.restore.inherited import Inherited
 from lazyproc.restore.lazytree import LazyTask, LazyTree
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
 from lazyproc.restore.users import Users
 from lazyproc.uffd.device import demand_for_tasks
+from lazyproc.uffd.pager import Pager
 
 Pidns = Literal["auto", "host", "new"]
 
@@ -70,11 +72,12 @@ class BuiltTree:
             root_vpid=self.checkpoint.root.vpid,
             nursery_pid=self.nursery.pid,
             tasks=tuple(
-                LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger)
+                LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger, site.cradle)
                 for site in anchored
             ),
             huge=tuple((self.sites[r.vpid].pid, r.addr, r.length) for r in self.lazy if r.huge),
             groups=tuple(self.groups),
+            cradle=_inode(anchored[0].pid, anchored[0].cradle) if anchored else 0,
         )
 
     def outlive_us(self) -> None:
@@ -83,7 +86,7 @@ class BuiltTree:
         """
         if self.checkpoint.root.vpid != 1:
             self.nursery.become_parent_of(self.checkpoint.root.vpid)
-        self.released = True
+        self.released, self.nursery.spare = True, False
         for tracee in (self.nursery.tracee, *self._tracees()):
             with suppress(NoSuchProcess):  # somebody has killed it
                 tracee.set_options(0)
@@ -109,15 +112,23 @@ class BuiltTree:
         return [tracee for site in self.sites.values() for tracee in site.threads.values()]
 
 
+def _inode(pid: int, fd: int) -> int:
+    return os.stat(f"/proc/{pid}/fd/{fd}").st_ino
+
+
 def _started(pid: int) -> int:
     return proc.stat(proc.read(pid, "stat")).start_time
 
 
-def needs_new_pidns(checkpoint: Checkpoint) -> bool:
-    """Whether a number of the tree is 1, or plainly taken here."""
-    wanted = {thread.tid for task in checkpoint.tasks for thread in task.threads}
-    wanted |= {task.vpid for task in checkpoint.tasks}
-    return any(is_taken(number) for number in wanted)
+def wants_new_pidns(pidns: Pidns, numbers: Iterable[int]) -> bool:
+    """Whether a tree with these numbers gets a pid namespace: also when one of them is 1, or plainly taken here."""
+    return pidns == "new" or (pidns == "auto" and any(map(is_taken, numbers)))
+
+
+def _numbers(checkpoint: Checkpoint) -> Iterator[int]:
+    for task in checkpoint.tasks:
+        yield task.vpid
+        yield from (thread.tid for thread in task.threads[1:])
 
 
 def is_taken(number: int) -> bool:
@@ -142,29 +153,35 @@ def built_tree(
     source: PageSource,
     listener: Listener,
     *,
-    ledger: int | None,
+    pager: Pager | None,
     pidns: Pidns,
     cgroup: str | None = None,
     users: Users | None = None,
+    birth: Birth | None = None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
-    `source` gives the pages that have to be there at once: all of them, unless a pager, whose `ledger` this is, brings
-    the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Its files are
-    opened with the rights of `users`, otherwise with ours. Raises RestoreError naming the step, PidTaken in pid
-    namespace "host", ImageError, UsageError for `cgroup`, and whatever the kernel refuses.
+    `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told
+    of them by `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as
+    in /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. `birth` is from
+    `expecting`, where there was time for that before. Raises RestoreError naming the step, PidTaken in pid namespace
+    "host", ImageError, UsageError for `cgroup`, and whatever the kernel refuses.
     """
-    if ledger is not None:
+    if pager is not None:
         demand_for_tasks()
-    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=ledger is not None), listener)
-    new = pidns == "new" or (pidns == "auto" and needs_new_pidns(checkpoint))
+    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=pager is not None), listener)
+    new = wants_new_pidns(pidns, _numbers(checkpoint))
     with ExitStack() as stack:
+        label = checkpoint.root.vpid
+        if birth is None or (new and not birth.nursery.new_pidns):
+            birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
         try:
-            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, new, cgroup, users))
+            tree = stack.enter_context(_built(checkpoint, source, listener, pager, birth, users))
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
-            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, True, cgroup, users))
+            birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
+            tree = stack.enter_context(_built(checkpoint, source, listener, pager, birth, users))
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -172,6 +189,31 @@ def built_tree(
                 remedy="take the checkpoint again when images may be garbled; -v shows what it was",
             ) from error
         yield tree
+
+
+@contextmanager
+def expecting(label: int, listener: Listener, *, new_pidns: bool, cgroup: str | None) -> Iterator[Birth]:
+    """A nursery for one tree, whose root's number in its own namespace is `label`; killed at the end unless it was let
+    go with the tree. Raises RestoreError and UsageError for `cgroup`, HostLacks.
+    """
+    with nursery_in_group(cgroup, label, listener, pidns=new_pidns) as birth, _killed_at_end(birth.nursery):
+        yield birth
+
+
+@contextmanager
+def ungrouped() -> Iterator[Birth]:
+    """The same in a new pid namespace and in our own cgroups. Raises HostLacks."""
+    with nursery(pidns=True) as made, _killed_at_end(made):
+        yield Birth(made, (), Inherited.of(made))
+
+
+@contextmanager
+def _killed_at_end(nursery: Nursery) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if nursery.spare:
+            _kill(nursery)
 
 
 def _without_parent(checkpoint: Checkpoint, listener: Listener) -> Checkpoint:
@@ -191,33 +233,24 @@ def _built(
     checkpoint: Checkpoint,
     source: PageSource,
     listener: Listener,
-    ledger: int | None,
-    new_pidns: bool,
-    cgroup: str | None,
+    pager: Pager | None,
+    birth: Birth,
     users: Users | None,
 ) -> Iterator[BuiltTree]:
+    born = birth.nursery
     with ExitStack() as stack:
-        clock = _StepClock(listener)
-        birth, groups = stack.enter_context(
-            nursery_in_group(
-                cgroup,
-                checkpoint.root.vpid,
-                listener,
-                pidns=new_pidns,
-                timens=timens_text(checkpoint.clocks),
-                transport_fd=_free_number(checkpoint),
-            )
-        )
-        tree: BuiltTree | None = None
-        try:
+        clock = StepClock(listener, "restore: ")
+        with _killed_at_end(born):
+            offsets, is_root = timens_text(checkpoint.clocks), checkpoint.root.vpid == 1
+            born.make_ready(_free_number(checkpoint), offsets, is_root=is_root)
             clock.done("nursery")
-            sites = Maker(birth, checkpoint, stack).make()
+            sites = Maker(born, checkpoint, stack).make()
             clock.done("processes")
-            hold = stack.enter_context(Hold(f"to_{birth.pid}"))
+            hold = stack.enter_context(Hold(f"to_{born.pid}"))
             hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
             made = stack.enter_context(ExitStack())
             files, shared, sockets = made.enter_context(
-                files_and_objects(checkpoint, birth, sites, listener, users or Users())
+                files_and_objects(checkpoint, born, sites, listener, users or Users())
             )
             clock.done("files")
             for site in sites.values():
@@ -225,19 +258,19 @@ def _built(
                 memory.map_all(site, checkpoint, files, shared)
             objects.mark_removed(checkpoint)
             clock.done("memory map")
-            if ledger is None:
+            if pager is None:
                 userfaultfds: dict[int, int] = {}
                 ranges: tuple[pages.LazyRange, ...] = ()
             else:
-                userfaultfds, ranges = pages.register(sites, checkpoint, ledger, stack)
+                userfaultfds, ranges = pages.register(sites, checkpoint, pager, stack)
             pages.fill(sites, checkpoint, source, userfaultfds, shared)
             seal_memfds(checkpoint, shared)
             clock.done("eager pages")
             for site in sites.values():
-                make_threads(site)
+                make_threads(site, born)
             clock.done("threads")
             for site in sites.values():
-                _give_state(site, checkpoint, files, listener)
+                _give_state(site, checkpoint, files, birth.inherited, listener)
             sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
             clock.done("state")
             for site in reversed(
@@ -245,11 +278,7 @@ def _built(
             ):  # a parent learns of its children's stops before its own end
                 _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
             clock.done("registers")
-            tree = BuiltTree(checkpoint, birth, sites, userfaultfds, ranges, groups, sockets, made, hold)
-            yield tree
-        finally:
-            if tree is None or not tree.released:
-                _kill(birth)
+            yield BuiltTree(checkpoint, born, sites, userfaultfds, ranges, birth.groups, sockets, made, hold)
 
 
 @contextmanager
@@ -281,19 +310,6 @@ def files_and_objects(
             yield files, shared, sockets
 
 
-class _StepClock:
-    """Says how long each step took."""
-
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
-        self._last = time.monotonic()
-
-    def done(self, name: str) -> None:
-        now = time.monotonic()
-        self._listener(StepDone(f"restore: {name}", now, now - self._last))
-        self._last = now
-
-
 def _free_number(checkpoint: Checkpoint) -> int:
     """A descriptor number that no task uses, with two more above it, for the socket that brings descriptors."""
     highest = max((d.fd for task in checkpoint.tasks for d in task.descriptors), default=0)
@@ -301,7 +317,9 @@ def _free_number(checkpoint: Checkpoint) -> int:
     return max(highest, most, 64) + 1
 
 
-def _give_state(site: Site, checkpoint: Checkpoint, made: Mapping[int, int], listener: Listener) -> None:
+def _give_state(
+    site: Site, checkpoint: Checkpoint, made: Mapping[int, int], inherited: Inherited, listener: Listener
+) -> None:
     """Everything but registers. Credentials come late (what precedes needs privileges), seccomp after them."""
     task, bench = site.task, site.bench
     assert task.fs is not None
@@ -319,9 +337,9 @@ def _give_state(site: Site, checkpoint: Checkpoint, made: Mapping[int, int], lis
     )
     state.set_from_outside(task, site.pid, listener)
     for thread in task.threads:
-        state.schedule(thread, site.threads[thread.tid].tid, listener)
+        state.schedule(thread, site.threads[thread.tid].tid, inherited, listener)
     vectors.make_room(site)
-    _run_in_threads(site, _available_capabilities())
+    _run_in_threads(site, inherited)
     assert task.mm is not None
     site.run(
         *memory.lock_calls(task.mm.vmas),
@@ -330,11 +348,11 @@ def _give_state(site: Site, checkpoint: Checkpoint, made: Mapping[int, int], lis
     )
 
 
-def _run_in_threads(site: Site, available: int) -> None:
+def _run_in_threads(site: Site, inherited: Inherited) -> None:
     """The threads' own state, all threads at the same time; then filters, which would forbid what came before."""
     bench = site.bench
     pairs = [(site.threads[thread.tid], thread) for thread in site.task.threads]
-    bench.run_all([(t, list(state.thread_calls(thread, bench, available))) for t, thread in pairs])
+    bench.run_all([(t, list(state.thread_calls(thread, bench, inherited))) for t, thread in pairs])
     for tracee, thread in pairs:
         if thread.seccomp_mode:
             tracee.set_options(
@@ -343,10 +361,6 @@ def _run_in_threads(site: Site, available: int) -> None:
         late = [*state.seccomp_calls(thread, bench), *state.pending_calls(site.task, thread, bench)]
         if late:
             bench.run(tracee, late)
-
-
-def _available_capabilities() -> int:
-    return proc.status(proc.read(os.getpid(), "status")).cap_permitted
 
 
 def _finish(site: Site, parent: Site | None, clocks: Clocks) -> None:
@@ -359,11 +373,9 @@ def _finish(site: Site, parent: Site | None, clocks: Clocks) -> None:
     _unmap_bench(site, task)
     if task.state is TaskState.STOPPED:
         stop(site, parent)
-    for thread in task.threads:
-        tracee = site.threads[thread.tid]
-        tracee.set_xsave(thread.xsave)
-        tracee.set_registers(resumed.get(thread.tid, thread.registers))
-        tracee.set_blocked(thread.blocked)
+    ptrace.dress(
+        [(site.threads[t.tid], resumed.get(t.tid, t.registers), t.xsave, t.blocked) for t in task.threads]
+    )
 
 
 def _unmap_bench(site: Site, task: Task) -> None:
@@ -391,9 +403,10 @@ def _syscall_instruction(site: Site, task: Task) -> int:
     )
 
 
-def _kill(birth: Nursery) -> None:
-    """Kill the nursery and everything forked from it, and take what they leave."""
-    pids = _descendants(birth.pid)
+def _kill(nursery: Nursery) -> None:
+    """Kill it and everything forked from it, and take what they leave."""
+    nursery.spare = False
+    pids = _descendants(nursery.pid)
     tids = [tid for pid in pids for tid in proc.task_ids(pid)]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)

@@ -82,12 +82,12 @@ def _sent(kind: type) -> Callable[[], None]:
 
 
 def _written(state: str) -> Callable[[], None]:
-    return lambda: _after(Journal, "write", lambda written: written == state)
+    return lambda: _after(Journal, "publish", lambda draft: draft.state == state)
 
 
 DESTINATION: dict[str, Callable[[], None]] = {
     "BUILT said": _sent(Built),
-    "COMMIT heard": lambda: _before(Journal, "write", lambda state: state == "committed"),
+    "COMMIT heard": lambda: _before(Journal, "publish", lambda draft: draft.state == "committed"),
     "committed": _written("committed"),
     "outlived": lambda: _after(Keeper, "_note_outlived"),
     "COMMITTED said": _sent(Committed),

@@ -61,7 +61,9 @@ def test_restore_fails_late(pair: Pair, program: Program) -> None:
 
     def spoil() -> None:
         sessions = pair.destination.outside / "state/lazyproc/sessions"
-        (sessions / f"{journal(pair.source, SOURCE)['id']}-destination.new").mkdir(parents=True)
+        record = sessions / f"{journal(pair.source, SOURCE)['id']}-destination.json"
+        record.unlink()
+        record.mkdir()
 
     trap = Trap(spoil)
     with receiving(pair.destination) as receiver, unharmed(program):

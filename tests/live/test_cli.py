@@ -201,6 +201,9 @@ def test_a_migration_counts_each_page_once(program: Program) -> None:
     assert fields["bytes_wire"] > 1900 * 4096
     assert fields["fault_us"].keys() == {"count", "p50", "p90", "p99", "max"}
     assert fields["mode"] == "postcopy"
+    there = fields["steps_there_ms"]
+    assert there.keys() >= {"receive", "decode", "nursery", "threads", "durable", "release"}
+    assert 0 < sum(there.values()) < fields["blackout_ms"]
 
 
 def test_nobody_there_is_exit_1_and_it_runs_on(program: Program) -> None:

@@ -23,8 +23,8 @@ A_DAY_ON = "monotonic 86400 0\nboottime 86400 0\n"
 
 
 @contextmanager
-def started(*, pidns: bool = False, timens: str | None = None) -> Iterator[Nursery]:
-    with nursery(pidns=pidns, timens=timens, transport_fd=NUMBER) as made:
+def started(*, pidns: bool = False) -> Iterator[Nursery]:
+    with nursery(pidns=pidns, transport_fd=NUMBER) as made:
         try:
             yield made
         finally:
@@ -66,20 +66,23 @@ def test_it_has_nothing_of_ours() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def test_it_is_in_its_namespaces() -> None:
-    with started(pidns=True, timens=A_DAY_ON) as made:
-        assert all(
-            namespace(made.pid, name) != namespace(os.getpid(), name) for name in ("pid", "time", "mnt")
-        )
+@pytest.mark.parametrize("is_root", [False, True])
+def test_it_is_in_its_namespaces(is_root: bool) -> None:
+    with started(pidns=True) as made:
+        made.make_ready(NUMBER + 1, A_DAY_ON, is_root=is_root)
+        assert all(namespace(made.pid, name) != namespace(os.getpid(), name) for name in ("pid", "mnt"))
         assert proc.status(proc.read(made.pid, "status")).ns_pid[-1] == 1
         assert b"86400" in proc.read(made.pid, "timens_offsets")
         assert b"86400" not in proc.read(os.getpid(), "timens_offsets")
+        assert namespace(made.pid, "time_for_children") != namespace(os.getpid(), "time")
+        its_own = namespace(made.pid, "time" if is_root else "time_for_children")
+        assert its_own == namespace(made.pid, "time_for_children")
+        assert os.listdir(f"/proc/{made.pid}/fd") == [str(NUMBER + 1)]
 
 
 def test_offsets_that_the_kernel_refuses() -> None:
-    """What the half-way process could not do is told, and nobody is left (see conftest)."""
-    with pytest.raises(HostLacks, match="nursery"), started(timens="nonsense\n"):
-        pass
+    with pytest.raises(HostLacks, match="clocks"), started() as made:
+        made.make_ready(NUMBER, "nonsense\n", is_root=False)
 
 
 def test_many_are_started_at_the_same_time() -> None:
@@ -88,8 +91,9 @@ def test_many_are_started_at_the_same_time() -> None:
 
     def work() -> None:
         for _ in range(20):
-            with started(timens=A_DAY_ON) as made:
-                spaces.append(namespace(made.pid, "time"))
+            with started() as made:
+                made.make_ready(NUMBER, A_DAY_ON, is_root=False)
+                spaces.append(namespace(made.pid, "time_for_children"))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
