@@ -300,7 +300,7 @@ def hand_over(
         serving = Serving(chain, server, extents, pid, listener, trace)
         serving.answer(chain.current)
         steps.done("serve")
-        with _parked(tree, dump, hold, journal, began) as (held, commit_sent):
+        with _parked(tree, dump, hold, journal, began, steps) as (held, commit_sent):
             steps.done("park")
             expect(control, Built, BUILD_S)
             steps.done("built")
@@ -372,7 +372,7 @@ def _described(
 
 @contextmanager
 def _parked(
-    tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_at: float
+    tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_at: float, steps: Steps
 ) -> Iterator[tuple[Holding, Event]]:
     """Inside, no thread of the tree runs on, whatever becomes of us. It goes on here after an error before COMMIT was
     sent, and when the other side says no; after any other error it stays, since it may run there.
@@ -382,6 +382,7 @@ def _parked(
     # For whoever comes after us. Not yet for a host without power: the tree goes with it, whatever the disk has.
     facts = {"held": to_facts(held), "root_vpid": dump.checkpoint.root.vpid, "frozen_at": frozen_at}
     journal.write("parked", durable=False, **facts)
+    steps.done("journal")
     sent = Event()
     try:
         park_tree(tree, processes)
