@@ -35,6 +35,7 @@ class FrozenTask:
     threads: list[Tracee] = field(default_factory=list)
     stopped: list[Stopped] = field(default_factory=list)  # the same threads as they were stopped
     pidfd: int = -1
+    maps: tuple[proc.MapsEntry, ...] = ()  # once they were read
 
     @property
     def zombie(self) -> bool:

@@ -193,6 +193,7 @@ def _one_task(
     pid, registry = frozen.pid, gathered.registry
     before = seen.spaces.get(pid)
     space = space_now(pid, frozen.stopped[0].status.locked_kib, before)
+    frozen.maps = space.maps
     steps.done("maps")
     with ptrace.memory(pid) as memory:
         threads, answers = _ask(frozen, memory, space.maps, steps)
