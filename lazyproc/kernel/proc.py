@@ -292,10 +292,10 @@ class Status:
 
 def _in_order(*keys: str) -> re.Pattern[bytes]:
     """Matches lines "Key:\tvalue" in this order with a group for each value. What stands between them is passed over;
-    a key with "?" may be missing. Atomic groups: what was passed over is not looked at again.
+    a key with "?" may be missing. Atomic and possessive: nothing is looked at twice.
     """
     lines = (
-        rb"(?>(?:.*\n)*?%s:\t(.*)\n)%s" % (key.rstrip("?").encode(), b"?" * ("?" in key)) for key in keys
+        rb"(?>(?:.*\n)*?%s:\t(.*)\n)%s" % (key.rstrip("?").encode(), b"?+" * ("?" in key)) for key in keys
     )
     return re.compile(b"".join(lines))
 
