@@ -293,8 +293,7 @@ def hand_over(
         checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
         control.send(Images(description(checkpoint, pages, steps, before.written)))
         steps.done("send")
-        # From here on the other side builds, and there is time.
-        listener(StateChanged("frozen", frozen_at))
+        # From here on the other side builds.
         server = stack.enter_context(PageServer(pages.segments(), releasing=order.release))
         extents = dump.lazy_extents if order.mode == "postcopy" else dict
         serving = Serving(chain, server, extents, pid, listener, trace)
@@ -302,6 +301,7 @@ def hand_over(
         steps.done("serve")
         with _parked(tree, dump, hold, journal, began, steps) as (held, commit_sent):
             steps.done("park")
+            listener(StateChanged("frozen", frozen_at))  # only now: who hears it takes a processor
             expect(control, Built, BUILD_S)
             steps.done("built")
             dump.demand_idle_rings()
