@@ -16,7 +16,7 @@ from benchmarks.wires import CONTROLS, Link
 
 RATES = (None, "10gbit", "1gbit", "100mbit")
 ROUND_TRIPS_MS = (0.1, 1.0, 10.0)
-MOVED_MIB, STREAM_MIB = 32, 128
+MOVED_MIB, STREAM_MIB = 24, 128
 FLOOR_S = 0.3  # what all the pages of C's ping-pong may take
 LINKS = tuple(
     Link(rate, delay, control)

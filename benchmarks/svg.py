@@ -30,20 +30,24 @@ class Axis:
         return min(max((at - low) / (high - low), 0.0), 1.0)
 
 
+def _number(value: float) -> str:
+    return f"{round(value):,}" if abs(value) >= 1000 else f"{round(value, 10):g}"
+
+
 def linear(label: str, low: float, high: float) -> Axis:
     high = high if high > low else low + 1
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough)
     ticks = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    return Axis(label, low, high, float, [(tick, f"{round(tick, 10):g}") for tick in ticks])
+    return Axis(label, low, high, float, [(tick, _number(tick)) for tick in ticks])
 
 
 def logarithmic(label: str, low: float, high: float) -> Axis:
     """Whole decades."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     last = max(last, first + 1)
-    ticks = [(10.0**i, f"{10.0**i:g}") for i in range(first, last + 1)]
+    ticks = [(10.0**i, _number(10.0**i)) for i in range(first, last + 1)]
     return Axis(label, 10.0**first, 10.0**last, math.log10, ticks)
 
 

@@ -107,18 +107,17 @@ def goal_table(found: Newest) -> Iterator[str]:
 
 def run_table(found: Newest) -> Iterator[str]:
     """Which run each scene is of."""
-    yield "| run | scenes | rounds | kernel, processors | load before, after |"
-    yield "|---|---|---|---|---|"
+    yield "| run | scenes, rounds, minutes | kernel, processors | load before, after |"
+    yield "|---|---|---|---|"
     by_file: dict[str, list[str]] = {}
-    for name, (file, _, _) in found.items():
-        by_file.setdefault(file, []).append(name)
+    for name, (file, _, scene) in found.items():
+        by_file.setdefault(file, []).append(f"`{name}` {scene['rounds']} ({scene['minutes']:.1f} min)")
     runs = {file: run for file, run, _ in found.values()}
     for file, names in sorted(by_file.items()):
         run = runs[file]
         before, after = run["load_before"][0], run["load_after"][0]
-        scenes = ", ".join(f"`{name}`" for name in names)
         machine = f"Linux {run['kernel']}, {run['cpus']}"
-        yield f"| {file} | {scenes} | {run['rounds']} | {machine} | {before:.1f}, {after:.1f} |"
+        yield f"| {file} | {', '.join(names)} | {machine} | {before:.1f}, {after:.1f} |"
 
 
 def median_table(found: Newest) -> Iterator[str]:

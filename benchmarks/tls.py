@@ -22,7 +22,7 @@ from tests.live.programs import running
 from tests.live.sshd import serving
 
 PLAIN, TLS, SSH = "plain", "TLS", "ssh"
-QUIET_MIB, BULK_MIB = 16, 256
+QUIET_MIB, BULK_MIB = 16, 128
 SLOWLY = ("--max-rate", str(20 << 20))  # faults have the links to themselves
 
 

@@ -190,9 +190,11 @@ def result_of(scene: str, readings: Readings, goals: Iterable[Goal], samples: di
     return Result(scene, samples, tuple(goals), tracks, spectra)
 
 
-def _scene(mode: str) -> Callable[[int], Result]:
+def _scene(mode: str, mib: int) -> Callable[[int], Result]:
     def run(rounds: int) -> Result:
-        readings = taken(rounds, {name: _runner(engine, Cargo(mode)) for name, engine in ENGINES.items()})
+        readings = taken(
+            rounds, {name: _runner(engine, Cargo(mode, mib)) for name, engine in ENGINES.items()}
+        )
         samples = samples_of(readings)
         goals = [
             Goal.of(
@@ -201,7 +203,7 @@ def _scene(mode: str) -> Callable[[int], Result]:
             for key, limit in GOALS.items()
         ]
         return result_of(
-            f"first visits to 512 MiB, {mode}", readings, goals if mode == "random" else [], samples
+            f"first visits to {mib} MiB, {mode}", readings, goals if mode == "random" else [], samples
         )
 
     return run
@@ -211,4 +213,5 @@ def _runner(engine: Engine, cargo: Cargo) -> Callable[[], Reading]:
     return lambda: moved(engine, cargo, stay=SHOWN)
 
 
-random, think, sequential, zipf = (_scene(mode) for mode in ("random", "think", "sequential", "zipf"))
+random = _scene("random", 512)
+think, sequential, zipf = (_scene(mode, 256) for mode in ("think", "sequential", "zipf"))
