@@ -1,4 +1,6 @@
-"""`make bench`: runs every scene, prints medians with spread, and writes them to benchmarks/results and docs/plots."""
+"""`make bench`: runs every scene, prints medians with spread, and writes them to benchmarks/results, docs/plots and the
+tables of docs/performance.md. A run of some scenes leaves docs alone: `python -m benchmarks.table` and
+`python -m benchmarks.plots` take the newest run of each."""
 
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ from benchmarks import (
     redis,
     restore_start,
     starts,
+    table,
     tls,
     toucher,
     trace_cost,
@@ -111,8 +114,10 @@ def main() -> int:
     }
     path = record.write(run, "-".join((now.strftime("%Y-%m-%dT%H%M"), *args.scenes)))
     print(f"\nwritten to benchmarks/results/{path.name}")
-    for plot in plots.draw(found):
-        print(f"written to docs/plots/{plot.name}")
+    if not args.scenes:
+        plots.draw(found)
+        table.write()
+        print("and to docs/plots and docs/performance.md")
     return _summary(found, whole=not args.scenes)
 
 

@@ -30,12 +30,13 @@ struct frame {
 	char data[FRAME_MAX];
 };
 
-/* One direction. `head` and `tail` go back to 0 whenever nothing is held, so that few frames stay in the cache. */
+/* One direction: held[head .. tail) are the frames under way, the oldest first. Of the spare ones the last that became so
+ * is taken first, so that no more memory is touched than is under way. */
 struct way {
 	int in, out;
 	uint64_t delay;
-	struct frame *frames;
-	unsigned head, tail;
+	struct frame *held[QUEUE], *spare[QUEUE];
+	unsigned head, tail, spares;
 };
 
 static int tap_in(const char *netns, const char *name)
@@ -59,7 +60,7 @@ static int tap_in(const char *netns, const char *name)
 /* Whether a frame came. */
 static int take(struct way *way)
 {
-	struct frame *frame = &way->frames[way->tail % QUEUE];
+	struct frame *frame = way->spare[way->spares - 1];
 	ssize_t size = read(way->in, frame->data, FRAME_MAX);
 
 	if (size < 0 && errno != EAGAIN)
@@ -68,21 +69,21 @@ static int take(struct way *way)
 		return 0;
 	frame->size = (size_t)size;
 	frame->due = now_ns() + way->delay;
-	way->tail++;
+	way->held[way->tail++ % QUEUE] = frame;
+	way->spares--;
 	return 1;
 }
 
 static void pass_what_is_due(struct way *way)
 {
-	while (way->head != way->tail && way->frames[way->head % QUEUE].due <= now_ns()) {
-		struct frame *frame = &way->frames[way->head++ % QUEUE];
+	while (way->head != way->tail && way->held[way->head % QUEUE]->due <= now_ns()) {
+		struct frame *frame = way->held[way->head++ % QUEUE];
 
 		/* EIO: the other end is not up. A wire loses what cannot be taken. */
 		if (write(way->out, frame->data, frame->size) < 0 && errno != EIO && errno != ENOBUFS && errno != EAGAIN)
 			die("write");
+		way->spare[way->spares++] = frame;
 	}
-	if (way->head == way->tail)
-		way->head = way->tail = 0;
 }
 
 static void wait_for_either(const struct way *way)
@@ -90,15 +91,14 @@ static void wait_for_either(const struct way *way)
 	struct pollfd readable = { .fd = way->in, .events = POLLIN };
 	struct timespec left = { 0, 0 };
 	int held = way->head != way->tail;
-	nfds_t full = way->tail - way->head == QUEUE;
 
 	if (held) {
-		uint64_t due = way->frames[way->head % QUEUE].due, now = now_ns(), ns = due > now ? due - now : 0;
+		uint64_t due = way->held[way->head % QUEUE]->due, now = now_ns(), ns = due > now ? due - now : 0;
 
 		left.tv_sec = (time_t)(ns / 1000000000);
 		left.tv_nsec = (long)(ns % 1000000000);
 	}
-	if (ppoll(&readable, 1 - full, held ? &left : NULL, NULL) < 0 && errno != EINTR)
+	if (ppoll(&readable, way->spares ? 1 : 0, held ? &left : NULL, NULL) < 0 && errno != EINTR)
 		die("ppoll");
 }
 
@@ -110,26 +110,29 @@ static void *carry(void *argument)
 		wait_for_either(way);
 		do
 			pass_what_is_due(way);
-		while (way->tail - way->head < QUEUE && take(way));
+		while (way->spares && take(way));
 	}
 	return NULL;
 }
 
-static struct way way_of(int in, int out, uint64_t delay)
+static void open_way(struct way *way, int in, int out, uint64_t delay)
 {
 	size_t size = QUEUE * sizeof(struct frame);
-	struct way way = { .in = in, .out = out, .delay = delay };
+	struct frame *frames = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
-	way.frames = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (way.frames == MAP_FAILED)
+	if (frames == MAP_FAILED)
 		die("mmap");
-	return way;
+	way->in = in;
+	way->out = out;
+	way->delay = delay;
+	while (way->spares < QUEUE)
+		way->spare[way->spares++] = frames++;
 }
 
 int main(int argc, char **argv)
 {
 	struct sched_param first = { .sched_priority = 1 };
-	struct way there, back;
+	static struct way there, back;
 	pthread_t thread;
 	int one, other;
 
@@ -139,8 +142,8 @@ int main(int argc, char **argv)
 	}
 	one = tap_in(argv[1], argv[3]);
 	other = tap_in(argv[2], argv[3]);
-	there = way_of(one, other, strtoull(argv[4], NULL, 10));
-	back = way_of(other, one, there.delay);
+	open_way(&there, one, other, strtoull(argv[4], NULL, 10));
+	open_way(&back, other, one, there.delay);
 	/* A wire waits for no processor: before all others, and not a timer's slack too late. */
 	if (prctl(PR_SET_TIMERSLACK, 1) < 0 || sched_setscheduler(0, SCHED_FIFO, &first) < 0)
 		die("real-time priority");

@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from benchmarks.engines import by_lazyproc
+from benchmarks.engines import ENGINES
 from benchmarks.links import Take, floor, taken
 from benchmarks.measure import Result
-from benchmarks.toucher import moved
+from benchmarks.toucher import LAZY, OURS, moved
 from benchmarks.touching import MIB, Cargo
 from benchmarks.wires import CONTROLS, Link
 
@@ -27,17 +27,20 @@ FORWARDERS = tuple(Link(None, delay) for delay in (0.0, *ROUND_TRIPS_MS))
 UNITS = {"total": "ms", "blackout": "ms", "stream": "MB/s", "fault": "us"}
 
 
-def _name(what: str, link: Link) -> str:
-    return f"{what}, {link.way}, {link.control}"
+BESIDE_CRIU = (Link("1gbit"), Link("100mbit"), Link(None, 1.0))  # of 10 ms it takes half a minute
 
 
-def _move(link: Link) -> Mapping[str, float]:
-    reading = moved(by_lazyproc, Cargo(mib=MOVED_MIB), link)
+def _name(what: str, link: Link, engine: str = OURS) -> str:
+    return f"{what}, {link.way}, {link.control}, {engine}"
+
+
+def _move(engine: str, link: Link) -> Mapping[str, float]:
+    reading = moved(ENGINES[engine], Cargo(mib=MOVED_MIB), link)
     return {
-        _name("total", link): reading.resident_ms,
-        _name("blackout", link): reading.blackout_ms,
-        _name("fault p50", link): reading.stall_p50_ms * 1e3,
-        _name("fault p99", link): reading.stall_p99_ms * 1e3,
+        _name("total", link, engine): reading.resident_ms,
+        _name("blackout", link, engine): reading.blackout_ms,
+        _name("fault p50", link, engine): reading.stall_p50_ms * 1e3,
+        _name("fault p99", link, engine): reading.stall_p99_ms * 1e3,
     }
 
 
@@ -47,13 +50,14 @@ def _plain(link: Link) -> Mapping[str, float]:
     p50, _ = floor("fault", pages_mib, link)
     (took_ns,) = floor("bulk", STREAM_MIB, link)
     return {
-        _name("fault p50 of C", link): p50 / 1e3,
-        _name("stream of C", link): STREAM_MIB * MIB / took_ns * 1e3,
+        _name("fault p50", link, "C"): p50 / 1e3,
+        _name("stream", link, "C"): STREAM_MIB * MIB / took_ns * 1e3,
     }
 
 
 def run(rounds: int) -> Result:
-    takes: list[Take] = [partial(_move, link) for link in LINKS]
+    takes: list[Take] = [partial(_move, OURS, link) for link in LINKS]
+    takes += [partial(_move, LAZY, link) for link in BESIDE_CRIU]
     takes += [partial(_plain, link) for link in (Link(), *FORWARDERS)]
     samples = taken(rounds, UNITS, takes)
     return Result("every link, bbr and cubic", samples, ())

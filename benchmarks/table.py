@@ -137,7 +137,7 @@ def replaced(text: str, name: str, lines: Iterator[str]) -> str:
     return head + begin + "\n".join(lines) + "\n" + end + tail
 
 
-def main() -> None:
+def write() -> None:
     found, text = newest(), DOCUMENT.read_text()
     for name, table in (("runs", run_table), ("goals", goal_table), ("medians", median_table)):
         text = replaced(text, name, table(found))
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write()
