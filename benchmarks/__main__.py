@@ -100,19 +100,23 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.scenes) - set(SCENES):
         parser.error(f"no such scene: {', '.join(sorted(unknown))}; there are {', '.join(SCENES)}")
-    now, before = datetime.datetime.now(datetime.UTC), load()
-    found = [_timed(name, args.rounds) for name in args.scenes or SCENES]
-    run = {
+    if args.rounds is not None and args.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    now = datetime.datetime.now(datetime.UTC)
+    name = "-".join((now.strftime("%Y-%m-%dT%H%M"), *args.scenes))
+    head = {
         "date": now.date().isoformat(),
         "at": now.isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "kernel": platform.release(),
         "cpus": os.cpu_count(),
-        "load_before": before,
-        "load_after": load(),
-        "results": found,
+        "load_before": load(),
     }
-    path = record.write(run, "-".join((now.strftime("%Y-%m-%dT%H%M"), *args.scenes)))
+    found: list[dict[str, Any]] = []
+    for scene in args.scenes or SCENES:
+        found.append(_timed(scene, args.rounds))
+        # After each, so that what there is is kept when this is interrupted.
+        path = record.write({**head, "load_after": load(), "results": found}, name)
     print(f"\nwritten to benchmarks/results/{path.name}")
     if not args.scenes:
         plots.draw(found)

@@ -58,6 +58,6 @@ def _plain(link: Link) -> Mapping[str, float]:
 def run(rounds: int) -> Result:
     takes: list[Take] = [partial(_move, OURS, link) for link in LINKS]
     takes += [partial(_move, LAZY, link) for link in BESIDE_CRIU]
-    takes += [partial(_plain, link) for link in (Link(), *FORWARDERS)]
+    takes += [partial(_plain, link) for link in (*(Link(control=each) for each in CONTROLS), *FORWARDERS)]
     samples = taken(rounds, UNITS, takes)
     return Result("every link, bbr and cubic", samples, ())
