@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 from benchmarks.engines import by_lazy_criu, by_lazyproc
-from benchmarks.measure import Goal, Result, Samples
+from benchmarks.measure import Goal, Result, Samples, brief
 from benchmarks.toucher import LAZY, OURS, moved
 from benchmarks.touching import Cargo
 
@@ -25,11 +26,14 @@ def run(rounds: int) -> Result:
             values[f"{name}, {OURS}"].append(moved(by_lazyproc, cargo).blackout_ms)
         values[f"5 threads, 1 GiB, {LAZY}"].append(moved(by_lazy_criu, PLAIN).blackout_ms)
     samples = {name: Samples("ms", tuple(found)) for name, found in values.items()}
-    base = samples[f"1 thread, {OURS}"].median
+    base = samples[f"1 thread, {OURS}"]
     mine, theirs = (samples[f"5 threads, 1 GiB, {engine}"] for engine in (OURS, LAZY))
     goals = [Goal.of("5 threads, 1 GiB: lazyproc / CRIU lazy", 1 / 15, mine, theirs)]
     for name, slope in PROTOTYPE_MS.items():
-        added = samples[f"{name}, {OURS}"].median - base
-        words = f"{added:.3g} / {slope:.2g} ms"
-        goals.append(Goal(f"{name}: what they add / the prototype's", added / slope, 3, words))
+        grown = samples[f"{name}, {OURS}"]
+        added = Samples(
+            "x", tuple((more - less) / slope for more, less in zip(grown.values, base.values, strict=True))
+        )
+        goal = Goal.of(f"{name}: what they add / the prototype's", 3, added)
+        goals.append(replace(goal, words=f"{brief(added.median * slope)} / {brief(slope)} ms"))
     return Result("blackout seen by the cargo", samples, goals)

@@ -78,6 +78,11 @@ def interleaved(runners: Mapping[str, Runner], rounds: int, unit: str) -> dict[s
     return {name: Samples(unit, tuple(samples)) for name, samples in values.items()}
 
 
+def brief(value: float) -> str:
+    """Three digits, for people."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
 def paired(mine: Samples, theirs: Samples) -> Samples:
     """The ratio of each round."""
     return Samples("x", tuple(one / other for one, other in zip(mine.values, theirs.values, strict=True)))
@@ -99,7 +104,7 @@ class Goal:
         """The ratio of two medians that were taken in the same rounds; without `theirs` a median that is one."""
         if theirs is None:
             return cls(name, mine.median, limit, "", mine.interval)
-        words = f"{mine.median:.3g} / {theirs.median:.3g} {theirs.unit}"
+        words = f"{brief(mine.median)} / {brief(theirs.median)} {theirs.unit}"
         return cls(name, mine.median / theirs.median, limit, words, paired(mine, theirs).interval)
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import brief
 from benchmarks.record import Run, Scene, newest
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -70,12 +71,13 @@ GOALS = (
     ),
 )
 # Scenes all of whose medians are shown; those of the others are in the JSON.
-SHOWN = ("paths", "starts", "redis", "heap")
+SHOWN = ("starts", "redis", "heap")
+OF_A_LINK = ("total", "blackout", "fault p50", "fault p99", "stream")
 
 
 def _limit(value: float) -> str:
     whole = round(1 / value) if value < 1 else 0
-    return f"1/{whole}" if whole and math.isclose(value, 1 / whole) else f"{value:.4g}"
+    return f"1/{whole}" if whole and math.isclose(value, 1 / whole) else brief(value)
 
 
 def _goal(row: Row, scene: Scene) -> str:
@@ -83,14 +85,16 @@ def _goal(row: Row, scene: Scene) -> str:
     words = [goal["words"]] if goal["words"] else []
     if goal["interval"]:
         low, high = goal["interval"]
-        words.append(f"rounds {low:.3g} to {high:.3g}")
+        words.append(f"median in {brief(low)} to {brief(high)}")
     verdict = "met" if goal["met"] else "**missed**"
-    return f"| {row.words} | {_limit(goal['limit'])} | {goal['ratio']:.3g} ({'; '.join(words)}) | {verdict} |"
+    return (
+        f"| {row.words} | {_limit(goal['limit'])} | {brief(goal['ratio'])} ({'; '.join(words)}) | {verdict} |"
+    )
 
 
 def _samples(row: Row, scene: Scene) -> str:
     found = [scene["samples"][name] for name in row.samples]
-    words = [f"{each['median']:.4g} {each['unit']}" for each in found]
+    words = [f"{brief(each['median'])} {each['unit']}" for each in found]
     return f"| {row.words} | | {', '.join(words)} | |"
 
 
@@ -120,13 +124,29 @@ def run_table(found: Newest) -> Iterator[str]:
         yield f"| {file} | {', '.join(names)} | {machine} | {before:.1f}, {after:.1f} |"
 
 
+def link_table(found: Newest) -> Iterator[str]:
+    """The scene `paths`: a row for each way and who went it, bbr and cubic side by side."""
+    samples: Mapping[str, Any] = found["paths"][2]["samples"] if "paths" in found else {}
+    units = {name.split(", ")[0]: each["unit"] for name, each in samples.items()}
+    shown = [what for what in OF_A_LINK if what in units]
+    yield "| link | who | " + " | ".join(f"{what}, {units[what]}" for what in shown) + " |"
+    yield "|---|---|" + "---|" * len(shown)
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for name, each in samples.items():
+        what, way, control, who = name.split(", ")
+        row = rows.setdefault((way, who), {})
+        row.setdefault(what, []).append(f"{control} {brief(each['median'])}")
+    for (way, who), row in rows.items():
+        yield f"| {way} | {who} | " + " | ".join("; ".join(row.get(what, [])) for what in shown) + " |"
+
+
 def median_table(found: Newest) -> Iterator[str]:
     yield "| scene | what | median | median lies in |"
     yield "|---|---|---|---|"
     for name in SHOWN:
         for what, each in found[name][2]["samples"].items() if name in found else ():
             low, high = each["interval"]
-            yield f"| `{name}` | {what} | {each['median']:.4g} {each['unit']} | {low:.4g} to {high:.4g} |"
+            yield f"| `{name}` | {what} | {brief(each['median'])} {each['unit']} | {brief(low)} to {brief(high)} |"
 
 
 def replaced(text: str, name: str, lines: Iterator[str]) -> str:
@@ -137,9 +157,12 @@ def replaced(text: str, name: str, lines: Iterator[str]) -> str:
     return head + begin + "\n".join(lines) + "\n" + end + tail
 
 
+TABLES = {"runs": run_table, "goals": goal_table, "links": link_table, "medians": median_table}
+
+
 def write() -> None:
     found, text = newest(), DOCUMENT.read_text()
-    for name, table in (("runs", run_table), ("goals", goal_table), ("medians", median_table)):
+    for name, table in TABLES.items():
         text = replaced(text, name, table(found))
     DOCUMENT.write_text(text)
 
