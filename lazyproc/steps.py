@@ -6,11 +6,15 @@ import time
 
 
 class Steps:
-    """The first step begins with the object, each other one where the one before it ended."""
+    """Each step begins where the one before it ended, the first one with the object or at `begin`."""
 
     def __init__(self) -> None:
-        self._first = self._last = time.monotonic_ns()
         self._ns: dict[str, int] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """What has passed so far is no step."""
+        self._first = self._last = time.monotonic_ns()
 
     def done(self, name: str) -> None:
         """What has passed since the last call was `name`; the times of one name add up."""

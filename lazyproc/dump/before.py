@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 
 from lazyproc.dump.descriptors import early_flows
@@ -11,7 +11,9 @@ from lazyproc.dump.explain import Examined
 from lazyproc.dump.registry import TaskRef
 from lazyproc.dump.space import Seen
 from lazyproc.dump.walk import thread_ids, tree_of
+from lazyproc.errors import NoSuchProcess
 from lazyproc.facts import dataclass
+from lazyproc.images.memory import Behind, WrittenMappings, access_modes, write_mappings
 from lazyproc.kernel import proc, sleeps
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.kernel.sys import pidfd_open
@@ -20,7 +22,7 @@ from lazyproc.needs import Wanted
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """`smaps` by pid, and what of it a dump takes over: `seen`.
+    """`smaps` by pid, and what a dump takes over, `seen`; `written` are the mappings as its images will have them.
 
     `flows` are the packets that will have to be held back, `wanted` what the tree needs of the host that takes it in.
     """
@@ -29,6 +31,7 @@ class Before:
     flows: tuple[Flow, ...]
     wanted: tuple[Wanted, ...]
     seen: Seen
+    written: tuple[WrittenMappings, ...]
 
 
 def observed_sleeps(pid: int) -> dict[int, sleeps.SleepBefore]:
@@ -44,7 +47,17 @@ def look_before(examined: Examined, *, tcp_close: bool = False) -> Before:
     held back.
     """
     flows = _flows(examined.smaps, tcp_close)
-    return Before(examined.smaps, flows, examined.wanted, examined.seen)
+    return Before(examined.smaps, flows, examined.wanted, examined.seen, tuple(_written(examined.seen)))
+
+
+def _written(seen: Seen) -> Iterator[WrittenMappings]:
+    """Of those who share no memory: the numbers of its objects are not known yet."""
+    behind = Behind(access_modes(seen.opened), {}, {})
+    for pid, space in seen.spaces.items():
+        if space.objects or any(not number for _, number in space.files):  # the latter are obstacles
+            continue
+        with suppress(NoSuchProcess):
+            yield write_mappings(space.vmas, proc.stat(proc.read(pid, "stat")).start_stack, behind)
 
 
 def _flows(pids: Iterable[int], tcp_close: bool) -> tuple[Flow, ...]:

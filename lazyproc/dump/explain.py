@@ -214,7 +214,7 @@ def _resources(
         look_at_descriptors(registry, tcp_close=tcp_close)
         wanted = tuple(needs_of(registry, facts))
         spaces = dict(_spaces(registry, facts))
-        return registry.obstacles, wanted, Seen(spaces, registry.looked, guarded)
+        return registry.obstacles, wanted, Seen(spaces, registry.looked, registry.files, guarded)
 
 
 def _spaces(registry: Registry, facts: TreeFacts) -> Iterator[tuple[int, Space]]:

@@ -74,9 +74,9 @@ def frozen_tree(
 ) -> Iterator[FrozenTree]:
     """Freeze the tree under `pid`; on leaving, what has not been killed runs on.
 
-    `asleep` is what `observed_sleeps` saw right before; without it sleeps start anew. Raises NoSuchProcess,
-    PermissionDenied (traced already, not ours), TraceeError (a thread that does not stop); in each case everything
-    stopped so far runs on.
+    `asleep` is what `observed_sleeps` saw right before; without it sleeps start anew. `steps` begin when the first
+    thread is about to be stopped. Raises NoSuchProcess, PermissionDenied (traced already, not ours), TraceeError (a
+    thread that does not stop); in each case everything stopped so far runs on.
     A thread that has fallen into uninterruptible sleep since we looked can only be let go by the end of the
     tracing thread (kernel/exit.c, exit_ptrace): call this in a thread that ends soon.
     """
@@ -84,6 +84,7 @@ def frozen_tree(
     try:
         for member in tree_of(pid):
             _wait_interruptible(member, timeout_ms)
+        steps.begin()
         _freeze(tree, pid, timeout_ms)
         steps.done("stop")
         tree.frozen_at_ns = time.monotonic_ns()

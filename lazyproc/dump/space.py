@@ -13,7 +13,7 @@ from lazyproc.dump.registry import FileSeen, Refused, Registry
 from lazyproc.errors import NoSuchProcess
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc
-from lazyproc.model import RegularFile, Vma, VmaKind
+from lazyproc.model import OpenFile, RegularFile, Vma, VmaKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,11 @@ class Seen:
 
     spaces: Mapping[int, Space]
     files: Mapping[FileSeen, RegularFile]
+    opened: Mapping[int, OpenFile]  # by the numbers in `spaces`
     guarded: frozenset[int]
 
 
-NOTHING = Seen({}, {}, frozenset())
+NOTHING = Seen({}, {}, {}, frozenset())
 
 
 def space_of(

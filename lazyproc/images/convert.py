@@ -8,7 +8,7 @@ the namespaces of whoever restores it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import replace
@@ -64,8 +64,14 @@ _NO_LOGINUID = 0xFFFFFFFF
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-def to_images(checkpoint: Checkpoint, *, lazy_elsewhere: bool = False) -> dict[str, bytes]:
-    """Every image but the pages, by name. With `lazy_elsewhere` lazy pages are said to be at a page server.
+def to_images(
+    checkpoint: Checkpoint,
+    *,
+    lazy_elsewhere: bool = False,
+    written: Iterable[memory.WrittenMappings] = (),
+) -> dict[str, bytes]:
+    """Every image but the pages, by name. With `lazy_elsewhere` lazy pages are said to be at a page server. `written`
+    are mappings that were encoded beforehand, taken where they are still those of the checkpoint.
 
     Raises ImageError when the checkpoint breaks a rule of the format (resource limits with a gap).
     """
@@ -89,7 +95,7 @@ def to_images(checkpoint: Checkpoint, *, lazy_elsewhere: bool = False) -> dict[s
         if task.state is not TaskState.ZOMBIE:
             _write_alive(task, number, files, writer)
         if task.mm is not None:
-            memory.write_mm(task, task.mm, checkpoint, memfd_files, writer, extra, sets)
+            memory.write_mm(task, task.mm, checkpoint, memfd_files, writer, extra, sets, written)
     if cgroups.message.sets:
         writer.add(CGROUP, cgroups.message)
     writer.add(SECCOMP, seccomp.message)

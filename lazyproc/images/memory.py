@@ -162,15 +162,80 @@ class FlagSets:
 
     def __init__(self, extras: own.Extras) -> None:
         self._message = extras.vm_flag_sets
-        self._known: dict[frozenset[str], tuple[int, int]] = {}
+        self._numbers: dict[frozenset[str], int] = {}
 
-    def known(self, flags: frozenset[str]) -> tuple[int, int]:
-        """The number of a set, and CRIU's `madv` for it."""
-        if flags not in self._known:
-            advice = sum(1 << number for flag, number in _ADVICE.items() if flag in flags)
-            self._known[flags] = len(self._message), advice
+    def number(self, flags: frozenset[str]) -> int:
+        if flags not in self._numbers:
+            self._numbers[flags] = len(self._message)
             self._message.append(" ".join(sorted(flags)).encode("latin-1"))
-        return self._known[flags]
+        return self._numbers[flags]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenMappings:
+    """The mappings of an address space as the images have them; `extra` numbers the sets of VmFlags as `sets` does."""
+
+    vmas: tuple[Vma, ...]
+    start_stack: int  # which of them is the stack
+    access: Mapping[int, int]  # O_ACCMODE of the files that they map, by file id
+    entry: pb.mm_entry
+    extra: own.TaskExtra
+    sets: tuple[frozenset[str], ...]
+
+    def are_of(self, mm: Mm, files: Mapping[int, OpenFile]) -> bool:
+        """Whether `mm` has these very mappings, and they would be written the same today."""
+        if self.vmas is not mm.vmas or self.start_stack != mm.start_stack:
+            return False
+        return all(
+            number in files and files[number].flags & _O_ACCMODE == mode
+            for number, mode in self.access.items()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """What mappings refer to: the access mode of each file, shared objects, and the MEMFD file of each of these."""
+
+    access: Mapping[int, int]
+    shared: Mapping[int, SharedMemory]
+    memfd_files: Mapping[int, int]
+
+
+def write_mappings(vmas: tuple[Vma, ...], start_stack: int, behind: Behind) -> WrittenMappings:
+    """Of an address space, now or beforehand."""
+    entry, extra = pb.mm_entry(mm_start_stack=start_stack), own.TaskExtra()
+    previous: Vma | None = None
+    sets: dict[frozenset[str], tuple[int, int]] = {}  # number, and CRIU's `madv`
+    numbers = []
+    for index, vma in enumerate(vmas):
+        flags = vma.vm_flags
+        if flags not in sets:
+            sets[flags] = len(sets), sum(1 << number for flag, number in _ADVICE.items() if flag in flags)
+        number, advice = sets[flags]
+        numbers.append(number)
+        if vma.kind is VmaKind.VVAR_VCLOCK:
+            extra.vvar_vclock.append(vma.start)
+        if _continues(previous, vma):
+            entry.vmas[-1].end = vma.end
+        else:
+            _write_vma(vma, advice, behind, entry)
+        if vma.kind is VmaKind.AIO:
+            # The ring has the events asked for, doubled, plus two (fs/aio.c, aio_setup_ring).
+            entry.aios.add(
+                id=vma.start, nr_req=max(vma.length // 32 - 3, 0) // 2, ring_len=vma.length & 0xFFFFFFFF
+            )
+        if vma.name or vma.huge_pages or vma.guards or vma.flags & _MAP_GROWSDOWN:
+            _write_note(index, vma, entry, extra)
+        previous = vma
+    extra.vm_flags.extend(numbers)
+    mapped = {vma.file_id for vma in vmas if vma.kind is VmaKind.FILE}
+    access = {number: behind.access[number] for number in mapped}
+    return WrittenMappings(vmas, start_stack, access, entry, extra, tuple(sets))
+
+
+def access_modes(files: Mapping[int, OpenFile]) -> dict[int, int]:
+    """O_ACCMODE by file id."""
+    return {number: file.flags & _O_ACCMODE for number, file in files.items()}
 
 
 def write_mm(
@@ -181,32 +246,24 @@ def write_mm(
     writer: ImageWriter,
     extra: own.TaskExtra,
     sets: FlagSets,
+    written: Iterable[WrittenMappings] = (),
 ) -> None:
-    """mm-<vpid>.img. `memfd_files` names, for each shared object, the MEMFD file that mappings refer to."""
+    """mm-<vpid>.img. `memfd_files` names, for each shared object, the MEMFD file that mappings refer to; `written` are
+    mappings that may be those of `mm`.
+    """
+    mappings = next((each for each in written if each.are_of(mm, checkpoint.files)), None)
+    if mappings is None:
+        behind = Behind(access_modes(checkpoint.files), checkpoint.shared, memfd_files)
+        mappings = write_mappings(mm.vmas, mm.start_stack, behind)
     entry = pb.mm_entry(exe_file_id=mm.exe_id, dumpable=mm.dumpable, thp_disabled=mm.thp_disabled)
+    entry.MergeFrom(mappings.entry)
     for name in _MM_FIELDS:
         setattr(entry, f"mm_{name}", getattr(mm, name))
     entry.mm_saved_auxv.extend(mm.auxv)
-    previous: Vma | None = None
-    numbers = []
-    for index, vma in enumerate(mm.vmas):
-        number, advice = sets.known(vma.vm_flags)
-        numbers.append(number)
-        if vma.kind is VmaKind.VVAR_VCLOCK:
-            extra.vvar_vclock.append(vma.start)
-        if _continues(previous, vma):
-            entry.vmas[-1].end = vma.end
-        else:
-            _write_vma(vma, advice, checkpoint, memfd_files, entry)
-        if vma.kind is VmaKind.AIO:
-            # The ring has the events asked for, doubled, plus two (fs/aio.c, aio_setup_ring).
-            entry.aios.add(
-                id=vma.start, nr_req=max(vma.length // 32 - 3, 0) // 2, ring_len=vma.length & 0xFFFFFFFF
-            )
-        if vma.name or vma.huge_pages or vma.guards or vma.flags & _MAP_GROWSDOWN:
-            _write_note(index, vma, entry, extra)
-        previous = vma
-    extra.vm_flags.extend(numbers)
+    extra.MergeFrom(mappings.extra)
+    numbers = [sets.number(flags) for flags in mappings.sets]
+    if numbers != list(range(len(numbers))):
+        extra.vm_flags[:] = [numbers[number] for number in mappings.extra.vm_flags]
     extra.vdso_build_id = mm.vdso_build_id
     writer.add(f"mm-{task.vpid}.img", entry)
 
@@ -232,9 +289,7 @@ def _continues(previous: Vma | None, vma: Vma) -> bool:
     )
 
 
-def _write_vma(
-    vma: Vma, advice: int, checkpoint: Checkpoint, memfd_files: Mapping[int, int], mm: pb.mm_entry
-) -> None:
+def _write_vma(vma: Vma, advice: int, behind: Behind, mm: pb.mm_entry) -> None:
     entry = mm.vmas.add(
         start=vma.start, end=vma.end, pgoff=vma.offset, prot=vma.prot, flags=vma.flags, fd=-1, shmid=0,
         status=_REGULAR | _ANON_PRIVATE,
@@ -245,13 +300,13 @@ def _write_vma(
     if vma.kind is VmaKind.FILE:
         entry.status = _REGULAR | mapped
         entry.shmid = vma.file_id
-        entry.fdflags = checkpoint.files[vma.file_id].flags & _O_ACCMODE
+        entry.fdflags = behind.access[vma.file_id]
     elif vma.kind is VmaKind.SHARED:
-        memory = checkpoint.shared[vma.object_id]
+        memory = behind.shared[vma.object_id]
         if memory.kind is SharedKind.SYSV:
             entry.status, entry.shmid = _REGULAR | _ANON_SHARED | _SYSVIPC, memory.sysv_shmid
         else:
-            entry.status, entry.shmid = _REGULAR | _MEMFD | mapped, memfd_files[vma.object_id]
+            entry.status, entry.shmid = _REGULAR | _MEMFD | mapped, behind.memfd_files[vma.object_id]
             writable = "mw" in vma.vm_flags or vma.prot & _PROT_WRITE
             entry.fdflags = _O_RDWR if writable and mapped == _FILE_SHARED else 0
     elif vma.kind is not VmaKind.ANON:

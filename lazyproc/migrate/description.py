@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lazyproc.dump.source import DumpPages
 from lazyproc.images.convert import to_images
 from lazyproc.images.files import pack
+from lazyproc.images.memory import WrittenMappings
 from lazyproc.model import Checkpoint
 from lazyproc.pages.bundle import NAME, pack_bundle
 from lazyproc.steps import Steps
 
 
-def description(checkpoint: Checkpoint, pages: DumpPages, steps: Steps) -> bytes:
-    """What `arrival` unpacks. Raises ImageError, NoSuchProcess when a page cannot be read."""
-    images = to_images(checkpoint)
+def description(
+    checkpoint: Checkpoint, pages: DumpPages, steps: Steps, written: Iterable[WrittenMappings] = ()
+) -> bytes:
+    """What `arrival` unpacks; `written` is as for to_images. Raises ImageError, NoSuchProcess when a page is gone."""
+    images = to_images(checkpoint, written=written)
     steps.done("encode")
     images[NAME] = pack_bundle(checkpoint.memory, pages)
     packed = pack(images)

@@ -291,7 +291,7 @@ def hand_over(
         frozen_at = time.monotonic()
         dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close, steps))
         checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
-        control.send(Images(description(checkpoint, pages, steps)))
+        control.send(Images(description(checkpoint, pages, steps, before.written)))
         steps.done("send")
         # From here on the other side builds, and there is time.
         listener(StateChanged("frozen", frozen_at))
@@ -300,7 +300,7 @@ def hand_over(
         serving = Serving(chain, server, extents, pid, listener, trace)
         serving.answer(chain.current)
         steps.done("serve")
-        with _parked(tree, dump, hold, journal, began) as (held, commit_sent):
+        with _parked(tree, dump, hold, journal, began, steps) as (held, commit_sent):
             steps.done("park")
             expect(control, Built, BUILD_S)
             steps.done("built")
@@ -321,7 +321,7 @@ def hand_over(
             hang_up(dump.given_up)
             figures = {"frozen_ms": frozen_ms, "blackout_ms": steps.total_ms, "steps_ms": steps.ms()}
             there = {"remote_pid": running.get("root_pid"), "steps_there_ms": running.get("steps_ms")}
-            journal.note("running", listener, {**there, **figures})
+            journal.note("running", listener, {**there, **figures}, durable=True)
             with _releaser(order.release, held, server, journal, listener, traced=True) as releaser:
                 drained = serving.until_drained(releaser)
         report = report_of(journal.facts, drained, server, chain)
@@ -372,16 +372,17 @@ def _described(
 
 @contextmanager
 def _parked(
-    tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_at: float
+    tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_at: float, steps: Steps
 ) -> Iterator[tuple[Holding, Event]]:
     """Inside, no thread of the tree runs on, whatever becomes of us. It goes on here after an error before COMMIT was
     sent, and when the other side says no; after any other error it stays, since it may run there.
     """
     processes = parking(tree)
     held = holding_of(dump, processes)
-    # For whoever comes after us. Not for a host without power: the tree goes with it, whatever the disk has.
+    # For whoever comes after us. Not yet for a host without power: the tree goes with it, whatever the disk has.
     facts = {"held": to_facts(held), "root_vpid": dump.checkpoint.root.vpid, "frozen_at": frozen_at}
     journal.write("parked", durable=False, **facts)
+    steps.done("journal")
     sent = Event()
     try:
         park_tree(tree, processes)

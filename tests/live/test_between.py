@@ -94,9 +94,12 @@ def test_files_that_a_new_root_directory_hides_are_refused(tmp_path: Path) -> No
 
 def test_what_is_still_so_is_not_worked_out_again(tmp_path: Path) -> None:
     with told(tmp_path) as it:
-        seen = look(it.pid).seen
-        (checkpoint,) = dumps(it.pid, seen)
-    assert vmas(checkpoint) is seen.spaces[it.pid].vmas
+        before = look(it.pid)
+        (checkpoint,) = dumps(it.pid, seen := before.seen)
+    mm = checkpoint.tasks[0].mm
+    assert mm is not None
+    assert mm.vmas is seen.spaces[it.pid].vmas
+    assert [each.are_of(mm, checkpoint.files) for each in before.written] == [True]
     known = {id(resource) for resource in seen.files.values()}
     mapped = {vma.file_id for vma in vmas(checkpoint) if vma.file_id}
     assert {id(checkpoint.files[number].resource) for number in mapped} <= known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from lazyproc.errors import ImageError
 from lazyproc.images.convert import from_images, to_images
 from lazyproc.images.files import EXTRAS, ImageWriter, pack, record, unpack
+from lazyproc.images.memory import Behind, WrittenMappings, access_modes, write_mappings
 from lazyproc.images.pagemap import merge
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.model import Checkpoint, Epoll, Limit, SharedKind, VmaKind
@@ -38,6 +40,23 @@ def _criu_could_have_written_it(checkpoint: Checkpoint) -> bool:
 @given(checkpoints())
 def test_a_checkpoint_comes_back_from_its_images(checkpoint: Checkpoint) -> None:
     assert from_images(unpack(pack(to_images(checkpoint)))) == checkpoint
+
+
+def _written(checkpoint: Checkpoint, *, other_modes: int = 0, further: int = 0) -> Iterator[WrittenMappings]:
+    """The mappings of those who share no memory. Stale ones: a file was opened otherwise, the stack is elsewhere."""
+    modes = {number: mode ^ other_modes for number, mode in access_modes(checkpoint.files).items()}
+    for task in checkpoint.tasks:
+        if task.mm is not None and all(vma.kind is not VmaKind.SHARED for vma in task.mm.vmas):
+            yield write_mappings(task.mm.vmas, task.mm.start_stack + further, Behind(modes, {}, {}))
+
+
+@HEAVY
+@given(checkpoints())
+def test_mappings_written_beforehand_change_nothing(checkpoint: Checkpoint) -> None:
+    images = to_images(checkpoint)
+    assert to_images(checkpoint, written=[*_written(checkpoint)]) == images
+    assert to_images(checkpoint, written=[*_written(checkpoint, other_modes=1)]) == images
+    assert to_images(checkpoint, written=[*_written(checkpoint, further=1 << 30)]) == images
 
 
 @HEAVY

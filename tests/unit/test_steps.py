@@ -9,6 +9,7 @@ from lazyproc.steps import Steps
 
 def test_steps_add_up_to_the_whole_and_keep_their_order() -> None:
     steps = Steps()
+    steps.begin()
     for name in ("stop", "maps", "threads", "maps"):
         steps.done(name)
     assert list(steps.ms()) == ["stop", "maps", "threads"]
