@@ -39,7 +39,7 @@ from lazyproc.wire.native import Abort, Built, Commit, Committed, Images, Prepar
 
 PREPARE_S = 60.0
 FREEZE_S = 60.0
-STEP = "restore: "  # begins the names of all steps
+STEP = "arrival: "  # begins the names of the steps that are not the restore's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ class Arrival:
             serve()
             self._release(tree)
             clock.done("release")
-            steps: dict[str, JsonValue] = {**later.steps_ms(STEP)}
+            steps: dict[str, JsonValue] = {**later.steps_ms()}
             with suppress(ConnectionLost):  # whoever drains notices
                 self._link.control.send(Committed())
                 self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": steps}))

@@ -104,41 +104,52 @@ def rows_of(ranges: Iterable[LazyRange]) -> array[int]:
     return rows
 
 
-def register(
-    sites: Mapping[int, Site], checkpoint: Checkpoint, ledger: int, stack: ExitStack
-) -> tuple[dict[int, int], tuple[LazyRange, ...]]:
-    """A userfaultfd in every task that has lazy ranges, shared with us and registered. Ours is closed by `stack`.
+def keep_userfaultfd(site: Site, ledger: int) -> None:
+    """With the next run the task makes a userfaultfd, and keeps it as an *anchor*, on a number out of the program's
+    way: when the last reference to a userfaultfd goes, missing pages read as zeros. So they wait as long as the process
+    lives, whatever becomes of us.
 
-    The task keeps its own as an *anchor*, on a number out of the program's way: when the last reference to a
-    userfaultfd goes, missing pages read as zeros. So they wait as long as the process lives, whatever becomes of us.
     With it goes the pager's `ledger`, which tells whoever completes the tree then what never came from what was
     dropped. The task may only read it.
     """
-    ranges = tuple(lazy_ranges(checkpoint))
+    site.run_later(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)), check=_demand_lowest)
+    site.anchor = site.transport_fd + ABOVE_TRANSPORT
+    _move_out_of_the_way(site, site.anchor)
+    with _readable(ledger) as own:
+        site.receive_later([own], [0])
+    site.ledger = site.anchor + 1
+    _move_out_of_the_way(site, site.ledger)
+
+
+def _move_out_of_the_way(site: Site, number: int) -> None:
+    """Descriptor 0 gets a number above all that the program uses; `number` is the lowest free one there."""
+
+    def demand_free(results: list[int]) -> None:
+        if results != [number]:
+            raise RestoreError(
+                f"has {number} open already", where=f"pid {site.task.vpid}", remedy="report it"
+            )
+
+    site.run_later(Call("fcntl", (0, fcntl.F_DUPFD_CLOEXEC, number)), check=demand_free)
+    site.run_later(Call("close", (0,)))
+
+
+def _demand_lowest(results: list[int]) -> None:
+    if results != [0]:
+        raise RestoreError("a descriptor table was not empty", where="userfaultfd", remedy="report it")
+
+
+def register(sites: Mapping[int, Site], ranges: Sequence[LazyRange], stack: ExitStack) -> dict[int, int]:
+    """The userfaultfds that tasks keep, shared with us and registered. Ours are closed by `stack`."""
     userfaultfds = {}
     for vpid, site in sites.items():
-        mine = [r for r in ranges if r.vpid == vpid]
-        if not mine:
+        if site.anchor < 0:
             continue
-        (theirs,) = site.run(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)))
-        site.anchor = _out_of_the_way(site, theirs)
-        with _readable(ledger) as own:
-            (copy,) = site.receive([own])
-        site.ledger = _out_of_the_way(site, copy)
         fd = userfaultfds[vpid] = pidfd_getfd(site.pidfd, site.anchor)
         stack.callback(os.close, fd)
-        device = Userfaultfd.from_fd(fd)
-        device.api()
-        register_regions(fd, rows_of(mine))
-    return userfaultfds, ranges
-
-
-def _out_of_the_way(site: Site, fd: int) -> int:
-    """The number of a task's descriptor after it was moved above all that the program uses."""
-    lowest = site.transport_fd + ABOVE_TRANSPORT
-    (moved,) = site.run(Call("fcntl", (fd, fcntl.F_DUPFD_CLOEXEC, lowest)))
-    site.run(Call("close", (fd,)))
-    return moved
+        Userfaultfd.from_fd(fd).api()
+        register_regions(fd, rows_of(r for r in ranges if r.vpid == vpid))
+    return userfaultfds
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.netfilter import Hold
-from lazyproc.kernel.nursery import Nursery, nursery
+from lazyproc.kernel.nursery import TRANSPORT_FD, Nursery, nursery
 from lazyproc.kernel.remote import Call, step
-from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
+from lazyproc.model import Checkpoint, Clocks, Mm, Task, TaskState, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.restore import descriptors, memory, objects, pages, restarts, state, vectors
-from lazyproc.restore.creation import Maker, make_threads, stop
+from lazyproc.restore.creation import Maker, make_threads, meet_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
 from lazyproc.restore.groups import Birth, nursery_in_group
@@ -247,24 +247,33 @@ def _built(
                 files_and_objects(checkpoint, born, sites, listener, users or Users())
             )
             clock.done("files")
-            for site in sites.values():
+            ranges = tuple(pages.lazy_ranges(checkpoint)) if ledger is not None else ()
+            lazy = {r.vpid for r in ranges}
+            for vpid, site in sites.items():  # one after the other: see Site.receive_later
                 memory.move_in(site)
                 memory.map_all(site, checkpoint, files, shared)
+                if ledger is not None and vpid in lazy:
+                    pages.keep_userfaultfd(site, ledger)
+                site.run()
+                memory.check_vdso(site)
             objects.mark_removed(checkpoint)
             clock.done("memory map")
-            if ledger is None:
-                userfaultfds: dict[int, int] = {}
-                ranges: tuple[pages.LazyRange, ...] = ()
-            else:
-                userfaultfds, ranges = pages.register(sites, checkpoint, ledger, stack)
+            userfaultfds = pages.register(sites, ranges, stack)
             pages.fill(sites, checkpoint, source, userfaultfds, shared)
             seal_memfds(checkpoint, shared)
             clock.done("eager pages")
             for site in sites.values():
-                make_threads(site, born)
+                make_threads(site)
+                if len(sites) > 1:  # one's descriptor may name another's thread (F_SETOWN_EX)
+                    site.run()
+            for site in sites.values():
+                descriptors.install(site, checkpoint, files)
+                _set_paths(site, checkpoint, files)
+                site.run()
+                meet_threads(site, born)
             clock.done("threads")
             for site in sites.values():
-                _give_state(site, checkpoint, files, birth.inherited, listener)
+                _give_state(site, birth.inherited, listener)
             sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
             clock.done("state")
             for site in reversed(
@@ -305,22 +314,25 @@ def files_and_objects(
 
 
 def _free_number(checkpoint: Checkpoint) -> int:
-    """A descriptor number that no task uses, with two more above it, for the socket that brings descriptors."""
+    """A descriptor number that no task uses, for the socket that brings descriptors."""
     highest = max((d.fd for task in checkpoint.tasks for d in task.descriptors), default=0)
-    most = max(len(task.mm.vmas) for task in checkpoint.tasks if task.mm)
-    return max(highest, most, 64) + 1
+    most = max(_mapped(task.mm) for task in checkpoint.tasks if task.mm)
+    return max(highest, most, TRANSPORT_FD - 1) + 1
 
 
-def _give_state(
-    site: Site, checkpoint: Checkpoint, made: Mapping[int, int], inherited: Inherited, listener: Listener
-) -> None:
-    """Everything but registers. Credentials come late (what precedes needs privileges), seccomp after them."""
+def _mapped(mm: Mm) -> int:
+    """How many files and objects its mappings may need at the same time, with its program."""
+    return len({vma.file_id for vma in mm.vmas}) + len({vma.object_id for vma in mm.vmas}) + 1
+
+
+def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> None:
+    """With the next run: the last descriptors, and what is the process's as a whole."""
     task, bench = site.task, site.bench
     assert task.fs is not None
-    descriptors.install(site, checkpoint, made)
-    cwd, root = site.receive([made[task.fs.cwd_id], made[task.fs.root_id]])
+    cwd, root = numbers = descriptors.lowest_free(task, 2)
+    site.receive_later([made[task.fs.cwd_id], made[task.fs.root_id]], numbers)
     keep_root = descriptors.is_our_root(checkpoint, task.fs.root_id)
-    site.run(
+    site.run_later(
         *state.fs_calls(task.fs, cwd, None if keep_root else root, bench),
         Call("close", (cwd,)),
         Call("close", (root,)),
@@ -329,24 +341,34 @@ def _give_state(
         *state.timer_create_calls(task, bench),
         Call("set_tid_address", (task.leader.clear_child_tid,)),
     )
+
+
+def _give_state(site: Site, inherited: Inherited, listener: Listener) -> None:
+    """Everything but registers. Credentials come late (what precedes needs privileges), seccomp after them."""
+    task = site.task
     state.set_from_outside(task, site.pid, listener)
     for thread in task.threads:
         state.schedule(thread, site.threads[thread.tid].tid, inherited, listener)
     vectors.make_room(site)
     _run_in_threads(site, inherited)
-    assert task.mm is not None
-    site.run(
-        *memory.lock_calls(task.mm.vmas),
-        *state.signal_calls(task, bench),
-        Call("prctl", (state.PR_SET_DUMPABLE, 1 if task.mm.dumpable == 1 else 0)),
-    )
 
 
 def _run_in_threads(site: Site, inherited: Inherited) -> None:
-    """The threads' own state, all threads at the same time; then filters, which would forbid what came before."""
-    bench = site.bench
-    pairs = [(site.threads[thread.tid], thread) for thread in site.task.threads]
-    bench.run_all([(t, list(state.thread_calls(thread, bench, inherited))) for t, thread in pairs])
+    """The threads' own state, all threads at the same time, and what is left of the process's; then filters, which
+    would forbid what came before.
+    """
+    task, bench = site.task, site.bench
+    pairs = [(site.threads[thread.tid], thread) for thread in task.threads]
+    programs = [(t, list(state.thread_calls(thread, bench, inherited))) for t, thread in pairs]
+    assert task.mm is not None
+    programs[0][1].extend(
+        (
+            *memory.lock_calls(task.mm.vmas),
+            *state.signal_calls(task, bench),
+            Call("prctl", (state.PR_SET_DUMPABLE, 1 if task.mm.dumpable == 1 else 0)),
+        )
+    )
+    bench.run_all(programs)
     for tracee, thread in pairs:
         if thread.seccomp_mode:
             tracee.set_options(
