@@ -148,7 +148,8 @@ def register(sites: Mapping[int, Site], ranges: Sequence[LazyRange], stack: Exit
         fd = userfaultfds[vpid] = pidfd_getfd(site.pidfd, site.anchor)
         stack.callback(os.close, fd)
         Userfaultfd.from_fd(fd).api()
-        register_regions(fd, rows_of(r for r in ranges if r.vpid == vpid))
+        site.regions = rows_of(r for r in ranges if r.vpid == vpid)
+        register_regions(fd, site.regions)
     return userfaultfds
 
 

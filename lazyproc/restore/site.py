@@ -34,6 +34,9 @@ class Site:
     threads: dict[int, Tracee] = field(default_factory=dict)  # by tid as the task sees it
     anchor: int = -1  # number of the userfaultfd in the task's own descriptor table
     ledger: int = -1  # of the pager's ledger there
+    regions: array.array[int] = field(
+        default_factory=lambda: array.array("Q")
+    )  # lazy memory, as a pager takes it
     _late: list[Call] = field(default_factory=list)
     _checks: list[tuple[int, int, Callable[[list[int]], None]]] = field(default_factory=list)
     _arrivals: list[tuple[int, Sequence[int]]] = field(default_factory=list)
