@@ -147,14 +147,14 @@ def restore(
         pager = stack.enter_context(Pager(trace=bool(files))) if lazy else None
         ledger = pager.ledger if pager else None
         with built_tree(checkpoint, source, listener, ledger=ledger, pidns=pidns, cgroup=cgroup) as tree:
-            stack.callback(remove, tree.groups)  # in case it ends before us
+            stack.callback(remove, tree.lazy_tree.groups)  # in case it ends before us
             if pager is not None:
                 introduce(pager, tree, listener)
                 pager.serve_segments(source.segments())
                 if first:  # needs no map, and the tree will want them at once
                     pager.plan(Chunk(obj, addr, 1) for obj, addr in first)
                 pager.start(bulk=bulk)
-            remains = tree.lazy_tree()
+            remains = tree.lazy_tree
             with _said_to_run(tree):
                 tree.release()
                 if start_recording is not None and pager is not None:

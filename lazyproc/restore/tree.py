@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
@@ -43,17 +43,14 @@ Pidns = Literal["auto", "host", "new"]
 
 @dataclass(slots=True)
 class BuiltTree:
-    """A complete tree that has not run an instruction. `userfaultfds` are ours, by vpid.
-
-    `groups` are the directories of cgroups that were made for it: to be removed when it has ended.
-    """
+    """A complete tree that has not run an instruction. `userfaultfds` are ours, by vpid."""
 
     checkpoint: Checkpoint
     nursery: Nursery
     sites: Mapping[int, Site]
     userfaultfds: Mapping[int, int]
     lazy: Sequence[pages.LazyRange]
-    groups: Sequence[str]
+    lazy_tree: LazyTree  # what is needed to complete it when it runs
     _sockets: MadeSockets
     _made: ExitStack  # our descriptors of everything the tasks opened
     _hold: Hold
@@ -62,21 +59,6 @@ class BuiltTree:
     @property
     def root_pid(self) -> int:
         return self.sites[self.checkpoint.root.vpid].pid
-
-    def lazy_tree(self) -> LazyTree:
-        """What is needed to complete it when it runs."""
-        anchored = [site for site in self.sites.values() if site.anchor >= 0]
-        return LazyTree(
-            root_pid=self.root_pid,
-            root_vpid=self.checkpoint.root.vpid,
-            nursery_pid=self.nursery.pid,
-            tasks=tuple(
-                LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger)
-                for site in anchored
-            ),
-            huge=tuple((self.sites[r.vpid].pid, r.addr, r.length) for r in self.lazy if r.huge),
-            groups=tuple(self.groups),
-        )
 
     def outlive_us(self) -> None:
         """From here on the tree is never killed for our sake: whatever becomes of us, it runs. The nursery goes first,
@@ -108,6 +90,23 @@ class BuiltTree:
 
     def _tracees(self) -> list[ptrace.Tracee]:
         return [tracee for site in self.sites.values() for tracee in site.threads.values()]
+
+
+def _lazy_tree(
+    checkpoint: Checkpoint, birth: Birth, sites: Mapping[int, Site], ranges: Sequence[pages.LazyRange]
+) -> LazyTree:
+    return LazyTree(
+        root_pid=sites[checkpoint.root.vpid].pid,
+        root_vpid=checkpoint.root.vpid,
+        nursery_pid=birth.nursery.pid,
+        tasks=tuple(
+            LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger)
+            for site in sites.values()
+            if site.anchor >= 0
+        ),
+        huge=tuple((sites[r.vpid].pid, r.addr, r.length) for r in ranges if r.huge),
+        groups=tuple(birth.groups),
+    )
 
 
 def _started(pid: int) -> int:
@@ -152,30 +151,39 @@ def built_tree(
     cgroup: str | None = None,
     users: Users | None = None,
     birth: Birth | None = None,
+    known: Callable[[LazyTree], object] = lambda tree: None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
     `source` gives the pages that have to be there at once: all of them, unless a pager, whose `ledger` this is, brings
     the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Its files are
     opened with the rights of `users`, otherwise with ours. `birth` is from `expecting`, where there was time for that
-    before. Raises RestoreError naming the step, PidTaken in pid
-    namespace "host", ImageError, UsageError for `cgroup`, and whatever the kernel refuses.
+    before. `known` is called as soon as it is known what will be needed to complete the tree.
+
+    Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
+    whatever the kernel refuses.
     """
+    clock = StepClock(listener, "restore: ")
     if ledger is not None:
         demand_for_tasks()
     checkpoint = _without_parent(pages.arranged(checkpoint, lazy=ledger is not None), listener)
-    new = wants_new_pidns(pidns, _numbers(checkpoint))
     with ExitStack() as stack:
         label = checkpoint.root.vpid
-        if birth is None or (new and not birth.nursery.new_pidns):
-            birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
         try:
-            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, birth, users))
+            new = bool(birth and birth.nursery.new_pidns) or wants_new_pidns(pidns, _numbers(checkpoint))
+            if birth is None or new > birth.nursery.new_pidns:
+                birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
+            clock.done("arrange")
+            tree = stack.enter_context(
+                _built(checkpoint, source, clock, listener, ledger, birth, users, known)
+            )
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
-            tree = stack.enter_context(_built(checkpoint, source, listener, ledger, birth, users))
+            tree = stack.enter_context(
+                _built(checkpoint, source, clock, listener, ledger, birth, users, known)
+            )
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -226,62 +234,63 @@ def _without_parent(checkpoint: Checkpoint, listener: Listener) -> Checkpoint:
 def _built(
     checkpoint: Checkpoint,
     source: PageSource,
+    clock: StepClock,
     listener: Listener,
     ledger: int | None,
     birth: Birth,
     users: Users | None,
+    known: Callable[[LazyTree], object],
 ) -> Iterator[BuiltTree]:
     born = birth.nursery
-    with ExitStack() as stack:
-        clock = StepClock(listener, "restore: ")
-        with _killed_at_end(born):
-            offsets, is_root = timens_text(checkpoint.clocks), checkpoint.root.vpid == 1
-            born.make_ready(_free_number(checkpoint), offsets, is_root=is_root)
-            clock.done("nursery")
-            sites = Maker(born, checkpoint, stack).make()
-            clock.done("processes")
-            hold = stack.enter_context(Hold(f"to_{born.pid}"))
-            hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
-            made = stack.enter_context(ExitStack())
-            files, shared, sockets = made.enter_context(
-                files_and_objects(checkpoint, born, sites, listener, users or Users())
-            )
-            clock.done("files")
-            ranges = tuple(pages.lazy_ranges(checkpoint)) if ledger is not None else ()
-            lazy = {r.vpid for r in ranges}
-            for vpid, site in sites.items():  # one after the other: see Site.receive_later
-                memory.move_in(site)
-                memory.map_all(site, checkpoint, files, shared)
-                if ledger is not None and vpid in lazy:
-                    pages.keep_userfaultfd(site, ledger)
+    with ExitStack() as stack, _killed_at_end(born):
+        offsets, is_root = timens_text(checkpoint.clocks), checkpoint.root.vpid == 1
+        born.make_ready(_free_number(checkpoint), offsets, is_root=is_root)
+        clock.done("nursery")
+        sites = Maker(born, checkpoint, stack).make()
+        clock.done("processes")
+        hold = stack.enter_context(Hold(f"to_{born.pid}"))
+        hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
+        made = stack.enter_context(ExitStack())
+        files, shared, sockets = made.enter_context(
+            files_and_objects(checkpoint, born, sites, listener, users or Users())
+        )
+        clock.done("files")
+        ranges = tuple(pages.lazy_ranges(checkpoint)) if ledger is not None else ()
+        lazy = {r.vpid for r in ranges}
+        for vpid, site in sites.items():  # one after the other: see Site.receive_later
+            memory.move_in(site)
+            memory.map_all(site, checkpoint, files, shared)
+            if ledger is not None and vpid in lazy:
+                pages.keep_userfaultfd(site, ledger)
+            site.run()
+            memory.check_vdso(site)
+        objects.mark_removed(checkpoint)
+        clock.done("memory map")
+        userfaultfds = pages.register(sites, ranges, stack)
+        pages.fill(sites, checkpoint, source, userfaultfds, shared)
+        seal_memfds(checkpoint, shared)
+        clock.done("eager pages")
+        lazy_tree = _lazy_tree(checkpoint, birth, sites, ranges)
+        known(lazy_tree)
+        clock.done("identity")
+        for site in sites.values():
+            make_threads(site)
+            if len(sites) > 1:  # one's descriptor may name another's thread (F_SETOWN_EX)
                 site.run()
-                memory.check_vdso(site)
-            objects.mark_removed(checkpoint)
-            clock.done("memory map")
-            userfaultfds = pages.register(sites, ranges, stack)
-            pages.fill(sites, checkpoint, source, userfaultfds, shared)
-            seal_memfds(checkpoint, shared)
-            clock.done("eager pages")
-            for site in sites.values():
-                make_threads(site)
-                if len(sites) > 1:  # one's descriptor may name another's thread (F_SETOWN_EX)
-                    site.run()
-            for site in sites.values():
-                descriptors.install(site, checkpoint, files)
-                _set_paths(site, checkpoint, files)
-                site.run()
-                meet_threads(site, born)
-            clock.done("threads")
-            for site in sites.values():
-                _give_state(site, birth.inherited, listener)
-            sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
-            clock.done("state")
-            for site in reversed(
-                sites.values()
-            ):  # a parent learns of its children's stops before its own end
-                _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
-            clock.done("registers")
-            yield BuiltTree(checkpoint, born, sites, userfaultfds, ranges, birth.groups, sockets, made, hold)
+        for site in sites.values():
+            descriptors.install(site, checkpoint, files)
+            _set_paths(site, checkpoint, files)
+            site.run()
+            meet_threads(site, born)
+        clock.done("threads")
+        for site in sites.values():
+            _give_state(site, birth.inherited, listener)
+        sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
+        clock.done("state")
+        for site in reversed(sites.values()):  # a parent learns of its children's stops before its own end
+            _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
+        clock.done("registers")
+        yield BuiltTree(checkpoint, born, sites, userfaultfds, ranges, lazy_tree, sockets, made, hold)
 
 
 @contextmanager
