@@ -30,7 +30,6 @@ from lazyproc.model import (
     Resource,
     SignalFd,
     TimerFd,
-    VmaKind,
 )
 from lazyproc.needs import FileNeed, file_need
 from lazyproc.restore import anon, memfds, pipes
@@ -86,7 +85,7 @@ def make_regular(workshop: Workshop, file: OpenFile, resource: RegularFile) -> i
     content = workshop.checkpoint.contents.get(resource.content_id)
     if content and not content.path:
         return reopen(ghost(workshop, content.id, resource.path), file.flags)
-    need = file_need(resource, file.flags, sized=file.id in _mapped_privately(workshop.checkpoint))
+    need = file_need(resource, file.flags, sized=file.id in workshop.mapped)
     with probe(workshop.open_path, need.path) as found:
         check_file(need, found)
         if need.flags & os.O_PATH:
@@ -156,16 +155,6 @@ def _build_id(probe: int) -> bytes:
             return elf.build_id(data)
     finally:
         os.close(fd)
-
-
-def _mapped_privately(checkpoint: Checkpoint) -> set[int]:
-    return {
-        vma.file_id
-        for task in checkpoint.tasks
-        if task.mm
-        for vma in task.mm.vmas
-        if vma.kind is VmaKind.FILE and vma.flags & mmap.MAP_PRIVATE
-    }
 
 
 # In the order in which they are made. Inotify comes last, so that it sees none of the others being created.

@@ -65,7 +65,7 @@ def _build(data: bytes, also: Callable[[Checkpoint, PageSource], object]) -> Non
             built_tree(checkpoint, source, ignore, pager=pager, pidns="new", birth=birth) as tree,
         ):
             introduce(pager, tree, ignore)
-            to_facts(tree.lazy_tree())
+            to_facts(tree.lazy_tree)
             also(checkpoint, source)
     finally:
         pager.abandon()

@@ -104,7 +104,7 @@ def test_the_disk_is_full_at_the_destination_before_it_runs(pair: Pair, program:
     small_disk(pair.destination)
     with unharmed(program):
         with (
-            receiving(pair.destination, by=killed_at("BUILT said", "disk")) as receiver,
+            receiving(pair.destination, by=killed_at("PREPARED said", "disk")) as receiver,
             migrating(pair.source, receiver, program.pid) as journey,
         ):
             journey.finish(expected=1)
