@@ -89,7 +89,8 @@ def _timed(name: str, rounds: int | None) -> dict[str, Any]:
         found: dict[str, Any] = result.fields()
     except Exception as error:
         traceback.print_exc()
-        found = {"failure": f"{type(error).__name__}: {error}"}
+        words = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
+        found = {"failure": "; ".join(words)}
     minutes = (time.monotonic() - begun) / 60
     print(f"  {name}: {minutes:.1f} minutes", flush=True)
     return {"name": name, "rounds": rounds, "minutes": round(minutes, 2), **found}

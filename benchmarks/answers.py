@@ -23,16 +23,22 @@ class Answers:
     due: tuple[int, ...]
     came: tuple[int, ...]
     begun: int  # the engine's commands
+    frozen: int  # a moment in which the server stood still
 
     @classmethod
-    def read(cls, path: Path, begun: int) -> Answers:
+    def read(cls, path: Path, begun: int, frozen: int) -> Answers:
         pairs = sorted(struct.iter_unpack("<QQ", path.read_bytes()))
-        return cls(tuple(due for due, _ in pairs), tuple(came for _, came in pairs), begun)
+        return cls(tuple(due for due, _ in pairs), tuple(came for _, came in pairs), begun, frozen)
 
     def silence(self) -> tuple[int, int]:
-        """The longest time without any answer since the engine began: its beginning and its end."""
-        came = [at for at in sorted(self.came) if at >= self.begun]
-        return max(pairwise(came), key=lambda pair: pair[1] - pair[0])
+        """The time without any answer in which the freeze lies: its beginning and its end."""
+        before = max(came for came in self.came if came <= self.frozen)
+        return before, min(came for came in self.came if came > self.frozen)
+
+    def longest_ms(self) -> float:
+        """The longest time without any answer since the engine began."""
+        came = sorted(at for at in self.came if at >= self.begun)
+        return max(later - earlier for earlier, later in pairwise(came)) / 1e6
 
     def latencies(self, begin: int, end: int) -> list[int]:
         """Of the requests that were due in between, in ns, sorted."""
@@ -54,6 +60,7 @@ class Reading:
         after = self.answers.latencies(stopped, stopped + WINDOW_S * 10**9)
         return {
             "freeze to first answer": ("ms", (answered - stopped) / 1e6),
+            "longest without an answer": ("ms", self.answers.longest_ms()),
             "until all is there": ("ms", self.resident_ms),
             "before, p50": ("us", _quantile(before, 0.5)),
             "before, p99": ("us", _quantile(before, 0.99)),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from lazyproc.hosts import Host, Pair
 from tests.peer import criu
 
 Report = dict[str, Any]
-# Yields what the engine itself reports, filled at the end; empty for CRIU.
+# Yields what the engine itself reports, filled at the end; CRIU does not.
 Engine = Callable[[Pair, int, Path], AbstractContextManager[Report]]
 
 
@@ -37,7 +38,12 @@ def migrating(pair: Pair, vpid: int, address: str, options: Sequence[str] = ()) 
         text=True,
     )
     report: Report = {}
-    yield report
+    try:
+        yield report
+    except Exception as error:
+        migrate.kill()
+        error.add_note(f"lazyproc migrate: {migrate.communicate()[1].strip()}")
+        raise
     out, words = migrate.communicate(timeout=DEADLINE_S)
     if migrate.returncode:
         raise RuntimeError(f"lazyproc migrate: exit {migrate.returncode}: {words.strip()}")
@@ -51,12 +57,13 @@ def by_lazy_criu(pair: Pair, vpid: int, images: Path, options: Sequence[str] = (
     server = ("--address", str(pair.source.address), "--port", str(PORT))
     with large_pipes():
         dump = _until_ready(pair.source, images, "dump", "--lazy-pages", *server, "-t", str(vpid), *options)
+        report: Report = {"frozen_at": time.time_ns()}  # it is, and stays so
         daemon = _until_ready(pair.destination, images, "lazy-pages", "--page-server", *server)
         restore = _criu("restore", images, "--lazy-pages", "--restore-detached", *options)
         # Not run()'s own timeout: it looks every 50 ms only.
         if status := pair.destination.run(["timeout", str(DEADLINE_S), *restore]).returncode:
             raise _failed("restore", status, images)
-        yield {}
+        yield report
         for name, process in (("lazy-pages", daemon), ("dump", dump)):
             if process.wait(DEADLINE_S):
                 raise _failed(name, process.returncode, images)

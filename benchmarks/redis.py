@@ -9,11 +9,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from benchmarks.answers import WINDOW_S, Answers, Reading
-from benchmarks.engines import Engine, by_lazy_criu, by_lazyproc
+from benchmarks.engines import Engine, Report, by_lazy_criu, by_lazyproc
 from benchmarks.measure import Goal, Result, Samples
 from benchmarks.programs import program
 from benchmarks.toucher import LAZY, OURS
@@ -100,13 +101,13 @@ def _move(engine: Engine, arrived: Callable[[Trio], None], digest: Reply) -> Rea
             give(trio.destination, "add")
             whole_kib, begun = int(resident_kib(redis.pid) * 0.99), time.time_ns()
             pair = Pair(trio.source, trio.destination)
-            with engine(pair, trio.source.vpid(redis.pid), images):
+            with engine(pair, trio.source.vpid(redis.pid), images) as report:
                 arrived(trio)
                 _wait_resident(trio.destination, whole_kib)
                 resident = time.time_ns()
             since_begun_s = (time.time_ns() - begun) / 1e9
             time.sleep(max(AFTER_S, WINDOW_S + UNTIL_FREEZE_S - since_begun_s))
-        answers = Answers.read(file, begun)
+        answers = Answers.read(file, begun, report["frozen_at"])
         _check(trio.destination, digest)
     return Reading(answers, (resident - answers.silence()[0]) / 1e6)
 
@@ -127,9 +128,19 @@ def _nobody_has_to(_trio: Trio) -> None:
     pass
 
 
+@contextmanager
+def _by_lazyproc(pair: Pair, vpid: int, images: Path) -> Iterator[Report]:
+    """Its log says when the freeze was done, in milliseconds, rounded down."""
+    log = images / "migrate.log"
+    with by_lazyproc(pair, vpid, images, ("--log-file", str(log))) as report:
+        yield report
+    stamp = next(line.split()[0] for line in log.read_text().splitlines() if line.endswith(" frozen"))
+    report["frozen_at"] = round(datetime.fromisoformat(stamp).timestamp() * 1e3 + 1) * 10**6
+
+
 TCP = ("--tcp-established", "--network-lock", "nftables")
 ENGINES: dict[str, tuple[Engine, Callable[[Trio], None]]] = {
-    OURS: (by_lazyproc, _nobody_has_to),
+    OURS: (_by_lazyproc, _nobody_has_to),
     LAZY: (partial(by_lazy_criu, options=TCP), _announce),
 }
 

@@ -34,8 +34,9 @@ def test_who_waits_behind_another_has_waited_from_the_moment_he_was_due() -> Non
     # One request every millisecond, nobody is answered from 5 to 25 ms, then all at once.
     due = tuple(n * MS for n in range(30))
     came = tuple(max(at, 25 * MS) if at > 5 * MS else at for at in due)
-    answers = Answers(due, came, begun=2 * MS)
+    answers = Answers(due, came, begun=2 * MS, frozen=7 * MS)
     assert answers.silence() == (5 * MS, 25 * MS)
+    assert answers.longest_ms() == 20
     assert answers.latencies(6 * MS, 26 * MS) == [n * MS for n in range(20)]
 
 
