@@ -44,7 +44,14 @@ class StateChanged:
     at: float
 
 
-Event = StepDone | Note | PagesMoved | StateChanged
+@dataclass(frozen=True, slots=True)
+class Over:
+    """All is done but for removing the record: `report` is the outcome should nobody be left to say so."""
+
+    report: object
+
+
+Event = StepDone | Note | PagesMoved | StateChanged | Over
 Listener = Callable[[Event], None]
 
 

@@ -104,6 +104,7 @@ SOURCE: dict[str, Callable[[], None]] = {
     "COMMITTED heard": _written("committed"),
     "RUNNING heard": _written("running"),
     "RELEASED said": _sent(Released),
+    "record removed": lambda: _after(Journal, "remove"),
 }
 POINTS = {**DESTINATION, **SOURCE}
 
