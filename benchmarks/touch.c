@@ -3,16 +3,17 @@
  * notes what its first visit to a page took since it has moved. That it has moved it sees by the name of its host, so any
  * engine may move it and none has to tell it. Its clock is the time of day, which both hosts agree on.
  *
- * Usage: touch STATUS BOARD (random|think|sequential|zipf) MIB THREADS VMAS
+ * Usage: touch STATUS BOARD (random|think|sequential|zipf|jumps|walks)[:WORK_US] MIB THREADS VMAS
  *
- * `think` rests 1 ms after each visit; `zipf` stays in 64 MiB, rank r in 1/r of the visits. THREADS - 1 more threads
- * rest, VMAS more mappings of one page lie there. STATUS is check.h's block; its stalls are those of first visits.
+ * WORK_US is how long it computes after each visit. `think` rests 1 ms; `zipf` stays in 64 MiB, rank r in 1/r of the
+ * visits; `jumps` takes every 7th page downwards, `walks` 64 neighbours from somewhere on, up or down. THREADS - 1 more
+ * threads rest, VMAS more mappings of one page lie there. STATUS is check.h's block; its stalls are those of first visits.
  * BOARD holds struct board, all of it in the time of day (ns), and after it one byte a page: visited since the move. */
 #define _GNU_SOURCE
 #include "../tests/programs/check.h"
 #include <sys/utsname.h>
 
-enum { HOT_PAGES_LOG2 = 14, SLOTS = 30000 };
+enum { HOT_PAGES_LOG2 = 14, SLOTS = 30000, JUMP = 7, WALK = 64 };
 static const uint64_t SLOT_NS = 10000000;
 
 struct board {
@@ -31,8 +32,24 @@ static struct {
 	uint8_t *pages;
 	size_t count, next;
 	uint64_t random;
+	size_t place; /* of a walk */
+	bool down;
+	uint64_t work_ns;
 	char mode;
 } scene;
+
+static size_t next_of_walk(void)
+{
+	uint64_t draw;
+
+	if (scene.next++ % WALK == 0) {
+		draw = random_next(&scene.random);
+		scene.down = draw & 1;
+		scene.place = (draw >> 8) % scene.count;
+	}
+	scene.place = (scene.place + (scene.down ? scene.count - 1 : 1)) % scene.count;
+	return scene.place;
+}
 
 static size_t next_page(void)
 {
@@ -41,6 +58,10 @@ static size_t next_page(void)
 	switch (scene.mode) {
 	case 's':
 		return scene.next++ % scene.count;
+	case 'j':
+		return (scene.count - scene.next++ * JUMP % scene.count) % scene.count;
+	case 'w':
+		return next_of_walk();
 	case 'z': /* each octave of ranks alike; neighbours in rank lie far apart */
 		octave = (uint64_t)1 << (draw >> 32) % HOT_PAGES_LOG2;
 		return (octave + (draw & (octave - 1))) * 7919 % scene.count;
@@ -78,6 +99,14 @@ static void visit(size_t page, bool moved)
 	verify_page((uint64_t *)at, (uintptr_t)at, 1);
 }
 
+static void compute(void)
+{
+	uint64_t until = scene.work_ns ? now_ns(CLOCK_MONOTONIC) + scene.work_ns : 0;
+
+	while (until && now_ns(CLOCK_MONOTONIC) < until)
+		;
+}
+
 static void count_visit(uint64_t begun)
 {
 	uint64_t slot = (begun - scene.board->started) / SLOT_NS;
@@ -111,6 +140,7 @@ static void work(void)
 		visit(next_page(), moved);
 		count_visit(begun);
 		check_beat(0);
+		compute();
 		if (scene.mode == 't')
 			check_rest(1000);
 	}
@@ -149,6 +179,8 @@ static void set_up(char **argv)
 	size_t size;
 
 	scene.mode = argv[3][0];
+	if (strchr(argv[3], ':'))
+		scene.work_ns = strtoull(strchr(argv[3], ':') + 1, NULL, 10) * 1000;
 	scene.count = (size_t)atoi(argv[4]) << 8;
 	scene.random = 0x9E3779B97F4A7C15u;
 	size = sizeof(struct board) + scene.count;
@@ -172,7 +204,7 @@ int main(int argc, char **argv)
 	int count = argc == 7 ? atoi(argv[5]) : 0;
 
 	if (count < 1 || count > 1024) {
-		fprintf(stderr, "usage: touch STATUS BOARD (random|think|sequential|zipf) MIB THREADS VMAS\n");
+		fprintf(stderr, "usage: touch STATUS BOARD MODE MIB THREADS VMAS\n");
 		return 2;
 	}
 	check_start(argc, argv, 1);

@@ -20,7 +20,7 @@ from lazyproc.uffd.device import (
     demand_for_tasks,
     demand_poison,
 )
-from lazyproc.uffd.pager import demand_removals
+from lazyproc.uffd.pager import demand_removals, demand_zstd
 
 HEADROOM = 256 << 20  # bytes; with less available no process of any size can arrive
 AS_ROOT = "run as root; in a container, privileged"
@@ -90,6 +90,8 @@ PROBES = (
           NEWER + " (6.13)"),
     Probe("UFFDIO_POISON", demand_poison, "marks pages that are lost for good (resume --poison)", State.DEGRADED,
           NEWER + " (6.6)"),
+    Probe("zstd", demand_zstd, "compresses bulk where the link is the limit", State.DEGRADED,
+          "install the library of zstd (libzstd.so.1)"),
     Probe("MADV_COLLAPSE", host.collapse, "makes huge pages again", State.DEGRADED,
           NEWER + " (6.1), with transparent huge pages"),
 )  # fmt: skip

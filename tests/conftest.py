@@ -59,6 +59,15 @@ def pair() -> Iterator[Pair]:
 
 
 @pytest.fixture
+def slow_pair() -> Iterator[Pair]:
+    """The same, joined by a link of 100 Mbit."""
+    with contextlib.ExitStack() as stack:
+        with _lack_is_reported():
+            hosts = stack.enter_context(pair_of_hosts(rate="100mbit"))
+        yield hosts
+
+
+@pytest.fixture
 def trio() -> Iterator[Trio]:
     """A source, a destination and a client that both can reach."""
     with contextlib.ExitStack() as stack:

@@ -137,12 +137,27 @@ def add_cgroup(parser: argparse.ArgumentParser) -> None:
     )
 
 
+POLICIES = "sequential, smallest-first, around, stride, pivots or adaptive"
+
+
 def add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         metavar="NAME",
         default="sequential",
-        help="the order of pages that nobody waits for: sequential or smallest-first (default: %(default)s)",
+        help=f"what comes next that nobody waits for: {POLICIES} (default: %(default)s)",
+    )
+
+
+def add_own_policy(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    """Where the faults are, and a record of them may be."""
+    parser.add_argument(
+        "--policy",
+        metavar="NAME",
+        help=f"what comes next that nobody waits for: {POLICIES}; or recorded:FILE (default: {otherwise})",
+    )
+    parser.add_argument(
+        "--record", metavar="FILE", help="write the faults to FILE, for a later --policy recorded:FILE"
     )
 
 

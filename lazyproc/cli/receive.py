@@ -9,6 +9,7 @@ from lazyproc.cli.options import (
     add_cgroup,
     add_json,
     add_listen,
+    add_own_policy,
     add_pidns,
     add_trust,
     command,
@@ -40,6 +41,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--overcommit", action="store_true", help="take in trees larger than the available memory"
     )
+    add_own_policy(parser, "that of the source")
     add_trust(parser)
     add_json(parser)
 
@@ -61,7 +63,14 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     try:
         lazyproc.receive(
             args.listen,
-            Terms(args.pidns, args.overcommit, args.cgroup, frozenset(args.allow_uid)),
+            Terms(
+                args.pidns,
+                args.overcommit,
+                args.cgroup,
+                frozenset(args.allow_uid),
+                policy=args.policy,
+                record=args.record,
+            ),
             once=args.once,
             insecure=args.insecure,
             tls=tls_of(args),

@@ -9,8 +9,8 @@ from lazyproc.cli.options import (
     Commands,
     add_cgroup,
     add_json,
+    add_own_policy,
     add_pidns,
-    add_policy,
     add_trace,
     add_trust,
     command,
@@ -47,10 +47,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--pidfile", metavar="FILE", help="write the number of the root process to FILE")
     add_pidns(parser)
     add_cgroup(parser)
-    add_policy(parser)
-    parser.add_argument(
-        "--record", metavar="FILE", help="write the faults to FILE, for a later --policy recorded:FILE"
-    )
+    add_own_policy(parser, "sequential; with --from that of the server")
     add_trace(parser)
     add_trust(parser)
     add_json(parser)
@@ -92,7 +89,7 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
                 "only a restore from a folder is recorded", where=args.record, remedy="use -D, or --trace"
             )
 
-        terms = Terms(pidns=args.pidns, cgroup=args.cgroup)
+        terms = Terms(pidns=args.pidns, cgroup=args.cgroup, policy=args.policy)
         return restore_from(
             args.peer,
             terms,
@@ -105,7 +102,7 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
         Path(args.directory),
         lazy=args.lazy,
         pidns=args.pidns,
-        policy=args.policy,
+        policy=args.policy or "sequential",
         cgroup=args.cgroup,
         trace=args.trace,
         record=args.record,

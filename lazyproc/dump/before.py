@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from lazyproc.dump.descriptors import early_flows
 from lazyproc.dump.explain import Examined
 from lazyproc.dump.registry import TaskRef
+from lazyproc.dump.space import Seen
 from lazyproc.dump.walk import thread_ids, tree_of
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc, sleeps
@@ -19,16 +20,15 @@ from lazyproc.needs import Wanted
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """`smaps` by pid: reading it walks all memory, so it is kept and only compared with maps after the freeze.
+    """`smaps` by pid, and what of it a dump takes over: `seen`.
 
-    `flows` are the packets that will have to be held back, `guarded` the processes that use MADV_GUARD_INSTALL,
-    `wanted` what the tree needs of the host that takes it in.
+    `flows` are the packets that will have to be held back, `wanted` what the tree needs of the host that takes it in.
     """
 
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]
     flows: tuple[Flow, ...]
-    guarded: frozenset[int]
     wanted: tuple[Wanted, ...]
+    seen: Seen
 
 
 def observed_sleeps(pid: int) -> dict[int, sleeps.SleepBefore]:
@@ -43,7 +43,8 @@ def look_before(examined: Examined, *, tcp_close: bool = False) -> Before:
     """What `examine` has not seen yet; processes may come and go. With `tcp_close` no TCP with the outside has to be
     held back.
     """
-    return Before(examined.smaps, _flows(examined.smaps, tcp_close), examined.guarded, examined.wanted)
+    flows = _flows(examined.smaps, tcp_close)
+    return Before(examined.smaps, flows, examined.wanted, examined.seen)
 
 
 def _flows(pids: Iterable[int], tcp_close: bool) -> tuple[Flow, ...]:

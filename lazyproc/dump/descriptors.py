@@ -14,7 +14,7 @@ from contextlib import suppress
 from lazyproc.dump import anon, files, pipes
 from lazyproc.dump.look import Look, attempt, look_at, unless_closed
 from lazyproc.dump.refusals import refusal
-from lazyproc.dump.registry import Refused, Registry, TaskRef
+from lazyproc.dump.registry import FileSeen, Refused, Registry, TaskRef
 from lazyproc.dump.sockets import SocketTable
 from lazyproc.errors import NoSuchProcess, Obstacle
 from lazyproc.facts import dataclass
@@ -22,7 +22,16 @@ from lazyproc.kernel import fds, proc
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.kernel.proc_fdinfo import LockInfo, fdinfo
 from lazyproc.kernel.sys import KCMP_FILES, kcmp
-from lazyproc.model import Descriptor, FileContent, OpenFile, Owner, Pipe, Resource, SharedMemory
+from lazyproc.model import (
+    Descriptor,
+    FileContent,
+    OpenFile,
+    Owner,
+    Pipe,
+    RegularFile,
+    Resource,
+    SharedMemory,
+)
 
 SOCKET_LINK = "socket:["
 
@@ -44,14 +53,19 @@ class Gathered:
 
 
 def gather_descriptors(
-    tasks: Sequence[TaskRef], *, tcp_close: bool = False, hold: Callable[[Sequence[Flow]], None] | None = None
+    tasks: Sequence[TaskRef],
+    *,
+    tcp_close: bool = False,
+    hold: Callable[[Sequence[Flow]], None] | None = None,
+    seen: Mapping[FileSeen, RegularFile] = {},
 ) -> Gathered:
     """All descriptors of a frozen tree, root first. Nothing is consumed: the tree can run on as it was.
 
-    `hold` is told which packets to hold back before the queues of sockets are read. What cannot be dumped is
+    `hold` is told which packets to hold back before the queues of sockets are read; `seen` are files looked at before.
+    What cannot be dumped is
     in `obstacles`. Raises NoSuchProcess when a process is gone.
     """
-    registry = Registry(tuple(tasks))
+    registry = Registry(tuple(tasks), seen=seen)
     sockets = SocketTable(registry, tcp_close)
     try:
         looks: dict[int, Look] = {}

@@ -15,6 +15,7 @@ from lazyproc.dump.descriptors import look_at_descriptors
 from lazyproc.dump.memory import has_guards, refused_mappings
 from lazyproc.dump.needs import needs_of
 from lazyproc.dump.registry import Refused, Registry, TaskRef
+from lazyproc.dump.space import NOTHING, Seen, Space, space_before
 from lazyproc.dump.supervisor import warnings
 from lazyproc.dump.survey import ProcessFacts, ThreadFacts, TreeFacts, survey
 from lazyproc.errors import NoSuchProcess, Obstacle, TraceeError
@@ -48,7 +49,7 @@ class Examined:
     obstacles: tuple[Obstacle, ...]
     wanted: tuple[Wanted, ...]
     smaps: Mapping[int, tuple[proc.SmapsEntry, ...]]  # by pid
-    guarded: frozenset[int]  # the processes that use MADV_GUARD_INSTALL
+    seen: Seen
 
 
 def examine(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -> Examined:
@@ -57,12 +58,12 @@ def examine(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -
     host.pagemap_scan()
     for text in notes(facts):
         listener(Note(text))
-    of_resources, wanted = _resources(facts, tcp_close)
     alive = {process.pid: process for process in facts.processes if process.alive}
     guarded = frozenset(_guarded(alive.values()))
+    of_resources, wanted, seen = _resources(facts, tcp_close, guarded)
     guards = tuple(Wanted(FeatureNeed("guard regions"), pid, "process") for pid in sorted(guarded)[:1])
     smaps = {pid: process.smaps for pid, process in alive.items()}
-    return Examined((*obstacles(facts), *of_resources), (*wanted, *guards), smaps, guarded)
+    return Examined((*obstacles(facts), *of_resources), (*wanted, *guards), smaps, seen)
 
 
 def _guarded(processes: Iterable[ProcessFacts]) -> Iterator[int]:
@@ -191,7 +192,9 @@ def _note_of_copies(facts: TreeFacts) -> Iterator[str]:
         )
 
 
-def _resources(facts: TreeFacts, tcp_close: bool) -> tuple[list[Obstacle], tuple[Wanted, ...]]:
+def _resources(
+    facts: TreeFacts, tcp_close: bool, guarded: frozenset[int]
+) -> tuple[list[Obstacle], tuple[Wanted, ...], Seen]:
     """Descriptors and mappings, by the rules of the dump itself."""
     with ExitStack() as stack:
         refs = []
@@ -203,14 +206,24 @@ def _resources(facts: TreeFacts, tcp_close: bool) -> tuple[list[Obstacle], tuple
                 stack.callback(os.close, pidfd)
                 refs.append(TaskRef(process.pid, process.vpid, pidfd))
         if not refs:
-            return [], ()
+            return [], (), NOTHING
         registry = Registry(tuple(refs), contents_wanted=False)
         for process in facts.processes:
             refused_mappings(registry, process.pid, process.smaps)
             registry.obstacles.extend(_unfetched(process))
         look_at_descriptors(registry, tcp_close=tcp_close)
         wanted = tuple(needs_of(registry, facts))
-        return registry.obstacles, wanted
+        spaces = dict(_spaces(registry, facts))
+        return registry.obstacles, wanted, Seen(spaces, registry.looked, guarded)
+
+
+def _spaces(registry: Registry, facts: TreeFacts) -> Iterator[tuple[int, Space]]:
+    pids = {ref.pid for ref in registry.tasks}
+    for process in facts.processes:
+        if process.pid in pids:
+            space = space_before(registry, process.pid, process.locked_kib, process.smaps)
+            if space is not None:
+                yield process.pid, space
 
 
 def _unfetched(process: ProcessFacts) -> list[Obstacle]:

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from fcntl import F_GET_SEALS, fcntl
 
 from lazyproc.dump.look import Look, attempt
-from lazyproc.dump.registry import Refused, Registry
+from lazyproc.dump.registry import Refused, Registry, file_seen
 from lazyproc.facts import replace
 from lazyproc.kernel import elf, fds
 from lazyproc.kernel.proc import MapsEntry
 from lazyproc.model import FileContent, MemFd, OpenFile, Owner, RegularFile, SharedKind, SharedMemory
 
+LINKS = ("exe", "cwd", "root")  # of a process; before what it maps: numbers are the same in each look
 DELETED = " (deleted)"
 CONTENT_LIMIT = 256 << 20  # bytes of one file that may travel while the tree stands still
 
@@ -291,6 +292,10 @@ def _gather_link(registry: Registry, link: str, access: int) -> int:
     number, is_new = registry.intern_path((status.st_dev, status.st_ino, access))
     if not is_new:
         return number if number in registry.files else 0  # 0: an obstacle already
+    seen = registry.seen.get(file_seen(target, status))
+    if seen is not None and _is_at(registry, seen.path, status):
+        registry.files[number] = OpenFile(number, access, 0, Owner(), seen)
+        return number
     # Whoever watches the file of a process that runs is not to see a writer come and go (inotify(7)).
     fd = os.open(link, (access if registry.contents_wanted else os.O_RDONLY) | os.O_CLOEXEC)
     try:
@@ -304,10 +309,12 @@ def _mapped_resource(registry: Registry, target: str, fd: int) -> RegularFile | 
     if is_memfd(target, os.fstat(fd)):
         return MemFd(_memfd_object(registry, target, fd, lazy=True))
     resource = _path_resource(registry, target, fd)
-    if not st.S_ISREG(resource.mode) or not resource.size:
-        return resource
-    with mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as data:
-        return replace(resource, build_id=elf.build_id(data))
+    if st.S_ISREG(resource.mode) and resource.size:
+        with mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as data:
+            resource = replace(resource, build_id=elf.build_id(data))
+    if not resource.content_id:
+        registry.looked[file_seen(target, os.fstat(fd))] = resource
+    return resource
 
 
 def is_memfd(link: str, status: os.stat_result) -> bool:

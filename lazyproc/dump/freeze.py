@@ -17,6 +17,7 @@ from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.settle import Stopped, settle, settle_again
 from lazyproc.kernel.sleeps import SleepBefore
 from lazyproc.kernel.tracee import Tracee
+from lazyproc.steps import Steps
 
 FREEZE_MS = 2000
 ROUNDS = 64  # a tree that still grows after so many rounds forks faster than it can be stopped
@@ -65,7 +66,11 @@ class FrozenTree:
 
 @contextmanager
 def frozen_tree(
-    pid: int, *, asleep: Mapping[int, SleepBefore] | None = None, timeout_ms: int = FREEZE_MS
+    pid: int,
+    *,
+    asleep: Mapping[int, SleepBefore] | None = None,
+    timeout_ms: int = FREEZE_MS,
+    steps: Steps | None = None,
 ) -> Iterator[FrozenTree]:
     """Freeze the tree under `pid`; on leaving, what has not been killed runs on.
 
@@ -75,14 +80,16 @@ def frozen_tree(
     A thread that has fallen into uninterruptible sleep since we looked can only be let go by the end of the
     tracing thread (kernel/exit.c, exit_ptrace): call this in a thread that ends soon.
     """
-    tree = FrozenTree()
+    tree, steps = FrozenTree(), steps or Steps()
     try:
         for member in tree_of(pid):
             _wait_interruptible(member, timeout_ms)
         _freeze(tree, pid, timeout_ms)
+        steps.done("stop")
         tree.frozen_at_ns = time.monotonic_ns()
         for task in tree.tasks.values():
             _settle(task, asleep or {}, tree.frozen_at_ns)
+        steps.done("settle")
         yield tree
     finally:
         _let_go(tree)
@@ -109,18 +116,32 @@ def _is_uninterruptible(stat: bytes) -> bool:
 
 
 def _freeze(tree: FrozenTree, root: int, timeout_ms: int) -> None:
+    """In rounds, until one finds nothing that runs, and then no child that is not stopped: who stands still forks no
+    more.
+    """
+    _stop_process(tree, root, timeout_ms)
     for _ in range(ROUNDS):
-        grown = _stop_process(tree, root, timeout_ms)
-        for task in list(tree.tasks.values()):
-            for tracee in task.threads:
-                for child in proc.children_of(task.pid, tracee.tid):
-                    if child not in tree.tasks:
-                        grown |= _stop_child(tree, child, timeout_ms)
-        for task in list(tree.tasks.values()):
-            grown |= not task.zombie and _stop_process(tree, task.pid, timeout_ms)
-        if not grown:
+        running = [_stop_process(tree, task.pid, timeout_ms) for task in _members(tree)]
+        if not any(running) and not _stop_children(tree, timeout_ms):
             return
     raise TraceeError("the tree grows faster than it can be stopped", where=f"pid {root}", remedy="try again")
+
+
+def _members(tree: FrozenTree) -> list[FrozenTask]:
+    return [task for task in tree.tasks.values() if not task.zombie]
+
+
+def _stop_children(tree: FrozenTree, timeout_ms: int) -> bool:
+    """Stop the children that are not known yet, and theirs; True when there were any."""
+    grown = False
+    members = _members(tree)
+    for task in members:  # which grows on the way
+        for tracee in list(task.threads):
+            for child in proc.children_of(task.pid, tracee.tid):
+                if child not in tree.tasks:
+                    grown |= _stop_child(tree, child, timeout_ms)
+                    members += [tree.tasks[child]] if child in tree.tasks else []
+    return grown
 
 
 def _stop_child(tree: FrozenTree, pid: int, timeout_ms: int) -> bool:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 import socket
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
 from lazyproc.dump.aio import unfetched
 from lazyproc.dump.descriptors import Gathered, gather_descriptors
-from lazyproc.dump.files import gather_link
+from lazyproc.dump.files import LINKS, gather_link
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
 from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, rings_of, settled
-from lazyproc.dump.memory import eager_pages, private_extents, shared_extents, with_guards
-from lazyproc.dump.question import ask
+from lazyproc.dump.memory import (
+    eager_extents,
+    eager_pages,
+    lazy_extents,
+    runs_of,
+    shared_extents,
+    with_guards,
+)
+from lazyproc.dump.question import Question, ask
 from lazyproc.dump.registry import Registry, TaskRef
+from lazyproc.dump.space import NOTHING, Seen, space_now
 from lazyproc.dump.tasks import TASK_ANSWERS, gather_task, gather_zombie, process_questions
-from lazyproc.dump.threads import THREAD_ANSWERS, gather_thread, thread_questions
+from lazyproc.dump.threads import ThreadAnswers, gather_thread, thread_question
 from lazyproc.errors import CannotBeDone, Obstacle
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc, remote, sysvipc
@@ -29,17 +36,18 @@ from lazyproc.model import (
     PAGE,
     Checkpoint,
     Clocks,
+    Descriptor,
     Extent,
     Fs,
     MemFd,
     MemoryObject,
-    Mm,
     ObjectKind,
     SharedKind,
     SigAction,
     Task,
     Thread,
 )
+from lazyproc.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +104,8 @@ class Dump:
                 continue
             obj = MemoryObject(ObjectKind.TASK, task.vpid)
             known = frozenset(page for e in eager.get(obj, ()) for page in range(e.addr, e.end, PAGE))
-            lazy_vmas = [vma for vma in task.mm.vmas if vma.may_be_lazy]
-            extents = private_extents(self.pids[task.vpid], lazy_vmas, known)
-            found[obj] = tuple(extent for extent in extents if extent.lazy)
+            ranges = runs_of(vma for vma in task.mm.vmas if vma.may_be_lazy)
+            found[obj] = lazy_extents(self.pids[task.vpid], ranges, known)
         for number, shared in self.checkpoint.shared.items():
             if shared.lazy:
                 obj = MemoryObject(ObjectKind.SHARED, number)
@@ -117,17 +124,18 @@ class Dump:
 def dumped(
     tree: FrozenTree,
     *,
-    smaps: Mapping[int, tuple[proc.SmapsEntry, ...]] | None = None,
-    guarded: Collection[int] | None = None,
+    seen: Seen = NOTHING,
     tcp_close: bool = False,
     hold: Callable[[Sequence[Flow]], None] | None = None,
+    steps: Steps | None = None,
 ) -> Iterator[Dump]:
     """Describe a frozen tree. The tree is as before on leaving; descriptors of ours into it are closed.
 
-    `smaps` (by pid) may have been read before the freeze: its flags are used where the mappings are still the same.
-    `guarded` are the processes to look for MADV_GUARD_INSTALL in, None all. `hold` is told which packets to hold back
+    `seen` is what was there before the freeze: of it is used what is still so.
+    `hold` is told which packets to hold back
     before the queues of sockets are read. CannotBeDone lists all obstacles.
     """
+    steps = steps or Steps()
     clocks = _clocks(tree)
     alive = [task for task in tree.tasks.values() if not task.zombie]
     tids = {
@@ -135,20 +143,19 @@ def dumped(
     }
     refs = [TaskRef(task.pid, tids[task.pid], task.pidfd) for task in alive]
     with ExitStack() as stack:
-        gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold)
+        gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold, seen=seen.files)
         stack.enter_context(gathered.sockets)
+        steps.done("descriptors")
         objects = Objects(stack)
         tasks, eager = [], {}
         for frozen in tree.tasks.values():
             if frozen.zombie:
                 tasks.append(gather_zombie(frozen, _ids(frozen, tree)))
                 continue
-            task, pages = _one_task(frozen, tree, gathered, objects, tids, smaps or {})
-            if task.mm and (guarded is None or frozen.pid in guarded):
-                task = replace(task, mm=replace(task.mm, vmas=with_guards(frozen.pid, task.mm.vmas)))
+            task, pages = _one_task(frozen, tree, gathered, objects, tids, seen, steps)
             tasks.append(task)
             eager[MemoryObject(ObjectKind.TASK, task.vpid)] = pages
-        _take_unmapped_memfds(gathered.registry, objects, stack)
+        _take_unmapped_memfds(gathered.registry, gathered.descriptors, objects)
         shared_memory = settled(gathered.registry, tasks)
         if gathered.obstacles:
             raise CannotBeDone(tuple(gathered.obstacles))
@@ -169,6 +176,7 @@ def dumped(
         pids = {ref.vpid: ref.pid for ref in refs}
         segments = tuple(_segments(checkpoint, pids, objects.fds))
         sockets = gathered.sockets
+        steps.done("objects")
         yield Dump(checkpoint, segments, pids, objects.fds, sockets.connections(), sockets.given_up())
 
 
@@ -178,31 +186,39 @@ def _one_task(
     gathered: Gathered,
     objects: Objects,
     tids: Mapping[int, int],
-    smaps: Mapping[int, tuple[proc.SmapsEntry, ...]],
+    seen: Seen,
+    steps: Steps,
 ) -> tuple[Task, tuple[Extent, ...]]:
     """One process, and its pages that have to be there before it runs."""
     pid, registry = frozen.pid, gathered.registry
-    maps = proc.maps(proc.read(pid, "maps"))
+    before = seen.spaces.get(pid)
+    space = space_now(pid, frozen.stopped[0].status.locked_kib, before)
+    steps.done("maps")
     with ptrace.memory(pid) as memory:
-        threads, answers = _ask(frozen, memory, maps)
+        threads, answers = _ask(frozen, memory, space.maps, steps)
         ids = (tids[pid], *_ids(frozen, tree)[1:])
         task = gather_task(frozen, ids, threads, answers, tids)
-        entries = _with_flags(pid, maps, smaps.get(pid, ()))
+        steps.done("task")
         of_mm = cast(tuple[int, bool, int], tuple(answers[TASK_ANSWERS:]))
-        mm = gather_mm(registry, frozen, entries, of_mm, memory, objects)
+        exe, cwd, root = (gather_link(registry, pid, name) for name in LINKS)
+        mm = gather_mm(registry, frozen, space, exe, of_mm, memory, objects)
+        if space is not before or pid in seen.guarded:
+            mm = replace(mm, vmas=with_guards(pid, mm.vmas))
+        steps.done("memory")
         pages = eager_pages(mm, threads, memory)
-    cwd, root = gather_link(registry, pid, "cwd"), gather_link(registry, pid, "root")
     task = replace(
         task,
         mm=mm,
         fs=Fs(cwd, root, frozen.stopped[0].status.umask or 0),
         descriptors=gathered.descriptors[task.vpid],
     )
-    return task, _eager_extents(pid, mm, pages)
+    extents = eager_extents(pid, mm.vmas, pages)
+    steps.done("pagemap")
+    return task, extents
 
 
 def _ask(
-    frozen: FrozenTask, memory: ptrace.Memory, maps: Sequence[proc.MapsEntry]
+    frozen: FrozenTask, memory: ptrace.Memory, maps: Sequence[proc.MapsEntry], steps: Steps
 ) -> tuple[tuple[Thread, ...], list[object]]:
     """Threads, and the process's answers: one remote program in every thread, all at the same time."""
     timers = proc.timers(proc.read(frozen.pid, "timers"))
@@ -214,39 +230,21 @@ def _ask(
     ending = remote.ending_signal(frozen.stopped[0].status.sig_caught, pending)
     states = [stopped.state for stopped in frozen.stopped]
     with remote.borrowed(frozen.threads, states, memory, maps, ending=ending) as bench:
-        questions = [thread_questions(bench) for _ in frozen.threads]
+        questions: list[list[Question[object]]] = [[thread_question(bench)] for _ in frozen.threads]
         questions[0] += process_questions(bench, timers)
+        steps.done("bench")
         answers = ask(bench, list(zip(frozen.threads, questions, strict=True)))
-    of_process = answers[0][THREAD_ANSWERS:]
+        steps.done("ask")
+    steps.done("bench")
+    of_process = answers[0][1:]
     sigactions = cast(tuple[SigAction, ...], of_process[0])
+    cpus = os.cpu_count() or 1
     threads = tuple(
-        gather_thread(frozen.pid, tracee, stopped, row[:THREAD_ANSWERS], sigactions, memory)
+        gather_thread(cpus, tracee, stopped, cast(ThreadAnswers, row[0]), sigactions, memory)
         for tracee, stopped, row in zip(frozen.threads, frozen.stopped, answers, strict=True)
     )
+    steps.done("threads")
     return threads, of_process
-
-
-def _with_flags(
-    pid: int, maps: Sequence[proc.MapsEntry], before: Sequence[proc.SmapsEntry]
-) -> tuple[proc.SmapsEntry, ...]:
-    """smaps of now, from before the freeze where the mappings are the same: reading it walks all memory."""
-    if before and tuple(entry.entry for entry in before) == tuple(maps):
-        return tuple(before)
-    return proc.smaps(proc.read(pid, "smaps"))
-
-
-def _eager_extents(pid: int, mm: Mm, pages: frozenset[int]) -> tuple[Extent, ...]:
-    """The eager pages that have content: all own pages of mappings that cannot be lazy, single pages of the others."""
-    eager_vmas = [vma for vma in mm.vmas if not vma.may_be_lazy]
-    ordered = sorted(pages)
-    singles = [
-        replace(vma, start=page, end=page + PAGE)
-        for vma in mm.vmas
-        if vma.may_be_lazy
-        for page in ordered[bisect_left(ordered, vma.start) : bisect_left(ordered, vma.end)]
-    ]
-    found = private_extents(pid, eager_vmas) + private_extents(pid, singles, pages)
-    return tuple(sorted(found, key=lambda extent: extent.addr))
 
 
 def _ids(frozen: FrozenTask, tree: FrozenTree) -> tuple[int, int, int, int]:
@@ -258,13 +256,14 @@ def _ids(frozen: FrozenTask, tree: FrozenTree) -> tuple[int, int, int, int]:
     return status.ns_pid[-1], ppid, status.ns_pgid[-1], status.ns_sid[-1]
 
 
-def _take_unmapped_memfds(registry: Registry, objects: Objects, stack: ExitStack) -> None:
+def _take_unmapped_memfds(
+    registry: Registry, descriptors: Mapping[int, Sequence[Descriptor]], objects: Objects
+) -> None:
     for task in registry.tasks:
-        for fd in proc.descriptor_numbers(task.pid):
-            file_id, _ = registry.intern(task.pid, fd)
-            file = registry.files.get(file_id)
+        for descriptor in descriptors[task.vpid]:
+            file = registry.files.get(descriptor.file_id)
             if file is not None and isinstance(file.resource, MemFd):
-                with registry.taken(task.pid, fd) as own:
+                with registry.taken(task.pid, descriptor.fd) as own:
                     open_memfds(registry, {file.resource.object_id: own}, objects)
 
 
@@ -274,8 +273,8 @@ def _segments(
     for task in checkpoint.tasks:
         if task.mm is not None:
             obj = MemoryObject(ObjectKind.TASK, task.vpid)
-            for vma in task.mm.vmas:
-                yield Segment(obj, vma.start, vma.end, pids[task.vpid], -1, vma.start)
+            for start, end in runs_of(task.mm.vmas):
+                yield Segment(obj, start, end, pids[task.vpid], -1, start)
     for number, shared in checkpoint.shared.items():
         size = -(-shared.size // PAGE) * PAGE
         yield Segment(MemoryObject(ObjectKind.SHARED, number), 0, size, 0, object_fds[number], 0)

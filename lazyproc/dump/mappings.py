@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from lazyproc.dump.aio import Ring, unfetched
-from lazyproc.dump.files import gather_link, gather_mapped_file
+from lazyproc.dump.files import gather_mapped_file
 from lazyproc.dump.freeze import FrozenTask
 from lazyproc.dump.look import attempt
-from lazyproc.dump.memory import kind_of, refused_mappings, vma_of
 from lazyproc.dump.registry import Refused, Registry
+from lazyproc.dump.space import Space, numbered
 from lazyproc.facts import dataclass, field, replace
 from lazyproc.kernel import elf, proc, sysvipc
 from lazyproc.kernel.tracee import Memory
@@ -33,16 +33,20 @@ class Objects:
 def gather_mm(
     registry: Registry,
     frozen: FrozenTask,
-    smaps: Sequence[proc.SmapsEntry],
+    space: Space,
+    exe: int,
     answers: tuple[int, bool, int],
     memory: Memory,
     objects: Objects,
 ) -> Mm:
-    """Mm of a frozen process; `answers` are dumpable, thp_disabled and brk. Obstacles go to the registry."""
+    """Mm of a frozen process; `exe` is the number of its program, `answers` are dumpable, thp_disabled and brk.
+    Obstacles go to the registry.
+    """
     dumpable, thp_disabled, brk = answers
     pid, stat = frozen.pid, frozen.stat
-    refused_mappings(registry, pid, smaps)
-    vmas = tuple(_vma(registry, pid, entry, objects) for entry in smaps if entry.entry.path != "[vsyscall]")
+    vmas = _with_objects(registry, pid, numbered(registry, pid, space), objects)
+    for where, refused in space.refused:
+        registry.refuse(pid, where, refused)
     registry.obstacles.extend(unfetched(rings_of(pid, vmas), memory))
     return Mm(
         start_code=stat.start_code,
@@ -57,7 +61,7 @@ def gather_mm(
         env_start=stat.env_start,
         env_end=stat.env_end,
         auxv=proc.auxv(proc.read(pid, "auxv")),
-        exe_id=gather_link(registry, pid, "exe"),
+        exe_id=exe,
         dumpable=dumpable,
         thp_disabled=thp_disabled,
         vmas=vmas,
@@ -75,15 +79,13 @@ def _vdso_build_id(vmas: Sequence[Vma], memory: Memory) -> bytes:
     return elf.build_id(memory.read(vdso.start, vdso.length)) if vdso else b""
 
 
-def _vma(registry: Registry, pid: int, smaps: proc.SmapsEntry, objects: Objects) -> Vma:
-    entry = smaps.entry
-    match kind_of(entry):
-        case VmaKind.FILE:
-            return vma_of(smaps, file_id=gather_mapped_file(registry, pid, entry.start, entry.end, entry))
-        case VmaKind.SHARED:
-            return vma_of(smaps, object_id=_object(registry, pid, entry, objects))
-        case _:
-            return vma_of(smaps)
+def _with_objects(registry: Registry, pid: int, space: Space, objects: Objects) -> tuple[Vma, ...]:
+    if not space.objects:
+        return space.vmas
+    vmas = list(space.vmas)
+    for at in space.objects:
+        vmas[at] = replace(vmas[at], object_id=_object(registry, pid, space.entries[at], objects))
+    return tuple(vmas)
 
 
 def _object(registry: Registry, pid: int, entry: proc.MapsEntry, objects: Objects) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from lazyproc.dump import aio
 from lazyproc.dump.registry import Refused, Registry
@@ -65,8 +67,8 @@ def refusal(smaps: proc.SmapsEntry, kind: VmaKind) -> None:
             raise Refused(why, remedy)
 
 
-def vma_of(smaps: proc.SmapsEntry, file_id: int = 0, object_id: int = 0) -> Vma:
-    """One mapping as it would be passed to mmap(2)."""
+def vma_of(smaps: proc.SmapsEntry) -> Vma:
+    """One mapping as it would be passed to mmap(2), without the number of what lies behind it."""
     entry, kind = smaps.entry, kind_of(smaps.entry)
     flags = mmap.MAP_PRIVATE if entry.perms[3] == "p" else mmap.MAP_SHARED
     flags |= mmap.MAP_ANONYMOUS if kind is VmaKind.ANON else 0
@@ -79,8 +81,6 @@ def vma_of(smaps: proc.SmapsEntry, file_id: int = 0, object_id: int = 0) -> Vma:
         flags=flags,
         kind=kind,
         offset=entry.offset if kind in (VmaKind.FILE, VmaKind.SHARED) else 0,
-        file_id=file_id,
-        object_id=object_id,
         vm_flags=smaps.vm_flags,
         name=_name(entry.path, kind),
         huge_pages=smaps.anon_huge // PAGE,
@@ -93,33 +93,68 @@ def _name(path: str, kind: VmaKind) -> str:
     return path[len(ANON_NAME) : -1] if path.startswith(ANON_NAME) else path
 
 
-def private_extents(pid: int, vmas: Sequence[Vma], eager: frozenset[int] = frozenset()) -> tuple[Extent, ...]:
-    """The pages of private mappings that have content of their own; `eager` are page addresses not to be lazy."""
+def runs_of(vmas: Iterable[Vma]) -> list[tuple[int, int]]:
+    """The address ranges of mappings, in their order; those that touch are one."""
+    runs: list[tuple[int, int]] = []
+    for vma in vmas:
+        if runs and runs[-1][1] == vma.start:
+            runs[-1] = runs[-1][0], vma.end
+        else:
+            runs.append((vma.start, vma.end))
+    return runs
+
+
+def lazy_extents(pid: int, ranges: Iterable[tuple[int, int]], eager: frozenset[int]) -> tuple[Extent, ...]:
+    """The pages with content in lazy mappings, without those at the addresses `eager`. Grows with memory."""
+    with _pagemap(pid) as pagemap:
+        return tuple(
+            extent for start, end in _own_pages(pagemap, ranges) for extent in _without(start, end, eager)
+        )
+
+
+def eager_extents(pid: int, vmas: Sequence[Vma], pages: Iterable[int]) -> tuple[Extent, ...]:
+    """The pages with content that are not lazy: of all mappings that cannot be, and those at the addresses `pages`."""
+    fixed = [vma for vma in vmas if not vma.may_be_lazy and vma.flags & mmap.MAP_PRIVATE]
+    mapped = runs_of(vma for vma in fixed if vma.kind in (VmaKind.FILE, VmaKind.SHARED))
+    anonymous = runs_of(vma for vma in fixed if vma.kind is VmaKind.ANON) + _pages_in(vmas, pages)
+    with _pagemap(pid) as pagemap:
+        found = [*_own_pages(pagemap, mapped, excluded=kernel.PAGE_IS_FILE), *_own_pages(pagemap, anonymous)]
+    return tuple(Extent(start, (end - start) // PAGE, lazy=False) for start, end in sorted(found))
+
+
+def _pages_in(vmas: Sequence[Vma], pages: Iterable[int]) -> list[tuple[int, int]]:
+    """The runs of these pages that lie in lazy mappings."""
+    starts = [vma.start for vma in vmas]
+    runs: list[tuple[int, int]] = []
+    for page in sorted(pages):
+        at = bisect_right(starts, page) - 1
+        if at < 0 or page >= vmas[at].end or not vmas[at].may_be_lazy:
+            continue
+        if runs and runs[-1][1] == page:
+            runs[-1] = runs[-1][0], page + PAGE
+        else:
+            runs.append((page, page + PAGE))
+    return runs
+
+
+@contextmanager
+def _pagemap(pid: int) -> Iterator[int]:
     fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return tuple(
-            extent
-            for vma in vmas
-            for start, end in _own_pages(fd, vma)
-            for extent in _split(start, end, vma.may_be_lazy, eager)
-        )
+        yield fd
     finally:
         os.close(fd)
 
 
-def _own_pages(pagemap: int, vma: Vma) -> Iterator[tuple[int, int]]:
-    """Runs of present or swapped pages; in a file mapping those that were copied (fs/proc/task_mmu.c)."""
-    if vma.kind not in (VmaKind.ANON, VmaKind.FILE, VmaKind.SHARED) or vma.flags & mmap.MAP_SHARED:
-        return
-    excluded = kernel.PAGE_IS_PFNZERO | kernel.guard_category()
-    excluded |= 0 if vma.kind is VmaKind.ANON else kernel.PAGE_IS_FILE
-    for start, end, _ in kernel.pagemap_scan(
-        pagemap,
-        vma.start,
-        vma.end,
-        excluded=excluded,
-        anyof=kernel.PAGE_IS_PRESENT | kernel.PAGE_IS_SWAPPED,
-    ):
+def _own_pages(
+    pagemap: int, ranges: Iterable[tuple[int, int]], *, excluded: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Runs of present or swapped pages of private mappings; in those of a file without PAGE_IS_FILE: what was copied
+    (fs/proc/task_mmu.c).
+    """
+    excluded |= kernel.PAGE_IS_PFNZERO | kernel.guard_category()
+    anyof = kernel.PAGE_IS_PRESENT | kernel.PAGE_IS_SWAPPED
+    for start, end, _ in kernel.pagemap_scan(pagemap, ranges, excluded=excluded, anyof=anyof):
         yield start, end
 
 
@@ -145,20 +180,16 @@ def _may_be_guarded(vma: Vma) -> bool:
 
 
 def _guards(pagemap: int, vma: Vma) -> tuple[tuple[int, int], ...]:
-    runs = kernel.pagemap_scan(pagemap, vma.start, vma.end, required=kernel.PAGE_IS_GUARD)
+    runs = kernel.pagemap_scan(pagemap, [(vma.start, vma.end)], required=kernel.PAGE_IS_GUARD)
     return tuple((start, end) for start, end, _ in runs)
 
 
-def _split(start: int, end: int, lazy: bool, eager: frozenset[int]) -> Iterator[Extent]:
+def _without(start: int, end: int, eager: frozenset[int]) -> Iterator[Extent]:
     """One run as extents, cut at the pages that must be there before the process runs."""
-    if not lazy:
-        yield Extent(start, (end - start) // PAGE, lazy=False)
-        return
     few = range(start, end, PAGE) if (end - start) // PAGE < len(eager) else sorted(eager)
     for page in (page for page in few if start <= page < end and page in eager):
         if page > start:
             yield Extent(start, (page - start) // PAGE, lazy=True)
-        yield Extent(page, 1, lazy=False)
         start = page + PAGE
     if start < end:
         yield Extent(start, (end - start) // PAGE, lazy=True)
@@ -215,9 +246,19 @@ def _held_futexes(head: int, memory: Memory) -> set[int]:
 
 def refused_mappings(registry: Registry, pid: int, smaps: Sequence[proc.SmapsEntry]) -> None:
     """Put the mappings of a process that cannot be moved on the registry's list of obstacles."""
+    for entry, refused in refused_of(smaps):
+        registry.refuse(pid, place_of(entry), refused)
+
+
+def refused_of(smaps: Iterable[proc.SmapsEntry]) -> Iterator[tuple[proc.SmapsEntry, Refused]]:
+    """The mappings that cannot be moved, and why."""
     for entry in smaps:
-        where = f"mapping {entry.entry.start:#x}-{entry.entry.end:#x} {entry.entry.path}".rstrip()
         try:
             refusal(entry, kind_of(entry.entry))
         except Refused as refused:
-            registry.refuse(pid, where, refused)
+            yield entry, refused
+
+
+def place_of(smaps: proc.SmapsEntry) -> str:
+    """As an obstacle names it."""
+    return f"mapping {smaps.entry.start:#x}-{smaps.entry.end:#x} {smaps.entry.path}".rstrip()

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 
-from lazyproc.dump.files import gather_link, gather_mapped_file
+from lazyproc.dump.files import LINKS, gather_link, gather_mapped_file
 from lazyproc.dump.mappings import SYSV_PREFIX
 from lazyproc.dump.memory import kind_of, refusal, vma_of
 from lazyproc.dump.registry import Refused, Registry
@@ -39,7 +39,6 @@ from lazyproc.needs import (
     file_need,
 )
 
-LINKS = ("exe", "cwd", "root")
 SHARED_PREFIXES = (SYSV_PREFIX, "/dev/zero")
 _CONGESTION = (socket.IPPROTO_TCP, socket.TCP_CONGESTION)  # may be a kernel module
 

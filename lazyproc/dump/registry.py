@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from lazyproc.errors import NoSuchProcess, Obstacle
@@ -16,9 +16,10 @@ from lazyproc.facts import dataclass, field
 from lazyproc.kernel import proc
 from lazyproc.kernel.fds import kcmp_epoll_target
 from lazyproc.kernel.sys import KCMP_FILE, kcmp, pidfd_getfd
-from lazyproc.model import FileContent, OpenFile, Pipe, SharedMemory
+from lazyproc.model import FileContent, OpenFile, Pipe, RegularFile, SharedMemory
 
 Inode = tuple[int, int]  # st_dev, st_ino
+FileSeen = tuple[str, tuple[int, ...]]  # what a link led to, and the stat of the file: see `file_seen`
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,14 @@ class TaskRef:
     pid: int
     vpid: int
     pidfd: int
+
+
+def file_seen(target: str, status: os.stat_result) -> FileSeen:
+    """Whatever changes of a file, its name in the link or one of these does: ctime cannot be set."""
+    return target, (
+        *(status.st_dev, status.st_ino, status.st_mode, status.st_nlink, status.st_rdev),
+        *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
+    )
 
 
 class Refused(Exception):
@@ -71,8 +80,9 @@ class Numbers:
 class Registry:
     """The tree's resources by number. Paths start at the root directory of `tasks[0]`, the tree's root.
 
-    With `contents_wanted` False nothing is read out of pipes and files: so `explain` looks at running
-    processes. `queue` holds the places of files that were interned and not yet looked at.
+    With `contents_wanted` False nothing is read out of pipes and files: so `explain` looks at running processes.
+    `seen` is what such a look has found, in `looked`. `queue` holds the places of files that were interned and not yet
+    looked at.
     """
 
     tasks: tuple[TaskRef, ...]
@@ -82,6 +92,8 @@ class Registry:
     shared: dict[int, SharedMemory] = field(default_factory=dict)
     contents: dict[int, FileContent] = field(default_factory=dict)
     obstacles: list[Obstacle] = field(default_factory=list)
+    seen: Mapping[FileSeen, RegularFile] = field(default_factory=dict)  # before the freeze
+    looked: dict[FileSeen, RegularFile] = field(default_factory=dict)  # whose content does not travel
     queue: deque[Place] = field(default_factory=deque)
     objects: Numbers = field(default_factory=Numbers)  # SharedMemory, by Inode
     pipe_numbers: Numbers = field(default_factory=Numbers)  # by Inode

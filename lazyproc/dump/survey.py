@@ -50,6 +50,7 @@ class ProcessFacts:
     stat: proc.Stat
     vpid: int
     kernel_thread: bool
+    locked_kib: int  # VmLck, before `smaps` was read
     smaps: tuple[proc.SmapsEntry, ...]
     threads: tuple[ThreadFacts, ...]  # the first one first
     namespaces: Mapping[str, int]
@@ -159,6 +160,7 @@ def _facts(pid: int) -> ProcessFacts:
         stat=stat,
         vpid=status.ns_pid[-1],
         kernel_thread=kernel_thread,
+        locked_kib=status.locked_kib,
         smaps=proc.smaps(proc.read(pid, "smaps")) if alive else (),
         threads=tuple(_threads(pid)) if alive else (),
         namespaces=proc.namespaces(pid) if alive else {},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple
 
 from lazyproc.dump.question import Question
 from lazyproc.kernel import proc
@@ -17,62 +17,66 @@ from lazyproc.model import Credentials, Scheduling, SigAction, SignalStack, Thre
 
 # include/uapi/linux/prctl.h
 PR_GET_PDEATHSIG, PR_GET_SECUREBITS, PR_GET_TIMERSLACK, PR_GET_TID_ADDRESS = 2, 27, 30, 40
-STACK_T = struct.Struct("<Qi4xQ")  # stack_t: ss_sp, ss_flags, ss_size
+THREAD_ROOM = struct.Struct("<Qi4xQQi")  # stack_t (ss_sp, ss_flags, ss_size), the tid address, a signal
 SS_DISABLE = 2
 
 
-def thread_questions(bench: Bench) -> list[Question[object]]:
-    """Asked of every thread, in the order `gather_thread` takes the answers."""
-    altstack, tid_address, pdeath = bench.room(STACK_T.size), bench.room(8), bench.room(4)
+class ThreadAnswers(NamedTuple):
+    """What only a thread itself can tell."""
 
-    def stack(_: Sequence[int]) -> SignalStack | None:
-        sp, flags, size = STACK_T.unpack(bench.read(altstack, STACK_T.size))
-        return None if flags & SS_DISABLE else SignalStack(sp, flags, size)
-
-    def word(addr: int, length: int) -> int:
-        return int.from_bytes(bench.read(addr, length), "little")
-
-    return [
-        Question((Call("sigaltstack", (0, altstack)),), stack),
-        Question((Call("prctl", (PR_GET_TID_ADDRESS, tid_address)),), lambda _: word(tid_address, 8)),
-        Question((Call("prctl", (PR_GET_PDEATHSIG, pdeath)),), lambda _: word(pdeath, 4)),
-        Question((Call("prctl", (PR_GET_SECUREBITS,)),), lambda results: results[0]),
-        Question((Call("prctl", (PR_GET_TIMERSLACK,)),), lambda results: results[0]),
-    ]
+    altstack: SignalStack | None
+    clear_child_tid: int
+    pdeath_signal: int
+    securebits: int
+    timer_slack_ns: int
 
 
-THREAD_ANSWERS = 5
+def thread_question(bench: Bench) -> Question[ThreadAnswers]:
+    """Asked of every thread, all at once."""
+    room = bench.room(THREAD_ROOM.size)
+
+    def answer(results: Sequence[int]) -> ThreadAnswers:
+        sp, flags, size, tid_address, pdeath = THREAD_ROOM.unpack(bench.read(room, THREAD_ROOM.size))
+        altstack = None if flags & SS_DISABLE else SignalStack(sp, flags, size)
+        return ThreadAnswers(altstack, tid_address, pdeath, *results[3:])
+
+    calls = (
+        Call("sigaltstack", (0, room)),
+        Call("prctl", (PR_GET_TID_ADDRESS, room + 24)),
+        Call("prctl", (PR_GET_PDEATHSIG, room + 32)),
+        Call("prctl", (PR_GET_SECUREBITS,)),
+        Call("prctl", (PR_GET_TIMERSLACK,)),
+    )
+    return Question(calls, answer)
 
 
 def gather_thread(
-    pid: int,
+    cpus: int,
     tracee: Tracee,
     stopped: Stopped,
-    answers: Sequence[object],
+    answers: ThreadAnswers,
     sigactions: Sequence[SigAction],
     memory: Memory,
 ) -> Thread:
-    """The model of one frozen thread from its state, /proc and its own answers."""
-    altstack, clear_child_tid, pdeath, securebits, slack = answers
+    """The model of one frozen thread from its state, /proc and its own answers; this host has `cpus` processors."""
     state, status = stopped.state, stopped.status
-    stat = proc.stat(proc.read(pid, f"task/{tracee.tid}/stat"))
     registers, restart = resumed(tracee, stopped, sigactions, memory)
     return Thread(
         tid=status.ns_pid[-1],
-        comm=stat.comm,
+        comm=status.comm,
         registers=registers,
         xsave=state.xsave,
         blocked=state.blocked,
         pending=tracee.pending(shared=False),
-        altstack=cast(SignalStack | None, altstack),
-        clear_child_tid=cast(int, clear_child_tid),
+        altstack=answers.altstack,
+        clear_child_tid=answers.clear_child_tid,
         robust_list=state.robust_list,
         robust_list_len=state.robust_list_len,
         rseq=state.rseq,
-        credentials=credentials(status, cast(int, securebits)),
-        scheduling=_scheduling(tracee.tid, stat),
-        pdeath_signal=cast(int, pdeath),
-        timer_slack_ns=cast(int, slack),
+        credentials=credentials(status, answers.securebits),
+        scheduling=_scheduling(tracee.tid, cpus),
+        pdeath_signal=answers.pdeath_signal,
+        timer_slack_ns=answers.timer_slack_ns,
         seccomp_mode=status.seccomp,
         seccomp=tracee.seccomp_filters() if status.seccomp == 2 else (),
         restart=restart,
@@ -94,12 +98,12 @@ def credentials(status: proc.Status, securebits: int) -> Credentials:
     )
 
 
-def _scheduling(tid: int, stat: proc.Stat) -> Scheduling:
-    cpus = os.sched_getaffinity(tid)
+def _scheduling(tid: int, cpus: int) -> Scheduling:
+    allowed = os.sched_getaffinity(tid)
     return Scheduling(
         policy=os.sched_getscheduler(tid),
         priority=os.sched_getparam(tid).sched_priority,
-        nice=stat.nice,
+        nice=os.getpriority(os.PRIO_PROCESS, tid),
         ioprio=kernel.ioprio_get(tid),
-        cpus=() if len(cpus) >= (os.cpu_count() or 1) else tuple(sorted(cpus)),
+        cpus=() if len(allowed) >= cpus else tuple(sorted(allowed)),
     )

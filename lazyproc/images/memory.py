@@ -43,7 +43,6 @@ _VVAR = 1 << 12
 _AIORING = 1 << 13
 _MEMFD = 1 << 14
 _SPECIAL = {
-    VmaKind.ANON: _REGULAR | _ANON_PRIVATE,
     VmaKind.VDSO: _REGULAR | _VDSO | _ANON_PRIVATE,
     VmaKind.VVAR: _REGULAR | _VVAR | _ANON_PRIVATE,
     VmaKind.VVAR_VCLOCK: _REGULAR | _VVAR | _ANON_PRIVATE,
@@ -163,13 +162,15 @@ class FlagSets:
 
     def __init__(self, extras: own.Extras) -> None:
         self._message = extras.vm_flag_sets
-        self._numbers: dict[frozenset[str], int] = {}
+        self._known: dict[frozenset[str], tuple[int, int]] = {}
 
-    def number(self, flags: frozenset[str]) -> int:
-        if flags not in self._numbers:
-            self._numbers[flags] = len(self._message)
+    def known(self, flags: frozenset[str]) -> tuple[int, int]:
+        """The number of a set, and CRIU's `madv` for it."""
+        if flags not in self._known:
+            advice = sum(1 << number for flag, number in _ADVICE.items() if flag in flags)
+            self._known[flags] = len(self._message), advice
             self._message.append(" ".join(sorted(flags)).encode("latin-1"))
-        return self._numbers[flags]
+        return self._known[flags]
 
 
 def write_mm(
@@ -187,45 +188,57 @@ def write_mm(
         setattr(entry, f"mm_{name}", getattr(mm, name))
     entry.mm_saved_auxv.extend(mm.auxv)
     previous: Vma | None = None
+    numbers = []
     for index, vma in enumerate(mm.vmas):
+        number, advice = sets.known(vma.vm_flags)
+        numbers.append(number)
         if vma.kind is VmaKind.VVAR_VCLOCK:
             extra.vvar_vclock.append(vma.start)
         if _continues(previous, vma):
             entry.vmas[-1].end = vma.end
         else:
-            _write_vma(vma, checkpoint, memfd_files, entry.vmas.add())
+            _write_vma(vma, advice, checkpoint, memfd_files, entry)
         if vma.kind is VmaKind.AIO:
             # The ring has the events asked for, doubled, plus two (fs/aio.c, aio_setup_ring).
             entry.aios.add(
                 id=vma.start, nr_req=max(vma.length // 32 - 3, 0) // 2, ring_len=vma.length & 0xFFFFFFFF
             )
-        extra.vm_flags.append(sets.number(vma.vm_flags))
-        name_given = vma.name != _implied_name(entry.vmas[-1], entry)
-        if name_given or vma.huge_pages or vma.guards:
-            guards = [bound for guard in vma.guards for bound in guard]
-            note = extra.vmas.add(index=index, huge_pages=vma.huge_pages, guards=guards)
-            if name_given:
-                note.name = to_bytes(vma.name)
+        if vma.name or vma.huge_pages or vma.guards or vma.flags & _MAP_GROWSDOWN:
+            _write_note(index, vma, entry, extra)
         previous = vma
+    extra.vm_flags.extend(numbers)
     extra.vdso_build_id = mm.vdso_build_id
     writer.add(f"mm-{task.vpid}.img", entry)
+
+
+def _write_note(index: int, vma: Vma, entry: pb.mm_entry, extra: own.TaskExtra) -> None:
+    """What the last of CRIU's mappings does not say of `vma`."""
+    name_given = vma.name != _implied_name(entry.vmas[-1], entry)
+    if name_given or vma.huge_pages or vma.guards:
+        guards = [bound for guard in vma.guards for bound in guard]
+        note = extra.vmas.add(index=index, huge_pages=vma.huge_pages, guards=guards)
+        if name_given:
+            note.name = to_bytes(vma.name)
 
 
 def _continues(previous: Vma | None, vma: Vma) -> bool:
     """CRIU knows one VVAR mapping: the kernel's [vvar] and the [vvar_vclock] behind it."""
     return (
-        previous is not None
+        vma.kind is VmaKind.VVAR_VCLOCK
+        and previous is not None
         and previous.kind is VmaKind.VVAR
-        and vma.kind is VmaKind.VVAR_VCLOCK
         and previous.end == vma.start
         and (previous.prot, previous.flags, previous.offset) == (vma.prot, vma.flags, vma.offset)
     )
 
 
-def _write_vma(vma: Vma, checkpoint: Checkpoint, memfd_files: Mapping[int, int], entry: pb.vma_entry) -> None:
-    entry.start, entry.end, entry.pgoff = vma.start, vma.end, vma.offset
-    entry.prot, entry.flags, entry.fd, entry.shmid = vma.prot, vma.flags, -1, 0
-    advice = sum(1 << number for flag, number in _ADVICE.items() if flag in vma.vm_flags)
+def _write_vma(
+    vma: Vma, advice: int, checkpoint: Checkpoint, memfd_files: Mapping[int, int], mm: pb.mm_entry
+) -> None:
+    entry = mm.vmas.add(
+        start=vma.start, end=vma.end, pgoff=vma.offset, prot=vma.prot, flags=vma.flags, fd=-1, shmid=0,
+        status=_REGULAR | _ANON_PRIVATE,
+    )  # fmt: skip
     if advice:
         entry.madv = advice
     mapped = _FILE_PRIVATE if vma.flags & _MAP_PRIVATE else _FILE_SHARED
@@ -241,10 +254,10 @@ def _write_vma(vma: Vma, checkpoint: Checkpoint, memfd_files: Mapping[int, int],
             entry.status, entry.shmid = _REGULAR | _MEMFD | mapped, memfd_files[vma.object_id]
             writable = "mw" in vma.vm_flags or vma.prot & _PROT_WRITE
             entry.fdflags = _O_RDWR if writable and mapped == _FILE_SHARED else 0
-    else:
-        entry.status = _SPECIAL[vma.kind] | (
-            _HEAP if vma.name == "[heap]" and vma.kind is VmaKind.ANON else 0
-        )
+    elif vma.kind is not VmaKind.ANON:
+        entry.status = _SPECIAL[vma.kind]
+    elif vma.name == "[heap]":
+        entry.status |= _HEAP
 
 
 # --- reading an address space -------------------------------------------------------------------------------

@@ -68,9 +68,7 @@ def write_thread(thread: Thread, core: pb.core_entry, extra: own.ThreadExtra, se
     core.mtype = pb.core_entry.X86_64
     info = core.thread_info
     info.clear_tid_addr = thread.clear_child_tid
-    for register, value in thread.registers._asdict().items():
-        setattr(info.gpregs, register, value)
-    info.gpregs.mode = pb.NATIVE
+    info.gpregs.MergeFrom(pb.user_x86_regs_entry(mode=pb.NATIVE, **thread.registers._asdict()))
     xsave.to_entry(thread.xsave, info.fpregs, extra)
     _write_thread_core(thread, core.thread_core, seccomp)
     extra.timer_slack_ns = thread.timer_slack_ns

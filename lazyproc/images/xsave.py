@@ -23,8 +23,8 @@ MAX_SIZE = 1 << 16
 _FXSAVE = Struct("<4H2Q2I32I64I")  # cwd .. xmm_space: 416 bytes; padding and the XCR0 word follow
 _HEADER = 512
 _XCR0 = 464
-_CHUNK, _BLOCK = 16, 1024  # granularity of patches, and of the search for them
-_ZEROS = bytes(_BLOCK)
+_EXTENDED = 576  # where the components begin
+_CHUNK = 16  # granularity of patches
 _SOMETHING = re.compile(rb"[^\0]")
 
 
@@ -82,16 +82,31 @@ def to_entry(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtr
     ]
     entry.st_space.extend(fields[8:40])
     entry.xmm_space.extend(fields[40:])
-    entry.xsave.xstate_bv = int.from_bytes(padded[_HEADER : _HEADER + 8], "little")
     beyond = bytearray(padded)  # what CRIU has no field for
     beyond[: _FXSAVE.size] = bytes(_FXSAVE.size)
     beyond[_HEADER : _HEADER + 8] = bytes(8)
-    for part in _layout(area):
-        getattr(entry.xsave, part.field).extend(part.layout.unpack_from(area, part.offset))
-        beyond[part.offset : part.offset + part.size] = bytes(part.size)
+    layout = _layout(area)
+    entry.xsave.CopyFrom(_unused(layout))
+    entry.xsave.xstate_bv = int.from_bytes(padded[_HEADER : _HEADER + 8], "little")
+    for part in layout:
+        content = area[part.offset : part.offset + part.size]
+        if content != bytes(part.size):  # memcmp(3): any() would look at each byte
+            values = getattr(entry.xsave, part.field)
+            del values[:]
+            values.extend(part.layout.unpack(content))
+            beyond[part.offset : part.offset + part.size] = bytes(part.size)
     extra.xsave_size = len(area)
     for start, end in _runs(beyond):
         extra.xsave_patches.add(offset=start, data=area[start:end])
+
+
+@functools.lru_cache(maxsize=16)
+def _unused(layout: tuple[_Component, ...]) -> pb.user_x86_xsave_entry:
+    """Components that a thread has not used are zeros: those are copied, not written one by one."""
+    entry = pb.user_x86_xsave_entry(xstate_bv=0)
+    for part in layout:
+        getattr(entry, part.field).extend(part.layout.unpack(bytes(part.size)))
+    return entry
 
 
 def from_entry(entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra | None, name: str) -> bytes:
@@ -133,19 +148,18 @@ def _rebuild(
 
 
 def _runs(data: bytearray) -> Iterator[tuple[int, int]]:
-    """The runs of 16-byte chunks that are not all zeros, and no run goes on in the next block. Most blocks are zeros,
-    and there are 11 KiB a thread.
+    """The runs of 16-byte chunks that are not all zeros; none goes on from the header into what is behind it, which is
+    11 KiB of zeros in most threads.
     """
-    for block in range(0, len(data), _BLOCK):
-        words = bytes(data[block : block + _BLOCK])
-        if words == _ZEROS[: len(words)]:
-            continue
+    for begin, words in ((0, bytes(data[:_EXTENDED])), (_EXTENDED, bytes(data[_EXTENDED:]))):
         end = 0
+        if words == bytes(len(words)):
+            continue
         while (found := _SOMETHING.search(words, end)) is not None:
             start = end = found.start() & -_CHUNK
             while any(words[end : end + _CHUNK]):
                 end += _CHUNK
-            yield block + start, block + end
+            yield begin + start, begin + end
 
 
 def _lay(area: bytearray, patches: Iterable[own.XsavePatch]) -> None:

@@ -9,8 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from lazyproc.kernel.arch_x86_64 import SYS
+from lazyproc.kernel.sys import syscall
+
 SYS_CLONE = 56
 CLONE_FILES = 0x400
+PR_SET_PDEATHSIG = 1
 COMM_MAX = 15  # TASK_COMM_LEN less the NUL
 
 
@@ -64,6 +68,11 @@ def child_sharing_descriptors(work: Callable[[], object], name: str) -> int:
     if pid < 0:
         raise OSError("a process that shares our descriptors cannot be made; see `ulimit -u`")
     return pid
+
+
+def end_with_parent() -> None:
+    """From now on the end of the thread that forked us is ours (prctl(2), PR_SET_PDEATHSIG)."""
+    syscall(SYS["prctl"], PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _be(work: Callable[[], object], name: str) -> NoReturn:

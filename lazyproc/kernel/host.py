@@ -38,7 +38,7 @@ def pagemap_scan() -> None:
         start = int(ffi.cast("uintptr_t", ffi.from_buffer(memory)))
         fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            list(kernel.pagemap_scan(fd, start, start + mmap.PAGESIZE))
+            list(kernel.pagemap_scan(fd, [(start, start + mmap.PAGESIZE)]))
         finally:
             os.close(fd)
 

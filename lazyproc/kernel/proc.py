@@ -256,6 +256,7 @@ class Status:
     """status of a process or thread. Signal and capability sets are bit masks (bit n-1 is signal n)."""
 
     state: str
+    comm: str
     tgid: int
     pid: int
     ppid: int
@@ -268,6 +269,7 @@ class Status:
     ns_pgid: tuple[int, ...]  # 0 in a namespace that does not see the group's number
     ns_sid: tuple[int, ...]
     umask: int | None  # None for a zombie
+    locked_kib: int  # VmLck: mappings that mlock(2) holds
     kernel_thread: bool
     thp_enabled: bool
     threads: int
@@ -291,49 +293,61 @@ class Status:
 @parser("status")
 def status(data: bytes) -> Status:
     """/proc/PID/status or /proc/PID/task/TID/status."""
-    text = dict(_keyed(data.split(b"\n")))
-
-    def number(key: bytes, default: bytes | None = None) -> int:
-        return int(text[key] if default is None else text.get(key, default))
-
-    def mask(key: bytes) -> int:
-        return int(text[key], 16)
-
-    pid, tgid = number(b"Pid"), number(b"Tgid")
+    text = {key: value for key, _, value in [line.partition(b":\t") for line in data.split(b"\n")]}
+    tgid, pid = int(text[b"Tgid"]), int(text[b"Pid"])
     return Status(
-        state=text[b"State"][:1].decode("ascii"),
-        tgid=tgid,
-        pid=pid,
-        ppid=number(b"PPid"),
-        tracer_pid=number(b"TracerPid"),
-        uid=_ids(text[b"Uid"]),
-        gid=_ids(text[b"Gid"]),
-        groups=_ints(text[b"Groups"]),
+        text[b"State"][:1].decode("ascii"),
+        _name(text[b"Name"]),
+        tgid,
+        pid,
+        int(text[b"PPid"]),
+        int(text[b"TracerPid"]),
+        *_owner(text[b"Uid"], text[b"Gid"], text[b"Groups"]),
         # A kernel without CONFIG_PID_NS writes no NS lines.
-        ns_tgid=_ints(text[b"NStgid"]) if b"NStgid" in text else (tgid,),
-        ns_pid=_ints(text[b"NSpid"]) if b"NSpid" in text else (pid,),
-        ns_pgid=_ints(text.get(b"NSpgid", b"0")),
-        ns_sid=_ints(text.get(b"NSsid", b"0")),
-        umask=int(text[b"Umask"], 8) if b"Umask" in text else None,
-        kernel_thread=number(b"Kthread", b"0") == 1,
-        thp_enabled=number(b"THP_enabled", b"1") == 1,
-        threads=number(b"Threads"),
-        sig_pending=mask(b"SigPnd"),
-        shared_pending=mask(b"ShdPnd"),
-        sig_blocked=mask(b"SigBlk"),
-        sig_ignored=mask(b"SigIgn"),
-        sig_caught=mask(b"SigCgt"),
-        cap_inheritable=mask(b"CapInh"),
-        cap_permitted=mask(b"CapPrm"),
-        cap_effective=mask(b"CapEff"),
-        cap_bounding=mask(b"CapBnd"),
-        cap_ambient=mask(b"CapAmb"),
-        no_new_privs=number(b"NoNewPrivs") == 1,
-        seccomp=number(b"Seccomp", b"0"),
-        seccomp_filters=number(b"Seccomp_filters", b"0"),
-        voluntary_switches=number(b"voluntary_ctxt_switches"),
-        involuntary_switches=number(b"nonvoluntary_ctxt_switches"),
+        _ints(text[b"NStgid"]) if b"NStgid" in text else (tgid,),
+        _ints(text[b"NSpid"]) if b"NSpid" in text else (pid,),
+        _ints(text.get(b"NSpgid", b"0")),
+        _ints(text.get(b"NSsid", b"0")),
+        int(text[b"Umask"], 8) if b"Umask" in text else None,
+        int(text.get(b"VmLck", b"0 kB")[:-3]),
+        int(text.get(b"Kthread", b"0")) == 1,
+        int(text.get(b"THP_enabled", b"1")) == 1,
+        int(text[b"Threads"]),
+        int(text[b"SigPnd"], 16),
+        int(text[b"ShdPnd"], 16),
+        int(text[b"SigBlk"], 16),
+        int(text[b"SigIgn"], 16),
+        int(text[b"SigCgt"], 16),
+        *_rights(*(text[key] for key in _CAPABILITIES)),
+        int(text[b"NoNewPrivs"]) == 1,
+        int(text.get(b"Seccomp", b"0")),
+        int(text.get(b"Seccomp_filters", b"0")),
+        int(text[b"voluntary_ctxt_switches"]),
+        int(text[b"nonvoluntary_ctxt_switches"]),
     )
+
+
+_CAPABILITIES = (b"CapInh", b"CapPrm", b"CapEff", b"CapBnd", b"CapAmb")
+
+
+# Of most threads of a tree these are the same.
+@functools.lru_cache(maxsize=64)
+def _owner(uid: bytes, gid: bytes, groups: bytes) -> tuple[Ids, Ids, tuple[int, ...]]:
+    return _ids(uid), _ids(gid), _ints(groups)
+
+
+@functools.lru_cache(maxsize=64)
+def _rights(
+    inheritable: bytes, permitted: bytes, effective: bytes, bounding: bytes, ambient: bytes
+) -> tuple[int, int, int, int, int]:
+    return int(inheritable, 16), int(permitted, 16), int(effective, 16), int(bounding, 16), int(ambient, 16)
+
+
+def _name(text: bytes) -> str:
+    """The kernel escapes newlines and backslashes here, and nowhere else (proc_task_name, fs/proc/array.c)."""
+    if b"\\" in text:
+        text = b"\\".join(part.replace(b"\\n", b"\n") for part in text.split(b"\\\\"))
+    return os.fsdecode(text)
 
 
 def _ids(text: bytes) -> Ids:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from lazyproc.errors import HostLacks
@@ -118,28 +118,30 @@ PAGEMAP_REGIONS = 1024
 
 
 def pagemap_scan(
-    fd: int, start: int, end: int, *, required: int = 0, excluded: int = 0, anyof: int = 0
+    fd: int, ranges: Iterable[tuple[int, int]], *, required: int = 0, excluded: int = 0, anyof: int = 0
 ) -> Iterator[tuple[int, int, int]]:
-    """ioctl PAGEMAP_SCAN on /proc/PID/pagemap: (start, end, categories) of runs of matching pages, in order.
+    """ioctl PAGEMAP_SCAN on /proc/PID/pagemap: (start, end, categories) of runs of matching pages, in order, in each of
+    `ranges`.
 
-    Kernel 6.7 or newer (fs/proc/task_mmu.c); 2.7 ms for 2 GiB. `end` beyond the last user address is EFAULT.
+    Kernel 6.7 or newer (fs/proc/task_mmu.c); 2.7 ms for 2 GiB. An end beyond the last user address is EFAULT.
     """
     regions = ffi.new("uint64_t[]", 3 * PAGEMAP_REGIONS)
     walked = ffi.new("uint64_t *")
-    while start < end:
-        with _since("6.7", "PAGEMAP_SCAN"):
-            got = check(
-                lib.lp_pagemap_scan(
-                    fd, start, end, required, excluded, anyof, regions, PAGEMAP_REGIONS, walked
+    with _since("6.7", "PAGEMAP_SCAN"):
+        for start, end in ranges:
+            while start < end:
+                got = check(
+                    lib.lp_pagemap_scan(
+                        fd, start, end, required, excluded, anyof, regions, PAGEMAP_REGIONS, walked
+                    )
                 )
-            )
-        for index in range(got):
-            yield int(regions[3 * index]), int(regions[3 * index + 1]), int(regions[3 * index + 2])
-        # walk_end can lie before the last region given (seen on 6.18 with more than 1,000 regions in a walk).
-        reached = max(int(walked[0]), int(regions[3 * got - 2]) if got else start)
-        if reached == start:
-            return
-        start = reached
+                for at in range(0, 3 * got, 3):
+                    yield int(regions[at]), int(regions[at + 1]), int(regions[at + 2])
+                # walk_end can lie before the last region given (seen on 6.18 with more than 1,000 regions in a walk).
+                reached = max(int(walked[0]), int(regions[3 * got - 2]) if got else start)
+                if reached == start:
+                    break
+                start = reached
 
 
 @functools.cache
@@ -147,7 +149,7 @@ def guard_category() -> int:
     """PAGE_IS_GUARD where PAGEMAP_SCAN knows it, else 0: madvise(MADV_GUARD_INSTALL) is of Linux 6.13."""
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        list(pagemap_scan(fd, 0, 4096, required=PAGE_IS_GUARD))
+        list(pagemap_scan(fd, [(0, 4096)], required=PAGE_IS_GUARD))
     except OSError:
         return 0
     finally:

@@ -48,7 +48,8 @@ SIGINFO = 128
 XSAVE_MAX = 16384
 WALL = 0x40000000  # __WALL
 GONE_PAUSE_S = 0.0002
-SEIZE_TRIES = 3  # EPERM also while exec in another thread takes this one's number over (fs/exec.c, de_thread)
+# EPERM also while exec in another thread takes this one's number over (fs/exec.c, de_thread).
+SEIZE_TRIES, SEIZE_PAUSE_S = 20, 0.0005
 UNINTERRUPTIBLE = "it is in uninterruptible sleep (I/O, a vfork child, a page fault that nobody serves)"
 
 
@@ -87,10 +88,13 @@ class Tracee:
 
     def seize(self, options: int = PTRACE_O_TRACESYSGOOD) -> None:
         """PTRACE_SEIZE; PermissionDenied names who traces it already or what is missing."""
-        for _ in range(SEIZE_TRIES):
+        for attempt in range(SEIZE_TRIES):
             result = int(lib.lp_ptrace(PTRACE_SEIZE, self.tid, 0, options))
             if result == 0:
                 return
+            if result != -errno.EPERM:
+                break
+            time.sleep(SEIZE_PAUSE_S * bool(attempt))
         raise self._not_seized(-result)
 
     def _not_seized(self, error: int) -> NoSuchProcess | PermissionDenied | TraceeError:

@@ -51,6 +51,8 @@ class Terms:
     overcommit: bool = False
     cgroup: str | None = None  # a path as in /proc/PID/cgroup; None: one of its own
     uids: frozenset[int] = frozenset()  # as whom they may run; as anybody when there is none
+    policy: str | None = None  # what comes next, recorded:FILE too; None: as the source wants it
+    record: str | None = None  # a file for the faults of the one tree that comes
 
     def whom(self) -> Whom | None:
         """None: as anybody."""
@@ -169,7 +171,6 @@ class Arrival:
         checkpoint = from_images(images)
         clock.done("decode")
         users = self._users(checkpoint)
-        ledger = pager.ledger if wishes.lazy else None
         pidns, cgroup = self._terms.pidns, self._terms.cgroup
 
         def draft(tree: LazyTree) -> None:
@@ -177,9 +178,16 @@ class Arrival:
             drafting.begin({**facts, "identity": identity(checkpoint, source)})
 
         with built_tree(
-            checkpoint, source, later, ledger=ledger, pidns=pidns, cgroup=cgroup, users=users, birth=birth,
+            checkpoint,
+            source,
+            later,
+            pager=pager if wishes.lazy else None,
+            pidns=pidns,
+            cgroup=cgroup,
+            users=users,
+            birth=birth,
             known=draft,
-        ) as tree:  # fmt: skip
+        ) as tree:
             clock = StepClock(later, STEP)
             introduce(pager, tree, later)
             clock.done("tables")

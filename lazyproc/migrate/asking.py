@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lazyproc.errors import Obstacle
 from lazyproc.events import Listener, Note
@@ -35,8 +35,11 @@ def asked(
     wanted: Sequence[Wanted],
     order: Mapping[str, str | int | bool],
     listener: Listener,
+    *,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Prepared | tuple[Obstacle, ...]:
-    """The destination's answer to PREPARE: that it is ready for the images, or all that stands in the way.
+    """The destination's answer to PREPARE: that it is ready for the images, or all that stands in the way. `meanwhile`
+    is called while it is looked for.
 
     Raises Refused with the reason of a destination that is too old to list obstacles, ConnectionLost, ProtocolError.
     """
@@ -48,6 +51,7 @@ def asked(
     else:
         listener(Note(f"{control.peer}: is an older lazyproc, which looks at memory and processor only"))
     control.send(Prepare({**offer.fields(), **order}))
+    meanwhile()
     answer = expect(control, Control, PREPARE_S)
     if isinstance(answer, Obstacles):
         return obstacles_in(answer, control.peer)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
-from lazyproc.errors import ConnectionLost, Parked, ProtocolError
+from lazyproc.errors import ConnectionLost, Parked, ProtocolError, UsageError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.apart import Messages
@@ -14,11 +14,13 @@ from lazyproc.migrate.arrival import Terms
 from lazyproc.migrate.journal import forget_old
 from lazyproc.migrate.keeper import keep
 from lazyproc.migrate.link import Gathering
+from lazyproc.migrate.paging import Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.reception import hand_on
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Channel, Door, listen
+from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Party, Role
 
 DOOR_S = 0.2
@@ -39,13 +41,17 @@ def receive(
     """Take in trees at HOST:PORT until interrupted, or until one has come whole (`once`); how many committed.
 
     Each has a keeper that goes on without us. `opened` learns the port; `over` is asked now and then whether that is
-    all. Raises UsageError for the address, CannotListen; with `once` Parked when all who worked on the tree are gone.
+    all. Raises UsageError (the address, the policy, a record of more than one tree), ImageError (what was recorded),
+    CannotListen; with `once` Parked when all who worked on the tree are gone.
     """
+    if terms.record is not None and not once:
+        raise UsageError("a record is of one tree", where=terms.record, remedy="add --once")
     forget_old()
     trust = Trust(insecure, terms.uids, tls)
     with (
+        _preferences(terms, listener) as preferences,
         listen(address, Party.DESTINATION, trust=trust, report=listener) as door,
-        closing(_Arrivals(door, terms, trust, listener)) as arrivals,
+        closing(_Arrivals(door, terms, preferences, trust, listener)) as arrivals,
     ):
         listener(Note(f"listening on port {door.port}"))
         opened(door.port)
@@ -60,14 +66,30 @@ def receive(
         return arrivals.committed
 
 
+@contextmanager
+def _preferences(terms: Terms, listener: Listener) -> Iterator[Preferences]:
+    """Read before anything comes in: what is known then is known in every keeper."""
+    if terms.policy is None:
+        policy = None
+    else:
+        from lazyproc.restore.workingset import policy_of
+
+        policy = policy_of(terms.policy)
+    with TraceFile(terms.record, listener) if terms.record is not None else nullcontext() as record:
+        yield Preferences(policy, record)
+
+
 class _Arrivals:
     """Those on their way in, and what their keepers tell. `committed`, `whole` and `left` by all who worked on them are
     counts.
     """
 
-    def __init__(self, door: Door, terms: Terms, trust: Trust, listener: Listener) -> None:
+    def __init__(
+        self, door: Door, terms: Terms, preferences: Preferences, trust: Trust, listener: Listener
+    ) -> None:
         self._door = door
         self._terms = terms
+        self._preferences = preferences
         self._place = Place(door.address, trust)
         self._listener = listener
         self._gathering = Gathering()
@@ -111,7 +133,7 @@ class _Arrivals:
             self._door.ended(channel, error)
             return
         if link is not None:
-            keeper = keep(link, self._terms, self._place, [self._door, self])
+            keeper = keep(link, self._terms, self._preferences, self._place, [self._door, self])
             self._keepers.append(keeper)
             self._arriving.append(keeper)
             link.close()

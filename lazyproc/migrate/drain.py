@@ -17,11 +17,14 @@ from lazyproc.pages.images import ImagePages
 from lazyproc.pages.remote import extents_of
 from lazyproc.restore.lazy import finish
 from lazyproc.restore.lazytree import LazyTree
+from lazyproc.trace import TraceFile
 from lazyproc.uffd.pager import Counters, Pager, PagerState
+from lazyproc.uffd.planner import follow
 from lazyproc.uffd.policy import Policy
 from lazyproc.uffd.recorder import Recorder
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import (
+    PACKS,
     Abort,
     Ack,
     Committed,
@@ -103,7 +106,8 @@ class Drain:
         self.reason = ""
         self._pulse = Pulse(link.control)
         self._pager.forget_acknowledged()
-        self._pager.serve_remote(link.urgent.detach(), link.bulk.detach())
+        packs = link.bulk.peer_revision >= PACKS
+        self._pager.serve_remote(link.urgent.detach(), link.bulk.detach(), packs=packs)
         if self.report is not None:
             self._send(Drained(self.report))
 
@@ -118,9 +122,16 @@ class Drain:
         self._alone = True
         self.reason = "the source is given up"
 
-    def record(self) -> None:
-        """The source gets the faults as well, while it can be reached."""
-        self._recorder = Recorder(self._pager, self._send_trace)
+    def record(self, file: TraceFile | None, *, tell: bool) -> None:
+        """The faults into `file`; with `tell` the source gets them as well, while it can be reached."""
+
+        def sink(records: bytes, lost: int) -> None:
+            if file is not None:
+                file.write(records, lost)
+            if tell:
+                self._send_trace(records, lost)
+
+        self._recorder = Recorder(self._pager, sink)
 
     def acknowledge(self) -> None:
         """The source is told which pages have come, and frees them."""
@@ -168,9 +179,11 @@ class Drain:
 
     def _apply(self, extents: Mapping[MemoryObject, Sequence[Extent]]) -> None:
         """Once in the life of a ledger: what comes later says the same."""
-        self._pager.plan(self._policy(extents))
+        self._pager.plan(self._policy.order(extents))
         if not self._pager.map_known:
             self._pager.apply_map(extents)
+        if not self._mapped and self._policy.reaction is not None:
+            follow(self._pager, self._policy.reaction())
         self._mapped = True
 
     def _complete(self) -> None:
@@ -220,6 +233,6 @@ class Drain:
 def report_of(counters: Counters, *, ended: bool) -> Mapping[str, JsonValue]:
     """What DRAINED says, in the words of MigrateReport."""
     faults: dict[str, JsonValue] = asdict(counters.fault_us)
-    names = ("total", "zero", "eager", "urgent", "bulk", "dropped", "poisoned")
+    names = ("total", "zero", "eager", "urgent", "bulk", "packed", "dropped", "poisoned")
     pages: dict[str, JsonValue] = {f"pages_{name}": getattr(counters, name) for name in names}
     return {**pages, "fault_us": faults, "ended": ended}

@@ -21,9 +21,10 @@ from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Declined, Session
 from lazyproc.restore.run import Restored
+from lazyproc.restore.workingset import policy_of
 from lazyproc.trace import TraceFile
 from lazyproc.uffd.pager import Pager
-from lazyproc.uffd.policy import POLICIES
+from lazyproc.uffd.policy import POLICIES, blocks
 from lazyproc.uffd.recorder import Recorder
 from lazyproc.wire.native import Party
 
@@ -84,10 +85,11 @@ def restore_from(
 ) -> Iterator[Fetched]:
     """The tree that `lazyproc serve` offers at `target` (HOST:PORT); it runs when the context is entered.
 
-    Its faults are written to `trace` (docs/trace.md). Raises what `migrate` raises; the tree then runs on at its
-    source. When we are killed it waits for `lazyproc resume`.
+    Its faults are written to `trace` (docs/trace.md). Raises what `migrate` raises, and UsageError and ImageError for
+    the policy; the tree then runs on at its source. When we are killed it waits for `lazyproc resume`.
     """
     started = time.monotonic()
+    ours = policy_of(terms.policy) if terms.policy is not None else None
     session = Session.new()
     trust = Trust(insecure, tls=tls)
     facts = {"token": session.token, "peer": target, **Place(target, trust, dials=True).facts()}
@@ -100,12 +102,13 @@ def restore_from(
 
         def serve() -> None:
             wishes = Wishes.of(journal.facts["wishes"])
+            pager.plan(blocks(ours.first if ours else ()))
             pager.start(bulk=wishes.bulk, max_rate=wishes.max_rate)
 
         arrival = Arrival(link, terms, journal, listener, trace=file)
         tree = arrival.begin(pager, serve)
         stack.callback(remove, tree.groups)  # in case it ends before us
-        policy = POLICIES[str(journal.facts["wishes"]["policy"])]
+        policy = ours or POLICIES[str(journal.facts["wishes"]["policy"])]
         drain = Drain(pager, tree, policy, listener)
         drain.take(link)
         if file is not None:

@@ -6,7 +6,6 @@ not needed to read a parked process, nor to end it.
 
 from __future__ import annotations
 
-import mmap
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from lazyproc.dump.gather import Dump
-from lazyproc.dump.memory import private_extents, shared_extents
+from lazyproc.dump.memory import lazy_extents, runs_of, shared_extents
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.facts import dataclass
@@ -23,7 +22,7 @@ from lazyproc.kernel import park, proc, sysvipc
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.park import ParkedProcess, ParkedThread
 from lazyproc.kernel.ready import readable
-from lazyproc.model import Extent, MemoryObject, ObjectKind, Registers, SharedKind, Vma, VmaKind
+from lazyproc.model import Extent, MemoryObject, ObjectKind, Registers, SharedKind, VmaKind
 from lazyproc.pages.frozen import FrozenPages, Place
 
 GONE_S = 10.0
@@ -48,7 +47,7 @@ class Holding:
         found = {}
         for obj, ranges in self.lazy.items():
             if obj.kind is ObjectKind.TASK:
-                found[obj] = private_extents(pids[obj], [_anonymous(start, end) for start, end in ranges])
+                found[obj] = lazy_extents(pids[obj], ranges, frozenset())
             else:
                 place = next(place for place in self.places if place.obj == obj)
                 with mapped_object(place) as fd:
@@ -106,7 +105,7 @@ def holding_of(dump: Dump, processes: tuple[ParkedProcess, ...]) -> Holding:
     places = [Place(s.object, s.start, s.end, s.pid, s.addr) for s in dump.segments if s.fd < 0]
     for task in tree.tasks:
         vmas = task.mm.vmas if task.mm else ()
-        if ranges := tuple((vma.start, vma.end) for vma in vmas if vma.may_be_lazy):
+        if ranges := tuple(runs_of(vma for vma in vmas if vma.may_be_lazy)):
             lazy[MemoryObject(ObjectKind.TASK, task.vpid)] = ranges
         for vma in vmas:
             if vma.kind is VmaKind.SHARED and tree.shared[vma.object_id].lazy:
@@ -116,10 +115,6 @@ def holding_of(dump: Dump, processes: tuple[ParkedProcess, ...]) -> Holding:
                 places.append(Place(obj, vma.offset, end, dump.pids[task.vpid], vma.start))
     sysv = tuple(s.sysv_shmid for s in tree.shared.values() if s.kind is SharedKind.SYSV)
     return Holding(processes, tuple(places), lazy, sysv)
-
-
-def _anonymous(start: int, end: int) -> Vma:
-    return Vma(start, end, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, VmaKind.ANON)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from lazyproc.migrate.crew import Clients, Member, amend, heard, say
 from lazyproc.migrate.desk import Desk, Request, ask
 from lazyproc.migrate.journal import DESTINATION, Journal, Record
 from lazyproc.migrate.link import Gathering, Link
-from lazyproc.migrate.paging import Paging
+from lazyproc.migrate.paging import Paging, Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
 from lazyproc.pages.transport import Channel, Door, Session, listen
@@ -45,7 +45,9 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
-def keep(link: Link, terms: Terms, place: Place, not_ours: Sequence[Closable]) -> Messages:
+def keep(
+    link: Link, terms: Terms, preferences: Preferences, place: Place, not_ours: Sequence[Closable]
+) -> Messages:
     """Start the keeper of a session whose connections stand; what it tells. `not_ours` are closed in it.
 
     For the caller the link is over.
@@ -59,7 +61,7 @@ def keep(link: Link, terms: Terms, place: Place, not_ours: Sequence[Closable]) -
         unplug()
         facts = {"token": link.session.token, "peer": link.control.peer, **place.facts()}
         journal = Journal(link.session.id, DESTINATION, facts)
-        Keeper(link.session, journal, place, Client(theirs)).take_in(link, terms)
+        Keeper(link.session, journal, place, Client(theirs), preferences).take_in(link, terms)
 
     with theirs:
         family.daemon(run, NAME)
@@ -80,13 +82,13 @@ def keep_on(record: Record, supply: Supply, listener: Listener) -> Mapping[str, 
         unplug()
         client = Client(theirs)
         try:
-            ledger, userfaultfds = anchors(tree.tasks)
-            rebind(ledger, userfaultfds)
-            facts = {**record.facts, "ledger": ledger, "connections": [], "supply": supply.facts()}
+            kept = anchors(tree)
+            rebind(kept.ledger, kept.cradle, kept.userfaultfds)
+            facts = {**record.facts, "ledger": kept.ledger, "connections": [], "supply": supply.facts()}
             journal = Journal(record.session, DESTINATION, facts)
             journal.write(record.state, durable=False)
             session = Session(record.session, str(record.facts["token"]))
-            keeper = Keeper(session, journal, Place.of(record.facts), client)
+            keeper = Keeper(session, journal, Place.of(record.facts), client, Preferences())
         except (LazyprocError, OSError) as error:
             client.failed(error)
             return
@@ -121,10 +123,18 @@ def _awaited(stream: socket.socket, record: Record, listener: Listener) -> Mappi
 class Keeper:
     """Everything here is known to the guard as well, since that is a fork: it goes on with the same descriptors."""
 
-    def __init__(self, session: Session, journal: Journal, place: Place, client: Client) -> None:
+    def __init__(
+        self,
+        session: Session,
+        journal: Journal,
+        place: Place,
+        client: Client,
+        preferences: Preferences,
+    ) -> None:
         self._session = session
         self._journal = journal
         self._place = place
+        self._preferences = preferences
         self._clients = Clients(client)
         self._desk = Desk(session.id, DESTINATION)
         self._door: Door | None = None
@@ -223,7 +233,9 @@ class Keeper:
         self._note_crew()
 
     def _new_pager(self) -> Member:
-        paging = Paging(self._session, self._journal, self._place, self._clients, self._far)
+        paging = Paging(
+            self._session, self._journal, self._place, self._clients, self._far, self._preferences
+        )
         keeper = self._keeper
         run = paging.next if self._committed else lambda: paging.first(keeper)
         return Member(family.child_sharing_descriptors(run, "lazyproc-pager"))
@@ -299,7 +311,7 @@ class Keeper:
         self._connections = []
 
     def _supplied(self, request: Request) -> None:
-        """Pages come from elsewhere from now on. A forked child has no anchor, so one of us always lives meanwhile."""
+        """Pages come from elsewhere from now on. One of us always lives meanwhile, and has all descriptors."""
         try:
             asker = Client(request.take_socket())
         except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyproc.errors import LazyprocError, Parked
+from lazyproc.facts import dataclass
 from lazyproc.kernel.ready import readable
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.arrival import Wishes
@@ -27,8 +28,9 @@ from lazyproc.migrate.supply import Supply, image_pages
 from lazyproc.pages.transport import Channel, Declined, Session
 from lazyproc.restore.lazy import note_removals
 from lazyproc.restore.lazytree import from_facts
+from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
-from lazyproc.uffd.policy import POLICIES
+from lazyproc.uffd.policy import POLICIES, Policy, blocks
 from lazyproc.wire.native import Hello, Party
 
 LOOK_S = 0.5
@@ -36,17 +38,32 @@ STEP_S = 0.02
 RELEASE_S = 60.0  # the tree is complete: how long the source is waited for, to be told so
 
 
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """What `receive` was told about pages. A tree that is resumed when all are killed has the source's policy again."""
+
+    policy: Policy | None = None  # before the source's
+    record: TraceFile | None = None  # for the faults
+
+
 class Paging:
     """`keeper` is the end of a socket where the keeper sends links, and hears what becomes of them."""
 
     def __init__(
-        self, session: Session, journal: Journal, place: Place, clients: Clients, keeper: socket.socket
+        self,
+        session: Session,
+        journal: Journal,
+        place: Place,
+        clients: Clients,
+        keeper: socket.socket,
+        preferences: Preferences,
     ) -> None:
         self._session = session
         self._journal = journal
         self._place = place
         self._clients = clients
         self._keeper = keeper
+        self._preferences = preferences
         self._look_at = 0.0  # when it is looked next whether anybody of the crew is left
 
     def first(self, keeper: Member) -> None:
@@ -65,16 +82,23 @@ class Paging:
         facts = self._journal.facts
         wishes = Wishes.of(facts["wishes"])
         with ExitStack() as stack:
-            pager = stack.enter_context(Pager(ledger=int(facts["ledger"]), trace=wishes.traced))
+            record = self._preferences.record
+            traced = wishes.traced or record is not None
+            pager = stack.enter_context(Pager(ledger=int(facts["ledger"]), trace=traced))
             tree = from_facts(facts["tree"])
             if inherited:
                 note_removals(pager, tree)
             report = None if facts["state"] == "poisoned" else facts.get("report")  # poisoned is not over
-            drain = Drain(pager, tree, POLICIES[wishes.policy], self._clients.tell, report)
-            if wishes.traced:
-                drain.record()
+            policy = self._preferences.policy or POLICIES[wishes.policy]
+            drain = Drain(pager, tree, policy, self._clients.tell, report)
+            if traced:
+                if record is not None:
+                    record.begin(self._session.id, Clock.now())
+                drain.record(record, tell=wishes.traced)
             if wishes.release:
                 drain.acknowledge()
+            if not pager.map_known:
+                pager.plan(blocks(policy.first))
             alone = self._goes_alone(drain, Supply.of(facts.get("supply") or {}), stack)
             pager.start(bulk=wishes.bulk or alone, max_rate=0 if alone else wishes.max_rate)
             if self._bring(drain, self._redial(drain)):

@@ -12,7 +12,7 @@ from lazyproc.facts import dataclass
 from lazyproc.migrate.desk import is_staffed
 from lazyproc.migrate.journal import ARRIVING, DESTINATION, Record, records
 from lazyproc.model import PAGE
-from lazyproc.restore.lazytree import from_facts
+from lazyproc.restore.lazytree import anchor_holders, from_facts
 from lazyproc.uffd.pager import remaining
 
 RUNNING = ("committed", "running")
@@ -45,9 +45,9 @@ def pages_remaining(facts: Mapping[str, Any]) -> int | None:
     """By the ledger that a running tree itself keeps; None without one."""
     if "tree" not in facts:
         return None
-    for task in from_facts(facts["tree"]).tasks:
+    for pid, number in anchor_holders(from_facts(facts["tree"]), "ledger"):
         with suppress(OSError, LazyprocError):
-            fd = os.open(f"/proc/{task.pid}/fd/{task.ledger}", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 return remaining(fd)
             finally:

@@ -199,6 +199,7 @@ def report_of(
         rtt_us=chain.current.control.rtt_us,
         bytes_wire=sum(each.bytes_in + each.bytes_out for each in server.counters().values()),
         reconnects=chain.reconnects,
+        steps_ms=dict(facts.get("steps_ms", {})),
         fault_us=_faults(drained),
         ended=drained.get("ended") is True,
         steps_there_ms=steps_in(facts.get("steps_there_ms")),
@@ -207,6 +208,7 @@ def report_of(
         pages_eager=number_in(drained, "pages_eager"),
         pages_urgent=number_in(drained, "pages_urgent"),
         pages_bulk=number_in(drained, "pages_bulk"),
+        pages_packed=number_in(drained, "pages_packed"),
         pages_dropped=number_in(drained, "pages_dropped"),
         pages_poisoned=number_in(drained, "pages_poisoned"),
     )

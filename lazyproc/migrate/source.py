@@ -6,6 +6,7 @@ it never runs here again. In between is doubt: the tree stays stopped and the op
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,29 +26,28 @@ from lazyproc.dump.walk import tree_of
 from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, Obstacle, UsageError
 from lazyproc.events import Listener, StateChanged, ignore
 from lazyproc.facts import asdict, dataclass
-from lazyproc.images.convert import to_images
-from lazyproc.images.files import pack
 from lazyproc.kernel import netfilter
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.netfilter import Hold
 from lazyproc.migrate.apart import Client, Work, apart
 from lazyproc.migrate.asking import asked
+from lazyproc.migrate.description import description
 from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.holding import Holding, from_facts, holding_of, to_facts
 from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record, find
 from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
 from lazyproc.migrate.lost import source_ended
+from lazyproc.migrate.practice import practise
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, number_in, report_of
-from lazyproc.migrate.talk import Refused, Unfit, expect, milliseconds
-from lazyproc.pages.bundle import NAME as BUNDLE
-from lazyproc.pages.bundle import pack_bundle
+from lazyproc.migrate.talk import Refused, Unfit, expect
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import SCHEME, Channel, Door, Session, listen
+from lazyproc.steps import Steps
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.wire.native import Built, Commit, Images, Party
 
@@ -283,34 +283,43 @@ def hand_over(
         hold = stack.enter_context(Hold(chain.session))
         hold.add(before.flows)
         asleep = observed_sleeps(pid)
-        frozen, frozen_at = time.monotonic(), time.time()
-        tree = stack.enter_context(frozen_tree(pid, asleep=asleep))
+        stack.callback(gc.enable)
+        gc.disable()  # a collection takes as long as all the rest
+        began, steps = time.time(), Steps()
+        tree = stack.enter_context(frozen_tree(pid, asleep=asleep, steps=steps))
         stack.callback(hold.release)  # before the tree is let go: its sends must not fail
-        listener(StateChanged("frozen", time.monotonic()))
-        dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close))
+        frozen_at = time.monotonic()
+        dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close, steps))
+        checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
+        control.send(Images(description(checkpoint, pages, steps)))
+        steps.done("send")
+        # From here on the other side builds, and there is time.
+        listener(StateChanged("frozen", frozen_at))
         server = stack.enter_context(PageServer(pages.segments(), releasing=order.release))
         extents = dump.lazy_extents if order.mode == "postcopy" else dict
         serving = Serving(chain, server, extents, pid, listener, trace)
         serving.answer(chain.current)
-        _send_images(control, dump, pages, order)
-        with _parked(tree, dump, hold, journal, frozen_at) as (
-            held,
-            commit_sent,
-        ):  # while the other side builds
+        steps.done("serve")
+        with _parked(tree, dump, hold, journal, began) as (held, commit_sent):
+            steps.done("park")
             expect(control, Built, BUILD_S)
+            steps.done("built")
             dump.demand_idle_rings()
             held.demand_there()
             settle()
             last.enter_context(deaf())  # until all is put away
+            steps.done("check")
             control.send(Commit())
             commit_sent.set()
             serving.until_committed()
-            frozen_ms = milliseconds(frozen)
+            steps.done("committed")
+            frozen_ms = steps.total_ms
             journal.note("committed", listener)
             running = serving.until_running()
-            blackout_ms = milliseconds(frozen)
+            steps.done("running")
+            gc.enable()
             hang_up(dump.given_up)
-            figures = {"frozen_ms": frozen_ms, "blackout_ms": blackout_ms}
+            figures = {"frozen_ms": frozen_ms, "blackout_ms": steps.total_ms, "steps_ms": steps.ms()}
             there = {"remote_pid": running.get("root_pid"), "steps_there_ms": running.get("steps_ms")}
             journal.note("running", listener, {**there, **figures})
             with _releaser(order.release, held, server, journal, listener, traced=True) as releaser:
@@ -331,7 +340,7 @@ def _prepare(
 ) -> None:
     """Raises Unfit with all that stands in the way at the destination."""
     wishes = {**order.fields(), "trace": trace is not None}
-    answer = asked(control, offer_of(before.smaps), before.wanted, wishes, listener)
+    answer = asked(control, offer_of(before.smaps), before.wanted, wishes, listener, meanwhile=practise)
     if isinstance(answer, tuple):
         raise Unfit(answer)
     if order.release and answer.fields.get("release") is not True:
@@ -352,21 +361,13 @@ def _prepare(
 
 @contextmanager
 def _described(
-    tree: FrozenTree, before: Before, hold: Hold, tcp_close: bool
+    tree: FrozenTree, before: Before, hold: Hold, tcp_close: bool, steps: Steps
 ) -> Iterator[tuple[Dump, DumpPages]]:
     with (
-        dumped(tree, smaps=before.smaps, guarded=before.guarded, tcp_close=tcp_close, hold=hold.add) as dump,
+        dumped(tree, seen=before.seen, tcp_close=tcp_close, hold=hold.add, steps=steps) as dump,
         dump_pages(dump) as pages,
     ):
         yield dump, pages
-
-
-def _send_images(control: Channel, dump: Dump, pages: DumpPages, order: Order) -> None:
-    """The description, and the pages that must be there at once; the other side builds the tree from it."""
-    checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
-    images = to_images(checkpoint)
-    images[BUNDLE] = pack_bundle(checkpoint.memory, pages)
-    control.send(Images(pack(images)))
 
 
 @contextmanager
@@ -378,7 +379,9 @@ def _parked(
     """
     processes = parking(tree)
     held = holding_of(dump, processes)
-    journal.write("parked", held=to_facts(held), root_vpid=dump.checkpoint.root.vpid, frozen_at=frozen_at)
+    # For whoever comes after us. Not for a host without power: the tree goes with it, whatever the disk has.
+    facts = {"held": to_facts(held), "root_vpid": dump.checkpoint.root.vpid, "frozen_at": frozen_at}
+    journal.write("parked", durable=False, **facts)
     sent = Event()
     try:
         park_tree(tree, processes)

@@ -66,8 +66,3 @@ class Pulse:
         if now - self._asked > PING_S:
             self._asked = now
             self._channel.send(Ping())
-
-
-def milliseconds(since: float) -> float:
-    """Since a reading of time.monotonic()."""
-    return (time.monotonic() - since) * 1e3

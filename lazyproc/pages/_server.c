@@ -17,10 +17,12 @@
 
 #include "crc32c.h"
 #include "native.h"
+#include "zstd.h"
 
 /* Pages are read, looked at, summed and sent in pieces that stay in the second-level cache between the passes. */
 #define PIECE_PAGES 64u
 #define INBOX_FRAMES 128u
+#define PACKED_BYTES (PIECE_PAGES * PAGE_BYTES)
 
 enum page_class { PAGE_CONTENT, PAGE_ZERO, PAGE_ABSENT, PAGE_UNDER_WAY };
 
@@ -37,7 +39,10 @@ struct workspace {
     uint8_t piece[PIECE_PAGES * PAGE_BYTES]; /* first, for its alignment */
     uint8_t class[PIECE_PAGES];
     struct page_frame frames[PIECE_PAGES];
-    struct iovec iov[2 * PIECE_PAGES];
+    struct iovec iov[3 * PIECE_PAGES];
+    uint32_t lengths[PIECE_PAGES]; /* of what was compressed, by frame */
+    uint8_t packed[PACKED_BYTES];
+    size_t packed_end;
     uint8_t inbox[INBOX_FRAMES * sizeof(struct page_frame)];
     size_t inbox_start, inbox_end;
 };
@@ -49,6 +54,7 @@ struct connection {
     pthread_t thread;
     int fd;
     int number;
+    void *packer; /* from the first request on that takes compressed pages */
     uint8_t answered; /* ANSWERED_FIRST or ANSWERED_SECOND, by its channel */
     struct counters counters;
     enum server_cause cause; /* these three are written before `ended` */
@@ -66,11 +72,19 @@ struct server {
     struct connection *connections; /* newest first */
     int connection_count;
     bool stopped;
+    pthread_mutex_t lock;
+    struct zstd zstd; /* under the lock until `looked` for */
+    bool looked;
 };
 
 static void count(atomic_uint_fast64_t *counter, uint64_t n)
 {
     atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+static size_t smaller(size_t a, size_t b)
+{
+    return a < b ? a : b;
 }
 
 /* --- how a connection ends --------------------------------------------------------------------------------------- */
@@ -236,6 +250,63 @@ static struct page_frame frame_of(const struct page_frame *get, uint64_t addr, s
     };
 }
 
+/* --- compressing -------------------------------------------------------------------------------------------------- */
+
+/* Not when the server is made: looking for a library takes milliseconds, and a tree may stand still meanwhile. */
+static bool has_zstd(struct server *server)
+{
+    bool found;
+
+    pthread_mutex_lock(&server->lock);
+    if (!server->looked)
+        (void)zstd_load(&server->zstd);
+    server->looked = true;
+    found = server->zstd.library;
+    pthread_mutex_unlock(&server->lock);
+    return found;
+}
+
+static bool may_pack(struct connection *c, const struct page_frame *get)
+{
+    if (!(get->flags & FRAME_PACKED))
+        return false;
+    if (!c->packer && has_zstd(c->server))
+        c->packer = c->server->zstd.new_packer();
+    return c->packer;
+}
+
+/* Bytes, or 0 when an eighth is not gained by it. */
+static uint32_t pack(struct connection *c, const uint8_t *data, size_t pages)
+{
+    struct workspace *work = c->work;
+    size_t room = smaller(pages * PAGE_BYTES * 7 / 8, PACKED_BYTES - work->packed_end);
+
+    return (uint32_t)zstd_pack(&c->server->zstd, c->packer, work->packed + work->packed_end, room, data,
+                               pages * PAGE_BYTES);
+}
+
+/* The payload of a frame of pages with content, as one or two parts. */
+static size_t add_payload(struct connection *c, size_t frame, const uint8_t *data, size_t pages, bool packing,
+                          struct iovec *parts)
+{
+    struct workspace *work = c->work;
+    uint32_t length = packing ? pack(c, data, pages) : 0;
+
+    work->frames[frame].crc = crc32c_pages(data, pages);
+    if (!length) {
+        parts[0] = (struct iovec){.iov_base = (void *)data, .iov_len = pages * PAGE_BYTES};
+        return 1;
+    }
+    work->frames[frame].flags |= FRAME_PACKED;
+    work->lengths[frame] = length;
+    parts[0] = (struct iovec){.iov_base = &work->lengths[frame], .iov_len = sizeof(length)};
+    parts[1] = (struct iovec){.iov_base = work->packed + work->packed_end, .iov_len = length};
+    work->packed_end += length;
+    return 2;
+}
+
+/* --- the answer, in frames ----------------------------------------------------------------------------------------- */
+
 static void count_pages(struct connection *c, enum page_class class, size_t pages)
 {
     atomic_uint_fast64_t *const counters[] = {
@@ -253,21 +324,21 @@ static size_t cut_frames(struct connection *c, const struct page_frame *get, uin
                          size_t *parts)
 {
     struct workspace *work = c->work;
+    bool packing = may_pack(c, get);
     size_t frames = 0;
 
-    *parts = 0;
+    *parts = work->packed_end = 0;
     for (size_t first = 0, next; first < pages; first = next) {
-        struct page_frame *frame = &work->frames[frames++];
+        struct page_frame *frame = &work->frames[frames];
         enum page_class class = work->class[first];
-        uint8_t *data = work->piece + first * PAGE_BYTES;
 
         next = first + run_of(work->class, first, pages);
         *frame = frame_of(get, addr + first * PAGE_BYTES, next - first, class);
         work->iov[(*parts)++] = (struct iovec){.iov_base = frame, .iov_len = sizeof(*frame)};
-        if (class == PAGE_CONTENT) {
-            frame->crc = crc32c_pages(data, next - first);
-            work->iov[(*parts)++] = (struct iovec){.iov_base = data, .iov_len = (next - first) * PAGE_BYTES};
-        }
+        if (class == PAGE_CONTENT)
+            *parts += add_payload(c, frames, work->piece + first * PAGE_BYTES, next - first, packing,
+                                  work->iov + *parts);
+        frames++;
         count_pages(c, class, next - first);
     }
     return frames;
@@ -318,11 +389,6 @@ static int answer_piece(struct connection *c, const struct page_frame *get, cons
     frames = cut_frames(c, get, addr, pages, &parts);
     c->work->frames[frames - 1].flags |= last ? FRAME_LAST : 0;
     return send_parts(c, c->work->iov, parts);
-}
-
-static size_t smaller(size_t a, size_t b)
-{
-    return a < b ? a : b;
 }
 
 static int answer(struct connection *c, const struct page_frame *get)
@@ -376,7 +442,7 @@ static int receive_frame(struct connection *c, struct page_frame *frame)
 
 static bool is_valid_get(const struct page_frame *f)
 {
-    return f->type == FRAME_GET && f->flags == 0 && f->reserved == 0 && f->crc == 0 && f->count >= 1 &&
+    return f->type == FRAME_GET && (f->flags & ~FRAME_PACKED) == 0 && f->reserved == 0 && f->crc == 0 && f->count >= 1 &&
            f->count <= FRAME_MAX_PAGES && f->addr % PAGE_BYTES == 0 &&
            f->addr <= UINT64_MAX - (uint64_t)f->count * PAGE_BYTES;
 }
@@ -416,6 +482,9 @@ static void join(struct connection *c)
         return;
     pthread_join(c->thread, NULL);
     close(c->fd);
+    if (c->packer)
+        c->server->zstd.end_packer(c->packer);
+    c->packer = NULL;
     free(c->work);
     c->work = NULL;
 }
@@ -556,7 +625,7 @@ int server_new(const struct server_segment *segments, size_t segment_count, bool
         return -EINVAL;
     server = calloc(1, sizeof(*server));
     table = calloc(segment_count + 1, sizeof(*table));
-    if (!server || !table) {
+    if (!server || !table || pthread_mutex_init(&server->lock, NULL)) {
         free(server);
         free(table);
         return -ENOMEM;
@@ -621,6 +690,8 @@ void server_free(struct server *server)
     }
     if (server->marks)
         munmap((void *)server->marks, server->mark_count);
+    zstd_unload(&server->zstd);
+    pthread_mutex_destroy(&server->lock);
     free(server->first_marks);
     free((void *)server->segments);
     free(server);

@@ -57,7 +57,12 @@ ffi.set_source(
     "lazyproc.pages._server",
     '#include "_server.h"',
     sources=["lazyproc/pages/_server.c"],
-    depends=["lazyproc/pages/_server.h", "lazyproc/wire/native.h", "lazyproc/wire/crc32c.h"],
+    depends=[
+        "lazyproc/pages/_server.h",
+        "lazyproc/wire/native.h",
+        "lazyproc/wire/crc32c.h",
+        "lazyproc/wire/zstd.h",
+    ],
     include_dirs=["lazyproc/pages", "lazyproc/wire"],
     extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"],
     extra_link_args=["-pthread"],

@@ -15,13 +15,12 @@ from lazyproc.kernel import proc
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.model import Extent, ObjectKind
-from lazyproc.restore.lazytree import LazyTree, descendants
+from lazyproc.restore.lazytree import ANCHORS, LazyTree, anchor_holders, members
 from lazyproc.restore.pages import LazyRange
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Pager
 
-ANCHOR_LINKS = ("anon_inode:[userfaultfd]", "/memfd:lazyproc-ledger (deleted)")
 ROUNDS = 8
 
 
@@ -55,7 +54,7 @@ def _watch_removals(pager: Pager, listener: Listener) -> None:
 
 def note_removals(pager: Pager, tree: LazyTree) -> None:
     """Tell a pager that takes over of the calls that were made while no pager was there: they have waited since."""
-    for pid in descendants(_roots(tree)):
+    for pid in members(tree):
         with suppress(NoSuchProcess):
             for tid in proc.task_ids(pid):
                 blocked = proc.syscall(proc.read(pid, f"task/{tid}/syscall"))
@@ -97,10 +96,9 @@ def _drop_anchors(tree: LazyTree) -> None:
     """In the tasks, and in the children they have forked meanwhile, which have inherited them: parents first, and
     again until nobody has one, since a child may be forked while we are on our way.
     """
-    numbers = {number for task in tree.tasks for number in (task.userfaultfd, task.ledger)}
     failed: LazyprocError | None = None
     for _ in range(ROUNDS):
-        holders = [(pid, n) for pid in descendants(_roots(tree)) for n in numbers if _is_anchor(pid, n)]
+        holders = [holder for name in ANCHORS for holder in anchor_holders(tree, name)]
         if not holders:
             return
         for pid, number in holders:
@@ -116,14 +114,3 @@ def _close_in(pid: int, number: int) -> None:
     from lazyproc.kernel.visit import call_in  # the tree runs by now
 
     call_in(pid, "close", number)
-
-
-def _is_anchor(pid: int, number: int) -> bool:
-    try:
-        return os.readlink(f"/proc/{pid}/fd/{number}") in ANCHOR_LINKS
-    except OSError:
-        return False
-
-
-def _roots(tree: LazyTree) -> list[int]:
-    return [tree.nursery_pid, *(task.pid for task in tree.tasks)]  # orphans are the nursery's

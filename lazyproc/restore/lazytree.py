@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,10 +11,17 @@ from lazyproc.errors import NoSuchProcess
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 
+ANCHORS = {
+    "userfaultfd": "anon_inode:[userfaultfd]",
+    "ledger": "/memfd:lazyproc-ledger (deleted)",
+    "cradle": "socket:[{}]",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class LazyTask:
-    """One process that keeps its userfaultfd, and the pager's ledger, in its own descriptor table as *anchors*.
+    """One process that keeps its userfaultfd, the pager's ledger, and the cradle of the children that it forks, in its
+    own descriptor table as *anchors*.
 
     `started` (clock ticks since boot) tells it from a later process with its number.
     """
@@ -23,12 +31,13 @@ class LazyTask:
     started: int
     userfaultfd: int  # descriptor numbers of its own
     ledger: int
+    cradle: int
 
 
 @dataclass(frozen=True, slots=True)
 class LazyTree:
     """`huge` are ranges (pid, address, length in bytes) that had huge pages at the source, `groups` the directories of
-    cgroups that were made for it.
+    cgroups that were made for it, `cradle` is the inode of that socket.
     """
 
     root_pid: int
@@ -37,6 +46,7 @@ class LazyTree:
     tasks: tuple[LazyTask, ...]
     huge: tuple[tuple[int, int, int], ...]
     groups: tuple[str, ...]
+    cradle: int
 
 
 def to_facts(tree: LazyTree) -> dict[str, object]:
@@ -45,9 +55,13 @@ def to_facts(tree: LazyTree) -> dict[str, object]:
         "root_pid": tree.root_pid,
         "root_vpid": tree.root_vpid,
         "nursery_pid": tree.nursery_pid,
-        "tasks": [[task.vpid, task.pid, task.started, task.userfaultfd, task.ledger] for task in tree.tasks],
+        "tasks": [
+            [task.vpid, task.pid, task.started, task.userfaultfd, task.ledger, task.cradle]
+            for task in tree.tasks
+        ],
         "huge": tree.huge,
         "groups": tree.groups,
+        "cradle": tree.cradle,
     }
 
 
@@ -60,7 +74,26 @@ def from_facts(facts: Mapping[str, Any]) -> LazyTree:
         tuple(LazyTask(*map(int, row)) for row in facts["tasks"]),
         tuple((int(pid), int(addr), int(length)) for pid, addr, length in facts["huge"]),
         tuple(map(str, facts["groups"])),
+        int(facts["cradle"]),
     )
+
+
+def members(tree: LazyTree) -> list[int]:
+    """Every process of it that lives, parents before their children. Orphans are the nursery's."""
+    return descendants(
+        [tree.nursery_pid, *(task.pid for task in tree.tasks if proc.lives(task.pid, task.started))]
+    )
+
+
+def anchor_holders(tree: LazyTree, name: str) -> Iterator[tuple[int, int]]:
+    """Who has the anchor `name` of LazyTask: (pid, descriptor number there). Children inherit the numbers."""
+    link = ANCHORS[name].format(tree.cradle)
+    numbers = dict.fromkeys(getattr(task, name) for task in tree.tasks)
+    for pid in members(tree):
+        for number in numbers:
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{number}") == link:
+                    yield pid, number
 
 
 def descendants(roots: Sequence[int]) -> list[int]:

@@ -20,7 +20,7 @@ from lazyproc.pages import PageSource
 from lazyproc.restore.site import Site
 from lazyproc.runs import Extents
 from lazyproc.uffd.device import Outcome, Userfaultfd
-from lazyproc.uffd.pager import register_regions
+from lazyproc.uffd.pager import Pager, register_regions
 
 O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 ABOVE_TRANSPORT = 3  # see the nursery's start: it uses two numbers above its socket
@@ -104,25 +104,25 @@ def rows_of(ranges: Iterable[LazyRange]) -> array[int]:
     return rows
 
 
-def keep_userfaultfd(site: Site, ledger: int) -> None:
+def keep_userfaultfd(site: Site, pager: Pager) -> None:
     """With the next run the task makes a userfaultfd, and keeps it as an *anchor*, on a number out of the program's
     way: when the last reference to a userfaultfd goes, missing pages read as zeros. So they wait as long as the process
     lives, whatever becomes of us.
 
-    With it goes the pager's `ledger`, which tells whoever completes the tree then what never came from what was
-    dropped. The task may only read it.
+    With it go the pager's ledger, which tells whoever completes the tree then what never came from what was dropped and
+    which the task may only read, and the pager's cradle, which is to the children that it forks what this is to itself.
     """
     site.run_later(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)), check=_demand_lowest)
-    site.anchor = site.transport_fd + ABOVE_TRANSPORT
-    _move_out_of_the_way(site, site.anchor)
-    with _readable(ledger) as own:
-        site.receive_later([own], [0])
-    site.ledger = site.anchor + 1
-    _move_out_of_the_way(site, site.ledger)
+    lowest = site.transport_fd + ABOVE_TRANSPORT
+    site.anchor, site.ledger, site.cradle = range(lowest, lowest + 3)
+    with _readable(pager.ledger) as ledger:
+        site.receive_later([ledger, pager.cradle], [1, 2])
+    for fd, number in enumerate((site.anchor, site.ledger, site.cradle)):
+        _move_out_of_the_way(site, fd, number)
 
 
-def _move_out_of_the_way(site: Site, number: int) -> None:
-    """Descriptor 0 gets a number above all that the program uses; `number` is the lowest free one there."""
+def _move_out_of_the_way(site: Site, fd: int, number: int) -> None:
+    """A descriptor gets a number above all that the program uses; `number` is the lowest free one there."""
 
     def demand_free(results: list[int]) -> None:
         if results != [number]:
@@ -130,8 +130,8 @@ def _move_out_of_the_way(site: Site, number: int) -> None:
                 f"has {number} open already", where=f"pid {site.task.vpid}", remedy="report it"
             )
 
-    site.run_later(Call("fcntl", (0, fcntl.F_DUPFD_CLOEXEC, number)), check=demand_free)
-    site.run_later(Call("close", (0,)))
+    site.run_later(Call("fcntl", (fd, fcntl.F_DUPFD_CLOEXEC, number)), check=demand_free)
+    site.run_later(Call("close", (fd,)))
 
 
 def _demand_lowest(results: list[int]) -> None:

@@ -22,9 +22,10 @@ from lazyproc.restore.lazytree import LazyTree
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Counters, Pager, PagerState
-from lazyproc.uffd.policy import Chunk, named, recorded
+from lazyproc.uffd.planner import follow
+from lazyproc.uffd.policy import RECORDED, Chunk, Policy, blocks, named
 
-RECORDED = "recorded:"  # the name of a policy, up to the name of its file
+PLACE_S = 0.1  # how long the tree waits for its recorded pages at most, before its first instruction
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,26 +135,26 @@ def restore(
     tree, which runs, its missing pages parked; an interrupt that comes later leaves it so as well.
     """
     started = time.monotonic()
-    order = None if policy.startswith(RECORDED) else named(policy)
+    known = None if policy.startswith(RECORDED) else named(policy)
     files = [path for path in (trace, record) if path is not None]
     if files and not lazy:
         raise UsageError("only a lazy restore has faults to trace", where=str(files[0]), remedy="add --lazy")
     folder = Folder(directory)
     checkpoint = from_images(folder.read())
-    first = () if order else _working_set(policy, checkpoint)
+    chosen = known or _recorded(policy, checkpoint)
     with ExitStack() as stack:
         start_recording = stack.enter_context(_recording(files, listener)) if files else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
         pager = stack.enter_context(Pager(trace=bool(files))) if lazy else None
-        ledger = pager.ledger if pager else None
-        with built_tree(checkpoint, source, listener, ledger=ledger, pidns=pidns, cgroup=cgroup) as tree:
+        with built_tree(checkpoint, source, listener, pager=pager, pidns=pidns, cgroup=cgroup) as tree:
             stack.callback(remove, tree.lazy_tree.groups)  # in case it ends before us
             if pager is not None:
                 introduce(pager, tree, listener)
                 pager.serve_segments(source.segments())
-                if first:  # needs no map, and the tree will want them at once
-                    pager.plan(Chunk(obj, addr, 1) for obj, addr in first)
+                pager.plan(blocks(chosen.first))
                 pager.start(bulk=bulk)
+                if chosen.first and bulk:  # the tree will want them at once, and no map is needed
+                    pager.wait_plan(PLACE_S)
             remains = tree.lazy_tree
             with _said_to_run(tree):
                 tree.release()
@@ -163,8 +164,10 @@ def restore(
                 if pager is not None:
                     # Only now: content is served without the map, and the map's cost grows with memory.
                     pager.apply_map(tree.checkpoint.memory)
+                    if chosen.reaction is not None:
+                        follow(pager, chosen.reaction())
         memory = tree.checkpoint.memory
-        yield Restored(remains, started, pager, _plan=lambda: (order or recorded(first))(_lazy(memory)))
+        yield Restored(remains, started, pager, _plan=lambda: chosen.order(_lazy(memory)))
 
 
 @contextmanager
@@ -204,18 +207,10 @@ def _recording(paths: Sequence[Path | str], listener: Listener) -> Iterator[Call
         yield record
 
 
-def _working_set(policy: str, checkpoint: Checkpoint) -> Sequence[tuple[MemoryObject, int]]:
-    from lazyproc.restore.workingset import read_working_set  # json: nobody else's start should wait for it
+def _recorded(policy: str, checkpoint: Checkpoint) -> Policy:
+    from lazyproc.restore.workingset import policy_of  # json: nobody else's start should wait for it
 
-    path = Path(policy.removeprefix(RECORDED))
-    try:
-        return read_working_set(path, checkpoint.memory)
-    except OSError as error:
-        raise UsageError(
-            f"the record cannot be read: {error.strerror}",
-            where=f"--policy {policy}",
-            remedy="name what --record wrote",
-        ) from None
+    return policy_of(policy, checkpoint.memory)
 
 
 def _lazy(memory: Mapping[MemoryObject, Sequence[Extent]]) -> Mapping[MemoryObject, Extents]:

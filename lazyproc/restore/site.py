@@ -34,6 +34,7 @@ class Site:
     threads: dict[int, Tracee] = field(default_factory=dict)  # by tid as the task sees it
     anchor: int = -1  # number of the userfaultfd in the task's own descriptor table
     ledger: int = -1  # of the pager's ledger there
+    cradle: int = -1  # and of its cradle
     regions: array.array[int] = field(
         default_factory=lambda: array.array("Q")
     )  # lazy memory, as a pager takes it

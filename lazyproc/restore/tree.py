@@ -37,6 +37,7 @@ from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
 from lazyproc.restore.users import Users
 from lazyproc.uffd.device import demand_for_tasks
+from lazyproc.uffd.pager import Pager
 
 Pidns = Literal["auto", "host", "new"]
 
@@ -95,18 +96,23 @@ class BuiltTree:
 def _lazy_tree(
     checkpoint: Checkpoint, birth: Birth, sites: Mapping[int, Site], ranges: Sequence[pages.LazyRange]
 ) -> LazyTree:
+    anchored = [site for site in sites.values() if site.anchor >= 0]
     return LazyTree(
         root_pid=sites[checkpoint.root.vpid].pid,
         root_vpid=checkpoint.root.vpid,
         nursery_pid=birth.nursery.pid,
         tasks=tuple(
-            LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger)
-            for site in sites.values()
-            if site.anchor >= 0
+            LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger, site.cradle)
+            for site in anchored
         ),
         huge=tuple((sites[r.vpid].pid, r.addr, r.length) for r in ranges if r.huge),
         groups=tuple(birth.groups),
+        cradle=_inode(anchored[0].pid, anchored[0].cradle) if anchored else 0,
     )
+
+
+def _inode(pid: int, fd: int) -> int:
+    return os.stat(f"/proc/{pid}/fd/{fd}").st_ino
 
 
 def _started(pid: int) -> int:
@@ -146,7 +152,7 @@ def built_tree(
     source: PageSource,
     listener: Listener,
     *,
-    ledger: int | None,
+    pager: Pager | None,
     pidns: Pidns,
     cgroup: str | None = None,
     users: Users | None = None,
@@ -155,18 +161,19 @@ def built_tree(
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
-    `source` gives the pages that have to be there at once: all of them, unless a pager, whose `ledger` this is, brings
-    the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Its files are
-    opened with the rights of `users`, otherwise with ours. `birth` is from `expecting`, where there was time for that
-    before. `known` is called as soon as it is known what will be needed to complete the tree.
+    `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
+    `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in
+    /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. `birth` is from
+    `expecting`, where there was time for that before. `known` is called as soon as it is known what will be needed to
+    complete the tree.
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
     """
     clock = StepClock(listener, "restore: ")
-    if ledger is not None:
+    if pager is not None:
         demand_for_tasks()
-    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=ledger is not None), listener)
+    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=pager is not None), listener)
     with ExitStack() as stack:
         label = checkpoint.root.vpid
         try:
@@ -175,14 +182,14 @@ def built_tree(
                 birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
             clock.done("arrange")
             tree = stack.enter_context(
-                _built(checkpoint, source, clock, listener, ledger, birth, users, known)
+                _built(checkpoint, source, clock, listener, pager, birth, users, known)
             )
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
             tree = stack.enter_context(
-                _built(checkpoint, source, clock, listener, ledger, birth, users, known)
+                _built(checkpoint, source, clock, listener, pager, birth, users, known)
             )
         except (OSError, OverflowError) as error:
             raise RestoreError(
@@ -236,7 +243,7 @@ def _built(
     source: PageSource,
     clock: StepClock,
     listener: Listener,
-    ledger: int | None,
+    pager: Pager | None,
     birth: Birth,
     users: Users | None,
     known: Callable[[LazyTree], object],
@@ -255,13 +262,13 @@ def _built(
             files_and_objects(checkpoint, born, sites, listener, users or Users())
         )
         clock.done("files")
-        ranges = tuple(pages.lazy_ranges(checkpoint)) if ledger is not None else ()
+        ranges = tuple(pages.lazy_ranges(checkpoint)) if pager is not None else ()
         lazy = {r.vpid for r in ranges}
         for vpid, site in sites.items():  # one after the other: see Site.receive_later
             memory.move_in(site)
             memory.map_all(site, checkpoint, files, shared)
-            if ledger is not None and vpid in lazy:
-                pages.keep_userfaultfd(site, ledger)
+            if pager is not None and vpid in lazy:
+                pages.keep_userfaultfd(site, pager)
             site.run()
             memory.check_vdso(site)
         objects.mark_removed(checkpoint)

@@ -58,16 +58,14 @@ static uint64_t find_missing(const struct pager *p, uint32_t instance, uint64_t 
     return 0;
 }
 
-static uint64_t along_plan(struct pager *p, struct piece *piece, uint64_t limit, uint64_t *budget)
+static uint64_t along(const struct pager *p, struct course *course, struct piece *piece, uint64_t limit, uint64_t *budget)
 {
-    struct walk *walk = &p->walk;
-
-    for (; walk->run < p->plan_count && *budget; walk->run++, walk->page = 0) {
-        const struct run *run = &p->plan[walk->run];
-        uint64_t addr = run->addr + walk->page * PAGE_SIZE;
+    for (; course->run < course->count && *budget; course->run++, course->page = 0) {
+        const struct run *run = &course->runs[course->run];
+        uint64_t addr = run->addr + course->page * PAGE_SIZE;
         uint64_t n = find_missing(p, run->primary, &addr, run->addr + run->pages * PAGE_SIZE, limit, budget);
 
-        walk->page = (addr - run->addr) >> PAGE_SHIFT;
+        course->page = (addr - run->addr) >> PAGE_SHIFT;
         piece->primary = run->primary;
         piece->addr = addr;
         if (n || !*budget)
@@ -102,11 +100,12 @@ static uint64_t over_the_rest(struct pager *p, struct piece *piece, uint64_t lim
  * Before the map is known only what the plan names is worth fetching. */
 static int next_piece(struct pager *p, uint64_t limit, struct piece *piece)
 {
-    uint64_t budget = SCAN_PAGES, n = 0;
+    bool mapped = p->ledger.head->map_known;
+    uint64_t budget = SCAN_PAGES, n = mapped ? along(p, &p->ahead, piece, limit, &budget) : 0;
 
-    if (p->walk.run < p->plan_count)
-        n = along_plan(p, piece, limit, &budget);
-    if (!n && budget && p->walk.run == p->plan_count && p->ledger.head->map_known)
+    if (!n && budget)
+        n = along(p, &p->plan, piece, limit, &budget);
+    if (!n && budget && mapped)
         n = over_the_rest(p, piece, limit, &budget);
     if (!n)
         return budget ? 0 : -EAGAIN;
@@ -198,6 +197,9 @@ static void take_answers(struct pager *p)
         return;
     while (result >= 0 && !atomic_load(&p->stopping) && (result = link_next(&p->bulk, &a)) > 0) {
         p->bulk_pages -= a.pages;
+        if (a.packed)
+            __atomic_fetch_add(&p->ledger.head->packed, a.pages, __ATOMIC_RELAXED);
+        packing_note(&p->packing, now, a.request.packed, a.pages, a.bytes);
         if (a.kind == ANSWER_DATA && a.pages == a.request.count)
             asked = a.request.asked_ns;
         on_answer(p, &a);
@@ -223,6 +225,7 @@ static void renew_link(struct pager *p)
     link_connect(&p->bulk, p->next_bulk);
     p->next_bulk = -1;
     p->bulk_pages = 0;
+    packing_init(&p->packing, p->next_packs && link_can_unpack(&p->bulk));
     p->bulk_generation = p->generation;
 }
 
@@ -241,14 +244,15 @@ static enum next plan_turn(struct pager *p, struct piece *local)
     if (p->status == PAGER_DONE || p->status == PAGER_FAILED)
         return NEXT_END;
     for (int i = 0; i < ASK_AT_ONCE && p->rate_free_ns <= now; i++) {
-        struct quota quota = pace_quota(&p->pace, now, atomic_load(&p->urgent_outstanding));
+        struct quota quota = pace_quota(&p->pace, now, p->patient || atomic_load(&p->urgent_outstanding));
+        uint64_t bytes = p->packing.wire_bytes, pages = min_u64(quota.pages * PAGE_SIZE / bytes, LINK_MAX_PAGES);
         struct piece piece = {.as = CLASS_NONE};
 
-        if (p->has_remote && (p->bulk_pages + quota.pages) * PAGE_SIZE > quota.window)
+        if (p->has_remote && (p->bulk_pages + pages) * bytes > quota.window)
             return NEXT_WAIT;
         if (p->has_remote && !p->online)
             return NEXT_WAIT;
-        found = next_piece(p, p->has_remote ? quota.pages : PIECE_PAGES, &piece);
+        found = next_piece(p, p->has_remote ? pages : PIECE_PAGES, &piece);
         if (found <= 0)
             break;
         charge(p, piece.pages * PAGE_SIZE, now);
@@ -265,12 +269,14 @@ static enum next plan_turn(struct pager *p, struct piece *local)
         ledger_mark(&p->ledger, piece.primary, piece.addr, piece.pages, PAGE_ASKED_BULK, PAGE_ASKED_BULK);
         p->bulk_pages += piece.pages;
         if (link_ask(&p->bulk, piece.primary, p->ledger.instances[piece.primary].object, piece.addr,
-                     (uint32_t)piece.pages, now))
+                     (uint32_t)piece.pages, p->packing.packed, now))
             failed(p, "no memory for requests", -ENOMEM);
     }
     if (found == 0 && p->bulk_pages == 0) {
         /* What is missing still or again (a connection was lost, a process forked) is found on another round. */
-        p->walk = (struct walk){.run = p->plan_count};
+        p->walk = (struct walk){0};
+        p->bulk_idle = true;
+        pthread_cond_broadcast(&p->changed);
         return NEXT_WAIT;
     }
     return found == 0 || p->rate_free_ns > now ? NEXT_WAIT : NEXT_AT_ONCE;

@@ -9,15 +9,18 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <time.h>
 
 #include "_acknowledge.h"
 #include "_ledger.h"
 #include "_link.h"
 #include "_pace.h"
+#include "_packing.h"
 #include "_pager.h"
 #include "_removals.h"
 
 #define NO_INSTANCE UINT32_MAX
+#define FAULTED 1024u
 #define PIECE_PAGES 16u /* copied by the bulk thread before it lets go of the lock: 64 KiB */
 
 /* A thread that waits for a page. */
@@ -65,12 +68,27 @@ struct run {
     uint32_t primary;
 };
 
-/* Where the bulk thread is: first along the plan, then over whatever is still missing. */
-struct walk {
+/* A list of runs, and how far along it the bulk thread is. */
+struct course {
+    struct run *runs;
+    size_t count;
     size_t run;
+    uint64_t page;
+};
+
+/* Where the bulk thread is when both courses are behind it: over whatever is still missing. */
+struct walk {
     uint64_t page;
     uint32_t instance;
     uint32_t span;
+};
+
+/* The latest pages that were waited for, for whoever plans ahead. */
+struct faulted {
+    pthread_cond_t more;
+    struct pager_page pages[FAULTED];
+    uint64_t count; /* ever */
+    uint64_t told;  /* of them, when somebody was last woken */
 };
 
 struct pager {
@@ -83,6 +101,7 @@ struct pager {
     bool traced;
     uint64_t changes; /* messages other than faults so far */
     bool retry;       /* a fault was deferred: serve it again soon */
+    bool patient;     /* a fault waits for what is under way in bulk */
     pid_t owner;
     pthread_t fault_thread, bulk_thread;
     bool fault_runs, bulk_runs;
@@ -105,6 +124,7 @@ struct pager {
     uint32_t generation; /* of the pair of connections */
     uint64_t reconnects;
     bool poisons; /* what neither a segment nor a connection brings */
+    bool next_packs;            /* the source of the pair that is given can compress, perhaps */
     int next_urgent, next_bulk; /* given and not yet taken up by their thread, or -1 */
     struct link urgent;         /* the fault thread's */
     uint32_t urgent_generation;
@@ -113,15 +133,18 @@ struct pager {
     uint32_t bulk_generation;
     uint64_t bulk_pages; /* under way on it */
 
-    struct run *plan;
-    size_t plan_count;
+    struct course ahead; /* before the plan, once the map is known */
+    struct course plan;
     struct walk walk;
+    bool bulk_idle; /* it has found nothing more that is known to be worth fetching */
+    struct faulted faulted;
     struct ledger_place acked; /* where the next look for what is to be acknowledged begins */
     uint64_t max_rate;
     uint64_t rate_free_ns; /* the next request may leave then */
 
     atomic_uint urgent_outstanding;
     struct pace pace;
+    struct packing packing; /* the bulk thread's */
 };
 
 static inline uint64_t min_u64(uint64_t a, uint64_t b)
@@ -136,11 +159,17 @@ static inline void keep_order(void)
 }
 
 uint64_t now_ns(void);
+struct timespec moment_after(int timeout_ms); /* CLOCK_MONOTONIC */
 void kick(int eventfd);
 void lost(struct pager *p, const char *reason, int error);   /* the source is; asked pages are missing again */
 void lacking(struct pager *p); /* there is no source, and no segment has it: it waits, the others come */
 void failed(struct pager *p, const char *what, int error);   /* the pager has */
 void check_done(struct pager *p);
+void begin_again(struct pager *p); /* the bulk thread, with all that is missing */
+
+/* _faulted.c */
+void note_faulted(struct pager *p, uint64_t object, uint64_t addr);
+void tell_faulted(struct pager *p); /* when the faults themselves have been seen to */
 
 /* _place.c */
 int watch_space(struct pager *p, uint32_t space);

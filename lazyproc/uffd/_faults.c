@@ -1,5 +1,6 @@
 /* The fault thread: reads what processes do to their lazy memory and answers faults on demand. */
 #define _GNU_SOURCE
+#include "_children.h"
 #include "_engine.h"
 #include "_shadow.h"
 
@@ -14,14 +15,15 @@
 #define EVENT_URGENT (UINT64_MAX - 1)
 #define EVENT_KICK UINT64_MAX
 #define TICK_MS 250    /* how soon a process that ended is noticed when nobody touches it */
+#define PATIENCE_MS 1 /* between two looks at what should have come in bulk */
 #define SPINS 200      /* a copy is deferred while another thread is between two instructions of the kernel... */
 #define BACK_OFF_MS 1  /* ...or in a long fork */
 
 /* --- messages ---------------------------------------------------------------------------------------------------- */
 
-static int on_fork(struct pager *p, uint32_t parent, int uffd)
+static int on_fork(struct pager *p, uint32_t parent, const struct uffd_msg *msg)
 {
-    int child = ledger_fork(&p->ledger, parent, uffd);
+    int child = ledger_fork(&p->ledger, parent, (int)msg->arg.fork.ufd, child_of(msg));
 
     return child < 0 ? child : watch_space(p, (uint32_t)child);
 }
@@ -66,7 +68,7 @@ static int on_message(struct pager *p, uint32_t space, const struct uffd_msg *ms
     p->changes++;
     switch (msg->event) {
     case UFFD_EVENT_FORK:
-        return on_fork(p, space, (int)msg->arg.fork.ufd);
+        return on_fork(p, space, msg);
     case UFFD_EVENT_REMAP:
         error = ledger_remap(&p->ledger, space, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
         forget_calls(p, space, msg->arg.remap.to, msg->arg.remap.to + msg->arg.remap.len);
@@ -87,6 +89,7 @@ int apply_messages(struct pager *p, uint32_t count)
     struct ledger_head *head = p->ledger.head;
     uint64_t now = now_ns();
 
+    children_keep(&p->ledger, count);
     for (uint32_t i = 0; i < count; i++) {
         int error;
 
@@ -134,6 +137,16 @@ void drain_all(struct pager *p)
 
 /* --- faults ------------------------------------------------------------------------------------------------------ */
 
+/* Under way in bulk, where little is before it while there are faults (_pace.h): asked for again it would come twice, and
+ * take its time from another page. But that connection may stand still while the other one does not. */
+static bool is_coming(struct pager *p, const struct fault *f, enum page_state state)
+{
+    bool coming = state == PAGE_ASKED_BULK && now_ns() < f->event_ns + pace_patience(&p->pace);
+
+    p->patient |= coming;
+    return coming;
+}
+
 /* Waits for its page, which is asked for unless it is on its way on this connection already. */
 static int await_page(struct pager *p, struct fault *f, enum page_state state)
 {
@@ -141,8 +154,7 @@ static int await_page(struct pager *p, struct fault *f, enum page_state state)
     uint32_t primary = i->primary;
     uint64_t pages = 1, object = i->object;
     const uint8_t *data = local_pages(p, object, f->addr, &pages);
-    /* Under way in bulk: asked for again, since it may stand behind much else there. */
-    bool ask = !data && p->online && state < PAGE_ASKED_URGENT;
+    bool ask = !data && p->online && state < PAGE_ASKED_URGENT && !is_coming(p, f, state);
     int error;
 
     if (ask) {
@@ -152,6 +164,7 @@ static int await_page(struct pager *p, struct fault *f, enum page_state state)
     error = faults_push(&p->waiting, f);
     if (error)
         return error;
+    note_faulted(p, object, f->addr);
     if (data)
         return place_pages(p, primary, f->addr, 1, data, CLASS_URGENT);
     if (!p->has_remote && p->poisons)
@@ -167,7 +180,7 @@ static int await_page(struct pager *p, struct fault *f, enum page_state state)
         return 0;
     ledger_mark(&p->ledger, primary, f->addr, 1, PAGE_ASKED_URGENT, PAGE_ASKED_URGENT);
     atomic_fetch_add(&p->urgent_outstanding, 1);
-    return link_ask(&p->urgent, primary, object, f->addr, 1, f->queued_ns);
+    return link_ask(&p->urgent, primary, object, f->addr, 1, false, f->queued_ns);
 }
 
 /* What no region covers is a grown stack, or memory that mremap(2) left behind or added: zero. */
@@ -195,6 +208,35 @@ static int serve_fault(struct pager *p, struct fault *f)
         return error;
     p->retry = true;
     return 0;
+}
+
+static bool asked_in_bulk(const struct pager *p, const struct fault *f)
+{
+    uint64_t run;
+    const uint8_t *byte = f->instance == NO_INSTANCE ? NULL : ledger_states(&p->ledger, f->instance, f->addr, &run);
+
+    return byte && page_state(*byte) == PAGE_ASKED_BULK;
+}
+
+/* Whose patience is at its end is looked at anew. */
+static void ask_overdue(struct pager *p)
+{
+    uint64_t late = now_ns() - pace_patience(&p->pace);
+
+    p->patient = false;
+    for (uint32_t i = 0; i < p->waiting.count;) {
+        struct fault *f = &p->waiting.items[i];
+        bool coming = asked_in_bulk(p, f);
+
+        if (!coming || f->event_ns > late) {
+            p->patient |= coming;
+            i++;
+            continue;
+        }
+        if (faults_push(&p->fresh, f) < 0)
+            return failed(p, "no memory for the list of faults", ENOMEM);
+        *f = p->waiting.items[--p->waiting.count];
+    }
 }
 
 static void serve_fresh(struct pager *p)
@@ -359,14 +401,17 @@ static void turn(struct pager *p, const struct epoll_event *events, int count)
         p->retry = false;
         requeue(p, -1);
     }
+    if (p->patient)
+        ask_overdue(p);
     serve_fresh(p);
     send_requests(p);
     if (answers && p->online)
         take_answers(p);
     serve_fresh(p);
     send_requests(p);
-    if (count == 0 && !p->retry)
+    if (count == 0 && !p->retry && !p->patient)
         reap_dead(p);
+    tell_faulted(p);
     check_done(p);
 }
 
@@ -392,7 +437,7 @@ void *fault_main(void *pager)
     turn(p, events, 0);
     do {
         spins = p->retry ? spins + 1 : 0;
-        timeout = !p->retry ? TICK_MS : spins < SPINS ? 0 : BACK_OFF_MS;
+        timeout = p->retry ? (spins < SPINS ? 0 : BACK_OFF_MS) : p->patient ? PATIENCE_MS : TICK_MS;
         going = p->status != PAGER_FAILED;
         pthread_mutex_unlock(&p->lock);
         if (timeout == 0)

@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define LEDGER_MAGIC 0x32726765646c707aull
+#define LEDGER_MAGIC 0x33726765646c707aull
 
 #define HEAD_BYTES (1ull << 16)
 #define SPACE_BYTES (LEDGER_SPACES * sizeof(struct space))
@@ -618,12 +618,13 @@ static int child_instance(struct ledger *l, uint32_t parent, uint32_t space)
     return child;
 }
 
-int ledger_fork(struct ledger *l, uint32_t parent, int uffd)
+int ledger_fork(struct ledger *l, uint32_t parent, int uffd, uint32_t child_id)
 {
     int space = ledger_add_space(l, uffd, 0, 0);
 
     if (space < 0)
         return space;
+    l->spaces[space].child = child_id;
     for (uint32_t i = 0; i < l->spaces[parent].regions; i++) {
         struct region r = ledger_regions(l, parent)[i];
         int error;

@@ -69,7 +69,7 @@ struct space {
     uint32_t regions;
     uint32_t vpid; /* 0: not known yet */
     uint32_t pid;  /* in our own pid namespace; 0: not known, as of a forked child */
-    uint32_t reserved;
+    uint32_t child; /* of a forked child the id that it has in the cradle, else 0 */
 };
 
 /* [start, end) of a space shows an object from `addr` on. Sorted by start within its space. */
@@ -113,6 +113,7 @@ struct ledger_head {
     uint64_t counted[CLASS_COUNT];
     uint64_t outcomes[CLASS_COUNT][OUTCOME_COUNT];
     uint64_t faults;
+    uint64_t packed; /* pages that came compressed */
     uint64_t fault_max_ns;
     uint64_t fault_ns[LEDGER_BUCKETS]; /* log-linear: 16 buckets to the octave */
     uint64_t traced;                   /* records ever written */
@@ -120,6 +121,10 @@ struct ledger_head {
     /* Event messages are read straight into here: what a killed pager had read and not applied is not lost. */
     uint32_t messages_space;
     struct uffd_msg messages[LEDGER_MESSAGES];
+    int32_t cradle;        /* _cradle.h */
+    uint32_t cradle_round;
+    uint32_t cradle_puts; /* in this round */
+    uint32_t children;    /* ids handed out */
     uint32_t removal_count; /* 0: nobody looks */
     int32_t removal_fds[LEDGER_REMOVALS]; /* _removals.h */
 };
@@ -170,7 +175,7 @@ int ledger_add_region(struct ledger *l, uint32_t space, uint64_t start, uint64_t
 int64_t ledger_primary(const struct ledger *l, uint64_t object); /* index or -ENOENT */
 
 /* What the events of userfaultfd(2) mean for the tables. */
-int ledger_fork(struct ledger *l, uint32_t parent, int uffd); /* index of the child's space */
+int ledger_fork(struct ledger *l, uint32_t parent, int uffd, uint32_t child); /* index of the child's space */
 int ledger_remap(struct ledger *l, uint32_t space, uint64_t from, uint64_t to, uint64_t length);
 /* Private memory is discarded, and what the objects of shared memory have there only if they lost it, too. */
 void ledger_remove(struct ledger *l, uint32_t space, uint64_t start, uint64_t end, bool shared_too);

@@ -30,10 +30,21 @@ int link_init(struct link *link)
     return -ENOMEM;
 }
 
+static void forget_zstd(struct link *link)
+{
+    if (link->unpacker)
+        link->zstd.end_unpacker(link->unpacker);
+    free(link->unpacked);
+    zstd_unload(&link->zstd);
+    link->unpacker = NULL;
+    link->unpacked = NULL;
+}
+
 void link_free(struct link *link)
 {
     if (link->fd >= 0)
         close(link->fd);
+    forget_zstd(link);
     free(link->in);
     free(link->asked);
     link->in = NULL;
@@ -56,6 +67,20 @@ void link_connect(struct link *link, int fd)
         (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
 }
 
+bool link_can_unpack(struct link *link)
+{
+    if (link->unpacker)
+        return true;
+    if (!zstd_load(&link->zstd))
+        return false;
+    link->unpacked = malloc(LINK_MAX_PAGES * PAGE_BYTES);
+    if (link->unpacked)
+        link->unpacker = link->zstd.new_unpacker();
+    if (!link->unpacker)
+        forget_zstd(link);
+    return link->unpacker;
+}
+
 /* --- requests ---------------------------------------------------------------------------------------------------- */
 
 static int grow(struct link *link)
@@ -76,7 +101,8 @@ static int grow(struct link *link)
     return 0;
 }
 
-int link_ask(struct link *link, uint32_t instance, uint64_t object, uint64_t addr, uint32_t pages, uint64_t now)
+int link_ask(struct link *link, uint32_t instance, uint64_t object, uint64_t addr, uint32_t pages, bool packed,
+             uint64_t now)
 {
     if (pages == 0 || pages > LINK_MAX_PAGES)
         return -EINVAL;
@@ -86,7 +112,8 @@ int link_ask(struct link *link, uint32_t instance, uint64_t object, uint64_t add
         if (error)
             return error;
     }
-    link->asked[link->tail++ & link->mask] = (struct request){object, addr, now, pages, instance, link->next_tag++};
+    link->asked[link->tail++ & link->mask] =
+        (struct request){object, addr, now, pages, instance, link->next_tag++, packed};
     return 0;
 }
 
@@ -99,7 +126,13 @@ static size_t make_frames(const struct link *link, struct page_frame *frames)
         const struct request *r = &link->asked[i & link->mask];
 
         frames[n] = (struct page_frame){
-            .type = FRAME_GET, .count = r->count, .object = r->object, .addr = r->addr, .tag = r->tag};
+            .type = FRAME_GET,
+            .flags = r->packed ? FRAME_PACKED : 0,
+            .count = r->count,
+            .object = r->object,
+            .addr = r->addr,
+            .tag = r->tag,
+        };
     }
     return n * sizeof(*frames);
 }
@@ -150,10 +183,13 @@ static int check_header(const struct link *link, const struct page_frame *f)
 {
     const struct request *r = &link->asked[link->head & link->mask];
     unsigned payloadless = f->flags & (FRAME_ZERO | FRAME_ABSENT | FRAME_UNDER_WAY);
+    unsigned allowed = payloadless | FRAME_LAST;
 
     if (link->head == link->unsent || f->type != FRAME_PAGES || f->reserved || f->tag != r->tag)
         return -EBADMSG;
-    if (f->flags & ~(payloadless | FRAME_LAST) || payloadless & (payloadless - 1))
+    if (r->packed && !payloadless)
+        allowed |= FRAME_PACKED;
+    if (f->flags & ~allowed || payloadless & (payloadless - 1))
         return -EBADMSG;
     if (f->object != r->object || f->addr != r->addr || f->count == 0 || f->count > r->count)
         return -EBADMSG;
@@ -171,11 +207,42 @@ static enum answer_kind kind_of(uint8_t flags)
     return flags & FRAME_ZERO ? ANSWER_ZERO : ANSWER_DATA;
 }
 
+/* The length of what follows a header, once that can be told: 0, -EAGAIN, -EBADMSG. */
+static int payload_of(const struct page_frame *f, const uint8_t *after, size_t have, size_t *payload)
+{
+    uint32_t length;
+
+    *payload = kind_of(f->flags) == ANSWER_DATA ? (size_t)f->count * PAGE_BYTES : 0;
+    if (!(f->flags & FRAME_PACKED))
+        return have < *payload ? -EAGAIN : 0;
+    if (have < sizeof(length))
+        return -EAGAIN;
+    memcpy(&length, after, sizeof(length));
+    if (length == 0 || length >= *payload)
+        return -EBADMSG;
+    *payload = sizeof(length) + length;
+    return have < *payload ? -EAGAIN : 0;
+}
+
+/* The pages of a payload that has come whole, or NULL: it is not what was sent. */
+static const uint8_t *pages_of(struct link *link, const struct page_frame *f, const uint8_t *at, size_t payload)
+{
+    if (f->flags & FRAME_PACKED) {
+        if (!zstd_unpack(&link->zstd, link->unpacker, link->unpacked, (size_t)f->count * PAGE_BYTES,
+                         at + sizeof(uint32_t), payload - sizeof(uint32_t)))
+            return NULL;
+        at = link->unpacked;
+    }
+    return crc32c_pages(at, f->count) == f->crc ? at : NULL;
+}
+
 int link_next(struct link *link, struct answer *answer)
 {
     struct page_frame f;
     size_t have = link->in_end - link->in_start, payload;
+    const uint8_t *after = link->in + link->in_start + sizeof(f);
     struct request *r;
+    int error;
 
     if (have < sizeof(f))
         return 0;
@@ -183,17 +250,19 @@ int link_next(struct link *link, struct answer *answer)
     if (check_header(link, &f))
         return -EBADMSG;
     answer->kind = kind_of(f.flags);
-    payload = answer->kind == ANSWER_DATA ? (size_t)f.count * PAGE_BYTES : 0;
-    if (have < sizeof(f) + payload)
-        return 0;
-    answer->data = payload ? link->in + link->in_start + sizeof(f) : NULL;
-    if (payload && crc32c_pages(answer->data, f.count) != f.crc)
+    error = payload_of(&f, after, have - sizeof(f), &payload);
+    if (error)
+        return error == -EAGAIN ? 0 : error;
+    answer->data = payload ? pages_of(link, &f, after, payload) : NULL;
+    if (payload && !answer->data)
         return -EILSEQ;
     link->in_start += sizeof(f) + payload;
     r = &link->asked[link->head & link->mask];
     answer->request = *r;
     answer->addr = f.addr;
     answer->pages = f.count;
+    answer->packed = f.flags & FRAME_PACKED;
+    answer->bytes = sizeof(f) + payload;
     r->addr += (uint64_t)f.count * PAGE_BYTES;
     r->count -= f.count;
     link->head += r->count == 0;

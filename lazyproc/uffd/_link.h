@@ -7,8 +7,11 @@
 #define LAZYPROC_UFFD_LINK_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "zstd.h"
 
 #define LINK_MAX_PAGES 64u /* in one request */
 
@@ -19,6 +22,7 @@ struct request {
     uint32_t count; /* pages still to come */
     uint32_t instance;
     uint32_t tag;
+    bool packed; /* the pages may come compressed */
 };
 
 struct link {
@@ -31,6 +35,9 @@ struct link {
     uint32_t tail;
     uint32_t mask;
     uint32_t next_tag;
+    struct zstd zstd;
+    void *unpacker;
+    uint8_t *unpacked; /* the pages of one answer */
     size_t partial; /* bytes of `unsent` that are on their way already */
     atomic_uint_fast64_t bytes_in, bytes_out;
 };
@@ -38,11 +45,14 @@ struct link {
 /* UNDER_WAY: it comes over the other connection. */
 enum answer_kind { ANSWER_DATA, ANSWER_ZERO, ANSWER_ABSENT, ANSWER_UNDER_WAY };
 
-/* `pages` pages from `addr`, as part of what `request` asked for. `data` is valid until the next link_receive. */
+/* `pages` pages from `addr`, as part of what `request` asked for; they took `bytes` on the wire. `data` is valid until the
+ * next link_next or link_receive. */
 struct answer {
     enum answer_kind kind;
     uint64_t addr;
     uint32_t pages;
+    uint64_t bytes;
+    bool packed; /* they came compressed */
     const uint8_t *data;
     struct request request;
 };
@@ -51,7 +61,9 @@ int link_init(struct link *link);
 void link_free(struct link *link);
 void link_connect(struct link *link, int fd); /* forgets the old connection and closes it; fd -1 only closes */
 
-int link_ask(struct link *link, uint32_t instance, uint64_t object, uint64_t addr, uint32_t pages, uint64_t now);
+bool link_can_unpack(struct link *link); /* and requests may say so */
+int link_ask(struct link *link, uint32_t instance, uint64_t object, uint64_t addr, uint32_t pages, bool packed,
+             uint64_t now);
 int link_flush(struct link *link);   /* sends what the socket takes; 0 or -errno */
 int link_receive(struct link *link); /* takes what has arrived; 0, -EAGAIN, -ECONNRESET... */
 

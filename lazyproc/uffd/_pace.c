@@ -10,6 +10,9 @@
 #define MOST_PAGES 64u
 #define MAX_WINDOW (32ull << 20)
 #define QUIET 4u
+#define PATIENT 4u
+#define LEAST_PATIENCE_NS 2000000ull
+#define MOST_PATIENCE_NS 200000000ull
 #define WHOLE 64u
 #define MIN_SHARE WHOLE
 #define MAX_SHARE (8 * WHOLE)
@@ -80,6 +83,11 @@ void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked)
         pace->share = pace->share - pace->share / 8 > MIN_SHARE ? pace->share - pace->share / 8 : MIN_SHARE;
 }
 
+void pace_waited(struct pace *pace, uint64_t now)
+{
+    pace->fault_ns = now;
+}
+
 static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most)
 {
     return value < least ? least : value > most ? most : value;
@@ -100,4 +108,10 @@ struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait)
     /* One more than the pipe holds: the far end finds the next one when it has sent one. */
     window = recent ? pipe * pace->share / WHOLE + pages * PAGE : pipe * QUIET;
     return (struct quota){clamp(window, 2 * pages * PAGE, MAX_WINDOW), (uint32_t)pages};
+}
+
+uint64_t pace_patience(const struct pace *pace)
+{
+    return greatest(&pace->bulk) ? clamp(PATIENT * least_ns(&pace->bulk), LEAST_PATIENCE_NS, MOST_PATIENCE_NS)
+                                 : LEAST_PATIENCE_NS;
 }

@@ -35,6 +35,10 @@ void pace_init(struct pace *pace);
 /* An answer that arrived `now` and was asked for at `asked`; so many bytes have come in on this connection. */
 void pace_bulk(struct pace *pace, uint64_t now, uint64_t asked, uint64_t bytes_in);
 void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked);
+/* A fault's page has come in bulk. */
+void pace_waited(struct pace *pace, uint64_t now);
+/* How many ns to wait for what is under way in bulk before it is asked for over the other connection as well. */
+uint64_t pace_patience(const struct pace *pace);
 struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait);
 
 #endif

@@ -17,9 +17,12 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "_children.h"
+#include "_cradle.h"
 #include "_engine.h"
 #include "_shadow.h"
 #include "crc32c.h"
+#include "zstd.h"
 
 #define MAP_SLICE 65536u /* pages of the map that are applied before the lock is let go */
 
@@ -51,6 +54,15 @@ static void set_status(struct pager *p, enum pager_status status, const char *re
     else
         snprintf(p->reason, sizeof(p->reason), "%s", reason);
     pthread_cond_broadcast(&p->changed);
+    pthread_cond_broadcast(&p->faulted.more);
+}
+
+void begin_again(struct pager *p)
+{
+    p->plan.run = p->ahead.run = 0;
+    p->plan.page = p->ahead.page = 0;
+    p->walk = (struct walk){0};
+    p->bulk_idle = false;
 }
 
 void lost(struct pager *p, const char *reason, int error)
@@ -59,7 +71,7 @@ void lost(struct pager *p, const char *reason, int error)
 
     p->online = false;
     ledger_forget_asked(&p->ledger);
-    p->walk = (struct walk){0};
+    begin_again(p);
     if (mattered)
         set_status(p, PAGER_LOST, reason, error == -EBADMSG || error == -EILSEQ ? 0 : error);
     kick(p->fault_kick);
@@ -95,6 +107,8 @@ static int init_lock(struct pager *p)
         return -error;
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     error = pthread_cond_init(&p->changed, &attributes);
+    if (!error)
+        error = pthread_cond_init(&p->faulted.more, &attributes);
     pthread_condattr_destroy(&attributes);
     if (!error)
         error = pthread_mutex_init(&p->lock, NULL);
@@ -131,6 +145,12 @@ static int take_over(struct pager *p)
     return 0;
 }
 
+static int new_cradle(struct ledger_head *head)
+{
+    head->cradle = cradle_open();
+    return head->cradle < 0 ? head->cradle : 0;
+}
+
 int pager_new(int ledger_fd, bool trace, struct pager **result)
 {
     struct pager *p;
@@ -148,6 +168,7 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
     p->urgent.fd = p->bulk.fd = -1;
     p->traced = trace;
     pace_init(&p->pace);
+    packing_init(&p->packing, false);
     p->owner = getpid();
     error = ledger_open(&p->ledger, ledger_fd);
     if (!error)
@@ -156,8 +177,8 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
         error = link_init(&p->urgent);
     if (!error)
         error = link_init(&p->bulk);
-    if (!error && ledger_fd >= 0)
-        error = take_over(p);
+    if (!error)
+        error = ledger_fd < 0 ? new_cradle(p->ledger.head) : take_over(p);
     if (error)
         pager_free(p);
     else
@@ -165,15 +186,7 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
     return error;
 }
 
-/* What was read of a fork and not applied names a descriptor that has gone with its table. */
-static void forget_forks(struct ledger_head *head)
-{
-    for (uint32_t i = 0; i < LEDGER_MESSAGES; i++)
-        if (head->messages[i].event == UFFD_EVENT_FORK)
-            head->messages[i].event = 0;
-}
-
-int pager_rebind(int ledger_fd, const int *uffds, size_t count)
+int pager_rebind(int ledger_fd, int cradle, const int *uffds, size_t count)
 {
     struct ledger ledger;
     int error = ledger_open(&ledger, ledger_fd);
@@ -181,14 +194,11 @@ int pager_rebind(int ledger_fd, const int *uffds, size_t count)
     if (error)
         return error;
     shadow_recover(&ledger);
-    forget_forks(ledger.head);
-    for (uint32_t s = 0; s < ledger.head->spaces; s++) {
-        if (s < count && uffds[s] >= 0)
-            ledger.spaces[s].uffd = uffds[s];
-        else if (ledger.spaces[s].live)
-            ledger_retire(&ledger, s);
-    }
-    if (ledger.head->removal_count) {
+    for (uint32_t s = 0; s < ledger.head->spaces; s++)
+        if (!ledger.spaces[s].child)
+            ledger.spaces[s].uffd = s < count ? uffds[s] : -1;
+    error = children_take_back(&ledger, cradle);
+    if (!error && ledger.head->removal_count) {
         int opened = removals_open(ledger.head->removal_fds, LEDGER_REMOVALS);
 
         error = opened < 0 ? opened : 0;
@@ -235,7 +245,8 @@ void pager_free(struct pager *p)
     if (p->ledger.head)
         ledger_close(&p->ledger);
     unmap_files(p);
-    free(p->plan);
+    free(p->plan.runs);
+    free(p->ahead.runs);
     free(p->fresh.items);
     free(p->waiting.items);
     free(p->calls.items);
@@ -247,6 +258,11 @@ void pager_free(struct pager *p)
 int pager_ledger_fd(const struct pager *p)
 {
     return p->ledger.fd;
+}
+
+int pager_cradle(const struct pager *p)
+{
+    return p->ledger.head->cradle;
 }
 
 /* --- tables ------------------------------------------------------------------------------------------------------ */
@@ -450,19 +466,20 @@ const uint8_t *local_pages(const struct pager *p, uint64_t object, uint64_t addr
 
 /* --- remote pages ------------------------------------------------------------------------------------------------ */
 
-int pager_set_remote(struct pager *p, int urgent, int bulk)
+int pager_set_remote(struct pager *p, int urgent, int bulk, bool packs)
 {
     pthread_mutex_lock(&p->lock);
     close_if_open(p->next_urgent);
     close_if_open(p->next_bulk);
     p->next_urgent = urgent;
     p->next_bulk = bulk;
+    p->next_packs = packs;
     p->reconnects += p->has_remote;
     p->has_remote = true;
     p->online = true;
     p->generation++;
     ledger_forget_asked(&p->ledger);
-    p->walk = (struct walk){0};
+    begin_again(p);
     if (p->status == PAGER_LOST)
         set_status(p, p->fault_runs ? PAGER_RUNNING : PAGER_IDLE, "", 0);
     pthread_mutex_unlock(&p->lock);
@@ -473,28 +490,37 @@ int pager_set_remote(struct pager *p, int urgent, int bulk)
 
 /* --- plan and map ------------------------------------------------------------------------------------------------ */
 
-int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count)
+static int set_course(struct pager *p, struct course *course, const struct pager_run *runs, size_t count)
 {
-    struct run *plan = calloc(count + 1, sizeof(*plan)), *old;
-    size_t known = 0;
+    struct run *known = calloc(count + 1, sizeof(*known)), *old;
+    size_t n = 0;
 
-    if (!plan)
+    if (!known)
         return -ENOMEM;
     pthread_mutex_lock(&p->lock);
     for (size_t i = 0; i < count; i++) {
         int64_t primary = ledger_primary(&p->ledger, runs[i].object);
 
         if (primary >= 0)
-            plan[known++] = (struct run){runs[i].addr, runs[i].count, (uint32_t)primary};
+            known[n++] = (struct run){runs[i].addr, runs[i].count, (uint32_t)primary};
     }
-    old = p->plan;
-    p->plan = plan;
-    p->plan_count = known;
-    p->walk = (struct walk){0};
+    old = course->runs;
+    *course = (struct course){.runs = known, .count = n};
+    p->bulk_idle = false;
     pthread_mutex_unlock(&p->lock);
     free(old);
     kick(p->bulk_kick);
     return 0;
+}
+
+int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count)
+{
+    return set_course(p, &p->plan, runs, count);
+}
+
+int pager_set_ahead(struct pager *p, const struct pager_run *runs, size_t count)
+{
+    return set_course(p, &p->ahead, runs, count);
 }
 
 static void map_runs(struct pager *p, const struct pager_run *run)
@@ -552,6 +578,7 @@ int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count)
     if (error)
         lost(p, "the source does not have a page that its map names", 0);
     p->ledger.head->map_known = 1;
+    p->bulk_idle = false;
     p->retry = true; /* who waited for a page that the source does not have learns that it is zero */
     check_done(p);
     pthread_mutex_unlock(&p->lock);
@@ -675,22 +702,44 @@ void pager_stop(struct pager *p)
     if (p->status == PAGER_RUNNING || p->status == PAGER_LOST || p->status == PAGER_IDLE)
         p->status = PAGER_STOPPED;
     pthread_cond_broadcast(&p->changed);
+    pthread_cond_broadcast(&p->faulted.more);
     pthread_mutex_unlock(&p->lock);
+}
+
+struct timespec moment_after(int timeout_ms)
+{
+    uint64_t end = now_ns() + (uint64_t)timeout_ms * 1000000u;
+
+    return (struct timespec){(time_t)(end / 1000000000u), (long)(end % 1000000000u)};
 }
 
 int pager_wait(struct pager *p, int timeout_ms)
 {
-    struct timespec until;
-    uint64_t end = now_ns() + (uint64_t)timeout_ms * 1000000u;
+    const struct timespec until = moment_after(timeout_ms);
     int error = 0, status;
 
-    until = (struct timespec){(time_t)(end / 1000000000u), (long)(end % 1000000000u)};
     pthread_mutex_lock(&p->lock);
     while (p->status == PAGER_RUNNING && !error)
         error = pthread_cond_timedwait(&p->changed, &p->lock, &until);
     status = (int)p->status;
     pthread_mutex_unlock(&p->lock);
     return status == PAGER_RUNNING ? -ETIMEDOUT : status;
+}
+
+int pager_wait_plan(struct pager *p, int timeout_ms)
+{
+    const struct timespec until = moment_after(timeout_ms);
+    int error = 0;
+
+    pthread_mutex_lock(&p->lock);
+    while (p->status == PAGER_RUNNING && !p->bulk_idle && !error)
+        error = pthread_cond_timedwait(&p->changed, &p->lock, &until);
+    if (p->status != PAGER_RUNNING)
+        error = ESHUTDOWN;
+    else if (p->bulk_idle)
+        error = 0;
+    pthread_mutex_unlock(&p->lock);
+    return -error;
 }
 
 int pager_status(struct pager *p, char *reason, size_t size)
@@ -723,6 +772,7 @@ void pager_counters(struct pager *p, struct pager_counters *c)
         memcpy(c->outcomes[i], head->outcomes[classes[i]], sizeof(c->outcomes[i]));
     c->bytes_in = atomic_load(&p->urgent.bytes_in) + atomic_load(&p->bulk.bytes_in);
     c->bytes_out = atomic_load(&p->urgent.bytes_out) + atomic_load(&p->bulk.bytes_out);
+    c->packed = __atomic_load_n(&head->packed, __ATOMIC_RELAXED);
     c->reconnects = p->reconnects;
     c->faults = head->faults;
     c->fault_max_ns = head->fault_max_ns;
@@ -753,6 +803,15 @@ size_t pager_trace(const struct pager *p, uint64_t *next, uint64_t *lost, struct
     *lost += oldest - *next;
     *next = end;
     return end - oldest;
+}
+
+bool pager_has_zstd(void)
+{
+    struct zstd zstd;
+    bool found = zstd_load(&zstd);
+
+    zstd_unload(&zstd);
+    return found;
 }
 
 uint32_t pager_crc32c(const void *pages, size_t count)

@@ -45,9 +45,14 @@ struct pager_counters {
     uint64_t total, zero, eager, urgent, bulk, dropped, poisoned; /* pages of the map; at the end total is the sum */
     uint64_t remaining;                                           /* pages of all processes, forked ones included */
     uint64_t outcomes[3][4];                            /* zero, urgent, bulk x installed, present, deferred, gone */
-    uint64_t bytes_in, bytes_out, reconnects;
+    uint64_t bytes_in, bytes_out, packed, reconnects; /* packed: pages that came compressed */
     uint64_t faults, fault_max_ns;
     uint64_t fault_ns[1024]; /* log-linear, 16 buckets to the octave, 0 to 15 ns one each */
+};
+
+struct pager_page {
+    uint64_t object;
+    uint64_t addr;
 };
 
 /* As it lies in a trace file (docs/trace.md). Times are CLOCK_MONOTONIC, 0: it did not happen. */
@@ -59,12 +64,13 @@ struct pager_fault {
 
 /* ledger_fd < 0: a new ledger; else goes on with that one, whose pager must have ended. */
 int pager_new(int ledger_fd, bool trace, struct pager **result);
-/* The userfaultfds of a ledger whose processes are all gone, by the order in which they were added: those of children
- * that were forked since are lost. Before pager_new. */
-int pager_rebind(int ledger_fd, const int *uffds, size_t count);
+/* The userfaultfds of a ledger whose pagers are all gone, by the order in which they were added; those of children that
+ * were forked since lie in the cradle. Before pager_new. */
+int pager_rebind(int ledger_fd, int cradle, const int *uffds, size_t count);
 int64_t pager_remaining(int ledger_fd); /* pages that still wait; the descriptor may be for reading only */
 void pager_free(struct pager *p); /* stops; closes no userfaultfd */
 int pager_ledger_fd(const struct pager *p);
+int pager_cradle(const struct pager *p); /* for each process to hold, before it runs: _cradle.h */
 
 /* Owns uffd until pager_spaces after a stop hands it back. vpid 0: not known, as of a forked child; its first fault's
  * tid is taken for it. pid is ours of the same process, 0: not known. */
@@ -84,8 +90,19 @@ int pager_watch_removals(struct pager *p);
 int pager_note_removal(struct pager *p, uint32_t pid, uint32_t tid, uint64_t start, uint64_t length);
 
 int pager_set_segments(struct pager *p, const struct pager_segment *sorted, size_t count); /* before start */
-int pager_set_remote(struct pager *p, int urgent, int bulk);                               /* owns both sockets */
+/* Owns both sockets. `packs`: bulk may be asked for compressed, where that is faster (_packing.h). */
+int pager_set_remote(struct pager *p, int urgent, int bulk, bool packs);
 int pager_set_plan(struct pager *p, const struct pager_run *runs, size_t count);
+/* These before the plan, in place of those that were to come before it until now. What is not missing, or in no region, is
+ * passed over. */
+int pager_set_ahead(struct pager *p, const struct pager_run *runs, size_t count);
+/* The latest pages that were waited for, behind number *next, which moves to the last of them: at most `most`, and 1024,
+ * in their order; older ones are left out. Waits for one; 0: none in time. -ESHUTDOWN: none will come, it is DONE, FAILED
+ * or STOPPED. */
+int pager_faulted(struct pager *p, uint64_t *next, struct pager_page *pages, size_t most, int timeout_ms);
+/* Until the bulk thread has brought all that it knows of: before the map that is the plan. 0, -ETIMEDOUT, or -ESHUTDOWN
+ * when the state is another than RUNNING. */
+int pager_wait_plan(struct pager *p, int timeout_ms);
 int pager_apply_map(struct pager *p, const struct pager_run *runs, size_t count);
 
 /* The next runs of pages that the source may free: no process waits for them, and they were not returned since
@@ -117,6 +134,7 @@ int pager_finish(struct pager *p);    /* the same, then pager_abandon */
 void pager_abandon(struct pager *p); /* stops, closes the userfaultfds and what watches: what is missing reads as zeros */
 
 int pager_collapse(int pidfd, uint64_t start, uint64_t length); /* process_madvise(MADV_COLLAPSE) */
+bool pager_has_zstd(void);
 uint32_t pager_crc32c(const void *pages, size_t count);         /* as the page protocol has it */
 
 #endif

@@ -142,6 +142,8 @@ static void release(struct pager *p, uint32_t instance, uint64_t addr, uint64_t 
 
         if (f->instance == instance && f->addr >= addr && f->addr - addr < pages * PAGE_SIZE) {
             record(p, f, outcome, as);
+            if (as == CLASS_BULK)
+                pace_waited(&p->pace, now_ns());
             *f = p->waiting.items[--p->waiting.count];
         } else {
             i++;

@@ -100,6 +100,9 @@ void pager_abandon(struct pager *p)
             close(p->ledger.spaces[s].uffd);
         p->ledger.spaces[s].live = 0;
     }
+    if (head->cradle >= 0)
+        close(head->cradle);
+    head->cradle = -1;
     removals_unmap(&p->removals);
     while (head->removal_count)
         close(head->removal_fds[--head->removal_count]);

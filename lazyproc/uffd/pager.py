@@ -11,17 +11,18 @@ import os
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
 from lazyproc.errors import HostLacks, LazyprocError, Parked, UsageError
 from lazyproc.events import PagesMoved
 from lazyproc.facts import dataclass
-from lazyproc.model import Extent, MemoryObject
+from lazyproc.model import Extent, MemoryObject, ObjectKind
 from lazyproc.runs import Extents, Segment, Segments, interleaved
 from lazyproc.uffd._pager import ffi, lib
 from lazyproc.uffd.device import Outcome
-from lazyproc.uffd.policy import Chunk
+from lazyproc.uffd.policy import Chunk, Page
 
 SLICE = 0.25  # seconds between two looks at Python's own signals while waiting
 
@@ -53,7 +54,8 @@ class Counters:
     """A reading of the pager's counters, in pages unless named otherwise.
 
     Each page counts once: at the end `total == zero + eager + urgent + bulk + dropped + poisoned`. `remaining` are the
-    pages that still wait, those of forked children included. `outcomes[class][outcome]` counts what the kernel said.
+    pages that still wait, those of forked children included, `packed` those that came compressed.
+    `outcomes[class][outcome]` counts what the kernel said.
     """
 
     total: int
@@ -67,6 +69,7 @@ class Counters:
     outcomes: Mapping[str, Mapping[Outcome, int]]
     bytes_in: int
     bytes_out: int
+    packed: int
     reconnects: int
     fault_us: FaultTimes
 
@@ -89,6 +92,7 @@ class Counters:
 _OUTCOMES = tuple(Outcome)
 TRACE_PIECE = 4096  # records
 ACK_PIECE = 4096  # runs
+FAULTED = 1024  # as the core keeps
 
 
 def bucket_floor(index: int) -> int:
@@ -136,11 +140,22 @@ def register_regions(uffd: int, rows: array[int]) -> None:
         raise OSError(-result, os.strerror(-result))
 
 
-def rebind(ledger: int, userfaultfds: Sequence[int]) -> None:
+def _rows(chunks: Iterable[Chunk]) -> array[int]:
+    return array("Q", (number for obj, addr, pages in chunks for number in (obj.key, addr, pages)))
+
+
+@cache
+def _object(key: int) -> MemoryObject:
+    return MemoryObject(ObjectKind(key & 0xFF), key >> 8)
+
+
+def rebind(ledger: int, cradle: int, userfaultfds: Sequence[int]) -> None:
     """Give a ledger, whose pagers are gone with their descriptor table, the userfaultfds of its processes anew, in the
-    order in which they were added (-1: that process has ended). Before a Pager takes it over.
+    order in which they were added (-1: that process has ended), and those of forked children, which the cradle has.
+    Before a Pager takes it over.
     """
-    _check(lib.pager_rebind(ledger, ffi.new("int[]", list(userfaultfds)), len(userfaultfds)), "ledger")
+    fds = ffi.new("int[]", list(userfaultfds))
+    _check(lib.pager_rebind(ledger, cradle, fds, len(userfaultfds)), "ledger")
 
 
 def demand_removals() -> None:
@@ -150,6 +165,12 @@ def demand_removals() -> None:
         pager.watch_removals()
     finally:
         pager.abandon()
+
+
+def demand_zstd() -> None:
+    """Raises OSError (ENOENT) when there is no libzstd to compress pages with."""
+    if not lib.pager_has_zstd():
+        raise OSError(errno.ENOENT, "there is no libzstd.so.1")
 
 
 def remaining(ledger: int) -> int:
@@ -178,7 +199,10 @@ class Pager:
             )
         _check(result, "cannot make a pager")
         self._pager: Any = ffi.gc(out[0], lib.pager_free)
+        self.bulk = False  # it brings what nobody waits for
         self._next, self._lost = ffi.new("uint64_t *"), ffi.new("uint64_t *")  # records of the trace
+        self._seen = ffi.new("uint64_t *")  # faults
+        self._faulted = ffi.new("struct pager_page[]", FAULTED)
 
     def __enter__(self) -> Self:
         return self
@@ -243,17 +267,40 @@ class Pager:
         if result < 0:
             raise UsageError(f"the segments cannot be served: {os.strerror(-result)}", where="pager")
 
-    def serve_remote(self, urgent: int, bulk: int) -> None:
-        """Two connected stream sockets to a page server, which belong to the pager from now on.
+    def serve_remote(self, urgent: int, bulk: int, *, packs: bool = False) -> None:
+        """Two connected stream sockets to a page server, which belong to the pager from now on. One that `packs` is
+        asked for compressed pages in bulk where these come faster, and where there is a libzstd here.
 
         Also after the source was lost: everything that was under way is asked for again.
         """
-        lib.pager_set_remote(self._pager, urgent, bulk)
+        lib.pager_set_remote(self._pager, urgent, bulk, packs)
 
     def plan(self, chunks: Iterable[Chunk]) -> None:
         """The order of the bulk transfer, from now on; what it leaves out comes last."""
-        rows = array("Q", (number for obj, addr, pages in chunks for number in (obj.key, addr, pages)))
-        _check(lib.pager_set_plan(self._pager, *_table("pager_run", rows)), "plan")
+        _check(lib.pager_set_plan(self._pager, *_table("pager_run", _rows(chunks))), "plan")
+
+    def bring_ahead(self, chunks: Iterable[Chunk]) -> None:
+        """These before the plan, in place of what was to come before it until now; once the map is known. They may name
+        what is there already and what is in no region."""
+        _check(lib.pager_set_ahead(self._pager, *_table("pager_run", _rows(chunks))), "plan")
+
+    def faulted(self, timeout: float) -> Sequence[Page] | None:
+        """The pages with content, or not known to have none, that were waited for since the last call: the latest 1024,
+        in their order. Waits for one at most `timeout` seconds. None: no more will come. One thread at a time.
+        """
+        count = lib.pager_faulted(
+            self._pager, self._seen, self._faulted, FAULTED, max(0, int(timeout * 1000))
+        )
+        if count < 0:
+            return None
+        rows = ffi.unpack(ffi.cast("uint64_t *", self._faulted), 2 * count) if count else []
+        return [Page(_object(key), addr) for key, addr in zip(rows[::2], rows[1::2], strict=True)]
+
+    def wait_plan(self, timeout: float) -> bool:
+        """Whether all that the plan names is there, before the map is applied; False after `timeout` seconds, or when
+        no more comes.
+        """
+        return bool(lib.pager_wait_plan(self._pager, max(0, int(timeout * 1000))) == 0)
 
     def apply_map(self, extents: Mapping[MemoryObject, Sequence[Extent]]) -> None:
         """Which lazy pages have content; all others are zero. Once, before or after `start`.
@@ -302,6 +349,7 @@ class Pager:
 
     def start(self, bulk: bool = True, max_rate: int = 0) -> None:
         """Starts the threads. `bulk=False` fetches only what is touched; `max_rate` bytes a second, 0 without limit."""
+        self.bulk = bulk
         _check(lib.pager_start(self._pager, bulk, max_rate), "start")
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -349,6 +397,7 @@ class Pager:
             },
             bytes_in=int(raw.bytes_in),
             bytes_out=int(raw.bytes_out),
+            packed=int(raw.packed),
             reconnects=int(raw.reconnects),
             fault_us=_fault_times(raw),
         )
@@ -372,6 +421,13 @@ class Pager:
     def ledger(self) -> int:
         """The descriptor of the memfd with all tables, for a guard to keep."""
         return int(lib.pager_ledger_fd(self._pager))
+
+    @property
+    def cradle(self) -> int:
+        """The descriptor of a socket that keeps the userfaultfds of forked children (_cradle.h). Every process has to
+        hold it before it runs.
+        """
+        return int(lib.pager_cradle(self._pager))
 
     # --- the end ---
 

@@ -1,8 +1,8 @@
-"""What to fetch next: pure functions from what has content to the order in which bulk brings it over.
+"""What to fetch next: pure functions and values, from what has content and what was waited for to what bulk brings.
 
-A policy is any callable that takes the map and yields chunks; the pager walks them in order, skips what is there
-already, and fetches what no chunk names at the end. A new policy is added with `POLICIES[name] = function`. `around`
-makes a plan for a place that has just become interesting, to be given to Pager.plan while it runs.
+A policy is an order, and for some a reaction. The *order* is any callable that takes the map and yields chunks; the
+pager walks them, skips what is there already, and fetches what no chunk names at the end. The *reaction* (reactive.py)
+is a value that faults change into another; what it names comes before the order. A new policy is a row of POLICIES.
 """
 
 from __future__ import annotations
@@ -14,6 +14,17 @@ from lazyproc.errors import UsageError
 from lazyproc.model import PAGE, Extent, MemoryObject
 from lazyproc.runs import Extents as Columns
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lazyproc.uffd.reactive import Reaction
+
+
+class Page(NamedTuple):
+    """The page of `obj` at `addr`."""
+
+    obj: MemoryObject
+    addr: int
+
 
 class Chunk(NamedTuple):
     """`pages` pages of `obj` from `addr`."""
@@ -24,7 +35,15 @@ class Chunk(NamedTuple):
 
 
 Extents = Mapping[MemoryObject, Sequence[Extent]]
-Policy = Callable[[Extents], Iterator[Chunk]]
+Order = Callable[[Extents], Iterator[Chunk]]
+RECORDED = "recorded:"  # the name of a policy, up to the name of its file
+BLOCK = 4096  # recorded pages that come by address, as many at a time: 16 MiB
+
+
+class Policy(NamedTuple):
+    order: Order
+    reaction: Callable[[], Reaction] | None = None
+    first: Sequence[Page] = ()  # worth bringing before the map is known: the order begins with them
 
 
 def sequential(extents: Extents) -> Iterator[Chunk]:
@@ -39,37 +58,40 @@ def smallest_first(extents: Extents) -> Iterator[Chunk]:
     yield from sorted(sequential(extents), key=lambda chunk: chunk.pages)
 
 
-def around(chunks: Iterable[Chunk], obj: MemoryObject, addr: int) -> Iterator[Chunk]:
-    """The same pages, but those of `obj` from `addr` on come first, then those just below it, then the rest."""
-    above: list[Chunk] = []
-    below: list[Chunk] = []
-    rest: list[Chunk] = []
-    for chunk in chunks:
-        if chunk.obj != obj:
-            rest.append(chunk)
-            continue
-        split = min(chunk.pages, max(0, (addr - chunk.addr) // PAGE))
-        if split:
-            below.append(Chunk(obj, chunk.addr, split))
-        if split < chunk.pages:
-            above.append(Chunk(obj, chunk.addr + split * PAGE, chunk.pages - split))
-    yield from sorted(above, key=lambda chunk: chunk.addr)
-    yield from sorted(below, key=lambda chunk: chunk.addr, reverse=True)
-    yield from rest
+def recorded(pages: Sequence[Page]) -> Policy:
+    """These pages first, by `blocks`, then the rest as `sequential`. What the map does not have is left out."""
 
-
-def recorded(pages: Iterable[tuple[MemoryObject, int]]) -> Policy:
-    """These pages first, in their order, then the rest as `sequential`. What the map does not have is left out."""
-    order = list(dict.fromkeys(pages))
-
-    def policy(extents: Extents) -> Iterator[Chunk]:
+    def order(extents: Extents) -> Iterator[Chunk]:
         columns = {obj: Columns.of(runs) for obj, runs in extents.items()}
-        ahead = [(obj, at) for obj, at in order if obj in columns and columns[obj].within(at, at + PAGE)]
-        yield from (Chunk(obj, addr, 1) for obj, addr in ahead)
+        known = [page for page in dict.fromkeys(pages) if _has(columns, page)]
+        yield from blocks(known)
         for obj, runs in extents.items():
-            yield from _without(obj, runs, sorted(addr for of, addr in ahead if of == obj))
+            yield from _without(obj, runs, sorted(addr for of, addr in known if of == obj))
 
-    return policy
+    return Policy(order, first=pages)
+
+
+def blocks(pages: Sequence[Page]) -> Iterator[Chunk]:
+    """Pages without repetitions, in their order, but block by block by address: neighbours come together."""
+    for at in range(0, len(pages), BLOCK):
+        yield from _joined(sorted(pages[at : at + BLOCK], key=lambda page: (page.obj.key, page.addr)))
+
+
+def _joined(pages: Iterable[Page]) -> Iterator[Chunk]:
+    run: Chunk | None = None
+    for obj, addr in pages:
+        if run is not None and run.obj == obj and run.addr + run.pages * PAGE == addr:
+            run = run._replace(pages=run.pages + 1)
+            continue
+        if run is not None:
+            yield run
+        run = Chunk(obj, addr, 1)
+    if run is not None:
+        yield run
+
+
+def _has(columns: Mapping[MemoryObject, Columns], page: Page) -> bool:
+    return page.obj in columns and bool(columns[page.obj].within(page.addr, page.addr + PAGE))
 
 
 def _without(obj: MemoryObject, runs: Sequence[Extent], taken: Sequence[int]) -> Iterator[Chunk]:
@@ -86,7 +108,26 @@ def _without(obj: MemoryObject, runs: Sequence[Extent], taken: Sequence[int]) ->
             yield Chunk(obj, addr, (extent.end - addr) // PAGE)
 
 
-POLICIES: dict[str, Policy] = {"sequential": sequential, "smallest-first": smallest_first}
+def _reaction(name: str) -> Callable[[], Reaction]:
+    """A class of reactive.py, which is imported when the tree runs: its start does not wait for that."""
+
+    def first() -> Reaction:
+        from lazyproc.uffd import reactive
+
+        value: Reaction = getattr(reactive, name)()
+        return value
+
+    return first
+
+
+POLICIES: dict[str, Policy] = {
+    "sequential": Policy(sequential),
+    "smallest-first": Policy(smallest_first),
+    "around": Policy(sequential, _reaction("Around")),
+    "stride": Policy(sequential, _reaction("Strides")),
+    "pivots": Policy(sequential, _reaction("Pivots")),
+    "adaptive": Policy(sequential, _reaction("Adaptive")),
+}
 
 
 def named(name: str) -> Policy:

@@ -50,13 +50,14 @@ class Type(enum.IntEnum):
 
 
 class Flag(enum.IntFlag):
-    """The flags of PAGES."""
+    """The flags of PAGES, and the last one of GET."""
 
     NONE = 0
     ZERO = 1  # no payload, the pages are all zero
     LAST = 2  # the last frame of the answer to this tag
     ABSENT = 4  # no payload, the server has no such pages
     UNDER_WAY = 8  # no payload, the pages are on their way over the other channel
+    PACKED = 16  # of GET: the pages may come compressed. Whoever asks so is the pager's C core, which takes them apart
 
 
 EMPTY = Flag.ZERO | Flag.ABSENT | Flag.UNDER_WAY  # one of them at most
@@ -136,7 +137,7 @@ class Frame:
             raise ProtocolError(
                 f"{kind.name} of {self.count} pages at {self.addr:#x} is no range that may be named"
             )
-        allowed = Flag.NONE if kind is Type.GET else EMPTY | Flag.LAST
+        allowed = Flag.PACKED if kind is Type.GET else EMPTY | Flag.LAST
         if self.flags & ~allowed or self.reserved or (self.flags & EMPTY).bit_count() > 1:
             raise ProtocolError(f"{kind.name} has flags {self.flags:#x}, reserved {self.reserved:#x}")
         if self.crc and (kind is Type.GET or self.flags & EMPTY):

@@ -12,7 +12,8 @@
 #define FRAME_MAX_PAGES 1024u /* in one GET, and so in one PAGES */
 
 enum frame_type { FRAME_GET = 1, FRAME_PAGES = 2, FRAME_CLOSE = 3 };
-enum frame_flag { FRAME_ZERO = 1, FRAME_LAST = 2, FRAME_ABSENT = 4, FRAME_UNDER_WAY = 8 };
+/* PACKED: of GET, they may come so; of PAGES, 4 bytes with a length and so many of one zstd frame follow. */
+enum frame_flag { FRAME_ZERO = 1, FRAME_LAST = 2, FRAME_ABSENT = 4, FRAME_UNDER_WAY = 8, FRAME_PACKED = 16 };
 
 struct page_frame {
     uint8_t type;

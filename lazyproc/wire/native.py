@@ -26,7 +26,8 @@ from lazyproc.wire.frame import EMPTY, HEADER, Flag, Frame, Type, is_range
 from lazyproc.wire.jsonobject import JsonValue
 
 VERSION = 1
-REVISION = 1  # of what may be said besides: frames that an end of an earlier revision does not know
+REVISION = 2  # of what may be said besides: what an end of an earlier revision does not know
+PACKS = 2  # from this revision on pages may be asked for compressed
 MAX_NAME = 128  # characters of a session id or token
 _MAP_ENTRY = struct.Struct("<QQQ")  # object, addr, pages
 _LOST = struct.Struct("<Q")
@@ -54,12 +55,13 @@ class Party(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Get:
-    """Asks for `count` pages from `addr`."""
+    """Asks for `count` pages from `addr`, which may come compressed (`packed`) from an end of revision 2."""
 
     object: int  # MemoryObject.key
     addr: int
     count: int
     tag: int
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,8 +422,8 @@ class Connection:
 
 def _to_frame(kind: Type, event: Event, length: int) -> Frame:
     match event:
-        case Get(obj, addr, count, tag):
-            return Frame(kind, 0, 0, count, obj, addr, tag)
+        case Get(obj, addr, count, tag, packed):
+            return Frame(kind, Flag.PACKED if packed else 0, 0, count, obj, addr, tag)
         case Pages(obj, addr, count, tag, flags, crc):
             return Frame(kind, flags, 0, count, obj, addr, tag, crc)
     return Frame(kind, count=length)
@@ -451,7 +453,7 @@ def _to_payload(event: Event) -> bytes:
 def _to_event(frame: Frame, payload: bytes) -> Event:
     kind = Type(frame.type)
     if kind is Type.GET:
-        return Get(frame.object, frame.addr, frame.count, frame.tag)
+        return Get(frame.object, frame.addr, frame.count, frame.tag, bool(frame.flags & Flag.PACKED))
     if kind is Type.PAGES:
         return Pages(frame.object, frame.addr, frame.count, frame.tag, Flag(frame.flags), frame.crc)
     if kind in _CONTROL:

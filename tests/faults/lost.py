@@ -41,7 +41,7 @@ class Found:
 
 @dataclass(slots=True)
 class Lost:
-    """A tree at the destination whose source is gone; `root` as the test sees it."""
+    """A tree at the destination; `root` as the test sees it."""
 
     pair: Pair
     program: Program
@@ -104,8 +104,18 @@ def program_of(pair: Pair) -> Iterator[Program]:
 
 @contextmanager
 def lost(pair: Pair, *, imaged: bool = False, moved_on: bool = False) -> Iterator[Lost]:
-    """A quarter of its pages has come before. `imaged`: it is stopped, checkpointed and moved as it is, unless it has
-    `moved_on` meanwhile.
+    """A quarter of its pages has come before."""
+    with incomplete(pair, imaged=imaged, moved_on=moved_on) as it:
+        it.order(TOUCH_FIRST, ROOT, CHILD)
+        run_cli(pair.source, "abort", it.session)
+        wait_until(lambda: "source is lost" in str(it.info()["reason"]), "the loss is noticed")
+        yield it
+
+
+@contextmanager
+def incomplete(pair: Pair, *, imaged: bool = False, moved_on: bool = False) -> Iterator[Lost]:
+    """Its source is there, and nothing is brought but what is touched. `imaged`: it is stopped, checkpointed and moved
+    as it is, unless it has `moved_on` meanwhile.
     """
     images = pair.shared / "images"
     with program_of(pair) as program:
@@ -126,9 +136,6 @@ def lost(pair: Pair, *, imaged: bool = False, moved_on: bool = False) -> Iterato
             try:
                 _go_on(it.pids())
                 program.watch.wait_beats()
-                it.order(TOUCH_FIRST, ROOT, CHILD)
-                run_cli(pair.source, "abort", it.session)
-                wait_until(lambda: "source is lost" in str(it.info()["reason"]), "the loss is noticed")
                 yield it
             finally:
                 for host, role in ((pair.destination, DESTINATION), (pair.source, SOURCE)):

@@ -371,9 +371,12 @@ def test_removed_while_nobody_was_there_who_watched(advice: int) -> None:
         r.pager.stop()
         calling = r.children[0].begin("madvise", addr=r.addrs[0] + 2 * PAGE, length=PAGE, advice=advice)
         wait_until(lambda: waits_in_madvise(pid), "it waits for a pager")
-        rebind(r.pager.ledger, r.userfaultfds)
+        started = proc.stat(proc.read(pid, "stat")).start_time
+        rebind(r.pager.ledger, r.pager.cradle, r.userfaultfds)
         with taken_over(r) as second:
-            note_removals(second, LazyTree(pid, pid, pid, (LazyTask(pid, pid, 0, -1, -1),), (), ()))
+            note_removals(
+                second, LazyTree(pid, pid, pid, (LazyTask(pid, pid, started, -1, -1, -1),), (), (), 0)
+            )
             second.start(bulk=False)
             calling.result(DEADLINE)
             assert r.digest(0, 2) == (ZEROS if advice == MADV_REMOVE else r.expect(2))

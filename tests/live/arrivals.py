@@ -148,7 +148,7 @@ def arriving(
         source = stack.enter_context(ImagePages(Folder(left.images), memory_objects(wanted)))
         server = stack.enter_context(closing(LatePages(source)))
         pager = stack.enter_context(Pager(trace=True))
-        with built_tree(wanted, source, ignore, ledger=pager.ledger, pidns=pidns) as tree:
+        with built_tree(wanted, source, ignore, pager=pager, pidns=pidns) as tree:
             introduce(pager, tree, ignore)
             stack.callback(_let_go, tree, pager)
             pager.serve_segments(_on_time(source.segments(), late))

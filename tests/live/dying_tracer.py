@@ -14,9 +14,9 @@ import sys
 
 from lazyproc.dump.freeze import FrozenTask, frozen_tree
 from lazyproc.dump.park import park_tree, parking
-from lazyproc.dump.question import ask
+from lazyproc.dump.question import Question, ask
 from lazyproc.dump.tasks import process_questions
-from lazyproc.dump.threads import thread_questions
+from lazyproc.dump.threads import thread_question
 from lazyproc.kernel import park, proc, remote, tracee
 from lazyproc.kernel.discard import discarding
 from lazyproc.kernel.park import ParkedProcess
@@ -31,7 +31,7 @@ def dump(task: FrozenTask) -> None:
             tracee.memory(task.pid) as memory,
             remote.borrowed(task.threads, states, memory, maps, ending=signal.SIGURG) as bench,
         ):
-            questions = [thread_questions(bench) for _ in task.threads]
+            questions: list[list[Question[object]]] = [[thread_question(bench)] for _ in task.threads]
             questions[0] += process_questions(bench, ())
             ask(bench, list(zip(task.threads, questions, strict=True)))
 

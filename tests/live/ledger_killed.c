@@ -51,7 +51,7 @@ static void make(struct ledger *l)
 
 static void fork_it(struct ledger *l)
 {
-    check(ledger_fork(l, 0, 101) >= 0, "fork");
+    check(ledger_fork(l, 0, 101, 1) >= 0, "fork");
 }
 
 static void change(struct ledger *l, const char *what)

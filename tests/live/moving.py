@@ -115,7 +115,10 @@ def exit_status(pidfd: int) -> int:
 
     def reaped() -> bool:
         info[:] = _INFO.pack(_PIDFD_INFO_EXIT, *[0] * 13)
-        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+        try:
+            fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+        except ProcessLookupError:  # reaped after pidfd_info (fs/pidfs.c) had looked for the status
+            return False
         return bool(_INFO.unpack(info)[0] & _PIDFD_INFO_EXIT)
 
     wait_until(reaped, "its parent reaps it")

@@ -197,6 +197,7 @@ def test_a_migration_counts_each_page_once(program: Program) -> None:
     ways = ("zero", "eager", "urgent", "bulk", "dropped")
     assert fields["pages_total"] == sum(fields[f"pages_{way}"] for way in ways) > 1900
     assert 0 < fields["frozen_ms"] <= fields["blackout_ms"] <= fields["total_ms"]
+    assert sum(fields["steps_ms"].values()) == pytest.approx(fields["blackout_ms"])
     assert fields["bytes_wire"] > 1900 * 4096
     assert fields["fault_us"].keys() == {"count", "p50", "p90", "p99", "max"}
     assert fields["mode"] == "postcopy"

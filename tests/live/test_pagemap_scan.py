@@ -31,7 +31,7 @@ def test_every_run_comes_once_and_whole(pages: int, period: int) -> None:
     fd = os.open("/proc/self/pagemap", os.O_RDONLY)
     try:
         with touched(pages, period) as start:
-            scan = kernel.pagemap_scan(fd, start, start + pages * PAGE, anyof=kernel.PAGE_IS_PRESENT)
+            scan = kernel.pagemap_scan(fd, [(start, start + pages * PAGE)], anyof=kernel.PAGE_IS_PRESENT)
             found = [
                 page for low, high, _ in scan for page in range((low - start) // PAGE, (high - start) // PAGE)
             ]

@@ -11,7 +11,7 @@ from lazyproc.model import PAGE, Extent
 from lazyproc.runs import Segment
 from lazyproc.uffd.device import Outcome
 from lazyproc.uffd.pager import PagerState
-from lazyproc.uffd.policy import around, sequential
+from lazyproc.uffd.policy import sequential
 from tests.live.arrivals import waits_for_page
 from tests.live.lazy_rig import DEADLINE, SHARED, TASK, child, content, digest, pager, rig, server, whole
 from tests.live.programs import wait_until
@@ -155,7 +155,7 @@ def test_local_segments() -> None:
         made.start(bulk=False)
         assert process.call("digest", addr=addr + half, length=PAGE) == digest(data[:PAGE])
         assert process.call("digest", addr=addr + 80 * PAGE, length=PAGE) == digest(bytes(PAGE))
-        made.plan(around(sequential({TASK: whole(addr, 64)}), TASK, addr + half))
+        made.plan(sequential({TASK: whole(addr + half, 32)}))
         assert process.call("digest", addr=addr, length=64 * PAGE) == digest(data[half:] + data[:half])
         assert made.wait(DEADLINE)
         os.close(image)
@@ -216,9 +216,8 @@ def test_a_rate_limit_holds() -> None:
 def test_a_plan_is_followed_and_replaced() -> None:
     with rig(512) as r:
         r.pager.serve_remote(*r.server.connect())
-        chunks = list(sequential({TASK: whole(r.addr, 512)}))
         first = r.server.hold("bulk", r.at(256))
-        r.pager.plan(around(chunks, TASK, r.at(256)))
+        r.pager.plan(sequential({TASK: whole(r.at(256), 256)}))
         r.pager.start()
         assert r.server.asked.get(timeout=DEADLINE).addr == r.at(256)
         first.set()

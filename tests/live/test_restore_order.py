@@ -11,7 +11,7 @@ import pytest
 
 from lazyproc.events import Event, StateChanged
 from lazyproc.restore.run import restore
-from lazyproc.uffd.policy import POLICIES, Chunk, Extents, sequential
+from lazyproc.uffd.policy import POLICIES, Chunk, Extents, Policy, sequential
 from tests.live.arrivals import leave
 
 
@@ -22,7 +22,7 @@ def test_the_policy_is_asked_once_and_when_the_tree_runs(
     lazy = sum(extent.count for runs in left.checkpoint().memory.values() for extent in runs if extent.lazy)
     seen: list[str] = []
 
-    def policy(extents: Extents) -> Iterator[Chunk]:
+    def order(extents: Extents) -> Iterator[Chunk]:
         seen.append("asked")
         assert sum(extent.count for runs in extents.values() for extent in runs) == lazy
         return sequential(extents)
@@ -31,7 +31,7 @@ def test_the_policy_is_asked_once_and_when_the_tree_runs(
         if isinstance(event, StateChanged):
             seen.append(event.state)
 
-    monkeypatch.setitem(POLICIES, "watched", policy)
+    monkeypatch.setitem(POLICIES, "watched", Policy(order))
     with restore(
         left.images, lazy=True, bulk=False, pidns="auto", policy="watched", listener=listener
     ) as restored:

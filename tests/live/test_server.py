@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+import zstandard
 
 from lazyproc.errors import ImageError, NoSuchProcess, UsageError
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
@@ -24,7 +25,7 @@ from lazyproc.pages.frozen import FrozenPages, Place, without_overlaps
 from lazyproc.pages.server import PageServer, ServerCounters, crc32c
 
 GET, PAGES, CLOSE = 1, 2, 3
-ZERO, LAST, ABSENT, UNDER_WAY = 1, 2, 4, 8
+ZERO, LAST, ABSENT, UNDER_WAY, PACKED = 1, 2, 4, 8, 16
 HEADER = struct.Struct("<BBHIQQII")
 MADV_GUARD_INSTALL = 102  # Linux 6.13
 TASK = MemoryObject(ObjectKind.TASK, 42)
@@ -110,8 +111,8 @@ class Client:
         self.sock.settimeout(20)
         server.serve(theirs.detach(), name)
 
-    def ask(self, addr: int, count: int, tag: int = 7, key: int = TASK.key) -> None:
-        self.sock.sendall(HEADER.pack(GET, 0, 0, count, key, addr, tag, 0))
+    def ask(self, addr: int, count: int, tag: int = 7, key: int = TASK.key, *, flags: int = 0) -> None:
+        self.sock.sendall(HEADER.pack(GET, flags, 0, count, key, addr, tag, 0))
 
     def answer(self, addr: int, count: int, tag: int = 7, key: int = TASK.key) -> list[Part]:
         """Checks that the frames cover the range in order and that the checksums are right."""
@@ -121,8 +122,12 @@ class Client:
             header = HEADER.unpack(self.exactly(HEADER.size))
             flags, pages, crc = header[1], header[3], header[7]
             assert header == (PAGES, flags, 0, pages, key, at, tag, crc)
-            assert not flags & ~(ZERO | LAST | ABSENT | UNDER_WAY)
-            data = b"" if flags & (ZERO | ABSENT | UNDER_WAY) else self.exactly(pages * PAGE)
+            assert not flags & ~(ZERO | LAST | ABSENT | UNDER_WAY | PACKED)
+            if flags & PACKED:
+                (length,) = struct.unpack("<I", self.exactly(4))
+                data = zstandard.decompress(self.exactly(length), pages * PAGE)
+            else:
+                data = b"" if flags & (ZERO | ABSENT | UNDER_WAY) else self.exactly(pages * PAGE)
             assert crc == (crc32c(data) if data else 0)
             at += pages * PAGE
             assert bool(flags & LAST) == (at == addr + count * PAGE)
@@ -194,6 +199,29 @@ def test_zero_pages_are_announced_and_counted_but_not_sent() -> None:
         assert 0 < zeros < 700
         sent = sum(HEADER.size + len(part.data) for part in parts)
         assert counters == ServerCounters(1, 700 - zeros, zeros, 0, HEADER.size, sent)
+
+
+def text(pages: int) -> Memory:
+    """What compresses well, and a page in the middle that does not."""
+    data = mmap.mmap(-1, pages * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    data[:] = b"".join(b"line %06d\n." % number for number in range(pages * PAGE // 13 + 1))[: pages * PAGE]
+    data[pages // 2 * PAGE : (pages // 2 + 1) * PAGE] = random.Random(1).randbytes(PAGE)
+    return Memory(data)
+
+
+def test_who_asks_for_it_gets_pages_compressed_where_that_is_shorter() -> None:
+    area = text(700)
+    with stopped_child() as pid, serving(pid, area.addr, 700) as (_, server):
+        client = Client(server, "bulk")
+        client.ask(area.addr, 700, flags=PACKED)
+        parts = client.answer(area.addr, 700)
+        assert b"".join(part.data for part in parts) == area.expected(area.addr, 700)
+        assert {part.flags for part in parts} == {PACKED}
+        assert server.counters()["bulk"].bytes_out < 700 * PAGE / 4
+        client.ask(area.addr + 350 * PAGE, 1, flags=PACKED)
+        assert [part.flags for part in client.answer(area.addr + 350 * PAGE, 1)] == [0]
+        client.ask(area.addr, 700)
+        assert {part.flags for part in client.answer(area.addr, 700)} == {0}
 
 
 def test_two_channels_at_once_and_pipelined_requests_in_order() -> None:

@@ -40,7 +40,7 @@ def moved(
         _signalled(pid, sig),
         dumped(tree) as dump,
         dump_pages(dump) as pages,
-        built_tree(changed(dump.whole()), pages, ignore, ledger=None, pidns="new") as built,
+        built_tree(changed(dump.whole()), pages, ignore, pager=None, pidns="new") as built,
     ):
         root, parent = built.root_pid, built.nursery.pid
         tree.kill()

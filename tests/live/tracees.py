@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,15 +71,24 @@ class Running:
         return self.fifo.read_text().strip()
 
 
+@functools.cache
+def _compiled(source: str, flags: tuple[str, ...]) -> bytes:
+    with tempfile.TemporaryDirectory() as name:
+        code, binary = Path(name, "tracee.c"), Path(name, "tracee")
+        code.write_text(f"{PRELUDE}\n{source}")
+        subprocess.run(["gcc", "-O1", *WARNINGS, "-pthread", *flags, "-o", binary, code], check=True)
+        return binary.read_bytes()
+
+
 @contextmanager
 def tracee(source: str, directory: Path, *arguments: str, flags: tuple[str, ...] = ()) -> Iterator[Running]:
     """Run `int main(int argc, char **argv)` of `source` (with `words = argv;` done) until it has said its first line.
 
     It is killed at the end if it still runs.
     """
-    code, binary, fifo = directory / "tracee.c", directory / "tracee", directory / "fifo"
-    code.write_text(f"{PRELUDE}\n{source}")
-    subprocess.run(["gcc", "-O1", *WARNINGS, "-pthread", *flags, "-o", binary, code], check=True)
+    binary, fifo = directory / "tracee", directory / "fifo"
+    binary.write_bytes(_compiled(source, flags))
+    binary.chmod(0o755)
     os.mkfifo(fifo)
     null = subprocess.DEVNULL
     process = subprocess.Popen(

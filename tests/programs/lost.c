@@ -59,6 +59,13 @@ static void rehearse(void)
     expect_exit_0(child);
 }
 
+/* Which survives the others. */
+static unsigned become_late(void)
+{
+    MUST(prctl(PR_SET_PDEATHSIG, 0));
+    return LATE;
+}
+
 static void follow_orders(unsigned worker, uint64_t seen)
 {
     memcpy(&status->stalls[16 * (worker + 1) + WHERE], memory.at, sizeof memory.at);
@@ -71,7 +78,7 @@ static void follow_orders(unsigned worker, uint64_t seen)
             touch_until(worker, memory.count / 4);
         }
         if (orders & FORK && worker == ROOT && fork_child() == 0)
-            worker = LATE;
+            worker = become_late();
         if (orders & TOUCH_ALL)
             touch_until(worker, memory.count);
         __atomic_store_n(&status->stalls[16 * (worker + 1) + DONE], seen, __ATOMIC_RELEASE);

@@ -43,13 +43,31 @@ static enum answer_kind kind_at(uint64_t addr)
     return page % 8 == 0 ? ANSWER_ABSENT : page % 8 == 5 ? ANSWER_DATA : ANSWER_ZERO;
 }
 
+struct packer {
+    const struct zstd *zstd;
+    void *context;
+};
+
+/* A page becomes its length and one frame of zstd; returns how many bytes. */
+static size_t pack(const struct packer *p, unsigned char *page)
+{
+    unsigned char packed[PAGE_BYTES];
+    uint32_t length = (uint32_t)zstd_pack(p->zstd, p->context, packed, sizeof(packed), page, PAGE_BYTES);
+
+    CHECK(length);
+    memcpy(page, &length, sizeof(length));
+    memcpy(page + sizeof(length), packed, length);
+    return sizeof(length) + length;
+}
+
 /* The answer to one GET, a frame for each page; returns how many bytes. */
-static size_t answer(const struct page_frame *get, unsigned char *out)
+static size_t answer(const struct page_frame *get, const struct packer *packer, unsigned char *out)
 {
     size_t at = 0;
 
     for (uint32_t i = 0; i < get->count; i++) {
         struct page_frame f = *get;
+        size_t payload = 0;
 
         f.type = FRAME_PAGES;
         f.count = 1;
@@ -60,20 +78,22 @@ static size_t answer(const struct page_frame *get, unsigned char *out)
         } else {
             fill(f.addr, out + at + sizeof(f));
             f.crc = crc32c_pages(out + at + sizeof(f), 1);
+            payload = get->flags & FRAME_PACKED ? pack(packer, out + at + sizeof(f)) : PAGE_BYTES;
+            f.flags |= get->flags;
         }
         memcpy(out + at, &f, sizeof(f));
-        at += sizeof(f) + (f.crc ? PAGE_BYTES : 0);
+        at += sizeof(f) + payload;
     }
     return at;
 }
 
-static size_t answer_all(int fd, unsigned char *out)
+static size_t answer_all(int fd, const struct packer *packer, unsigned char *out)
 {
     struct page_frame get;
     size_t at = 0;
 
     while (recv(fd, &get, sizeof(get), MSG_DONTWAIT) == (ssize_t)sizeof(get))
-        at += answer(&get, out + at);
+        at += answer(&get, packer, out + at);
     return at;
 }
 
@@ -109,7 +129,7 @@ static bool take(struct link *link, unsigned *pages)
     return true;
 }
 
-static void one_round(struct link *link, unsigned round, unsigned *seed)
+static void one_round(struct link *link, const struct packer *packer, unsigned round, unsigned *seed)
 {
     static unsigned char out[ROOM];
     unsigned asked = 0, came = 0;
@@ -122,11 +142,11 @@ static void one_round(struct link *link, unsigned round, unsigned *seed)
     for (uint64_t i = 0; i < GETS; i++) {
         uint32_t pages = (uint32_t)rand_r(seed) % MOST + 1;
 
-        CHECK(link_ask(link, 0, OBJECT, FIRST + i * MOST * PAGE_BYTES, pages, 0) == 0);
+        CHECK(link_ask(link, 0, OBJECT, FIRST + i * MOST * PAGE_BYTES, pages, round / 8 % 2, 0) == 0);
         asked += pages;
     }
     CHECK(link_flush(link) == 0);
-    length = answer_all(ends[1], out);
+    length = answer_all(ends[1], packer, out);
     if (round % 8 == 1)
         for (size_t i = 0; i < length; i++)
             out[i] = (unsigned char)(rand_r(seed) >> 8);
@@ -145,13 +165,17 @@ static void one_round(struct link *link, unsigned round, unsigned *seed)
 int main(int argc, char **argv)
 {
     struct link link;
+    struct packer packer;
     unsigned seed;
 
     CHECK(argc == 3);
     seed = (unsigned)strtoul(argv[2], NULL, 10);
-    CHECK(link_init(&link) == 0);
+    CHECK(link_init(&link) == 0 && link_can_unpack(&link));
+    packer = (struct packer){&link.zstd, link.zstd.new_packer()};
+    CHECK(packer.context);
     for (unsigned round = 0; round < strtoul(argv[1], NULL, 10); round++)
-        one_round(&link, round, &seed);
+        one_round(&link, &packer, round, &seed);
+    link.zstd.end_packer(packer.context);
     link_free(&link);
     return 0;
 }

@@ -77,7 +77,7 @@ void connect_source(struct pager *p, struct channel channels[2], const struct ra
     int urgent = open_channel(&channels[0], ranges, -1, 0);
     int bulk = open_channel(&channels[1], ranges, answers, garbage);
 
-    check(pager_set_remote(p, urgent, bulk) == 0, "pager_set_remote");
+    check(pager_set_remote(p, urgent, bulk, false) == 0, "pager_set_remote");
 }
 
 void close_source(struct channel channels[2])

@@ -17,6 +17,7 @@
 #include "crc32c.h"
 #include "mutate.h"
 #include "native.h"
+#include "zstd.h"
 
 #define AREA_PAGES 600u
 #define OBJECT (42u << 8 | 1u)
@@ -198,8 +199,36 @@ static void serve_bad_requests(struct server *server)
     }
 }
 
+struct unpacker {
+    struct zstd zstd;
+    void *context;
+};
+
+static void make_unpacker(struct unpacker *u)
+{
+    CHECK(zstd_load(&u->zstd));
+    u->context = u->zstd.new_unpacker();
+    CHECK(u->context);
+}
+
+static void end_unpacker(struct unpacker *u)
+{
+    u->zstd.end_unpacker(u->context);
+    zstd_unload(&u->zstd);
+}
+
+static void receive_packed(const struct unpacker *u, int fd, unsigned char *data, size_t length)
+{
+    static unsigned char packed[FRAME_MAX_PAGES * PAGE_BYTES];
+    uint32_t size;
+
+    CHECK(recv(fd, &size, sizeof(size), MSG_WAITALL) == (ssize_t)sizeof(size) && size && size < length);
+    CHECK(recv(fd, packed, size, MSG_WAITALL) == (ssize_t)size);
+    CHECK(zstd_unpack(&u->zstd, u->context, data, length, packed, size));
+}
+
 /* Until the server hangs up: whatever is answered is whole, and content is what the area has. */
-static void check_answers(int fd)
+static void check_answers(const struct unpacker *u, int fd)
 {
     static unsigned char data[FRAME_MAX_PAGES * PAGE_BYTES];
     struct page_frame frame;
@@ -213,7 +242,10 @@ static void check_answers(int fd)
             continue;
         CHECK(frame.object == OBJECT && frame.addr >= (uint64_t)area && frame.addr % PAGE_BYTES == 0);
         CHECK(frame.addr + length <= (uint64_t)area + AREA_PAGES * PAGE_BYTES);
-        CHECK(recv(fd, data, length, MSG_WAITALL) == (ssize_t)length);
+        if (frame.flags & FRAME_PACKED)
+            receive_packed(u, fd, data, length);
+        else
+            CHECK(recv(fd, data, length, MSG_WAITALL) == (ssize_t)length);
         CHECK(memcmp(data, (void *)frame.addr, length) == 0);
     }
     CHECK(n == 0);
@@ -224,7 +256,9 @@ static void serve_mutated_requests(struct server *server, unsigned rounds, unsig
 {
     enum { GETS = 4, ROOM = GETS * sizeof(struct page_frame) + 256 };
     unsigned char out[ROOM];
+    struct unpacker unpacker;
 
+    make_unpacker(&unpacker);
     for (unsigned round = 0; round < rounds; round++) {
         int number, fd = connect_to(server, &number);
         size_t length = 0;
@@ -232,6 +266,7 @@ static void serve_mutated_requests(struct server *server, unsigned rounds, unsig
         for (; length < GETS * sizeof(struct page_frame); length += sizeof(struct page_frame)) {
             uint32_t pages = (uint32_t)rand_r(&seed) % 3 + 1, page = (uint32_t)rand_r(&seed) % AREA_PAGES;
             struct page_frame get = {.type = FRAME_GET,
+                                     .flags = round % 2 ? FRAME_PACKED : 0,
                                      .count = pages,
                                      .object = OBJECT,
                                      .addr = (uint64_t)area + (uint64_t)page * PAGE_BYTES,
@@ -243,9 +278,10 @@ static void serve_mutated_requests(struct server *server, unsigned rounds, unsig
             length = mutate(out, length, ROOM, &seed);
         CHECK(send(fd, out, length, MSG_NOSIGNAL) == (ssize_t)length);
         CHECK(shutdown(fd, SHUT_WR) == 0);
-        check_answers(fd);
+        check_answers(&unpacker, fd);
         close(fd);
     }
+    end_unpacker(&unpacker);
 }
 
 /* --- releasing --------------------------------------------------------------------------------------------------- */

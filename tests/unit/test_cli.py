@@ -18,7 +18,6 @@ HEAVY = (
     "asyncio",
     "cffi",
     "_cffi_backend",
-    "zstandard",
     "dataclasses",
     "typing",
 )

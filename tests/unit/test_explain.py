@@ -45,6 +45,7 @@ def process(pid: int, **changes: object) -> ProcessFacts:
         stat=stat,
         vpid=pid,
         kernel_thread=False,
+        locked_kib=0,
         smaps=(VDSO,),
         threads=(ThreadFacts(pid, pid, tracer=0, stuck_in=None, namespaces=NAMESPACES, apart=()),),
         namespaces=NAMESPACES,

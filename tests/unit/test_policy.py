@@ -8,11 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazyproc.cli.options import POLICIES as POLICY_NAMES
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
 from lazyproc.uffd.pager import bucket_floor, percentile
-from lazyproc.uffd.policy import POLICIES, Chunk, Extents, around, recorded, sequential, smallest_first
-
-Page = tuple[MemoryObject, int]
+from lazyproc.uffd.policy import (
+    BLOCK,
+    POLICIES,
+    Chunk,
+    Extents,
+    Page,
+    blocks,
+    recorded,
+    sequential,
+    smallest_first,
+)
 
 
 @st.composite
@@ -29,12 +38,12 @@ def maps(draw: st.DrawFn) -> Extents:
 
 
 def pages(chunks: Iterable[Chunk]) -> list[Page]:
-    return [(chunk.obj, chunk.addr + index * PAGE) for chunk in chunks for index in range(chunk.pages)]
+    return [Page(chunk.obj, chunk.addr + index * PAGE) for chunk in chunks for index in range(chunk.pages)]
 
 
 def pages_of_map(extents: Extents) -> list[Page]:
     return [
-        (obj, e.addr + index * PAGE)
+        Page(obj, e.addr + index * PAGE)
         for obj, runs in extents.items()
         for e in runs
         for index in range(e.count)
@@ -44,7 +53,12 @@ def pages_of_map(extents: Extents) -> list[Page]:
 @given(maps())
 @pytest.mark.parametrize("name", POLICIES)
 def test_each_page_once(name: str, extents: Extents) -> None:
-    assert sorted(pages(POLICIES[name](extents))) == sorted(pages_of_map(extents))
+    assert sorted(pages(POLICIES[name].order(extents))) == sorted(pages_of_map(extents))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_command_line_names_each(name: str) -> None:
+    assert name in POLICY_NAMES.replace(" or ", ", ").split(", ")
 
 
 @given(maps())
@@ -58,28 +72,26 @@ def test_smallest_first(extents: Extents) -> None:
     assert counts == sorted(counts)
 
 
-@given(maps(), st.integers(0, 60), st.integers(0, 3), st.sampled_from(ObjectKind))
-def test_around_loses_nothing_and_begins_at_the_address(
-    extents: Extents, page: int, number: int, kind: ObjectKind
-) -> None:
-    obj, addr = MemoryObject(kind, number), page * PAGE
-    chunks = list(sequential(extents))
-    order = pages(around(chunks, obj, addr))
-    assert sorted(order) == sorted(pages(chunks))
-    above = sorted(at for of, at in order if of == obj and at >= addr)
-    assert order[: len(above)] == [(obj, at) for at in above]
-
-
 @given(maps(), st.lists(st.tuples(st.sampled_from(ObjectKind), st.integers(0, 3), st.integers(0, 60))))
 def test_recorded_pages_come_first_and_each_page_once(
     extents: Extents, faults: list[tuple[ObjectKind, int, int]]
 ) -> None:
-    wanted = [(MemoryObject(kind, number), page * PAGE) for kind, number, page in faults]
-    order = pages(recorded(wanted)(extents))
+    wanted = [Page(MemoryObject(kind, number), page * PAGE) for kind, number, page in faults]
+    order = pages(recorded(wanted).order(extents))
     known = set(pages_of_map(extents))
     first = [page for page in dict.fromkeys(wanted) if page in known]
-    assert order[: len(first)] == first
+    assert order[: len(first)] == sorted(first, key=lambda page: (page.obj.key, page.addr))
     assert order[len(first) :] == [page for page in pages_of_map(extents) if page not in first]
+
+
+def test_blocks_keep_their_order_and_join_neighbours() -> None:
+    obj, count = MemoryObject(ObjectKind.TASK, 1), 2 * BLOCK + 10
+    numbers = [index * 7 % count for index in range(count)]
+    chunks = list(blocks([Page(obj, number * PAGE) for number in numbers]))
+    order = [page.addr // PAGE for page in pages(chunks)]
+    for at in range(0, count, BLOCK):
+        assert order[at : at + BLOCK] == sorted(numbers[at : at + BLOCK])
+    assert list(blocks([Page(obj, number * PAGE) for number in (5, 3, 4)])) == [Chunk(obj, 3 * PAGE, 3)]
 
 
 @given(st.integers(0, 2**62))

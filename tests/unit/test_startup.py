@@ -33,7 +33,6 @@ UNWANTED = {
     "ssl",
     "subprocess",
     "tempfile",
-    "zstandard",
 }
 
 

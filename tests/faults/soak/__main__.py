@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ def main() -> None:
         "soaks", nargs="*", metavar="SOAK", help=f"of {', '.join(SOAKS)}; all when none is named"
     )
     args = parser.parse_args()
+    # Ignored behind the `&` of a script, and then in all that is started.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     seed = int(os.environ.get("LAZYPROC_SEED") or time.time())
     print(f"LAZYPROC_SEED={seed}")
     failed = [name for name in args.soaks or SOAKS if not soak(name, seed)]

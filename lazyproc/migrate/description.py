@@ -1,0 +1,20 @@
+"""A frozen tree as it travels: its images, and the pages that must be there at once, in one piece."""
+
+from __future__ import annotations
+
+from lazyproc.dump.source import DumpPages
+from lazyproc.images.convert import to_images
+from lazyproc.images.files import pack
+from lazyproc.model import Checkpoint
+from lazyproc.pages.bundle import NAME, pack_bundle
+from lazyproc.steps import Steps
+
+
+def description(checkpoint: Checkpoint, pages: DumpPages, steps: Steps) -> bytes:
+    """What `arrival` unpacks. Raises ImageError, NoSuchProcess when a page cannot be read."""
+    images = to_images(checkpoint)
+    steps.done("encode")
+    images[NAME] = pack_bundle(checkpoint.memory, pages)
+    packed = pack(images)
+    steps.done("pages")
+    return packed

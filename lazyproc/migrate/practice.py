@@ -1,0 +1,64 @@
+"""What a freeze will run is run once before it, on a child of ours that sleeps.
+
+The first time costs two to three times as much as the next: classes are compiled at their first use
+(lazyproc/facts.py), modules are imported, code is specialised, and what a fork has left shared is copied when it is
+written to.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from lazyproc.dump.before import observed_sleeps
+from lazyproc.dump.freeze import frozen_tree
+from lazyproc.dump.gather import dumped
+from lazyproc.dump.park import park_tree, parking, unpark_tree
+from lazyproc.dump.source import dump_pages
+from lazyproc.errors import LazyprocError
+from lazyproc.kernel import family
+from lazyproc.migrate.description import description
+from lazyproc.migrate.holding import holding_of, to_facts
+from lazyproc.steps import Steps
+
+STANDARD = 3  # descriptors that the child keeps
+
+
+def practise() -> None:
+    """Whatever goes wrong here is no reason not to move another process."""
+    with (
+        suppress(LazyprocError, OSError),
+        _sleeper() as pid,
+        frozen_tree(pid, asleep=observed_sleeps(pid)) as tree,
+        dumped(tree) as dump,
+        dump_pages(dump) as pages,
+    ):
+        description(dump.checkpoint, pages, Steps())
+        processes = parking(tree)
+        to_facts(holding_of(dump, processes))
+        park_tree(tree, processes)
+        unpark_tree(tree, processes)
+
+
+@contextmanager
+def _sleeper() -> Iterator[int]:
+    """A child without any of our connections; it ends with us."""
+    ours, theirs = os.pipe()
+
+    def sleep() -> None:
+        family.end_with_parent()
+        os.closerange(STANDARD, os.sysconf("SC_OPEN_MAX"))  # now it is ready
+        while True:
+            signal.pause()
+
+    pid = family.child(sleep, "lazyproc-try")
+    try:
+        os.close(theirs)
+        os.read(ours, 1)
+        yield pid
+    finally:
+        os.close(ours)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
