@@ -17,6 +17,8 @@ class Drafting:
     """
 
     def __init__(self, journal: Journal) -> None:
+        """Raises LazyprocError."""
+        journal.make_room(COMMITTED)
         self._journal = journal
         self._facts: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()
         self._drafts: SimpleQueue[tuple[Draft, Draft] | Exception] = SimpleQueue()

@@ -113,19 +113,16 @@ def keep_userfaultfd(site: Site, pager: Pager) -> None:
     which the task may only read, and the pager's cradle, which is to the children that it forks what this is to itself.
     """
     site.run_later(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)), check=_demand_lowest)
-    site.anchor = site.transport_fd + ABOVE_TRANSPORT
-    _move_out_of_the_way(site, site.anchor)
-    with _readable(pager.ledger) as own:
-        site.receive_later([own], [0])
-    site.ledger = site.anchor + 1
-    _move_out_of_the_way(site, site.ledger)
-    site.receive_later([pager.cradle], [0])
-    site.cradle = site.anchor + 2
-    _move_out_of_the_way(site, site.cradle)
+    lowest = site.transport_fd + ABOVE_TRANSPORT
+    site.anchor, site.ledger, site.cradle = range(lowest, lowest + 3)
+    with _readable(pager.ledger) as ledger:
+        site.receive_later([ledger, pager.cradle], [1, 2])
+    for fd, number in enumerate((site.anchor, site.ledger, site.cradle)):
+        _move_out_of_the_way(site, fd, number)
 
 
-def _move_out_of_the_way(site: Site, number: int) -> None:
-    """Descriptor 0 gets a number above all that the program uses; `number` is the lowest free one there."""
+def _move_out_of_the_way(site: Site, fd: int, number: int) -> None:
+    """A descriptor gets a number above all that the program uses; `number` is the lowest free one there."""
 
     def demand_free(results: list[int]) -> None:
         if results != [number]:
@@ -133,8 +130,8 @@ def _move_out_of_the_way(site: Site, number: int) -> None:
                 f"has {number} open already", where=f"pid {site.task.vpid}", remedy="report it"
             )
 
-    site.run_later(Call("fcntl", (0, fcntl.F_DUPFD_CLOEXEC, number)), check=demand_free)
-    site.run_later(Call("close", (0,)))
+    site.run_later(Call("fcntl", (fd, fcntl.F_DUPFD_CLOEXEC, number)), check=demand_free)
+    site.run_later(Call("close", (fd,)))
 
 
 def _demand_lowest(results: list[int]) -> None:

@@ -93,10 +93,6 @@ class BuiltTree:
         return [tracee for site in self.sites.values() for tracee in site.threads.values()]
 
 
-def _inode(pid: int, fd: int) -> int:
-    return os.stat(f"/proc/{pid}/fd/{fd}").st_ino
-
-
 def _lazy_tree(
     checkpoint: Checkpoint, birth: Birth, sites: Mapping[int, Site], ranges: Sequence[pages.LazyRange]
 ) -> LazyTree:
@@ -113,6 +109,10 @@ def _lazy_tree(
         groups=tuple(birth.groups),
         cradle=_inode(anchored[0].pid, anchored[0].cradle) if anchored else 0,
     )
+
+
+def _inode(pid: int, fd: int) -> int:
+    return os.stat(f"/proc/{pid}/fd/{fd}").st_ino
 
 
 def _started(pid: int) -> int:
@@ -161,9 +161,9 @@ def built_tree(
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
-    `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told
-    of them by `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as
-    in /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. `birth` is from
+    `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
+    `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in
+    /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. `birth` is from
     `expecting`, where there was time for that before. `known` is called as soon as it is known what will be needed to
     complete the tree.
 
