@@ -35,6 +35,7 @@ class FrozenTask:
     threads: list[Tracee] = field(default_factory=list)
     stopped: list[Stopped] = field(default_factory=list)  # the same threads as they were stopped
     pidfd: int = -1
+    maps: tuple[proc.MapsEntry, ...] = ()  # once they were read
 
     @property
     def zombie(self) -> bool:
@@ -120,16 +121,17 @@ def _freeze(tree: FrozenTree, root: int, timeout_ms: int) -> None:
     """In rounds, until one finds nothing that runs, and then no child that is not stopped: who stands still forks no
     more.
     """
-    _stop_process(tree, root, timeout_ms)
     for _ in range(ROUNDS):
-        running = [_stop_process(tree, task.pid, timeout_ms) for task in _members(tree)]
+        running = [_stop_process(tree, root, timeout_ms)]
+        running += [_stop_child(tree, task.pid, timeout_ms) for task in _members(tree) if task.pid != root]
         if not any(running) and not _stop_children(tree, timeout_ms):
             return
     raise TraceeError("the tree grows faster than it can be stopped", where=f"pid {root}", remedy="try again")
 
 
 def _members(tree: FrozenTree) -> list[FrozenTask]:
-    return [task for task in tree.tasks.values() if not task.zombie]
+    """Those that have not ended; one may have no thread that we know, while it executes a program."""
+    return [task for task in tree.tasks.values() if task.stat.state != "Z"]
 
 
 def _stop_children(tree: FrozenTree, timeout_ms: int) -> bool:

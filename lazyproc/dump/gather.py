@@ -193,6 +193,7 @@ def _one_task(
     pid, registry = frozen.pid, gathered.registry
     before = seen.spaces.get(pid)
     space = space_now(pid, frozen.stopped[0].status.locked_kib, before)
+    frozen.maps = space.maps
     steps.done("maps")
     with ptrace.memory(pid) as memory:
         threads, answers = _ask(frozen, memory, space.maps, steps)
@@ -238,9 +239,9 @@ def _ask(
     steps.done("bench")
     of_process = answers[0][1:]
     sigactions = cast(tuple[SigAction, ...], of_process[0])
-    cpus = os.cpu_count() or 1
+    cpus, shared = os.cpu_count() or 1, frozen.threads[0].pending(shared=True)
     threads = tuple(
-        gather_thread(cpus, tracee, stopped, cast(ThreadAnswers, row[0]), sigactions, memory)
+        gather_thread(cpus, tracee, stopped, cast(ThreadAnswers, row[0]), sigactions, memory, shared)
         for tracee, stopped, row in zip(frozen.threads, frozen.stopped, answers, strict=True)
     )
     steps.done("threads")

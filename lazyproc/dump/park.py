@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
 from lazyproc.errors import NoSuchProcess
-from lazyproc.kernel import park
+from lazyproc.kernel import park, proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.park import ParkedProcess
 
@@ -15,8 +15,11 @@ def parking(tree: FrozenTree) -> tuple[ParkedProcess, ...]:
     """What `park_tree` will do, for a journal to know before it is done. Raises TraceeError."""
     found = []
     for task in _alive(tree):
+        maps = task.maps or proc.maps(proc.read(task.pid, "maps"))
         with ptrace.memory(task.pid) as memory:
-            found.append(park.place_for(task.pid, task.stat.start_time, task.threads, task.stopped, memory))
+            found.append(
+                park.place_for(task.pid, task.stat.start_time, maps, task.threads, task.stopped, memory)
+            )
     return tuple(found)
 
 

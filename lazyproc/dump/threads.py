@@ -57,17 +57,21 @@ def gather_thread(
     answers: ThreadAnswers,
     sigactions: Sequence[SigAction],
     memory: Memory,
+    shared: Sequence[bytes],
 ) -> Thread:
-    """The model of one frozen thread from its state, /proc and its own answers; this host has `cpus` processors."""
+    """The model of one frozen thread from its state, /proc and its own answers; this host has `cpus` processors, and
+    `shared` is pending for the whole process.
+    """
     state, status = stopped.state, stopped.status
-    registers, restart = resumed(tracee, stopped, sigactions, memory)
+    pending = tracee.pending(shared=False)
+    registers, restart = resumed(stopped, (*pending, *shared), sigactions, memory)
     return Thread(
         tid=status.ns_pid[-1],
         comm=status.comm,
         registers=registers,
         xsave=state.xsave,
         blocked=state.blocked,
-        pending=tracee.pending(shared=False),
+        pending=pending,
         altstack=answers.altstack,
         clear_child_tid=answers.clear_child_tid,
         robust_list=state.robust_list,

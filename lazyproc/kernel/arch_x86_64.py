@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import struct
 
@@ -192,6 +193,19 @@ def _home_layout() -> list[tuple[bytes, str]]:
 
 _HOME_LAYOUT = _home_layout()
 _HOME_STRUCT = struct.Struct("<" + "".join(f"{len(fixed)}s{varying}" for fixed, varying in _HOME_LAYOUT))
+
+
+def _home_fields() -> list[bytes | int]:
+    """What `_HOME_STRUCT` packs, with 0 for all that varies."""
+    fields: list[bytes | int] = []
+    for fixed, varying in _HOME_LAYOUT:
+        fields += [fixed, 0] if varying else [fixed]
+    return fields
+
+
+_HOME_FIELDS = _home_fields()
+_HOME_VARYING = [at for at, part in enumerate(_HOME_FIELDS) if part == 0]
+_LOADED = operator.attrgetter(*_LOADS)
 HOME_SIZE = _HOME_STRUCT.size
 HOME = re.compile(  # matches any way home, whosever it was
     b"".join(re.escape(fixed) + b".{%d}" % struct.calcsize("<" + varying) for fixed, varying in _HOME_LAYOUT),
@@ -208,10 +222,9 @@ def way_home(registers: Registers, blocked: int) -> bytes:
     """
     to = continued(registers)
     flags = (0x7F if to.flags & _OF else 0) | (to.flags & _CF_TO_SF) << 8
-    values = iter((flags, *(getattr(to, name) for name in _LOADS), to.ip, blocked))
-    fields: list[bytes | int] = []
-    for fixed, varying in _HOME_LAYOUT:
-        fields += [fixed, next(values)] if varying else [fixed]
+    fields = _HOME_FIELDS.copy()
+    for at, value in zip(_HOME_VARYING, (flags, *_LOADED(to), to.ip, blocked), strict=True):
+        fields[at] = value
     return _HOME_STRUCT.pack(*fields)
 
 

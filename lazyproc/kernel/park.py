@@ -49,11 +49,16 @@ class ParkedProcess:
 
 
 def place_for(
-    pid: int, started: int, tracees: Sequence[Tracee], stopped: Sequence[Stopped], memory: Memory
+    pid: int,
+    started: int,
+    maps: Sequence[proc.MapsEntry],
+    tracees: Sequence[Tracee],
+    stopped: Sequence[Stopped],
+    memory: Memory,
 ) -> ParkedProcess:
     """What parking would do to a frozen process; nothing is done yet. Raises TraceeError."""
     at = padding(
-        proc.maps(proc.read(pid, "maps")),
+        maps,
         memory,
         len(arch.PARK),
         behind=STUB_ROOM,

@@ -290,44 +290,66 @@ class Status:
     involuntary_switches: int
 
 
+def _in_order(*keys: str) -> re.Pattern[bytes]:
+    """Matches lines "Key:\tvalue" in this order with a group for each value. What stands between them is passed over;
+    a key with "?" may be missing. Atomic and possessive: nothing is looked at twice.
+    """
+    lines = (
+        rb"(?>(?:.*\n)*?%s:\t(.*)\n)%s" % (key.rstrip("?").encode(), b"?+" * ("?" in key)) for key in keys
+    )
+    return re.compile(b"".join(lines))
+
+
+# A zombie has no Umask and no VmLck, a kernel without CONFIG_PID_NS no NS lines.
+_STATUS = _in_order(
+    *("Name", "Umask?", "State", "Tgid", "Pid", "PPid", "TracerPid", "Uid", "Gid", "Groups"),
+    *("NStgid?", "NSpid?", "NSpgid?", "NSsid?", "Kthread?", "VmLck?", "THP_enabled?", "Threads"),
+    *("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),
+    *("NoNewPrivs", "Seccomp?", "Seccomp_filters?", "voluntary_ctxt_switches", "nonvoluntary_ctxt_switches"),
+)
+
+
 @parser("status")
 def status(data: bytes) -> Status:
     """/proc/PID/status or /proc/PID/task/TID/status."""
-    text = {key: value for key, _, value in [line.partition(b":\t") for line in data.split(b"\n")]}
-    tgid, pid = int(text[b"Tgid"]), int(text[b"Pid"])
+    lines = _STATUS.match(data)
+    if lines is None:
+        raise ValueError("a line is missing")
+    (
+        name, umask, state, tgid, pid, ppid, tracer, uid, gid, groups,
+        ns_tgid, ns_pid, ns_pgid, ns_sid, kthread, locked, thp, threads,
+        pending, shared_pending, blocked, ignored, caught, inheritable, permitted, effective, bounding, ambient,
+        no_new_privs, seccomp, filters, voluntary, involuntary,
+    ) = lines.groups()  # fmt: skip
     return Status(
-        text[b"State"][:1].decode("ascii"),
-        _name(text[b"Name"]),
-        tgid,
-        pid,
-        int(text[b"PPid"]),
-        int(text[b"TracerPid"]),
-        *_owner(text[b"Uid"], text[b"Gid"], text[b"Groups"]),
-        # A kernel without CONFIG_PID_NS writes no NS lines.
-        _ints(text[b"NStgid"]) if b"NStgid" in text else (tgid,),
-        _ints(text[b"NSpid"]) if b"NSpid" in text else (pid,),
-        _ints(text.get(b"NSpgid", b"0")),
-        _ints(text.get(b"NSsid", b"0")),
-        int(text[b"Umask"], 8) if b"Umask" in text else None,
-        int(text.get(b"VmLck", b"0 kB")[:-3]),
-        int(text.get(b"Kthread", b"0")) == 1,
-        int(text.get(b"THP_enabled", b"1")) == 1,
-        int(text[b"Threads"]),
-        int(text[b"SigPnd"], 16),
-        int(text[b"ShdPnd"], 16),
-        int(text[b"SigBlk"], 16),
-        int(text[b"SigIgn"], 16),
-        int(text[b"SigCgt"], 16),
-        *_rights(*(text[key] for key in _CAPABILITIES)),
-        int(text[b"NoNewPrivs"]) == 1,
-        int(text.get(b"Seccomp", b"0")),
-        int(text.get(b"Seccomp_filters", b"0")),
-        int(text[b"voluntary_ctxt_switches"]),
-        int(text[b"nonvoluntary_ctxt_switches"]),
+        state[:1].decode("ascii"),
+        _name(name),
+        int(tgid),
+        int(pid),
+        int(ppid),
+        int(tracer),
+        *_owner(uid, gid, groups),
+        _ints(tgid if ns_tgid is None else ns_tgid),
+        _ints(pid if ns_pid is None else ns_pid),
+        _ints(ns_pgid or b"0"),
+        _ints(ns_sid or b"0"),
+        None if umask is None else int(umask, 8),
+        int((locked or b"0 kB")[:-3]),
+        kthread == b"1",
+        thp != b"0",
+        int(threads),
+        int(pending, 16),
+        int(shared_pending, 16),
+        int(blocked, 16),
+        int(ignored, 16),
+        int(caught, 16),
+        *_rights(inheritable, permitted, effective, bounding, ambient),
+        no_new_privs == b"1",
+        int(seccomp or b"0"),
+        int(filters or b"0"),
+        int(voluntary),
+        int(involuntary),
     )
-
-
-_CAPABILITIES = (b"CapInh", b"CapPrm", b"CapEff", b"CapBnd", b"CapAmb")
 
 
 # Of most threads of a tree these are the same.

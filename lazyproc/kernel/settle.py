@@ -87,7 +87,13 @@ def _waiting(tracee: Tracee, status: proc.Status, blocked: int) -> int:
     """The signals, as a mask, that are pending now and will interrupt the thread when it runs: those neither blocked
     nor ignored. `status` may be older: a frozen process cannot change what it ignores.
     """
-    queued = (*tracee.pending(shared=False), *tracee.pending(shared=True))
+    return _interrupting((*tracee.pending(shared=False), *tracee.pending(shared=True)), status, blocked)
+
+
+def _interrupting(queued: Sequence[bytes], status: proc.Status, blocked: int) -> int:
+    """Of the queued signals, as a mask, those that are neither blocked nor ignored."""
+    if not queued:
+        return 0
     ignored = status.sig_ignored | (IGNORED_BY_DEFAULT & ~status.sig_caught)
     return _mask(*{_NUMBER.unpack_from(info)[0] for info in queued}) & ~blocked & ~ignored
 
@@ -104,9 +110,10 @@ def settle_again(
 
 
 def resumed(
-    tracee: Tracee, stopped: Stopped, sigactions: Sequence[SigAction], memory: Memory
+    stopped: Stopped, queued: Sequence[bytes], sigactions: Sequence[SigAction], memory: Memory
 ) -> tuple[Registers, Restart | None]:
-    """How a copy of the thread runs on: its system call made again, or ended by a signal.
+    """How a copy of the thread runs on: its system call made again, or ended by a signal. `queued` are the signals that
+    are pending, of its own and of its process.
 
     The copy gets its pending signals before it runs, so what the kernel would decide at their delivery
     (arch/x86/kernel/signal.c, handle_signal) is decided here.
@@ -115,7 +122,7 @@ def resumed(
     code = arch.restart_code(registers)
     if not code and stopped.interrupted_epoll is None:
         return registers, None
-    waiting = _waiting(tracee, stopped.status, stopped.state.blocked)
+    waiting = _interrupting(queued, stopped.status, stopped.state.blocked)
     if stopped.interrupted_epoll is not None:
         return stopped.interrupted_epoll if waiting else registers, None
     handlers = [action for action in sigactions if waiting >> (action.signal - 1) & 1]

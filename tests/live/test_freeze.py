@@ -223,24 +223,34 @@ def test_threads_that_come_and_go_are_all_stopped(tmp_path: Path) -> None:
         assert it.process.poll() is None
 
 
-def test_exec_by_any_thread_during_the_freeze(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whose", ["root", "child"])
+def test_exec_by_any_thread_during_the_freeze(whose: str, tmp_path: Path) -> None:
     source = """
     static void *again(void *a) { execv("/proc/self/exe", words); _exit(2); return a; }
     int main(int c, char **v)
     {
         pthread_t t;
         words = v;
-        if (c == 2) { say("ready\\n", 0, 0, 0); words = (char *[]){ v[0], v[1], "again", 0 }; }
+        if (c == 3) {
+            int child = v[2][0] == 'c' ? fork() : 0;
+            if (child || v[2][0] == 'r') say("ready\\n", 0, 0, 0);
+            words = (char *[]){ v[0], v[1], "again", "again", 0 };
+            while (child) pause();
+        }
         if (pthread_create(&t, 0, again, 0)) _exit(1);
         for (;;) pause();
     }
     """
-    with tracee(source, tmp_path) as it:
+    with tracee(source, tmp_path, whose) as it:
         for _ in range(40):
             with frozen_tree(it.pid) as tree:
-                assert tree.tasks[it.pid].threads[0].tid == it.pid
-                assert state_of(it.pid) == "t"
+                assert len(tree.tasks) == (1 if whose == "root" else 2)
+                for pid, task in tree.tasks.items():
+                    assert task.threads[0].tid == pid
+                    assert state_of(pid) == "t"
         assert it.process.poll() is None
+        with frozen_tree(it.pid) as tree:
+            tree.kill()
 
 
 # --- stopped and killed -----------------------------------------------------------------------------------------

@@ -147,6 +147,7 @@ def test_any_name_of_a_command_comes_back(name: bytes) -> None:
 
 def test_status() -> None:
     status = proc.status(STATUS)
+    assert status.comm == "a\nb"
     assert (status.state, status.tgid, status.pid, status.ppid, status.tracer_pid) == (
         "S",
         6102,
