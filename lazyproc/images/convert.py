@@ -82,11 +82,12 @@ def to_images(
     files = FileWriter(checkpoint, writer, extras)
     _write_inventory(writer, cgroups.add(checkpoint.root.cgroups))
     files.write_files()
-    memfd_files = files.write_memfds()
+    behind = memory.Behind(memory.access_modes(checkpoint.files), checkpoint.shared, files.write_memfds())
     files.write_pipes()
     memory.write_shared(checkpoint.shared, writer, extras)
     write_contents(checkpoint, writer, extras)
     sets = memory.FlagSets(extras)
+    known = {id(each.vmas): each for each in written}
     for number, task in enumerate(checkpoint.tasks, start=2):
         _write_cores(task, cgroups.add(task.cgroups), seccomp, writer, extras)
         extra = extras.tasks.add(vpid=task.vpid, exit_signal=task.exit_signal)
@@ -95,7 +96,7 @@ def to_images(
         if task.state is not TaskState.ZOMBIE:
             _write_alive(task, number, files, writer)
         if task.mm is not None:
-            memory.write_mm(task, task.mm, checkpoint, memfd_files, writer, extra, sets, written)
+            memory.write_mm(task, task.mm, behind, writer, extra, sets, known.get(id(task.mm.vmas)))
     if cgroups.message.sets:
         writer.add(CGROUP, cgroups.message)
     writer.add(SECCOMP, seccomp.message)

@@ -16,7 +16,6 @@ from lazyproc.images.files import ImageWriter, garbled, record, records, to_byte
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.model import (
-    Checkpoint,
     Mm,
     OpenFile,
     SharedKind,
@@ -182,14 +181,11 @@ class WrittenMappings:
     extra: own.TaskExtra
     sets: tuple[frozenset[str], ...]
 
-    def are_of(self, mm: Mm, files: Mapping[int, OpenFile]) -> bool:
-        """Whether `mm` has these very mappings, and they would be written the same today."""
+    def are_of(self, mm: Mm, access: Mapping[int, int]) -> bool:
+        """Whether `mm` has these very mappings, and its files, opened as `access` says, are opened the same."""
         if self.vmas is not mm.vmas or self.start_stack != mm.start_stack:
             return False
-        return all(
-            number in files and files[number].flags & _O_ACCMODE == mode
-            for number, mode in self.access.items()
-        )
+        return self.access.items() <= access.items()
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,19 +237,15 @@ def access_modes(files: Mapping[int, OpenFile]) -> dict[int, int]:
 def write_mm(
     task: Task,
     mm: Mm,
-    checkpoint: Checkpoint,
-    memfd_files: Mapping[int, int],
+    behind: Behind,
     writer: ImageWriter,
     extra: own.TaskExtra,
     sets: FlagSets,
-    written: Iterable[WrittenMappings] = (),
+    written: WrittenMappings | None = None,
 ) -> None:
-    """mm-<vpid>.img. `memfd_files` names, for each shared object, the MEMFD file that mappings refer to; `written` are
-    mappings that may be those of `mm`.
-    """
-    mappings = next((each for each in written if each.are_of(mm, checkpoint.files)), None)
-    if mappings is None:
-        behind = Behind(access_modes(checkpoint.files), checkpoint.shared, memfd_files)
+    """mm-<vpid>.img. `written` are mappings that may be those of `mm`."""
+    mappings = written
+    if mappings is None or not mappings.are_of(mm, behind.access):
         mappings = write_mappings(mm.vmas, mm.start_stack, behind)
     entry = pb.mm_entry(exe_file_id=mm.exe_id, dumpable=mm.dumpable, thp_disabled=mm.thp_disabled)
     entry.MergeFrom(mappings.entry)

@@ -85,10 +85,9 @@ def to_entry(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtr
     beyond = bytearray(padded)  # what CRIU has no field for
     beyond[: _FXSAVE.size] = bytes(_FXSAVE.size)
     beyond[_HEADER : _HEADER + 8] = bytes(8)
-    layout = _layout(area)
-    entry.xsave.CopyFrom(_unused(layout))
+    entry.xsave.CopyFrom(_unused(int.from_bytes(area[_XCR0 : _XCR0 + 8], "little"), len(area)))
     entry.xsave.xstate_bv = int.from_bytes(padded[_HEADER : _HEADER + 8], "little")
-    for part in layout:
+    for part in _layout(area):
         content = area[part.offset : part.offset + part.size]
         if content != bytes(part.size):  # memcmp(3): any() would look at each byte
             values = getattr(entry.xsave, part.field)
@@ -101,10 +100,10 @@ def to_entry(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtr
 
 
 @functools.lru_cache(maxsize=16)
-def _unused(layout: tuple[_Component, ...]) -> pb.user_x86_xsave_entry:
+def _unused(enabled: int, length: int) -> pb.user_x86_xsave_entry:
     """Components that a thread has not used are zeros: those are copied, not written one by one."""
     entry = pb.user_x86_xsave_entry(xstate_bv=0)
-    for part in layout:
+    for part in _places(enabled, length):
         getattr(entry, part.field).extend(part.layout.unpack(bytes(part.size)))
     return entry
 

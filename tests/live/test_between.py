@@ -22,6 +22,7 @@ from lazyproc.dump.gather import dumped
 from lazyproc.dump.space import NOTHING, Seen
 from lazyproc.errors import CannotBeDone
 from lazyproc.facts import replace
+from lazyproc.images.memory import access_modes
 from lazyproc.kernel import proc
 from lazyproc.migrate.source import look
 from lazyproc.model import Checkpoint, Clocks, RegularFile, Vma
@@ -99,7 +100,7 @@ def test_what_is_still_so_is_not_worked_out_again(tmp_path: Path) -> None:
     mm = checkpoint.tasks[0].mm
     assert mm is not None
     assert mm.vmas is seen.spaces[it.pid].vmas
-    assert [each.are_of(mm, checkpoint.files) for each in before.written] == [True]
+    assert [each.are_of(mm, access_modes(checkpoint.files)) for each in before.written] == [True]
     known = {id(resource) for resource in seen.files.values()}
     mapped = {vma.file_id for vma in vmas(checkpoint) if vma.file_id}
     assert {id(checkpoint.files[number].resource) for number in mapped} <= known
