@@ -8,6 +8,7 @@ HERE = "lazyproc/uffd"
 WIRE = "lazyproc/wire"
 PARTS = (
     "pager",
+    "given",
     "faults",
     "faulted",
     "bulk",
