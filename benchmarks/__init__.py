@@ -1,1 +1,1 @@
-"""Measurements: each module has a `main()` that prints one table. `make bench` runs them all."""
+"""Measurements: each scene is a function from a number of rounds to a Result. `make bench` runs them all."""

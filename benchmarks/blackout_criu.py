@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
-from pathlib import Path
+from dataclasses import replace
 
 from benchmarks.engines import by_lazy_criu, by_lazyproc
-from benchmarks.local_fault import compiled
-from benchmarks.measure import Goal, Result, Samples
+from benchmarks.measure import Goal, Result, Samples, brief
 from benchmarks.toucher import LAZY, OURS, moved
 from benchmarks.touching import Cargo
 
@@ -23,22 +21,19 @@ PROTOTYPE_MS = {f"{THREADS} threads": THREADS * 0.085, f"{VMAS} VMAs": VMAS * 0.
 def run(rounds: int) -> Result:
     values: dict[str, list[float]] = defaultdict(list)
     ours = {"5 threads, 1 GiB": PLAIN, "1 thread": SMALL, **GROWN}
-    with tempfile.TemporaryDirectory(prefix="lazyproc-bench-", dir="/var/tmp") as folder:
-        binary = compiled("touch", Path(folder))
-        for _ in range(rounds):
-            for name, cargo in ours.items():
-                values[f"{name}, {OURS}"].append(moved(by_lazyproc, cargo, binary).blackout_ms)
-            values[f"5 threads, 1 GiB, {LAZY}"].append(moved(by_lazy_criu, PLAIN, binary).blackout_ms)
+    for _ in range(rounds):
+        for name, cargo in ours.items():
+            values[f"{name}, {OURS}"].append(moved(by_lazyproc, cargo).blackout_ms)
+        values[f"5 threads, 1 GiB, {LAZY}"].append(moved(by_lazy_criu, PLAIN).blackout_ms)
     samples = {name: Samples("ms", tuple(found)) for name, found in values.items()}
-    base = samples[f"1 thread, {OURS}"].median
-    mine, theirs = (samples[f"5 threads, 1 GiB, {engine}"].median for engine in (OURS, LAZY))
-    goals = [Goal("5 threads, 1 GiB: lazyproc / CRIU lazy", mine / theirs, 1 / 15)]
-    goals += [
-        Goal(
-            f"{name}: what they add / the prototype's {slope:.2g} ms",
-            (samples[f"{name}, {OURS}"].median - base) / slope,
-            3,
+    base = samples[f"1 thread, {OURS}"]
+    mine, theirs = (samples[f"5 threads, 1 GiB, {engine}"] for engine in (OURS, LAZY))
+    goals = [Goal.of("5 threads, 1 GiB: lazyproc / CRIU lazy", 1 / 15, mine, theirs)]
+    for name, slope in PROTOTYPE_MS.items():
+        grown = samples[f"{name}, {OURS}"]
+        added = Samples(
+            "x", tuple((more - less) / slope for more, less in zip(grown.values, base.values, strict=True))
         )
-        for name, slope in PROTOTYPE_MS.items()
-    ]
+        goal = Goal.of(f"{name}: what they add / the prototype's", 3, added)
+        goals.append(replace(goal, words=f"{brief(added.median * slope)} / {brief(slope)} ms"))
     return Result("blackout seen by the cargo", samples, goals)

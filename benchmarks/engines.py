@@ -6,50 +6,64 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.receiver import DEADLINE_S, PORT, lazyproc, receiving
+from benchmarks.settings import large_pipes
 from lazyproc.hosts import Host, Pair
 from tests.peer import criu
 
 Report = dict[str, Any]
-# Yields what the engine itself reports, filled at the end; empty for CRIU.
+# Yields what the engine itself reports, filled at the end; CRIU does not.
 Engine = Callable[[Pair, int, Path], AbstractContextManager[Report]]
-PIPE_SIZE = Path("/proc/sys/fs/pipe-max-size")
-CRIU_PIPES = 4 << 20  # what its page server asks for; without CAP_SYS_RESOURCE this is the limit
 
 
 @contextmanager
 def by_lazyproc(pair: Pair, vpid: int, _images: Path, options: Sequence[str] = ()) -> Iterator[Report]:
-    report: Report = {}
-    with receiving(pair, "--insecure") as address:
-        migrate = pair.source.popen(
-            lazyproc("migrate", vpid, address, "--insecure", "--json", *options),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    with receiving(pair, "--insecure") as address, migrating(pair, vpid, address, options) as report:
         yield report
-        out, words = migrate.communicate(timeout=DEADLINE_S)
-        if migrate.returncode:
-            raise RuntimeError(f"lazyproc migrate: exit {migrate.returncode}: {words.strip()}")
-        report |= json.loads(out)
 
 
 @contextmanager
-def by_lazy_criu(pair: Pair, vpid: int, images: Path) -> Iterator[Report]:
-    """The images lie where both see them: nothing is copied, which is more than CRIU's users have."""
+def migrating(pair: Pair, vpid: int, address: str, options: Sequence[str] = ()) -> Iterator[Report]:
+    """To a receiver that is there."""
+    migrate = pair.source.popen(
+        lazyproc("migrate", vpid, address, "--insecure", "--json", *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    report: Report = {}
+    try:
+        yield report
+    except Exception as error:
+        migrate.kill()
+        error.add_note(f"lazyproc migrate: {migrate.communicate()[1].strip()}")
+        raise
+    out, words = migrate.communicate(timeout=DEADLINE_S)
+    if migrate.returncode:
+        raise RuntimeError(f"lazyproc migrate: exit {migrate.returncode}: {words.strip()}")
+    report |= json.loads(out)
+
+
+@contextmanager
+def by_lazy_criu(pair: Pair, vpid: int, images: Path, options: Sequence[str] = ()) -> Iterator[Report]:
+    """The images lie where both see them: nothing is copied, which is more than CRIU's users have. Yields when it
+    runs there."""
     server = ("--address", str(pair.source.address), "--port", str(PORT))
-    with _large_pipes():
-        dump = _until_ready(pair.source, images, "dump", "--lazy-pages", *server, "-t", str(vpid))
+    with large_pipes():
+        dump = _until_ready(pair.source, images, "dump", "--lazy-pages", *server, "-t", str(vpid), *options)
+        report: Report = {"frozen_at": time.time_ns()}  # it is, and stays so
         daemon = _until_ready(pair.destination, images, "lazy-pages", "--page-server", *server)
-        pair.destination.run(
-            _criu("restore", images, "--lazy-pages", "--restore-detached"), check=True, timeout=DEADLINE_S
-        )
-        yield {}
+        restore = _criu("restore", images, "--lazy-pages", "--restore-detached", *options)
+        # Not run()'s own timeout: it looks every 50 ms only.
+        if status := pair.destination.run(["timeout", str(DEADLINE_S), *restore]).returncode:
+            raise _failed("restore", status, images)
+        yield report
         for name, process in (("lazy-pages", daemon), ("dump", dump)):
             if process.wait(DEADLINE_S):
                 raise _failed(name, process.returncode, images)
@@ -91,14 +105,3 @@ def _until_ready(host: Host, images: Path, command: str, *options: str) -> subpr
         process.wait(DEADLINE_S)
         raise _failed(command, process.returncode, images)
     return process
-
-
-@contextmanager
-def _large_pipes() -> Iterator[None]:
-    before = PIPE_SIZE.read_text()
-    if int(before) < CRIU_PIPES:
-        PIPE_SIZE.write_text(str(CRIU_PIPES))
-    try:
-        yield
-    finally:
-        PIPE_SIZE.write_text(before)

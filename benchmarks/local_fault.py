@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.measure import Goal, Result, Samples
+from benchmarks.programs import program
 
 PAGES = 64 << 8  # 64 MiB
 MEMORY_PAGES = 1 << 18  # 1 GiB, for the pager's own memory
 BOARD = struct.Struct("<IIQQQ")  # go, done, median, p99, mean: first_touch.c
-HERE = Path(__file__).parent
 
 # Runs in a process of its own, as `restore --lazy` does; prints the pager process's own memory when told to.
 RESTORE = """
@@ -40,23 +40,6 @@ with restore(Path(sys.argv[1]), lazy=True, bulk=sys.argv[2] == "bulk", pidns="au
 """
 
 
-def compiled(name: str, folder: Path) -> Path:
-    binary = folder / name
-    command: list[str | Path] = [
-        "gcc",
-        "-O2",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-o",
-        binary,
-        HERE / f"{name}.c",
-        "-lpthread",
-    ]
-    subprocess.run(command, check=True)
-    return binary
-
-
 class Touches(NamedTuple):
     """The shared file of first_touch.c, but for `go`; in ns."""
 
@@ -69,12 +52,12 @@ class Touches(NamedTuple):
 class Cargo:
     """first_touch in images, ready to be restored any number of times."""
 
-    def __init__(self, folder: Path, binary: Path, pages: int, more: int = 0) -> None:
+    def __init__(self, folder: Path, pages: int, more: int = 0) -> None:
         """`pages` to be touched, above `more` that are not."""
         self.images, self._board = folder / f"images-{pages}", folder / f"board-{pages}"
         self._board.write_bytes(bytes(mmap.PAGESIZE))
         process = subprocess.Popen(
-            [binary, self._board, str(pages), str(more)],
+            [program("first_touch"), self._board, str(pages), str(more)],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -140,16 +123,17 @@ class Cargo:
 def run(rounds: int) -> Result:
     with tempfile.TemporaryDirectory(prefix="lazyproc-bench-", dir="/var/tmp") as name:
         folder = Path(name)
-        binary, floor = compiled("first_touch", folder), compiled("floor", folder)
-        cargo = Cargo(folder, binary, PAGES)
+        cargo = Cargo(folder, PAGES)
         image = folder / "random"
         image.write_bytes(os.urandom(PAGES * mmap.PAGESIZE))
         ours, plain = [], []
         for _ in range(rounds):
-            done = subprocess.run([floor, image, str(PAGES)], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [program("floor"), image, str(PAGES)], check=True, capture_output=True, text=True
+            )
             plain.append(int(done.stdout.split()[0]) / 1e3)
             ours.append(cargo.touch_all().median / 1e3)
-        memory = Cargo(folder, binary, MEMORY_PAGES).pager_kib()
+        memory = Cargo(folder, MEMORY_PAGES).pager_kib()
     samples = {
         "first touch, lazyproc": Samples("us", tuple(ours)),
         "first touch, plain C": Samples("us", tuple(plain)),
@@ -157,10 +141,11 @@ def run(rounds: int) -> Result:
     }
     allowed_kib = (64 << 10) + MEMORY_PAGES * mmap.PAGESIZE / 1024 / 1000
     goals = [
-        Goal(
+        Goal.of(
             "median first touch, lazyproc / plain C",
-            samples["first touch, lazyproc"].median / samples["first touch, plain C"].median,
             2,
+            samples["first touch, lazyproc"],
+            samples["first touch, plain C"],
         ),
         Goal("pager memory / (64 MiB + 1/1000)", memory / allowed_kib, 1),
     ]

@@ -6,7 +6,8 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Self
 
 Runner = Callable[[], float]
 
@@ -77,13 +78,34 @@ def interleaved(runners: Mapping[str, Runner], rounds: int, unit: str) -> dict[s
     return {name: Samples(unit, tuple(samples)) for name, samples in values.items()}
 
 
+def brief(value: float) -> str:
+    """Three digits, for people."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def paired(mine: Samples, theirs: Samples) -> Samples:
+    """The ratio of each round."""
+    return Samples("x", tuple(one / other for one, other in zip(mine.values, theirs.values, strict=True)))
+
+
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A ratio of medians, or of pairs, and the most it may be; a missed goal is shown, not hidden."""
+    """A ratio and the most it may be; a missed goal is shown, not hidden. `words` say what it is a ratio of, `interval`
+    is where the median of the rounds' own ratios lies."""
 
     name: str
     ratio: float
     limit: float
+    words: str = ""
+    interval: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, name: str, limit: float, mine: Samples, theirs: Samples | None = None) -> Self:
+        """The ratio of two medians that were taken in the same rounds; without `theirs` a median that is one."""
+        if theirs is None:
+            return cls(name, mine.median, limit, "", mine.interval)
+        words = f"{brief(mine.median)} / {brief(theirs.median)} {theirs.unit}"
+        return cls(name, mine.median / theirs.median, limit, words, paired(mine, theirs).interval)
 
     @property
     def met(self) -> bool:
@@ -96,21 +118,34 @@ class Goal:
 
 
 @dataclass(frozen=True, slots=True)
+class Track:
+    """Something that changes in time, in one round: a value for every `step_ms` from `begin_ms` on, 0 being the moment
+    in which the cargo stopped at the source."""
+
+    unit: str
+    begin_ms: float
+    step_ms: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
-    """What one scene found."""
+    """What one scene found. `tracks` have one entry a round, `spectra` too: how many durations fell into each of
+    check.h's buckets. Their names are WHAT, ENGINE."""
 
     scene: str
     samples: Mapping[str, Samples]
     goals: Sequence[Goal]
+    tracks: Mapping[str, Sequence[Track]] = field(default_factory=dict)
+    spectra: Mapping[str, Sequence[tuple[int, ...]]] = field(default_factory=dict)
 
     def fields(self) -> dict[str, object]:
         return {
             "scene": self.scene,
             "samples": {name: samples.fields() for name, samples in self.samples.items()},
-            "goals": [
-                {"name": goal.name, "ratio": goal.ratio, "limit": goal.limit, "met": goal.met}
-                for goal in self.goals
-            ],
+            "goals": [asdict(goal) | {"met": goal.met} for goal in self.goals],
+            "tracks": {name: [asdict(track) for track in tracks] for name, tracks in self.tracks.items()},
+            "spectra": {name: list(spectra) for name, spectra in self.spectra.items()},
         }
 
 

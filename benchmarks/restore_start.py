@@ -123,5 +123,5 @@ def run(rounds: int) -> Result:
     return Result(
         "restore to first heartbeat, 512 MiB",
         samples,
-        [Goal("lazyproc / CRIU", mine.median / peer.median, 1.5)],
+        [Goal.of("lazyproc / CRIU", 1.5, mine, peer)],
     )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.blackout import PACE_US, THREADS
-from benchmarks.measure import Result, Samples
+from benchmarks.measure import Goal, Result, Samples
 from benchmarks.receiver import lazyproc, receiving
 from lazyproc.hosts import Pair, pair_of_hosts
 from lazyproc.keys import make_keys
@@ -22,7 +22,7 @@ from tests.live.programs import running
 from tests.live.sshd import serving
 
 PLAIN, TLS, SSH = "plain", "TLS", "ssh"
-QUIET_MIB, BULK_MIB = 64, 1024
+QUIET_MIB, BULK_MIB = 16, 128
 SLOWLY = ("--max-rate", str(20 << 20))  # faults have the links to themselves
 
 
@@ -77,7 +77,8 @@ def run(rounds: int) -> Result:
         f"{what}, {name}": Samples(units[what.rpartition(" ")[2]], tuple(values[what, name]))
         for what, name in sorted(values)
     }
-    return Result("TLS and ssh against plain", samples, [])
+    rates = (samples[f"with bulk: rate, {name}"] for name in (PLAIN, TLS))
+    return Result("TLS and ssh against plain", samples, [Goal.of("bulk rate, plain / TLS", 2, *rates)])
 
 
 def _trust(pair: Pair, name: str) -> Sequence[Sequence[str]]:

@@ -1,4 +1,4 @@
-"""The cargo that measures a move from inside (touch.c): started on a host, and what its board says."""
+"""A cargo that measures a move from inside (touch.c, heap.py): started on a host, and what its board says."""
 
 from __future__ import annotations
 
@@ -9,15 +9,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+from benchmarks.measure import Track
+from benchmarks.programs import program
 from lazyproc.hosts import Host
 from tests.live.programs import Program, Status, running, stall_floor_ns, wait_until
 
 MIB = 1 << 20
 SLOT_NS = 10_000_000
+SLOTS_SHOWN = 2000  # of a track: 20 s
 HIGH_PID = 7000  # above all that runs on a destination: CRIU restores only to the same pid
 _HEAD = struct.Struct("<8Q")
 _SLOTS = 30_000
+_BEFORE = 30  # slots of a track before the freeze
+
+
+class Load(Protocol):
+    """What a program with a board is told, and how much memory of it there is when all is there."""
+
+    @property
+    def binary(self) -> Path: ...
+
+    def arguments(self) -> tuple[object, ...]: ...
+
+    def whole_kib(self, pid: int) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +44,16 @@ class Cargo:
     mib: int = 512
     threads: int = 1
     vmas: int = 0
+
+    @property
+    def binary(self) -> Path:
+        return program("touch")
+
+    def arguments(self) -> tuple[object, ...]:
+        return self.mode, self.mib, self.threads, self.vmas
+
+    def whole_kib(self, _pid: int) -> int:
+        return self.mib << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +88,26 @@ class Board:
         first, last = ((at - self.started) // SLOT_NS for at in (begin, end))
         return sum(self.slots[max(first, 0) : last]) / (last - max(first, 0)) * (1e9 / SLOT_NS)
 
+    def throughput(self, until: int) -> Track:
+        """Visits around the freeze, up to a time of day."""
+        frozen, last = ((at - self.started) // SLOT_NS for at in (self.frozen, until))
+        first = max(frozen - _BEFORE, 0)
+        begin_ms = (self.started + first * SLOT_NS - self.frozen) / 1e6
+        values = self.slots[first : min(last, first + SLOTS_SHOWN)]
+        return Track("visits in 10 ms", round(begin_ms, 3), SLOT_NS / 1e6, values)
+
 
 @dataclass(frozen=True, slots=True)
 class Toucher:
     """A cargo that runs on the source, and after its move on the destination."""
 
-    cargo: Cargo
+    load: Load
     program: Program
     board: Path
 
-    def wait_moved(self) -> Board:
-        """The board at the cargo's first visit elsewhere."""
-        wait_until(lambda: _HEAD.unpack_from(self.board.read_bytes())[2] != 0, "the cargo runs elsewhere")
-        return Board.read(self.board)
+    def has_moved(self) -> bool:
+        with self.board.open("rb") as file:
+            return bool(_HEAD.unpack(file.read(_HEAD.size))[2])
 
     def finish(self, pid: int) -> tuple[Board, Status]:
         """Ends the cargo, once all its memory is right; AssertionError when it is not."""
@@ -85,14 +118,15 @@ class Toucher:
 
 
 @contextmanager
-def touching(cargo: Cargo, binary: Path, directory: Path, host: Host) -> Iterator[Toucher]:
+def touching(load: Load, directory: Path, host: Host) -> Iterator[Toucher]:
     """The cargo on `host`; `directory` is one that both hosts see."""
     host.run(["sh", "-c", f"echo {HIGH_PID} > /proc/sys/kernel/ns_last_pid"], check=True)
     board = directory / "board"
-    arguments = (board, cargo.mode, cargo.mib, cargo.threads, cargo.vmas)
-    with running("touch", *arguments, directory=directory, host=host, binary=binary) as program:
-        wait_until(lambda: program.watch.read().beats[0] > 0, "the cargo visits its memory")
-        yield Toucher(cargo, program, board)
+    arguments = (board, *load.arguments())
+    name, binary = load.binary.name, load.binary
+    with running(name, *arguments, directory=directory, host=host, binary=binary) as started:
+        wait_until(lambda: started.watch.read().beats[0] > 0, "the cargo visits its memory")
+        yield Toucher(load, started, board)
 
 
 def stall_ms(status: Status, part: float) -> float:
@@ -114,12 +148,12 @@ def resident_kib(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def pid_in(host: Host) -> int:
+def pid_in(host: Host, comm: str) -> int:
     """The cargo's pid on a host, for the caller; 0 when it is not there."""
     home = os.stat(f"/proc/{host.init_pid}/ns/net").st_ino
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if Path(f"/proc/{entry}/comm").read_text() == "touch\n" and (
+            if Path(f"/proc/{entry}/comm").read_text().rstrip() == comm and (
                 os.stat(f"/proc/{entry}/ns/net").st_ino == home
             ):
                 return int(entry)

@@ -7,17 +7,16 @@ where the scheduler puts them both on one, now and then, a touch costs a fifth, 
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import lazyproc
-from benchmarks.local_fault import PAGES, Cargo, compiled
-from benchmarks.measure import Goal, Result, interleaved
+from benchmarks.local_fault import PAGES, Cargo
+from benchmarks.measure import Goal, Result, interleaved, paired
 
-PAIRS = 3  # in each round: one run differs from the next by more than what is looked for
+PAIRS = 2  # in each round: one run differs from the next by more than what is looked for
 
 
 @contextmanager
@@ -36,7 +35,7 @@ def run(rounds: int) -> Result:
     with tempfile.TemporaryDirectory(prefix="lazyproc-bench-", dir="/var/tmp") as name:
         folder = Path(name)
         with on(cpus[0]):
-            cargo = Cargo(folder, compiled("first_touch", folder), PAGES)
+            cargo = Cargo(folder, PAGES)
         trace = folder / "trace"
 
         def traced() -> float:
@@ -52,8 +51,5 @@ def run(rounds: int) -> Result:
                 rounds * PAIRS,
                 "us",
             )
-    pairs = zip(*(of.values for of in samples.values()), strict=True)
-    ratio = statistics.median(mine / plain for mine, plain in pairs)
-    return Result(
-        "the cost of a trace", samples, [Goal("traced / not traced, median of the pairs", ratio, 1.02)]
-    )
+    goal = Goal.of("traced / not traced, median of the pairs", 1.02, paired(*samples.values()))
+    return Result("the cost of a trace", samples, [goal])

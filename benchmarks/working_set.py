@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.local_fault import Cargo, compiled
+from benchmarks.local_fault import Cargo
 from benchmarks.measure import Goal, Result, Samples
 
 VISITED, MORE = 16 << 8, 112 << 8  # pages
@@ -44,7 +44,7 @@ def run(rounds: int) -> Result:
     """Without a record, with one that bulk begins with, and with one that is there before the first instruction."""
     values: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="lazyproc-bench-", dir="/var/tmp") as name:
-        cargo = Cargo(Path(name), compiled("first_touch", Path(name)), VISITED, MORE)
+        cargo = Cargo(Path(name), VISITED, MORE)
         record = Path(name) / "record"
         restored(cargo, "sequential", record, bulk=False)
         for _ in range(rounds):
@@ -58,8 +58,13 @@ def run(rounds: int) -> Result:
                 for key, value in found.items():
                     values[f"{label}: {key}"].append(value)
     samples = {name: Samples(UNITS[name.rpartition(": ")[2]], tuple(found)) for name, found in values.items()}
-    ratio = samples["recorded, placed before: faults"].median / max(samples["sequential: faults"].median, 1)
-    return Result("a recorded working set", samples, [Goal("faults, recorded / not", ratio, 0.1)])
+    goal = Goal.of(
+        "faults of the second / of the first",
+        0.1,
+        samples["recorded, placed before: faults"],
+        samples["sequential: faults"],
+    )
+    return Result("a recorded working set", samples, [goal])
 
 
 def restored(

@@ -44,7 +44,14 @@ class StateChanged:
     at: float
 
 
-Event = StepDone | Note | PagesMoved | StateChanged
+@dataclass(frozen=True, slots=True)
+class Over:
+    """All is done but for removing the record: `report` is the outcome should nobody be left to say so."""
+
+    report: object
+
+
+Event = StepDone | Note | PagesMoved | StateChanged | Over
 Listener = Callable[[Event], None]
 
 
@@ -77,12 +84,12 @@ class Later:
     def __call__(self, event: Event) -> None:
         self._kept.append(event)
 
-    def steps_ms(self, prefix: str) -> dict[str, float]:
-        """How long the steps that are kept took together, by what follows `prefix` in their names."""
+    def steps_ms(self) -> dict[str, float]:
+        """How long the steps that are kept took together, by what follows the colon in their names."""
         steps: dict[str, float] = {}
         for event in self._kept:
-            if isinstance(event, StepDone) and event.name.startswith(prefix):
-                name = event.name.removeprefix(prefix)
+            if isinstance(event, StepDone):
+                name = event.name.rpartition(": ")[2]
                 steps[name] = steps.get(name, 0.0) + event.seconds * 1e3
         return steps
 

@@ -19,6 +19,7 @@ import struct
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from lazyproc.errors import NoSuchProcess, TraceeError
 from lazyproc.facts import dataclass, field
@@ -52,12 +53,11 @@ HOME_ALIGN = 16
 HOME_ROOM = -(-arch.HOME_SIZE // HOME_ALIGN) * HOME_ALIGN
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One remote system call. `may_fail`: its error is a result; otherwise it ends the program.
 
     Or the instruction XRSTOR (address of the area, low and high half of the mask), for processes that die with us: it
-    changes vector state, which no way home puts back.
+    changes vector state, which no way home puts back. A tuple, not a dataclass: an address space takes thousands.
     """
 
     name: str
@@ -185,8 +185,9 @@ _NO_ARGS = (0, 0, 0, 0, 0, 0)
 
 
 def _row(call: Call) -> bytes:
-    nr = INSTRUCTION if call.name == XRSTOR else SYS[call.name] | (MAY_FAIL if call.may_fail else 0)
-    args = call.args + _NO_ARGS[len(call.args) :]
+    name, args, may_fail = call
+    nr = INSTRUCTION if name == XRSTOR else SYS[name] | may_fail << 32
+    args += _NO_ARGS[len(args) :]
     try:
         return ROW.pack(nr, *args, 0)
     except struct.error:  # a negative one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from typing import Any
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
@@ -15,8 +15,9 @@ from lazyproc.images.files import unpack
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
 from lazyproc.migrate.answering import groups_here, heard, numbers_of, obstacles_here
+from lazyproc.migrate.drafting import Drafting
 from lazyproc.migrate.identity import identity
-from lazyproc.migrate.journal import ARRIVING, COMMITTED, Journal, one_at_a_time
+from lazyproc.migrate.journal import ARRIVING, Journal, one_at_a_time
 from lazyproc.migrate.link import Link
 from lazyproc.migrate.needs import obstacles_frame
 from lazyproc.migrate.talk import Unfit, expect
@@ -39,7 +40,7 @@ from lazyproc.wire.native import Abort, Built, Commit, Committed, Images, Prepar
 
 PREPARE_S = 60.0
 FREEZE_S = 60.0
-STEP = "restore: "  # begins the names of all steps
+STEP = "arrival: "  # begins the names of the steps that are not the restore's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +144,14 @@ class Arrival:
     def _begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
         with ExitStack() as stack:
             wishes, birth = self._prepare(stack)
+            drafting = stack.enter_context(closing(Drafting(self._journal)))
+            self._say_prepared(wishes)
             data = expect(self._link.control, Images, FREEZE_S).data
             later = Later(self._listener)
             stack.callback(later.tell)
             clock = StepClock(later, STEP, self._link.control.began)
             clock.done("receive")
-            return self._build(data, wishes, birth, pager, serve, later, clock)
+            return self._build(data, wishes, birth, pager, serve, drafting, later, clock)
 
     def _build(
         self,
@@ -157,6 +160,7 @@ class Arrival:
         birth: Birth | None,
         pager: Pager,
         serve: Callable[[], None],
+        drafting: Drafting,
         later: Later,
         clock: StepClock,
     ) -> LazyTree:
@@ -168,6 +172,11 @@ class Arrival:
         clock.done("decode")
         users = self._users(checkpoint)
         pidns, cgroup = self._terms.pidns, self._terms.cgroup
+
+        def draft(tree: LazyTree) -> None:
+            facts = {"tree": to_facts(tree), "wishes": wishes.fields(), "ledger": pager.ledger}
+            drafting.begin({**facts, "identity": identity(checkpoint, source)})
+
         with built_tree(
             checkpoint,
             source,
@@ -177,25 +186,24 @@ class Arrival:
             cgroup=cgroup,
             users=users,
             birth=birth,
+            known=draft,
         ) as tree:
             clock = StepClock(later, STEP)
             introduce(pager, tree, later)
-            remains = tree.lazy_tree()
             clock.done("tables")
-            facts = {"tree": to_facts(remains), "wishes": wishes.fields(), "ledger": pager.ledger}
-            self._commit(tree, facts, lambda: identity(checkpoint, source), clock)
+            self._commit(tree, drafting, clock)
             committed = StateChanged("committed", time.monotonic())
             serve()
             self._release(tree)
             clock.done("release")
-            steps: dict[str, JsonValue] = {**later.steps_ms(STEP)}
+            steps: dict[str, JsonValue] = {**later.steps_ms()}
             with suppress(ConnectionLost):  # whoever drains notices
                 self._link.control.send(Committed())
                 self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": steps}))
             self._listener(committed)
             later(StateChanged("running", time.monotonic()))
             self._announce(flows_to_hold(checkpoint))
-        return remains
+        return tree.lazy_tree
 
     def _users(self, checkpoint: Checkpoint) -> Users | None:
         """Whose files it may open; None: anybody's. What came before the freeze was the word of the source, and what it
@@ -240,13 +248,14 @@ class Arrival:
         rehearse(self._listener, identity)
         stack.enter_context(no_collections())
         birth = stack.enter_context(self._expecting(numbers_of(wanted)))
+        return Wishes.of(order, traced=self._trace is None and order.get("trace") is True), birth
+
+    def _say_prepared(self, wishes: Wishes) -> None:
         clock = Clock.now()
         if self._trace is not None:
             self._trace.begin(self._link.session.id, clock)
-        wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
         trace: dict[str, JsonValue] = {"trace": asdict(clock)} if wishes.traced else {}
         self._link.control.send(Prepared({**trace, "release": True} if wishes.release else trace))
-        return wishes, birth
 
     def _expecting(self, numbers: list[int]) -> AbstractContextManager[Birth | None]:
         if not numbers:
@@ -265,16 +274,12 @@ class Arrival:
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
-    def _commit(
-        self, tree: BuiltTree, facts: Mapping[str, Any], identity: Callable[[], object], clock: StepClock
-    ) -> None:
+    def _commit(self, tree: BuiltTree, drafting: Drafting, clock: StepClock) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
         """
         self._link.control.send(Built())
-        facts = {**facts, "identity": identity()}  # while the answer is on its way
-        committed = self._journal.draft(COMMITTED, **facts)
-        running = self._journal.draft("running", durable=False, **facts)
+        committed, running = drafting.drafts()
         clock.done("draft")
         expect(self._link.control, Commit, FREEZE_S)
         clock.done("wait for commit")

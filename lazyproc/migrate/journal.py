@@ -24,7 +24,9 @@ KEPT_S = 7 * 86400
 SOURCE, DESTINATION = "source", "destination"
 RELEASING = "releasing"  # at the source: it runs there, and parts of its memory are gone here
 ARRIVING = "arriving"  # at the destination: admitted, and not here yet
+ROOM = 1 << 14  # bytes, of which most records are shorter
 COMMITTED = "committed"  # at the destination: decided, and the tree still ends with its tracer
+DRAFTED = (COMMITTED, "running")
 
 
 def folder() -> Path:
@@ -90,26 +92,30 @@ class Journal:
         draft = self.draft(state, durable=durable, **facts)
         try:
             self.publish(draft)
-        finally:
-            self._discard()
+        except LazyprocError:
+            _remove(draft.path)
+            raise
+        self._discard()
 
     def draft(self, state: str, *, durable: bool = True, **facts: object) -> Draft:
         """The most of a `write`, ahead of time: nothing is recorded before `publish`. Raises LazyprocError."""
         written = self.facts | {"boot_id": _boot_id(), "state": state, "since": time.time(), **facts}
-        draft = Draft(state, durable, self._path.with_suffix(f".{state}"), written)
+        draft = Draft(state, durable, self._beside(state), written)
         try:
-            with _blamed(self._path):
-                make_folder(self._path.parent)
-                fd = os.open(draft.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-                with open(fd, "wb") as file:
-                    file.write(json.dumps(written).encode())
-                    file.flush()
-                    if durable:
-                        os.fsync(fd)
+            _write(draft.path, json.dumps(written).encode(), durable=durable)
         except LazyprocError:
-            self._discard()
+            _remove(draft.path)
             raise
         return draft
+
+    def make_room(self, state: str) -> None:
+        """A durable draft of that state will find its blocks on the disk, which it then only has to fill. Raises
+        LazyprocError.
+        """
+        _write(self._beside(state), b" " * ROOM, durable=True)
+
+    def _beside(self, state: str) -> Path:
+        return self._path.with_suffix(f".{state}")
 
     def publish(self, draft: Draft) -> None:
         """Record it; see `write`. A durable draft is on the disk already, and its name is when this returns."""
@@ -121,10 +127,8 @@ class Journal:
 
     def _discard(self) -> None:
         """What was drafted, by whomever, and never published."""
-        with suppress(OSError):
-            for path in self._path.parent.glob(f"{self._path.stem}.*"):
-                if path != self._path:
-                    path.unlink()
+        for state in DRAFTED:
+            _remove(self._beside(state))
 
     def note(
         self, state: str, listener: Listener, facts: Mapping[str, object] = {}, *, durable: bool = False
@@ -150,8 +154,7 @@ class Journal:
 
     def remove(self) -> None:
         """The session is over and nobody has to be told."""
-        with suppress(OSError):
-            self._path.unlink()
+        _remove(self._path)
         self._discard()
 
 
@@ -169,6 +172,24 @@ def one_at_a_time() -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _write(path: Path, data: bytes, *, durable: bool) -> None:
+    """Over what is there: a file that does not grow has nothing but its data to be synced. Spaces fill it up, which are
+    nothing to JSON.
+    """
+    with _blamed(path):
+        make_folder(path.parent)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(data.ljust(os.fstat(file.fileno()).st_size))
+            file.flush()
+            if durable:
+                os.fdatasync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+from lazyproc import events
 from lazyproc.dump.before import Before, look_before, observed_sleeps
 from lazyproc.dump.explain import examine
 from lazyproc.dump.freeze import FrozenTree, frozen_tree
@@ -23,8 +24,8 @@ from lazyproc.dump.park import park_tree, parking, unpark_tree
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import hang_up, silence
 from lazyproc.dump.walk import tree_of
-from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, Obstacle, UsageError
-from lazyproc.events import Listener, StateChanged, ignore
+from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, Obstacle, Parked, UsageError
+from lazyproc.events import Listener, Over, StateChanged, ignore
 from lazyproc.facts import asdict, dataclass
 from lazyproc.kernel import netfilter
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
@@ -34,7 +35,7 @@ from lazyproc.migrate.asking import asked
 from lazyproc.migrate.description import description
 from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.holding import Holding, from_facts, holding_of, to_facts
-from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record, find
+from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record, find, records
 from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
 from lazyproc.migrate.lost import source_ended
 from lazyproc.migrate.practice import practise
@@ -198,8 +199,21 @@ def _apart(
     listener: Listener,
     let_go: Callable[[], object] = lambda: None,
 ) -> MigrateReport:
+    reports: list[MigrateReport] = []
+
+    def tell(event: events.Event) -> None:
+        if isinstance(event, Over) and isinstance(event.report, MigrateReport):
+            reports.append(event.report)
+        else:
+            listener(event)
+
     lost = f"see lazyproc sessions, and lazyproc resume {session}"
-    return apart(first, again, listener, NAME, staff=lambda: Desk(session, SOURCE), lost=lost, let_go=let_go)
+    try:
+        return apart(first, again, tell, NAME, staff=lambda: Desk(session, SOURCE), lost=lost, let_go=let_go)
+    except Parked:
+        if reports and not any((each.session, each.role) == (session, SOURCE) for each in records()):
+            return reports[-1]  # they were killed when nothing was left to do
+        raise
 
 
 def _demand_apart(pid: int) -> None:
@@ -330,6 +344,7 @@ def hand_over(
         tree.kill()
         dump.remove_segments()
         serving.release()
+        listener(Over(report))
         journal.remove()
         listener(StateChanged("released", time.monotonic()))
     return report
@@ -449,6 +464,7 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
             releaser.close()
         journal.note(journal.facts["state"], listener, {"report": asdict(report)})
         serving.release()
+        listener(Over(report))
         _end(journal, held)
         listener(StateChanged("released", time.monotonic()))
     return report

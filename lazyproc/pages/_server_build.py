@@ -56,9 +56,10 @@ ffi.cdef(
 ffi.set_source(
     "lazyproc.pages._server",
     '#include "_server.h"',
-    sources=["lazyproc/pages/_server.c"],
+    sources=["lazyproc/pages/_server.c", "lazyproc/pages/_answer.c", "lazyproc/pages/_source.c"],
     depends=[
         "lazyproc/pages/_server.h",
+        "lazyproc/pages/_serving.h",
         "lazyproc/wire/native.h",
         "lazyproc/wire/crc32c.h",
         "lazyproc/wire/zstd.h",

@@ -1,4 +1,4 @@
-"""The page server: C threads (_server.c) that answer GET frames, one thread a connection, without the GIL."""
+"""The page server: C threads (_server.h) that answer GET frames, one thread a connection, without the GIL."""
 
 from __future__ import annotations
 

@@ -181,22 +181,28 @@ def stop(site: Site, parent: Site | None) -> None:
         _swallow(parent, signal.SIGCHLD)
 
 
-def make_threads(site: Site, nursery: Nursery) -> None:
-    """The other threads of a process, each stopped before its first instruction."""
+def make_threads(site: Site) -> None:
+    """The other threads of a process, each stopped before its first instruction; with the next run."""
     others = site.task.threads[1:]
-    if not others:
-        return
-    calls = [
+
+    def check(results: list[int]) -> None:
+        for thread, result in zip(others, results, strict=True):
+            _check_made(thread.tid, result)
+
+    calls = (
         Call(
             "clone3",
             _clone_args(site.bench, THREAD_FLAGS, thread.tid, clear_tid=thread.clear_child_tid),
             may_fail=True,
         )
         for thread in others
-    ]
-    for thread, result in zip(others, site.run(*calls), strict=True):
-        _check_made(thread.tid, result)
-    tids = [thread.tid for thread in others]
+    )
+    site.run_later(*calls, check=check)
+
+
+def meet_threads(site: Site, nursery: Nursery) -> None:
+    """The threads that were made are known to the site, and stopped."""
+    tids = [thread.tid for thread in site.task.threads[1:]]
     ours = [nursery.number_here(tid) for tid in tids]
     known = dict(zip(tids, ours, strict=True)) if all(ours) else host_tids(site.pid, tids)
     for tid in tids:

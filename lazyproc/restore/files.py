@@ -30,7 +30,6 @@ from lazyproc.model import (
     Resource,
     SignalFd,
     TimerFd,
-    VmaKind,
 )
 from lazyproc.needs import FileNeed, file_need
 from lazyproc.restore import anon, memfds, pipes
@@ -86,7 +85,7 @@ def make_regular(workshop: Workshop, file: OpenFile, resource: RegularFile) -> i
     content = workshop.checkpoint.contents.get(resource.content_id)
     if content and not content.path:
         return reopen(ghost(workshop, content.id, resource.path), file.flags)
-    need = file_need(resource, file.flags, sized=file.id in _mapped_privately(workshop.checkpoint))
+    need = file_need(resource, file.flags, sized=file.id in workshop.mapped)
     with probe(workshop.open_path, need.path) as found:
         check_file(need, found)
         if need.flags & os.O_PATH:
@@ -99,7 +98,8 @@ def check_file(need: FileNeed, probe: int) -> None:
     """Raise RestoreError unless what is at the path (an O_PATH descriptor) can stand for what was there."""
     status = os.fstat(probe)
     wants_id = need.build_id and st.S_ISREG(status.st_mode)
-    found = FoundFile(status.st_mode, status.st_rdev, status.st_size, _build_id(probe) if wants_id else b"")
+    build_id = _build_id(probe, status) if wants_id else b""
+    found = FoundFile(status.st_mode, status.st_rdev, status.st_size, build_id)
     against = objection(need, found)
     if against is not None:
         raise RestoreError(against[0], where=f"file {need.path}", remedy=against[1])
@@ -147,7 +147,18 @@ def objection(need: FileNeed, found: FoundFile) -> tuple[str, str] | None:
     return None
 
 
-def _build_id(probe: int) -> bytes:
+# By what changes with a file's content: they are read before a tree is stopped for us, and asked for again after that.
+_build_ids: dict[tuple[int, ...], bytes] = {}
+
+
+def _build_id(probe: int, status: os.stat_result) -> bytes:
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if key not in _build_ids:
+        _build_ids[key] = _read_build_id(probe)
+    return _build_ids[key]
+
+
+def _read_build_id(probe: int) -> bytes:
     fd = reopen(probe, os.O_RDONLY)
     try:
         if not os.fstat(fd).st_size:
@@ -156,16 +167,6 @@ def _build_id(probe: int) -> bytes:
             return elf.build_id(data)
     finally:
         os.close(fd)
-
-
-def _mapped_privately(checkpoint: Checkpoint) -> set[int]:
-    return {
-        vma.file_id
-        for task in checkpoint.tasks
-        if task.mm
-        for vma in task.mm.vmas
-        if vma.kind is VmaKind.FILE and vma.flags & mmap.MAP_PRIVATE
-    }
 
 
 # In the order in which they are made. Inotify comes last, so that it sees none of the others being created.

@@ -16,7 +16,7 @@ from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.model import Extent, ObjectKind
 from lazyproc.restore.lazytree import ANCHORS, LazyTree, anchor_holders, members
-from lazyproc.restore.pages import ADDRESS_LIMIT, LazyRange, rows_of
+from lazyproc.restore.pages import LazyRange
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Pager
@@ -27,8 +27,8 @@ ROUNDS = 8
 def introduce(pager: Pager, tree: BuiltTree, listener: Listener) -> None:
     """Tell the pager, whose ledger the tree was built with, of its processes and the pages that are there already."""
     for vpid, fd in tree.userfaultfds.items():
-        space = pager.add_space(os.dup(fd), vpid, tree.sites[vpid].pid)
-        pager.add_regions(space, rows_of(r for r in tree.lazy if r.vpid == vpid))
+        site = tree.sites[vpid]
+        pager.add_regions(pager.add_space(os.dup(fd), vpid, site.pid), site.regions)
     if any(r.object.kind is ObjectKind.SHARED for r in tree.lazy):
         _watch_removals(pager, listener)
     count = 0
@@ -66,10 +66,12 @@ def note_removals(pager: Pager, tree: LazyTree) -> None:
 
 def _inside(extents: Iterable[Extent], ranges: Iterable[LazyRange]) -> Iterator[Extent]:
     """Extents in order that begin in one of the ranges."""
-    spans = sorted((r.object_addr, r.object_addr + r.length) for r in ranges)
+    spans = [(r.object_addr, r.object_addr + r.length) for r in ranges]
+    spans.sort()
+    starts = [start for start, _ in spans]
     ends = list(accumulate((end for _, end in spans), max))  # of all that begin no later
     for extent in extents:
-        at = bisect_right(spans, (extent.addr, ADDRESS_LIMIT))
+        at = bisect_right(starts, extent.addr)
         if at and extent.addr < ends[at - 1]:
             yield extent
 

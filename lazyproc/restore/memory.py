@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import struct
@@ -21,18 +22,19 @@ PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 MM_MAP = struct.Struct("<12QIi")  # struct prctl_mm_map, include/uapi/linux/prctl.h
 MLOCK_ONFAULT = 1
 SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000
-ROWS_PER_VMA = 6
+ROWS_PER_VMA, ROWS_PER_DESCRIPTOR = 6, 3
 ROW_BYTES = 64
 BYTES_PER_THREAD = 8192  # its calls and their arguments
 
 # VmFlags -> madvise(2) advice that sets them. Those of huge pages may be unknown to the kernel.
 ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
 MADV_GUARD_INSTALL = 102  # Linux 6.13
+NO_FD = arch.MASK64  # -1
 VDSO_KINDS = (VmaKind.VDSO, VmaKind.VVAR, VmaKind.VVAR_VCLOCK)
 
 
 def move_in(site: Site) -> None:
-    """Map a bench in a hole of the *future* address space, go there, and unmap everything else."""
+    """Map a bench in a hole of the *future* address space, go there, and unmap everything else (with the next run)."""
     mm = site.task.mm
     assert mm is not None
     size = _bench_size(site, mm)
@@ -46,7 +48,7 @@ def move_in(site: Site) -> None:
     site.memory.write(hole, BLOB)
     site.bench = Bench(site.memory, hole, hole + PAGE, size, site.bench.ending)
     end = hole + PAGE + size
-    site.run(
+    site.run_later(
         Call("munmap", (0, hole)),
         Call("munmap", (end, arch.TASK_SIZE - end)),
         Call("personality", (site.task.personality,)),
@@ -65,20 +67,23 @@ def _stack_of(site: Site) -> tuple[int, int]:
 
 def _bench_size(site: Site, mm: Mm) -> int:
     rows = len(mm.vmas) * ROWS_PER_VMA + sum(len(vma.guards) for vma in mm.vmas)
+    rows += len(site.task.descriptors) * ROWS_PER_DESCRIPTOR
     size = rows * ROW_BYTES + len(site.task.threads) * BYTES_PER_THREAD + (1 << 18)
     return (size + PAGE - 1) & -PAGE
 
 
 def map_all(site: Site, checkpoint: Checkpoint, files: Mapping[int, int], objects: Mapping[int, int]) -> None:
-    """Map everything. `files` and `objects` are descriptors of ours by OpenFile and SharedMemory id."""
+    """Map everything, with the next run. `files` and `objects` are our descriptors by OpenFile and SharedMemory id."""
     mm = site.task.mm
     assert mm is not None
     file_ids = sorted({vma.file_id for vma in mm.vmas if vma.kind is VmaKind.FILE} | {mm.exe_id})
     object_ids = sorted({vma.object_id for vma in mm.vmas if vma.kind is VmaKind.SHARED})
-    got = site.receive([files[i] for i in file_ids] + [objects[i] for i in object_ids])
-    file_fds = dict(zip(file_ids, got, strict=False))
-    object_fds = dict(zip(object_ids, got[len(file_ids) :], strict=True))
-    site.run(
+    lent = [files[i] for i in file_ids] + [objects[i] for i in object_ids]
+    numbers = range(len(lent))  # its table is empty but for the transport, which is above them
+    site.receive_later(lent, numbers)
+    file_fds = dict(zip(file_ids, numbers, strict=False))
+    object_fds = dict(zip(object_ids, numbers[len(file_ids) :], strict=True))
+    site.run_later(
         *_map_calls(mm, file_fds, object_fds, checkpoint.shared),
         *_vdso_calls(mm),
         *_name_calls(mm, site.bench),
@@ -87,7 +92,6 @@ def map_all(site: Site, checkpoint: Checkpoint, files: Mapping[int, int], object
         Call("close_range", (0, site.transport_fd - 1, 0)),
     )
     aio.make_rings(site, mm.vmas)
-    check_vdso(site, mm)
 
 
 def _map_calls(
@@ -100,9 +104,13 @@ def _map_calls(
         if vma.kind is VmaKind.SHARED and shared[vma.object_id].kind is SharedKind.SYSV:
             yield _attach(vma, shared[vma.object_id].sysv_shmid)
             continue
-        fd = {VmaKind.FILE: files.get(vma.file_id, -1), VmaKind.SHARED: objects.get(vma.object_id, -1)}
+        fd = NO_FD
+        if vma.kind is VmaKind.FILE:
+            fd = files[vma.file_id]
+        elif vma.kind is VmaKind.SHARED:
+            fd = objects[vma.object_id]
         flags = vma.flags | MAP_FIXED_NOREPLACE
-        yield Call("mmap", (vma.start, vma.length, vma.prot, flags, fd.get(vma.kind, -1), vma.offset))
+        yield Call("mmap", (vma.start, vma.end - vma.start, vma.prot, flags, fd, vma.offset))
 
 
 def _attach(vma: Vma, shmid: int) -> Call:
@@ -118,9 +126,9 @@ def _vdso_calls(mm: Mm) -> Iterator[Call]:
         yield Call("arch_prctl", (arch.ARCH_MAP_VDSO_64, min(pieces)))
 
 
-def check_vdso(site: Site, mm: Mm) -> None:
+def check_vdso(site: Site) -> None:
     """The address given to ARCH_MAP_VDSO_64 is a hint: what is not exactly there is an error."""
-    for vma in mm.vmas:
+    for vma in site.task.mm.vmas if site.task.mm else ():
         if vma.kind is VmaKind.VDSO and not _is_elf(site, vma.start):
             raise RestoreError(
                 "the vdso could not be put at its old address", where=f"{vma.start:#x}", remedy="report it"
@@ -146,10 +154,15 @@ def _advice_calls(mm: Mm) -> Iterator[Call]:
     for vma in mm.vmas:
         if vma.kind in VDSO_KINDS:
             continue
-        for flag in sorted(ADVICE.keys() & vma.vm_flags):
-            yield Call("madvise", (vma.start, vma.length, ADVICE[flag]), may_fail=flag in ("hg", "nh", "mg"))
+        for advice, may_fail in _advice(vma.vm_flags):
+            yield Call("madvise", (vma.start, vma.length, advice), may_fail)
         for start, end in vma.guards:
             yield Call("madvise", (start, end - start, MADV_GUARD_INSTALL))
+
+
+@functools.lru_cache(maxsize=64)
+def _advice(vm_flags: frozenset[str]) -> tuple[tuple[int, bool], ...]:
+    return tuple((ADVICE[flag], flag in ("hg", "nh", "mg")) for flag in sorted(ADVICE.keys() & vm_flags))
 
 
 def _mm_calls(mm: Mm, bench: Bench, exe_fd: int) -> Iterator[Call]:

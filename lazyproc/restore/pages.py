@@ -104,39 +104,53 @@ def rows_of(ranges: Iterable[LazyRange]) -> array[int]:
     return rows
 
 
-def register(
-    sites: Mapping[int, Site], checkpoint: Checkpoint, pager: Pager, stack: ExitStack
-) -> tuple[dict[int, int], tuple[LazyRange, ...]]:
-    """A userfaultfd in every task that has lazy ranges, shared with us and registered. Ours is closed by `stack`.
+def keep_userfaultfd(site: Site, pager: Pager) -> None:
+    """With the next run the task makes a userfaultfd, and keeps it as an *anchor*, on a number out of the program's
+    way: when the last reference to a userfaultfd goes, missing pages read as zeros. So they wait as long as the process
+    lives, whatever becomes of us.
 
-    The task keeps its own as an *anchor*, on a number out of the program's way: when the last reference to a
-    userfaultfd goes, missing pages read as zeros. So they wait as long as the process lives, whatever becomes of us.
     With it go the pager's ledger, which tells whoever completes the tree then what never came from what was dropped and
     which the task may only read, and the pager's cradle, which is to the children that it forks what this is to itself.
     """
-    ranges = tuple(lazy_ranges(checkpoint))
+    site.run_later(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)), check=_demand_lowest)
+    lowest = site.transport_fd + ABOVE_TRANSPORT
+    site.anchor, site.ledger, site.cradle = range(lowest, lowest + 3)
+    with _readable(pager.ledger) as ledger:
+        site.receive_later([ledger, pager.cradle], [1, 2])
+    for fd, number in enumerate((site.anchor, site.ledger, site.cradle)):
+        _move_out_of_the_way(site, fd, number)
+
+
+def _move_out_of_the_way(site: Site, fd: int, number: int) -> None:
+    """A descriptor gets a number above all that the program uses; `number` is the lowest free one there."""
+
+    def demand_free(results: list[int]) -> None:
+        if results != [number]:
+            raise RestoreError(
+                f"has {number} open already", where=f"pid {site.task.vpid}", remedy="report it"
+            )
+
+    site.run_later(Call("fcntl", (fd, fcntl.F_DUPFD_CLOEXEC, number)), check=demand_free)
+    site.run_later(Call("close", (fd,)))
+
+
+def _demand_lowest(results: list[int]) -> None:
+    if results != [0]:
+        raise RestoreError("a descriptor table was not empty", where="userfaultfd", remedy="report it")
+
+
+def register(sites: Mapping[int, Site], ranges: Sequence[LazyRange], stack: ExitStack) -> dict[int, int]:
+    """The userfaultfds that tasks keep, shared with us and registered. Ours are closed by `stack`."""
     userfaultfds = {}
     for vpid, site in sites.items():
-        mine = [r for r in ranges if r.vpid == vpid]
-        if not mine:
+        if site.anchor < 0:
             continue
-        theirs = site.run(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)))
-        with _readable(pager.ledger) as ledger:
-            theirs += site.receive([ledger, pager.cradle])
-        site.anchor, site.ledger, site.cradle = _out_of_the_way(site, theirs)
         fd = userfaultfds[vpid] = pidfd_getfd(site.pidfd, site.anchor)
         stack.callback(os.close, fd)
-        device = Userfaultfd.from_fd(fd)
-        device.api()
-        register_regions(fd, rows_of(mine))
-    return userfaultfds, ranges
-
-
-def _out_of_the_way(site: Site, fds: Sequence[int]) -> Sequence[int]:
-    """The numbers of a task's descriptors after they were moved above all that the program uses."""
-    lowest = site.transport_fd + ABOVE_TRANSPORT
-    moved = [Call("fcntl", (fd, fcntl.F_DUPFD_CLOEXEC, lowest)) for fd in fds]
-    return site.run(*moved, *(Call("close", (fd,)) for fd in fds))[: len(fds)]
+        Userfaultfd.from_fd(fd).api()
+        site.regions = rows_of(r for r in ranges if r.vpid == vpid)
+        register_regions(fd, site.regions)
+    return userfaultfds
 
 
 @contextmanager

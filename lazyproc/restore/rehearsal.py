@@ -1,6 +1,6 @@
 """What Python does for the first time takes long: imports, methods of our dataclasses, parsers of messages; and in a
 fresh fork every page that is written to is copied. So before a tree is stopped for us we decode and build one of our
-own making, which never runs (docs/adr/0017-rehearsal.md).
+own making, which never runs (docs/adr/0020-rehearsal.md).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _build(data: bytes, also: Callable[[Checkpoint, PageSource], object]) -> Non
             built_tree(checkpoint, source, ignore, pager=pager, pidns="new", birth=birth) as tree,
         ):
             introduce(pager, tree, ignore)
-            to_facts(tree.lazy_tree())
+            to_facts(tree.lazy_tree)
             also(checkpoint, source)
     finally:
         pager.abandon()

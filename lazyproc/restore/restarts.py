@@ -15,7 +15,7 @@ from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.remote import SYSCALL, fall_asleep
-from lazyproc.model import Clocks, Registers, Restart, Task, Thread, VmaKind
+from lazyproc.model import Clocks, Registers, Restart, Task, Thread, Vma, VmaKind
 from lazyproc.restore.site import Site
 
 TIME_ARGUMENT = {SYS["nanosleep"]: 0, SYS["clock_nanosleep"]: 2, SYS["poll"]: 2, SYS["futex"]: 3}
@@ -27,7 +27,8 @@ def resume(site: Site, clocks: Clocks) -> dict[int, Registers]:
 
     What is left counts from when the tree was frozen at `clocks`; its own clock runs since its time namespace began.
     """
-    sleepers = [(t, t.restart) for t in site.task.threads if t.restart and not _waits_in_shared(site.task, t)]
+    shared = _shared(site.task)
+    sleepers = [(t, t.restart) for t in site.task.threads if t.restart and not _waits_in(shared, t)]
     if not sleepers:
         return {}
     passed_ns = max(0, _monotonic_ns(site.pid) - clocks.monotonic_ns)
@@ -43,11 +44,14 @@ def resume(site: Site, clocks: Clocks) -> dict[int, Registers]:
     }
 
 
-def _waits_in_shared(task: Task, thread: Thread) -> bool:
+def _shared(task: Task) -> list[Vma]:
+    return [vma for vma in task.mm.vmas if vma.kind is VmaKind.SHARED] if task.mm else []
+
+
+def _waits_in(shared: list[Vma], thread: Thread) -> bool:
     """What a call reads must be there before the pager works; of private memory it is (dump/memory.py), of a shared
     object it may not be. Such a futex or poll waits anew, with all its time.
     """
-    shared = [vma for vma in task.mm.vmas if vma.kind is VmaKind.SHARED] if task.mm else []
     return any(vma.start <= arg < vma.end for vma in shared for arg in arch.call_arguments(thread.registers))
 
 

@@ -147,7 +147,7 @@ def restore(
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
         pager = stack.enter_context(Pager(trace=bool(files))) if lazy else None
         with built_tree(checkpoint, source, listener, pager=pager, pidns=pidns, cgroup=cgroup) as tree:
-            stack.callback(remove, tree.groups)  # in case it ends before us
+            stack.callback(remove, tree.lazy_tree.groups)  # in case it ends before us
             if pager is not None:
                 introduce(pager, tree, listener)
                 pager.serve_segments(source.segments())
@@ -155,7 +155,7 @@ def restore(
                 pager.start(bulk=bulk)
                 if chosen.first and bulk:  # the tree will want them at once, and no map is needed
                     pager.wait_plan(PLACE_S)
-            remains = tree.lazy_tree()
+            remains = tree.lazy_tree
             with _said_to_run(tree):
                 tree.release()
                 if start_recording is not None and pager is not None:

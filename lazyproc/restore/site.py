@@ -5,9 +5,9 @@ from __future__ import annotations
 import array
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from lazyproc.errors import RestoreError
+from lazyproc.errors import RestoreError, TraceeError
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import proc
 from lazyproc.kernel.remote import Bench, Call
@@ -35,38 +35,88 @@ class Site:
     anchor: int = -1  # number of the userfaultfd in the task's own descriptor table
     ledger: int = -1  # of the pager's ledger there
     cradle: int = -1  # and of its cradle
+    regions: array.array[int] = field(
+        default_factory=lambda: array.array("Q")
+    )  # lazy memory, as a pager takes it
+    _late: list[Call] = field(default_factory=list)
+    _checks: list[tuple[int, int, Callable[[list[int]], None]]] = field(default_factory=list)
+    _arrivals: list[tuple[int, Sequence[int]]] = field(default_factory=list)
 
     @property
     def pid(self) -> int:
         return self.leader.tid
 
     def run(self, *calls: Call) -> list[int]:
-        """Run calls in the leader."""
-        return self.bench.run(self.leader, calls)
+        """Run calls in the leader, behind those that were put off."""
+        late, checks, arrivals = self._late, self._checks, self._arrivals
+        self._late, self._checks, self._arrivals = [], [], []
+        if not (late or calls):
+            return []
+        try:
+            results = self.bench.run(self.leader, [*late, *calls])
+        except TraceeError:
+            self._demand_arrived(arrivals)
+            raise
+        self._demand_arrived(arrivals)
+        for start, count, check in checks:
+            check(results[start : start + count])
+        return results[len(late) :]
+
+    def run_later(self, *calls: Call, check: Callable[[list[int]], None] | None = None) -> None:
+        """Calls that the next `run` makes first: each stop of a process costs as much as a hundred calls. `check` sees
+        what they returned.
+        """
+        if check is not None:
+            self._checks.append((len(self._late), len(calls), check))
+        self._late += calls
 
     def receive(self, fds: Sequence[int]) -> list[int]:
         """Give the task these descriptors of ours; the numbers they got (lowest free, in order), not close-on-exec."""
         got: list[int] = []
-        for start in range(0, len(fds), SCM_MAX_FD):
-            got += self._receive(fds[start : start + SCM_MAX_FD])
+        for part in _parts(fds):
+            control = self._receive(part)
+            self.run()
+            got += self._arrived(control, len(part))
         return got
 
-    def _receive(self, fds: Sequence[int]) -> list[int]:
+    def receive_later(self, fds: Sequence[int], numbers: Sequence[int]) -> None:
+        """The same by the next `run`, where it is known which are the lowest free `numbers`. No other task may be given
+        any before: all have one socket.
+        """
+        for part, expected in zip(_parts(fds), _parts(numbers), strict=True):
+            self._arrivals.append((self._receive(part), expected))
+
+    def _receive(self, fds: Sequence[int]) -> int:
+        """Put the recvmsg(2) off; where its control message will lie."""
         rights = array.array("i", fds)
         self.transport.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         control_size = CMSG.size + 4 * len(fds)
         byte, control = self.bench.room(1), self.bench.room(control_size)
         iov = self.bench.place(struct.pack("<QQ", byte, 1))
         message = self.bench.place(MSGHDR.pack(0, 0, iov, 1, control, control_size, 0))
-        self.run(Call("recvmsg", (self.transport_fd, message, socket.MSG_DONTWAIT)))
-        length, level, kind = CMSG.unpack(self.memory.read(control, CMSG.size))
-        if (length, level, kind) != (control_size, socket.SOL_SOCKET, socket.SCM_RIGHTS):
+        self.run_later(Call("recvmsg", (self.transport_fd, message, socket.MSG_DONTWAIT)))
+        return control
+
+    def _arrived(self, control: int, count: int) -> list[int]:
+        length, level, kind = CMSG.unpack(self.bench.read(control, CMSG.size))
+        if (length, level, kind) != (CMSG.size + 4 * count, socket.SOL_SOCKET, socket.SCM_RIGHTS):
             raise RestoreError(
-                f"only {(length - CMSG.size) // 4} of {len(fds)} descriptors arrived",
+                f"only {max(0, length - CMSG.size) // 4} of {count} descriptors arrived",
                 where=f"pid {self.task.vpid}",
                 remedy="raise its RLIMIT_NOFILE",
             )
-        return list(struct.unpack(f"<{len(fds)}i", self.memory.read(control + CMSG.size, 4 * len(fds))))
+        return list(struct.unpack(f"<{count}i", self.bench.read(control + CMSG.size, 4 * count)))
+
+    def _demand_arrived(self, arrivals: Sequence[tuple[int, Sequence[int]]]) -> None:
+        for control, numbers in arrivals:
+            if self._arrived(control, len(numbers)) != list(numbers):
+                raise RestoreError(
+                    "its descriptor table was not empty", where=f"pid {self.task.vpid}", remedy="report it"
+                )
+
+
+def _parts(numbers: Sequence[int]) -> list[Sequence[int]]:
+    return [numbers[start : start + SCM_MAX_FD] for start in range(0, len(numbers), SCM_MAX_FD)]
 
 
 def host_tids(pid: int, tids: Sequence[int]) -> dict[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
@@ -21,12 +21,12 @@ from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.netfilter import Hold
-from lazyproc.kernel.nursery import Nursery, nursery
+from lazyproc.kernel.nursery import TRANSPORT_FD, Nursery, nursery
 from lazyproc.kernel.remote import Call, step
-from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
+from lazyproc.model import Checkpoint, Clocks, Mm, Task, TaskState, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.restore import descriptors, memory, objects, pages, restarts, state, vectors
-from lazyproc.restore.creation import Maker, make_threads, stop
+from lazyproc.restore.creation import Maker, make_threads, meet_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
 from lazyproc.restore.groups import Birth, nursery_in_group
@@ -44,17 +44,14 @@ Pidns = Literal["auto", "host", "new"]
 
 @dataclass(slots=True)
 class BuiltTree:
-    """A complete tree that has not run an instruction. `userfaultfds` are ours, by vpid.
-
-    `groups` are the directories of cgroups that were made for it: to be removed when it has ended.
-    """
+    """A complete tree that has not run an instruction. `userfaultfds` are ours, by vpid."""
 
     checkpoint: Checkpoint
     nursery: Nursery
     sites: Mapping[int, Site]
     userfaultfds: Mapping[int, int]
     lazy: Sequence[pages.LazyRange]
-    groups: Sequence[str]
+    lazy_tree: LazyTree  # what is needed to complete it when it runs
     _sockets: MadeSockets
     _made: ExitStack  # our descriptors of everything the tasks opened
     _hold: Hold
@@ -63,22 +60,6 @@ class BuiltTree:
     @property
     def root_pid(self) -> int:
         return self.sites[self.checkpoint.root.vpid].pid
-
-    def lazy_tree(self) -> LazyTree:
-        """What is needed to complete it when it runs."""
-        anchored = [site for site in self.sites.values() if site.anchor >= 0]
-        return LazyTree(
-            root_pid=self.root_pid,
-            root_vpid=self.checkpoint.root.vpid,
-            nursery_pid=self.nursery.pid,
-            tasks=tuple(
-                LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger, site.cradle)
-                for site in anchored
-            ),
-            huge=tuple((self.sites[r.vpid].pid, r.addr, r.length) for r in self.lazy if r.huge),
-            groups=tuple(self.groups),
-            cradle=_inode(anchored[0].pid, anchored[0].cradle) if anchored else 0,
-        )
 
     def outlive_us(self) -> None:
         """From here on the tree is never killed for our sake: whatever becomes of us, it runs. The nursery goes first,
@@ -110,6 +91,24 @@ class BuiltTree:
 
     def _tracees(self) -> list[ptrace.Tracee]:
         return [tracee for site in self.sites.values() for tracee in site.threads.values()]
+
+
+def _lazy_tree(
+    checkpoint: Checkpoint, birth: Birth, sites: Mapping[int, Site], ranges: Sequence[pages.LazyRange]
+) -> LazyTree:
+    anchored = [site for site in sites.values() if site.anchor >= 0]
+    return LazyTree(
+        root_pid=sites[checkpoint.root.vpid].pid,
+        root_vpid=checkpoint.root.vpid,
+        nursery_pid=birth.nursery.pid,
+        tasks=tuple(
+            LazyTask(site.task.vpid, site.pid, _started(site.pid), site.anchor, site.ledger, site.cradle)
+            for site in anchored
+        ),
+        huge=tuple((sites[r.vpid].pid, r.addr, r.length) for r in ranges if r.huge),
+        groups=tuple(birth.groups),
+        cradle=_inode(anchored[0].pid, anchored[0].cradle) if anchored else 0,
+    )
 
 
 def _inode(pid: int, fd: int) -> int:
@@ -158,30 +157,40 @@ def built_tree(
     cgroup: str | None = None,
     users: Users | None = None,
     birth: Birth | None = None,
+    known: Callable[[LazyTree], object] = lambda tree: None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
-    `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told
-    of them by `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as
-    in /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. `birth` is from
-    `expecting`, where there was time for that before. Raises RestoreError naming the step, PidTaken in pid namespace
-    "host", ImageError, UsageError for `cgroup`, and whatever the kernel refuses.
+    `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
+    `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in
+    /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. `birth` is from
+    `expecting`, where there was time for that before. `known` is called as soon as it is known what will be needed to
+    complete the tree.
+
+    Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
+    whatever the kernel refuses.
     """
+    clock = StepClock(listener, "restore: ")
     if pager is not None:
         demand_for_tasks()
     checkpoint = _without_parent(pages.arranged(checkpoint, lazy=pager is not None), listener)
-    new = wants_new_pidns(pidns, _numbers(checkpoint))
     with ExitStack() as stack:
         label = checkpoint.root.vpid
-        if birth is None or (new and not birth.nursery.new_pidns):
-            birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
         try:
-            tree = stack.enter_context(_built(checkpoint, source, listener, pager, birth, users))
+            new = bool(birth and birth.nursery.new_pidns) or wants_new_pidns(pidns, _numbers(checkpoint))
+            if birth is None or new > birth.nursery.new_pidns:
+                birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
+            clock.done("arrange")
+            tree = stack.enter_context(
+                _built(checkpoint, source, clock, listener, pager, birth, users, known)
+            )
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
-            tree = stack.enter_context(_built(checkpoint, source, listener, pager, birth, users))
+            tree = stack.enter_context(
+                _built(checkpoint, source, clock, listener, pager, birth, users, known)
+            )
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -232,53 +241,63 @@ def _without_parent(checkpoint: Checkpoint, listener: Listener) -> Checkpoint:
 def _built(
     checkpoint: Checkpoint,
     source: PageSource,
+    clock: StepClock,
     listener: Listener,
     pager: Pager | None,
     birth: Birth,
     users: Users | None,
+    known: Callable[[LazyTree], object],
 ) -> Iterator[BuiltTree]:
     born = birth.nursery
-    with ExitStack() as stack:
-        clock = StepClock(listener, "restore: ")
-        with _killed_at_end(born):
-            offsets, is_root = timens_text(checkpoint.clocks), checkpoint.root.vpid == 1
-            born.make_ready(_free_number(checkpoint), offsets, is_root=is_root)
-            clock.done("nursery")
-            sites = Maker(born, checkpoint, stack).make()
-            clock.done("processes")
-            hold = stack.enter_context(Hold(f"to_{born.pid}"))
-            hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
-            made = stack.enter_context(ExitStack())
-            files, shared, sockets = made.enter_context(
-                files_and_objects(checkpoint, born, sites, listener, users or Users())
-            )
-            clock.done("files")
-            for site in sites.values():
-                memory.move_in(site)
-                memory.map_all(site, checkpoint, files, shared)
-            objects.mark_removed(checkpoint)
-            clock.done("memory map")
-            if pager is None:
-                userfaultfds: dict[int, int] = {}
-                ranges: tuple[pages.LazyRange, ...] = ()
-            else:
-                userfaultfds, ranges = pages.register(sites, checkpoint, pager, stack)
-            pages.fill(sites, checkpoint, source, userfaultfds, shared)
-            seal_memfds(checkpoint, shared)
-            clock.done("eager pages")
-            for site in sites.values():
-                make_threads(site, born)
-            clock.done("threads")
-            for site in sites.values():
-                _give_state(site, checkpoint, files, birth.inherited, listener)
-            sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
-            clock.done("state")
-            for site in reversed(
-                sites.values()
-            ):  # a parent learns of its children's stops before its own end
-                _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
-            clock.done("registers")
-            yield BuiltTree(checkpoint, born, sites, userfaultfds, ranges, birth.groups, sockets, made, hold)
+    with ExitStack() as stack, _killed_at_end(born):
+        offsets, is_root = timens_text(checkpoint.clocks), checkpoint.root.vpid == 1
+        born.make_ready(_free_number(checkpoint), offsets, is_root=is_root)
+        clock.done("nursery")
+        sites = Maker(born, checkpoint, stack).make()
+        clock.done("processes")
+        hold = stack.enter_context(Hold(f"to_{born.pid}"))
+        hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
+        made = stack.enter_context(ExitStack())
+        files, shared, sockets = made.enter_context(
+            files_and_objects(checkpoint, born, sites, listener, users or Users())
+        )
+        clock.done("files")
+        ranges = tuple(pages.lazy_ranges(checkpoint)) if pager is not None else ()
+        lazy = {r.vpid for r in ranges}
+        for vpid, site in sites.items():  # one after the other: see Site.receive_later
+            memory.move_in(site)
+            memory.map_all(site, checkpoint, files, shared)
+            if pager is not None and vpid in lazy:
+                pages.keep_userfaultfd(site, pager)
+            site.run()
+            memory.check_vdso(site)
+        objects.mark_removed(checkpoint)
+        clock.done("memory map")
+        userfaultfds = pages.register(sites, ranges, stack)
+        pages.fill(sites, checkpoint, source, userfaultfds, shared)
+        seal_memfds(checkpoint, shared)
+        clock.done("eager pages")
+        lazy_tree = _lazy_tree(checkpoint, birth, sites, ranges)
+        known(lazy_tree)
+        clock.done("identity")
+        for site in sites.values():
+            make_threads(site)
+            if len(sites) > 1:  # one's descriptor may name another's thread (F_SETOWN_EX)
+                site.run()
+        for site in sites.values():
+            descriptors.install(site, checkpoint, files)
+            _set_paths(site, checkpoint, files)
+            site.run()
+            meet_threads(site, born)
+        clock.done("threads")
+        for site in sites.values():
+            _give_state(site, birth.inherited, listener)
+        sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
+        clock.done("state")
+        for site in reversed(sites.values()):  # a parent learns of its children's stops before its own end
+            _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
+        clock.done("registers")
+        yield BuiltTree(checkpoint, born, sites, userfaultfds, ranges, lazy_tree, sockets, made, hold)
 
 
 @contextmanager
@@ -311,22 +330,25 @@ def files_and_objects(
 
 
 def _free_number(checkpoint: Checkpoint) -> int:
-    """A descriptor number that no task uses, with two more above it, for the socket that brings descriptors."""
+    """A descriptor number that no task uses, for the socket that brings descriptors."""
     highest = max((d.fd for task in checkpoint.tasks for d in task.descriptors), default=0)
-    most = max(len(task.mm.vmas) for task in checkpoint.tasks if task.mm)
-    return max(highest, most, 64) + 1
+    most = max(_mapped(task.mm) for task in checkpoint.tasks if task.mm)
+    return max(highest, most, TRANSPORT_FD - 1) + 1
 
 
-def _give_state(
-    site: Site, checkpoint: Checkpoint, made: Mapping[int, int], inherited: Inherited, listener: Listener
-) -> None:
-    """Everything but registers. Credentials come late (what precedes needs privileges), seccomp after them."""
+def _mapped(mm: Mm) -> int:
+    """How many files and objects its mappings may need at the same time, with its program."""
+    return len({vma.file_id for vma in mm.vmas}) + len({vma.object_id for vma in mm.vmas}) + 1
+
+
+def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> None:
+    """With the next run: the last descriptors, and what is the process's as a whole."""
     task, bench = site.task, site.bench
     assert task.fs is not None
-    descriptors.install(site, checkpoint, made)
-    cwd, root = site.receive([made[task.fs.cwd_id], made[task.fs.root_id]])
+    cwd, root = numbers = descriptors.lowest_free(task, 2)
+    site.receive_later([made[task.fs.cwd_id], made[task.fs.root_id]], numbers)
     keep_root = descriptors.is_our_root(checkpoint, task.fs.root_id)
-    site.run(
+    site.run_later(
         *state.fs_calls(task.fs, cwd, None if keep_root else root, bench),
         Call("close", (cwd,)),
         Call("close", (root,)),
@@ -335,24 +357,34 @@ def _give_state(
         *state.timer_create_calls(task, bench),
         Call("set_tid_address", (task.leader.clear_child_tid,)),
     )
+
+
+def _give_state(site: Site, inherited: Inherited, listener: Listener) -> None:
+    """Everything but registers. Credentials come late (what precedes needs privileges), seccomp after them."""
+    task = site.task
     state.set_from_outside(task, site.pid, listener)
     for thread in task.threads:
         state.schedule(thread, site.threads[thread.tid].tid, inherited, listener)
     vectors.make_room(site)
     _run_in_threads(site, inherited)
-    assert task.mm is not None
-    site.run(
-        *memory.lock_calls(task.mm.vmas),
-        *state.signal_calls(task, bench),
-        Call("prctl", (state.PR_SET_DUMPABLE, 1 if task.mm.dumpable == 1 else 0)),
-    )
 
 
 def _run_in_threads(site: Site, inherited: Inherited) -> None:
-    """The threads' own state, all threads at the same time; then filters, which would forbid what came before."""
-    bench = site.bench
-    pairs = [(site.threads[thread.tid], thread) for thread in site.task.threads]
-    bench.run_all([(t, list(state.thread_calls(thread, bench, inherited))) for t, thread in pairs])
+    """The threads' own state, all threads at the same time, and what is left of the process's; then filters, which
+    would forbid what came before.
+    """
+    task, bench = site.task, site.bench
+    pairs = [(site.threads[thread.tid], thread) for thread in task.threads]
+    programs = [(t, list(state.thread_calls(thread, bench, inherited))) for t, thread in pairs]
+    assert task.mm is not None
+    programs[0][1].extend(
+        (
+            *memory.lock_calls(task.mm.vmas),
+            *state.signal_calls(task, bench),
+            Call("prctl", (state.PR_SET_DUMPABLE, 1 if task.mm.dumpable == 1 else 0)),
+        )
+    )
+    bench.run_all(programs)
     for tracee, thread in pairs:
         if thread.seccomp_mode:
             tracee.set_options(

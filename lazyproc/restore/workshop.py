@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from lazyproc.errors import RestoreError
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import fds
-from lazyproc.model import Checkpoint, OpenFile
+from lazyproc.model import Checkpoint, OpenFile, VmaKind
 from lazyproc.restore.users import Users
 
 OpenPath = Callable[[str, int, int], int]  # path from the tree's root directory, O_*, mode -> descriptor
@@ -37,6 +38,16 @@ class Workshop:
     )  # SharedMemory id -> a memfd open for reading and writing
     ghosts: dict[int, int] = field(default_factory=dict)  # content id of a deleted file -> O_PATH descriptor
     pipes: dict[int, int] = field(default_factory=dict)  # pipe id -> descriptor of either end
+    mapped: frozenset[int] = field(init=False)  # files whose pages in mappings are not all the process's own
+
+    def __post_init__(self) -> None:
+        self.mapped = frozenset(
+            vma.file_id
+            for task in self.checkpoint.tasks
+            if task.mm
+            for vma in task.mm.vmas
+            if vma.kind is VmaKind.FILE and vma.flags & mmap.MAP_PRIVATE
+        )
 
     def keep(self, fd: int) -> int:
         """Close `fd` when the workshop closes."""

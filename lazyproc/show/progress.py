@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 from typing import Self, TextIO
 
-from lazyproc.events import Event, Note, PagesMoved, StateChanged, StepDone
+from lazyproc.events import Event, Note, Over, PagesMoved, StateChanged, StepDone
 from lazyproc.model import PAGE
 from lazyproc.show.text import size
 
@@ -23,6 +23,8 @@ def event_text(event: Event) -> str:
             return state
         case Note(text):
             return f"note: {text}"
+        case Over():
+            return "over"
         case PagesMoved(total, installed, zero, urgent, bulk, dropped):
             return (
                 f"pages: {installed} of {total}, {urgent} urgent, {bulk} bulk, {zero} zero, {dropped} dropped"

@@ -187,7 +187,7 @@ void reap_dead(struct pager *p);
 int faults_push(struct faults *list, const struct fault *f);
 void requeue(struct pager *p, int64_t space); /* waiting faults are looked at anew; space < 0: all */
 
-/* _pager.c: the local pages from addr on, at most *pages of them, or NULL and how many pages are not local. */
+/* _given.c: the local pages from addr on, at most *pages of them, or NULL and how many pages are not local. */
 const uint8_t *local_pages(const struct pager *p, uint64_t object, uint64_t addr, uint64_t *pages);
 
 /* _faults.c: reads and applies all messages there are. */

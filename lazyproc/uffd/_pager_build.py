@@ -8,6 +8,7 @@ HERE = "lazyproc/uffd"
 WIRE = "lazyproc/wire"
 PARTS = (
     "pager",
+    "given",
     "faults",
     "faulted",
     "bulk",
@@ -15,6 +16,8 @@ PARTS = (
     "children",
     "place",
     "ledger",
+    "states",
+    "events",
     "acknowledge",
     "link",
     "pace",
@@ -38,6 +41,7 @@ ffi.set_source(
         f"{HERE}/_pager.h",
         f"{HERE}/_engine.h",
         f"{HERE}/_ledger.h",
+        f"{HERE}/_tables.h",
         f"{HERE}/_acknowledge.h",
         f"{HERE}/_cradle.h",
         f"{HERE}/_children.h",

@@ -24,7 +24,7 @@ from lazyproc.migrate.journal import Journal, folder
 from lazyproc.migrate.keeper import Keeper
 from lazyproc.pages.transport import Channel
 from lazyproc.restore.tree import BuiltTree
-from lazyproc.wire.native import Built, Commit, Committed, Drained, Images, Released, Running
+from lazyproc.wire.native import Built, Commit, Committed, Drained, Images, Prepared, Released, Running
 
 
 @functools.cache
@@ -86,6 +86,7 @@ def _written(state: str) -> Callable[[], None]:
 
 
 DESTINATION: dict[str, Callable[[], None]] = {
+    "PREPARED said": _sent(Prepared),
     "BUILT said": _sent(Built),
     "COMMIT heard": lambda: _before(Journal, "publish", lambda draft: draft.state == "committed"),
     "committed": _written("committed"),
@@ -103,6 +104,7 @@ SOURCE: dict[str, Callable[[], None]] = {
     "COMMITTED heard": _written("committed"),
     "RUNNING heard": _written("running"),
     "RELEASED said": _sent(Released),
+    "record removed": lambda: _after(Journal, "remove"),
 }
 POINTS = {**DESTINATION, **SOURCE}
 

@@ -90,6 +90,15 @@ def test_killed_at_the_source_it_arrives(pair: Pair, program: Program, point: st
         wait_until(lambda: not journals(pair.destination, DESTINATION), "the destination's journal is closed")
 
 
+def test_all_are_killed_at_the_source_when_nothing_is_left_to_do(pair: Pair, program: Program) -> None:
+    """The command knows the report already, and that no record is left."""
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, run_by=killed_at("record removed", "all")) as journey,
+    ):
+        arrives(pair, journey, program)
+
+
 # --- the disk is full ------------------------------------------------------------------------------------------
 
 
@@ -104,7 +113,7 @@ def test_the_disk_is_full_at_the_destination_before_it_runs(pair: Pair, program:
     small_disk(pair.destination)
     with unharmed(program):
         with (
-            receiving(pair.destination, by=killed_at("BUILT said", "disk")) as receiver,
+            receiving(pair.destination, by=killed_at("PREPARED said", "disk")) as receiver,
             migrating(pair.source, receiver, program.pid) as journey,
         ):
             journey.finish(expected=1)

@@ -156,7 +156,7 @@ def arriving(
                 server.hold("urgent", addr)
             pager.serve_remote(*server.connect())
             pager.apply_map(tree.checkpoint.memory)
-            arrival = Arrival(tree, tree.lazy_tree(), pager, source, left.watch, server)
+            arrival = Arrival(tree, tree.lazy_tree, pager, source, left.watch, server)
             if start:
                 arrival.start()
             tree.release()

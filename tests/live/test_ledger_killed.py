@@ -9,7 +9,10 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOM = HERE.parents[1] / "lazyproc"
-SOURCES = (HERE / "ledger_killed.c", ROOM / "uffd/_ledger.c", ROOM / "uffd/_shadow.c")
+SOURCES = (
+    HERE / "ledger_killed.c",
+    *(ROOM / f"uffd/_{part}.c" for part in ("ledger", "states", "events", "shadow")),
+)
 FEWEST = 20  # kills, or the change was over before it began
 
 

@@ -10,7 +10,7 @@ flags="-g -O1 -std=gnu11 -Wall -Wextra -Werror -pthread -Ilazyproc/uffd -Ilazypr
 flags="$flags -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 gcc $flags tests/sanitize/link_driver.c lazyproc/uffd/_link.c -o "$out/link_asan"
-gcc $flags tests/sanitize/server_driver.c lazyproc/pages/_server.c -o "$out/server_asan"
+gcc $flags tests/sanitize/server_driver.c lazyproc/pages/_server.c lazyproc/pages/_answer.c lazyproc/pages/_source.c -o "$out/server_asan"
 echo "LAZYPROC_SEED=$seed"
 "$out/link_asan" "${ROUNDS:-20000}" "$seed"
 "$out/server_asan" mutated "${ROUNDS:-20000}" "$seed"

@@ -5,10 +5,11 @@ cd "$(dirname "$0")/../.."
 out=build/sanitize
 mkdir -p "$out"
 room=lazyproc/pages
+parts="$room/_server.c $room/_answer.c $room/_source.c"
 flags="-g -O1 -std=gnu11 -Wall -Wextra -Werror -pthread -I$room -Ilazyproc/wire -Itests/sanitize"
 
-gcc $flags -fsanitize=address,undefined -fno-sanitize-recover=all tests/sanitize/server_driver.c $room/_server.c -o "$out/server_asan"
-gcc $flags -fsanitize=thread tests/sanitize/server_driver.c $room/_server.c -o "$out/server_tsan"
+gcc $flags -fsanitize=address,undefined -fno-sanitize-recover=all tests/sanitize/server_driver.c $parts -o "$out/server_asan"
+gcc $flags -fsanitize=thread tests/sanitize/server_driver.c $parts -o "$out/server_tsan"
 for sanitizer in asan tsan; do
     for what in pages bad gone stop release; do
         echo "$sanitizer: $what"

@@ -164,7 +164,7 @@ def _help(scene: Scene) -> None:
             scene.resumes.append((side, _start(host, "resume", session, "--here", "--force")))
         else:
             raise Fault(f"the {side}'s side is orphaned again after a resume\n{_words(scene)}\n{scene}")
-    if scene.receiver.process.poll() is not None and not scene.receivers and _nothing_there(scene):
+    if scene.receiver.process.poll() is not None and not scene.receivers and _only_kept_there(scene):
         argv = ("receive", "--listen", scene.receiver.address, "--insecure")
         scene.receivers.append(_start(scene.pair.destination, *argv))
 
@@ -172,6 +172,15 @@ def _help(scene: Scene) -> None:
 def _nothing_there(scene: Scene) -> bool:
     known = [each for each in journals(scene.pair.destination, DESTINATION) if each["state"] not in UNBORN]
     return not known and not scene.copies(scene.pair.destination)
+
+
+def _only_kept_there(scene: Scene) -> bool:
+    """Nobody is left at the destination, and what is recorded there waits for the source to ask."""
+    left = journals(scene.pair.destination, DESTINATION)
+    with network_of(scene.pair.destination):
+        if any(is_staffed(each["id"], DESTINATION) for each in left):
+            return False
+    return _nothing_there(scene) or {each["state"] for each in left} == {"drained"}
 
 
 def _start(host: Host, *words: str) -> subprocess.Popen[str]:
