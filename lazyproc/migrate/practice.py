@@ -7,6 +7,7 @@ written to.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import select
 import signal
@@ -24,7 +25,7 @@ from lazyproc.migrate.description import description
 from lazyproc.migrate.holding import holding_of, to_facts
 from lazyproc.steps import Steps
 
-STANDARD = 3  # descriptors that the child keeps
+STANDARD = 3  # descriptors; those of the child lead nowhere
 SLEEP_MS = 10**6
 
 
@@ -51,6 +52,11 @@ def _sleeper() -> Iterator[int]:
 
     def sleep() -> None:
         family.end_with_parent()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(STANDARD):
+            os.dup2(null, fd)
+        faulthandler.enable(STANDARD - 1)  # takes an alternate signal stack, as many runtimes do
+        signal.setitimer(signal.ITIMER_VIRTUAL, SLEEP_MS)
         os.closerange(STANDARD, os.sysconf("SC_OPEN_MAX"))  # now it is ready
         while True:
             select.poll().poll(SLEEP_MS)  # a freeze finds most threads in a call with a timeout
