@@ -70,9 +70,11 @@ def child_sharing_descriptors(work: Callable[[], object], name: str) -> int:
     return pid
 
 
-def end_with_parent() -> None:
-    """From now on the end of the thread that forked us is ours (prctl(2), PR_SET_PDEATHSIG)."""
+def end_with_parent(parent: int) -> None:
+    """From now on the end of the thread that forked us, of process `parent`, is ours (prctl(2), PR_SET_PDEATHSIG)."""
     syscall(SYS["prctl"], PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before we could say so
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _be(work: Callable[[], object], name: str) -> NoReturn:

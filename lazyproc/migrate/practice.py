@@ -49,9 +49,10 @@ def practise() -> None:
 def _sleeper() -> Iterator[int]:
     """A child without any of our connections; it ends with us."""
     ours, theirs = os.pipe()
+    parent = os.getpid()
 
     def sleep() -> None:
-        family.end_with_parent()
+        family.end_with_parent(parent)
         null = os.open(os.devnull, os.O_RDWR)
         for fd in range(STANDARD):
             os.dup2(null, fd)
