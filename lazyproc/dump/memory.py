@@ -11,10 +11,12 @@ from contextlib import contextmanager
 
 from lazyproc.dump import aio
 from lazyproc.dump.registry import Refused, Registry
+from lazyproc.errors import NoSuchProcess
 from lazyproc.facts import replace
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
+from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.tracee import Memory
 from lazyproc.model import PAGE, Extent, Mm, Thread, Vma, VmaKind
 
@@ -105,11 +107,19 @@ def runs_of(vmas: Iterable[Vma]) -> list[tuple[int, int]]:
 
 
 def lazy_extents(pid: int, ranges: Iterable[tuple[int, int]], eager: frozenset[int]) -> tuple[Extent, ...]:
-    """The pages with content in lazy mappings, without those at the addresses `eager`. Grows with memory."""
-    with _pagemap(pid) as pagemap:
-        return tuple(
-            extent for start, end in _own_pages(pagemap, ranges) for extent in _without(start, end, eager)
-        )
+    """The pages with content in lazy mappings, without those at the addresses `eager`. Grows with memory.
+
+    Raises NoSuchProcess, also when it has ended meanwhile: what is not found would be taken for zeros, and a scan finds
+    less and less of memory that is being given back (fs/proc/task_mmu.c, do_pagemap_scan, holds no mm_users).
+    """
+    with ptrace.memory(pid) as memory:
+        try:
+            with _pagemap(pid) as pagemap:
+                own = list(_own_pages(pagemap, ranges))
+        except (ProcessLookupError, FileNotFoundError):
+            raise NoSuchProcess("has ended", where=f"pid {pid}", remedy="see who has killed it") from None
+        memory.demand_there()
+    return tuple(extent for start, end in own for extent in _without(start, end, eager))
 
 
 def eager_extents(pid: int, vmas: Sequence[Vma], pages: Iterable[int]) -> tuple[Extent, ...]:

@@ -319,6 +319,17 @@ class Memory:
         if written != len(data):
             raise self._failed("write", addr, len(data), f"wrote {written} bytes")
 
+    def demand_there(self) -> None:
+        """Raises NoSuchProcess when the process has no address space any more: then nothing is read, wherever
+        (fs/proc/base.c, mem_rw).
+        """
+        try:
+            ended = not os.pread(self._fd, 1, 0)
+        except OSError:  # it has one, and nothing there
+            ended = False
+        if ended:
+            raise NoSuchProcess("has ended", where=f"pid {self._pid}", remedy="see who has killed it")
+
     def _failed(self, verb: str, addr: int, length: int, why: str) -> TraceeError:
         return TraceeError(
             f"could not {verb} {length} bytes at {addr:#x}: {why}",

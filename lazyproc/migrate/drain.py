@@ -38,6 +38,8 @@ from lazyproc.wire.native import (
     Trace,
 )
 
+LAST_WORD_S = 0.1  # once a connection has broken
+
 
 class Drain:
     """One tree's. `attach` gives it a link, as often as the last one is lost; `step` does what there is to do."""
@@ -157,12 +159,18 @@ class Drain:
                 self._hear(event)
             self._pulse.check()
             if self._pager.state is PagerState.LOST:  # by one of the other two connections
+                self._hear_the_last(link)
                 raise ConnectionLost(self._pager.reason)
         except (ConnectionLost, ProtocolError) as error:
             self.reason = f"the source is lost: {error}"
             self._listener(Note(f"session {link.session.id}: {self.reason}"))
             self._listener(StateChanged("reconnecting", time.monotonic()))
             self._lose()
+
+    def _hear_the_last(self, link: Link) -> None:
+        """A source that gives up says why before it hangs up, and three connections end in any order."""
+        while (event := link.control.receive(LAST_WORD_S)) is not None:
+            self._hear(event)
 
     def _hear(self, event: Event) -> None:
         match event:

@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from lazyproc.errors import ConnectionLost, LazyprocError, LostAfterCommit, Parked, ProtocolError
+from lazyproc.errors import (
+    ConnectionLost,
+    LazyprocError,
+    LostAfterCommit,
+    NoSuchProcess,
+    Parked,
+    ProtocolError,
+)
 from lazyproc.events import Listener, PagesMoved, StateChanged
 from lazyproc.migrate.link import Chain, Link
 from lazyproc.migrate.lost import asked_again, source_ended
@@ -144,7 +151,7 @@ class Serving:
     def _serve(self, link: Link) -> Mapping[str, JsonValue]:
         """The fields of DRAINED over this link."""
         if self._map is None:
-            self._map = self._extents()
+            self._map = self._found()
         link.control.send(map_of(self._map))
         pulse = Pulse(link.control)
         while True:
@@ -160,6 +167,13 @@ class Serving:
             if (beyond := self._beyond_repair()) is not None:
                 self._give_up(beyond)
             self._listener(self._progress(self._map))
+
+    def _found(self) -> Extents:
+        """Which pages have content."""
+        try:
+            return self._extents()
+        except NoSuchProcess:
+            self._give_up(source_ended(self._pid, self._chain.session))
 
     def _beyond_repair(self) -> LostAfterCommit | None:
         """Why a page that was asked for over the last link can never be given."""

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from lazyproc.hosts import Pair
+from lazyproc.wire.frame import Type
+from tests.faults.campaign import cases
+from tests.faults.campaign.moments import Trap, frame_trap
 from tests.faults.helpers import DESTINATION, SOURCE, gone, journal, journals, kill, sessions
 from tests.faults.test_helpers_killed import waits_for_a_page
 from tests.live.moving import receiving, run_cli
@@ -51,6 +54,23 @@ def test_after_the_commit(pair: Pair, program: Program) -> None:
         journey.wait_running()
         os.kill(program.pid, signal.SIGKILL)
         is_lost(pair, program, journey)
+
+
+def test_before_it_is_known_which_pages_have_content(pair: Pair, program: Program) -> None:
+    """Without the map nothing is taken for zero."""
+
+    def kill_it() -> None:
+        os.kill(program.pid, signal.SIGKILL)
+        wait_until(lambda: gone(program.pid), "it has ended")
+
+    trap = Trap(kill_it)
+    with (
+        receiving(pair.destination) as receiver,
+        frame_trap(pair, receiver, cases.AtFrame(Type.RUNNING), trap) as address,
+        migrating(pair.source, receiver, program.pid, *SLOW, by=address) as journey,
+    ):
+        is_lost(pair, program, journey)
+        assert trap.error is None
 
 
 def test_with_the_one_who_serves_it(pair: Pair, program: Program) -> None:

@@ -92,6 +92,6 @@ def test_what_comes_after_explain_is_refused_all_the_same(pair: Pair, polling: P
             gate.opened.set()
             journey.finish(expected=3)
         assert all(word in journey.log() for word in WORDS), journey.log()
-        assert "frozen" in journey.log().split()
+        assert "prepared" in journey.log().split()
     ask(polling, FETCH)
     polling.stop_and_verify()
