@@ -156,46 +156,50 @@ class Strides:
 # --- bubbles around pivots ------------------------------------------------------------------------------
 
 PIVOTS = 8
-NEAR = 1024  # pages: a fault no farther from a pivot moves it
-BUBBLE = 1 << 16  # pages on each side
-LEANING = 1024  # of them, that come first on the side to which a pivot moves
-SURE = 2  # moves to one side that make it so
+FIRST_BUBBLE = 32  # pages on each side
+BUBBLE = 4096
+SURE = 2  # moves to one side more than to the other that make it the side to which it leans
 MOST_SURE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Pivot:
-    """Where somebody is at work; `lean` counts its last moves, upwards minus downwards."""
+    """Where somebody may be at work. Each fault nearby makes it surer, and its bubble larger: `pages` on each side.
+
+    `lean` counts its last moves, upwards minus downwards.
+    """
 
     obj: MemoryObject
     addr: int
+    pages: int = FIRST_BUBBLE
     lean: int = 0
 
     def is_near(self, page: Page) -> bool:
-        return page.obj == self.obj and abs(page.addr - self.addr) <= NEAR * PAGE
+        """Faults within the bubble are rare when it has come: those beyond it count as well."""
+        return page.obj == self.obj and abs(page.addr - self.addr) <= 2 * self.pages * PAGE
 
     def at(self, page: Page) -> Pivot:
         move = (page.addr > self.addr) - (page.addr < self.addr)
-        return replace(self, addr=page.addr, lean=max(-MOST_SURE, min(MOST_SURE, self.lean + move)))
+        lean = max(-MOST_SURE, min(MOST_SURE, self.lean + move))
+        return replace(self, addr=page.addr, pages=min(2 * self.pages, BUBBLE), lean=lean)
 
     def ahead(self) -> Iterator[Chunk]:
-        """A bubble that grows on both sides, first on the side to which it moves."""
+        """The bubble, from its middle on; first the side to which it leans."""
         side = 1 if self.lean >= 0 else -1
-        first = pieces(self.obj, self.addr, BUBBLE, side)
+        first = pieces(self.obj, self.addr, self.pages, side)
+        other = pieces(self.obj, self.addr, self.pages, -side)
         if abs(self.lean) >= SURE:
-            done = 0
-            while done < LEANING and (chunk := next(first, None)) is not None:
-                yield chunk
-                done += chunk.pages
-        yield from in_turn((first, pieces(self.obj, self.addr, BUBBLE, -side)))
+            yield from first
+        yield from in_turn((first, other))
 
 
 @dataclass(frozen=True, slots=True)
 class Pivots:
-    """Bubbles around the last places of work, in turn, until they meet.
+    """Bubbles around the last places of work, in turn.
 
     After M. R. Hines and K. Gopalan, "Post-copy based live virtual machine migration using adaptive pre-paging and
-    dynamic self-ballooning" (VEE 2009): bubbling with several pivots, both ways. `pivots` has the latest first.
+    dynamic self-ballooning" (VEE 2009): bubbling with several pivots, both ways. There bubbles grow until they meet;
+    here by faults near them, so that those of a program that goes anywhere stay small. `pivots` has the latest first.
     """
 
     pivots: tuple[Pivot, ...] = ()
