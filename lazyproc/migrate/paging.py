@@ -5,16 +5,18 @@ It shares its descriptors with the keeper, who brings it links and replaces it w
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 from lazyproc.errors import LazyprocError, Parked
+from lazyproc.events import Note, ignore
 from lazyproc.facts import dataclass
 from lazyproc.kernel.ready import readable
 from lazyproc.kernel.sys import pidfd_open
@@ -27,7 +29,7 @@ from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply, image_pages
 from lazyproc.pages.transport import Channel, Declined, Session
 from lazyproc.restore.lazy import note_removals
-from lazyproc.restore.lazytree import from_facts
+from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
 from lazyproc.uffd.policy import POLICIES, Policy, blocks
@@ -68,6 +70,7 @@ class Paging:
 
     def first(self, keeper: Member) -> None:
         """Of a tree that is still to be built: begins when the keeper says that it is committed."""
+        self._rehearse()
         while keeper.alive():
             if any(kind == "serve" for kind, _ in heard(self._keeper, LOOK_S, 1)):
                 self._run(inherited=False)
@@ -133,6 +136,32 @@ class Paging:
             with suppress(Declined):  # it may know the session again when it is resumed there
                 if (called := redial.link()) is not None:
                     drain.attach(called)
+
+    def _rehearse(self) -> None:
+        """What the first fault would have to wait for otherwise (docs/adr/0020-rehearsal.md): a pager without a
+        process, and a link to nobody. Where that fails faults wait longer.
+        """
+        wishes = Wishes(lazy=True, policy="sequential", bulk=True, max_rate=0, traced=False, release=False)
+        tree = LazyTree(0, 0, 0, (LazyTask(0, 0, 0, -1, -1, -1),), (), (), 0)
+        record = json.loads(json.dumps({"wishes": wishes.fields(), "tree": to_facts(tree)}))
+        pager = Pager()
+        try:
+            policy = POLICIES[Wishes.of(record["wishes"]).policy]
+            drain = Drain(pager, from_facts(record["tree"]), policy, ignore)
+            pager.plan(blocks(policy.first))
+            pager.start(bulk=False)
+            with ExitStack() as stack:
+                pairs = [socket.socketpair() for _ in ROLES]
+                for end in (end for pair in pairs for end in pair):
+                    stack.enter_context(end)
+                link = stack.enter_context(closing(self._duplicated([near.fileno() for near, _ in pairs])))
+                drain.take(link)
+        except (LazyprocError, OSError) as error:
+            self._clients.tell(
+                Note(f"the pager could not be rehearsed, and the first faults wait longer: {error}")
+            )
+        finally:
+            pager.abandon()
 
     def _duplicated(self, fds: Sequence[int]) -> Link:
         """The connections that the keeper has welcomed."""

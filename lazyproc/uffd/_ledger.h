@@ -118,6 +118,7 @@ struct ledger_head {
     uint64_t fault_ns[LEDGER_BUCKETS]; /* log-linear: 16 buckets to the octave */
     uint64_t traced;                   /* records ever written */
     uint32_t map_known;
+    uint32_t served; /* by a pager that was more than its tables: it may have been killed */
     /* Event messages are read straight into here: what a killed pager had read and not applied is not lost. */
     uint32_t messages_space;
     struct uffd_msg messages[LEDGER_MESSAGES];

@@ -118,23 +118,37 @@ static int open_descriptors(struct pager *p)
 }
 
 /* A dead pager's faults are not delivered again, its requests not answered: wake everybody, who will fault anew. */
+static void wake_space(const struct pager *p, uint32_t space)
+{
+    const struct region *regions = ledger_regions(&p->ledger, space);
+
+    for (uint32_t i = 0; i < p->ledger.spaces[space].regions; i++)
+        wake(p, space, regions[i].start, (regions[i].end - regions[i].start) >> PAGE_SHIFT);
+}
+
+/* What a dead pager may have left takes a look at every page, 2 ms a gibibyte: the first one after who has filled the
+ * tables must not take that time, somebody waits for it already. */
 static int take_over(struct pager *p)
 {
-    const struct ledger_head *head = p->ledger.head;
-    int mapped = removals_map(&p->removals, head->removal_fds, head->removal_count);
+    struct ledger_head *head = p->ledger.head;
+    bool first = !head->served;
+    int error = removals_map(&p->removals, head->removal_fds, head->removal_count);
 
-    if (mapped)
-        return mapped;
-    shadow_recover(&p->ledger);
-    ledger_forget_asked(&p->ledger);
+    if (error)
+        return error;
+    head->served = 1;
+    if (!first) {
+        shadow_recover(&p->ledger);
+        ledger_forget_asked(&p->ledger);
+    }
     for (uint32_t s = 0; s < head->spaces; s++) {
-        const struct region *regions = ledger_regions(&p->ledger, s);
-        int error = p->ledger.spaces[s].live ? watch_space(p, s) : 0;
-
+        if (!p->ledger.spaces[s].live)
+            continue;
+        error = watch_space(p, s);
         if (error)
             return error;
-        for (uint32_t i = 0; p->ledger.spaces[s].live && i < p->ledger.spaces[s].regions; i++)
-            wake(p, s, regions[i].start, (regions[i].end - regions[i].start) >> PAGE_SHIFT);
+        if (!first)
+            wake_space(p, s);
     }
     return 0;
 }
@@ -338,6 +352,7 @@ int pager_start(struct pager *p, bool bulk, uint64_t max_rate)
     pthread_mutex_lock(&p->lock);
     if (!p->fault_runs && p->status == PAGER_IDLE) {
         p->max_rate = max_rate;
+        p->ledger.head->served = 1;
         p->status = PAGER_RUNNING;
         check_done(p);
         error = apply_messages(p, LEDGER_MESSAGES);
