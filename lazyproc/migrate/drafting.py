@@ -11,7 +11,7 @@ from lazyproc.migrate.journal import COMMITTED, Draft, Journal
 
 
 class Drafting:
-    """A thread that writes two drafts, once it is told what is in them. Close it before this process forks.
+    """A thread that writes two drafts, when it is told what is in them. Close it before this process forks.
 
     It makes no ptrace call: those have one thread.
     """
@@ -22,30 +22,31 @@ class Drafting:
         self._journal = journal
         self._facts: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()
         self._drafts: SimpleQueue[tuple[Draft, Draft] | Exception] = SimpleQueue()
+        self._begun = 0
         self._thread = Thread(target=self._write, daemon=True)
         self._thread.start()
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Once."""
+        """Again when the tree has to be built anew (PidTaken): what holds is what was said last."""
+        self._begun += 1
         self._facts.put(facts)
 
     def drafts(self) -> tuple[Draft, Draft]:
         """That the tree is ours, and that it runs; after `begin`. Raises LazyprocError when they cannot be written."""
-        drafts = self._drafts.get()
-        if isinstance(drafts, Exception):
-            raise drafts
-        return drafts
+        written = [self._drafts.get() for _ in range(self._begun)]
+        self._begun = 0
+        if isinstance(written[-1], Exception):
+            raise written[-1]
+        return written[-1]
 
     def close(self) -> None:
         self._facts.put(None)
         self._thread.join()
 
     def _write(self) -> None:
-        facts = self._facts.get()
-        if facts is None:
-            return
-        try:
-            committed = self._journal.draft(COMMITTED, **facts)
-            self._drafts.put((committed, self._journal.draft("running", durable=False, **facts)))
-        except Exception as error:
-            self._drafts.put(error)
+        while (facts := self._facts.get()) is not None:
+            try:
+                committed = self._journal.draft(COMMITTED, **facts)
+                self._drafts.put((committed, self._journal.draft("running", durable=False, **facts)))
+            except Exception as error:
+                self._drafts.put(error)

@@ -94,3 +94,16 @@ def test_later_keeps_the_order_and_adds_steps_up() -> None:
     )
     later.tell()
     assert len(heard) == 4
+
+
+def test_a_tree_that_was_built_anew_is_the_one_that_is_recorded(journal: Journal) -> None:
+    drafting = Drafting(journal)
+    try:
+        drafting.begin({"tree": {"root": 1}})
+        drafting.begin({"tree": {"root": 2}})
+        for draft in drafting.drafts():
+            journal.publish(draft)
+    finally:
+        drafting.close()
+    (record,) = records()
+    assert (record.state, record.facts["tree"]) == ("running", {"root": 2})
