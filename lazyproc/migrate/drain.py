@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from lazyproc.errors import ConnectionLost, ProtocolError
@@ -51,12 +51,20 @@ class Drain:
         policy: Policy,
         listener: Listener,
         report: Mapping[str, JsonValue] | None = None,
+        *,
+        settled: Mapping[str, JsonValue] | None = None,
+        settle: Callable[[Mapping[str, JsonValue]], object] = lambda _: None,
     ) -> None:
-        """With a `report` every page is here already, and only the source has to be told."""
+        """With a `report` every page is here already, and only the source has to be told. `settle` is called with what
+        will be the report, when every page is here and right before the tree gives back what it keeps of its memory:
+        who finds it without that has to know why. What an earlier one has so `settled` holds.
+        """
         self._pager = pager
         self._tree = tree
         self._policy = policy
         self._listener = listener
+        self._settled = settled
+        self._settle = settle
         self._link: Link | None = None
         self._alone = False  # nobody has to be told
         self._stays = False  # whoever maps lost memory anew needs our answer
@@ -198,9 +206,11 @@ class Drain:
         counters = self._last_counters()
         ended = not self._pager.spaces()
         self._stays = not ended and self._pager.shares_poison
+        report = self._settled or report_of(counters, ended=ended)
         if not self._stays:
+            self._settle(report)
             self._finish(ended=ended)
-        self.report = report_of(counters, ended=ended)
+        self.report = report
         self._send(Drained(self.report))
 
     def _finish(self, *, ended: bool) -> None:

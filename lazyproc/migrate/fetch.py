@@ -109,7 +109,13 @@ def restore_from(
         tree = arrival.begin(pager, serve)
         stack.callback(remove, tree.groups)  # in case it ends before us
         policy = ours or POLICIES[str(journal.facts["wishes"]["policy"])]
-        drain = Drain(pager, tree, policy, listener)
+        drain = Drain(
+            pager,
+            tree,
+            policy,
+            listener,
+            settle=lambda report: journal.note("running", listener, {"whole": report}),
+        )
         drain.take(link)
         if file is not None:
             stack.callback(Recorder(pager, file.write).close)

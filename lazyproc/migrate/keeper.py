@@ -31,7 +31,8 @@ from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
 from lazyproc.pages.transport import Channel, Door, Session, listen
 from lazyproc.restore.ending import end_tree
-from lazyproc.restore.lazytree import from_facts
+from lazyproc.restore.lazy import drop_anchors
+from lazyproc.restore.lazytree import LazyTree, anchor_holders, from_facts
 from lazyproc.uffd.pager import Pager, rebind
 from lazyproc.wire.native import Hello, Party, Role
 
@@ -74,8 +75,10 @@ def keep_on(record: Record, supply: Supply, listener: Listener) -> Mapping[str, 
     `supply` in place of the source, if it is any. Raises LostAfterCommit when the tree is gone, too; Parked when the
     keeper is gone.
     """
-    ours, theirs = stream()
     tree = from_facts(record.facts["tree"])
+    if "whole" in record.facts and not any(anchor_holders(tree, "ledger")):
+        return _put_away(record, tree, listener)
+    ours, theirs = stream()
 
     def run() -> None:
         ours.close()
@@ -98,6 +101,18 @@ def keep_on(record: Record, supply: Supply, listener: Listener) -> Mapping[str, 
         with theirs:
             family.daemon(run, NAME)
         return _awaited(ours, record, listener)
+
+
+def _put_away(record: Record, tree: LazyTree, listener: Listener) -> Mapping[str, object]:
+    """All who worked on it were killed while the tree gave back what it kept: every page is there."""
+    drop_anchors(tree)
+    journal = Journal(record.session, DESTINATION, record.facts)
+    report: Mapping[str, object] = record.facts["whole"]
+    if Place.of(record.facts).address:
+        journal.note("drained", listener, {"report": report}, durable=True)  # the source will ask
+    else:
+        journal.remove()
+    return report
 
 
 def supply_to(record: Record, supply: Supply, listener: Listener) -> Mapping[str, object]:

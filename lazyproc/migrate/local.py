@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from lazyproc.events import Listener
@@ -12,6 +13,10 @@ from lazyproc.kernel import proc
 from lazyproc.restore import run
 from lazyproc.restore.run import Restored
 from lazyproc.restore.tree import Pidns
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lazyproc.migrate.journal import Journal
 
 
 @contextmanager
@@ -42,12 +47,12 @@ def restore(
         if restored.pager is None:
             yield restored
             return
-        with _session(restored, directory, policy):
+        with _session(restored, directory, policy, listener):
             yield restored
 
 
 @contextmanager
-def _session(restored: Restored, directory: Path, policy: str) -> Iterator[None]:
+def _session(restored: Restored, directory: Path, policy: str, listener: Listener) -> Iterator[None]:
     """On record, until nothing is missing or nobody is left to miss it."""
     # Not before the tree runs: their import would be part of its start.
     from lazyproc.migrate.desk import Desk
@@ -68,6 +73,7 @@ def _session(restored: Restored, directory: Path, policy: str) -> Iterator[None]
     with closing(Desk(session, DESTINATION)):
         journal = Journal(session, DESTINATION, facts)
         journal.write("running", durable=False)
+        restored.settle = partial(_note_whole, restored, journal, listener)
         try:
             yield
         finally:
@@ -75,3 +81,12 @@ def _session(restored: Restored, directory: Path, policy: str) -> Iterator[None]
                 proc.lives(task.pid, task.started) for task in restored.tree.tasks
             ):
                 journal.remove()
+
+
+def _note_whole(restored: Restored, journal: Journal, listener: Listener) -> None:
+    """For `resume`, when we are killed while the tree gives back what it keeps of its memory."""
+    from lazyproc.migrate.drain import report_of
+
+    assert restored.pager is not None
+    counters, ended = restored.pager.counters(), not restored.pager.spaces()
+    journal.note("running", listener, {"whole": report_of(counters, ended=ended)})

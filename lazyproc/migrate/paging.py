@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
 from lazyproc.uffd.policy import POLICIES, Policy, blocks
+from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Hello, Party
 
 LOOK_S = 0.5
 STEP_S = 0.02
+NOTED_S = 0.001
 RELEASE_S = 60.0  # the tree is complete: how long the source is waited for, to be told so
 
 
@@ -93,7 +95,15 @@ class Paging:
                 note_removals(pager, tree)
             report = None if facts["state"] == "poisoned" else facts.get("report")  # poisoned is not over
             policy = self._preferences.policy or POLICIES[wishes.policy]
-            drain = Drain(pager, tree, policy, self._clients.tell, report)
+            drain = Drain(
+                pager,
+                tree,
+                policy,
+                self._clients.tell,
+                report,
+                settled=facts.get("whole"),
+                settle=self._settle,
+            )
             if traced:
                 if record is not None:
                     record.begin(self._session.id, Clock.now())
@@ -201,6 +211,14 @@ class Paging:
         self._have_noted({"state": state, "report": drain.report})
         if drain.stays:
             self._clients.done(drain.report)
+
+    def _settle(self, report: Mapping[str, JsonValue]) -> None:
+        """Recorded when this returns, by whomever."""
+        self._have_noted({"whole": report})
+        while self._is_kept() and "whole" not in self._journal.facts:
+            time.sleep(NOTED_S)
+        if "whole" not in self._journal.facts:
+            amend(self._journal, {"whole": report}, self._clients.tell)
 
     def _close(self, drain: Drain) -> None:
         """All is done; whoever is kept is dismissed by the keeper."""

@@ -82,7 +82,7 @@ def finish(pager: Pager, tree: LazyTree) -> None:
     The anchors go between the pager's two steps: memory that grew while it was registered is let go by that.
     """
     pager.release()
-    _drop_anchors(tree)
+    drop_anchors(tree)
     with ExitStack() as stack:
         pidfds = {}
         for task in tree.tasks:
@@ -92,7 +92,7 @@ def finish(pager: Pager, tree: LazyTree) -> None:
         pager.finish((pidfds[pid], addr, length) for pid, addr, length in tree.huge if pid in pidfds)
 
 
-def _drop_anchors(tree: LazyTree) -> None:
+def drop_anchors(tree: LazyTree) -> None:
     """In the tasks, and in the children they have forked meanwhile, which have inherited them: parents first, and
     again until nobody has one, since a child may be forked while we are on our way.
     """

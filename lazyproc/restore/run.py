@@ -53,6 +53,9 @@ class Restored:
     started: float
     pager: Pager | None
     drained: bool = field(default=False, kw_only=True)  # `wait_drained` has said so
+    settle: Callable[[], object] = field(
+        default=lambda: None, kw_only=True
+    )  # before it gives back what it keeps
     _plan: Callable[[], Iterable[Chunk]] | None = field(default=None, kw_only=True)  # until the pager has it
     _status: int | None = field(default=None, kw_only=True)
 
@@ -69,6 +72,7 @@ class Restored:
         if not self.pager.wait(timeout):
             self._demand_source(self.pager)
             return False
+        self.settle()
         finish(self.pager, self.tree)
         self.drained = True
         return True

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 from lazyproc.cli.main import main
+from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.journal import Journal, folder
 from lazyproc.migrate.keeper import Keeper
 from lazyproc.pages.transport import Channel
@@ -94,6 +95,8 @@ DESTINATION: dict[str, Callable[[], None]] = {
     "COMMITTED said": _sent(Committed),
     "released": lambda: _after(BuiltTree, "release"),
     "RUNNING said": _sent(Running),
+    "whole": lambda: _before(Drain, "_finish"),
+    "let go": lambda: _after(Drain, "_finish"),
     "drained": _written("drained"),
     "DRAINED said": _sent(Drained),
 }

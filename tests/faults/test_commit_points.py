@@ -14,7 +14,7 @@ from tests.faults.killed_at import killed_at
 from tests.live.bad_luck import unharmed
 from tests.live.moving import receiving, run_cli
 from tests.live.programs import Program, running, wait_until
-from tests.live.real import Journey, ending, migrating
+from tests.live.real import Journey, ending, migrating, processes_of
 
 MIB = "64"
 
@@ -68,7 +68,8 @@ def test_all_are_killed_at_the_destination_and_it_runs_on_here(
 
 
 @pytest.mark.parametrize(
-    "point", ["outlived", "COMMITTED said", "released", "RUNNING said", "drained", "DRAINED said"]
+    "point",
+    ["outlived", "COMMITTED said", "released", "RUNNING said", "whole", "let go", "drained", "DRAINED said"],
 )
 def test_killed_at_the_destination_it_arrives(pair: Pair, program: Program, point: str) -> None:
     with (
@@ -78,6 +79,27 @@ def test_killed_at_the_destination_it_arrives(pair: Pair, program: Program, poin
         arrives(pair, journey, program)
         states = {record["state"] for record in journals(pair.destination, DESTINATION)}
         assert states <= {"drained"}  # of a source that has ended without being heard once more
+
+
+@pytest.mark.parametrize("point", ["whole", "let go", "drained", "DRAINED said"])
+def test_all_are_killed_at_the_destination_when_every_page_is_there(
+    pair: Pair, program: Program, point: str
+) -> None:
+    """One resume there, where it is still needed: what the tree kept for that may be gone already."""
+    with (
+        receiving(pair.destination, by=killed_at(point, "all")) as receiver,
+        migrating(pair.source, receiver, program.pid) as journey,
+    ):
+        journey.wait_running()
+        wait_until(lambda: nobody_works(pair.destination), "all are killed")
+        for left in sessions(pair.destination):
+            if left["state"] == "orphaned" and "drained" not in left["reason"]:
+                run_cli(pair.destination, "resume", left["id"])
+        arrives(pair, journey, program)
+
+
+def nobody_works(host: Host) -> bool:
+    return not {"lazyproc-keeper", "lazyproc-pager", "lazyproc-guard"} & set(processes_of(host).values())
 
 
 @pytest.mark.parametrize("point", ["COMMIT said", "COMMITTED heard", "RUNNING heard", "RELEASED said"])

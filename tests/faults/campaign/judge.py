@@ -53,6 +53,7 @@ class Scene:
         default_factory=list
     )  # the side, and the command
     receivers: list[subprocess.Popen[str]] = field(default_factory=list)  # started in place of a dead one
+    aborts: list[subprocess.Popen[str]] = field(default_factory=list)  # of a tree that ended before it ran
     forced: bool = False
 
     def copies(self, host: Host) -> list[int]:
@@ -92,7 +93,7 @@ class Scene:
         )
 
     def close(self) -> None:
-        for process in [each for _, each in self.resumes] + self.receivers:
+        for process in [each for _, each in self.resumes] + self.receivers + self.aborts:
             process.kill()
             process.communicate()
 
@@ -162,6 +163,9 @@ def _help(scene: Scene) -> None:
         elif side == SOURCE and not scene.forced and _nothing_there(scene):
             scene.forced = True
             scene.resumes.append((side, _start(host, "resume", session, "--here", "--force")))
+        elif side == DESTINATION and not scene.copies(host) and not any(each.poll() for each in scene.aborts):
+            if not scene.aborts:  # docs/reliability.md, what is not promised
+                scene.aborts.append(_start(host, "abort", session))
         else:
             raise Fault(f"the {side}'s side is orphaned again after a resume\n{_words(scene)}\n{scene}")
     if scene.receiver.process.poll() is not None and not scene.receivers and _only_kept_there(scene):
@@ -209,6 +213,8 @@ def _check_exits(scene: Scene, outcome: Outcome) -> None:
     for side, process in scene.resumes:
         code = _code(scene, process)
         good = (0,) if side == DESTINATION or there else (0, 1, 4)
+        if side == DESTINATION and scene.aborts:
+            good = (5,)
         if code not in good:
             raise Fault(f"resume at the {side}: exit {code}, but {outcome}\n{process.communicate()}\n{scene}")
 
