@@ -82,15 +82,20 @@ class Holding:
             raise NoSuchProcess("the parked process has ended", where=f"pid {pid}")
 
     def let_run(self) -> None:
-        """The tree goes on here. Raises what park.let_run does, for the first process that cannot, after the others."""
-        errors = []
+        """The tree goes on here. Raises what park.let_run does, for the first process that cannot, after the others;
+        NoSuchProcess when all have ended: one may have, when our end let it run before it was parked.
+        """
+        errors: list[LazyprocError] = []
+        ended: list[LazyprocError] = []
         for process in self.processes:
             try:
                 park.let_run(process)
+            except NoSuchProcess as error:
+                ended.append(error)
             except LazyprocError as error:
                 errors.append(error)
-        if errors:
-            raise errors[0]
+        if errors or len(ended) == len(self.processes):
+            raise (errors or ended)[0]
 
     def open(self) -> FrozenPages:
         """The pages where they lie. Raises NoSuchProcess, PermissionDenied."""

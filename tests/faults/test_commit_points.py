@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from lazyproc.hosts import Host, Pair
-from tests.faults.helpers import DESTINATION, SOURCE, journals, sessions
+from lazyproc.kernel import proc
+from tests.faults.helpers import DESTINATION, SOURCE, gone, journals, sessions
 from tests.faults.killed_at import killed_at
 from tests.live.bad_luck import unharmed
 from tests.live.moving import receiving, run_cli
 from tests.live.programs import Program, running, wait_until
-from tests.live.real import Journey, ending, migrating, processes_of
+from tests.live.real import Journey, ending, migrating, processes_of, runs
 
 MIB = "64"
 
@@ -119,6 +120,24 @@ def test_all_are_killed_at_the_source_when_nothing_is_left_to_do(pair: Pair, pro
         migrating(pair.source, receiver, program.pid, run_by=killed_at("record removed", "all")) as journey,
     ):
         arrives(pair, journey, program)
+
+
+def test_all_are_killed_before_it_is_parked_and_a_process_of_it_ends(pair: Pair) -> None:
+    """It is on record as parked, and runs: who resumes it finds less of it than there was."""
+    with (
+        running("cow_fork", "16", directory=pair.shared, host=pair.source, exclusive=True) as program,
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, run_by=killed_at("parked", "all")) as journey,
+    ):
+        assert journey.finish(expected=4)["exit_code"] == 4
+        child = proc.children_of(program.pid, program.pid)[0]
+        os.kill(child, signal.SIGKILL)
+        wait_until(lambda: gone(child), "a child has ended")
+        (left,) = sessions(pair.source)
+        run_cli(pair.source, "resume", left["id"], expected=1)
+        assert not journals(pair.source, SOURCE)
+        assert runs(program.pid)
+        os.kill(program.pid, signal.SIGKILL)
 
 
 # --- the disk is full ------------------------------------------------------------------------------------------
