@@ -9,13 +9,15 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
+from lazyproc.errors import NoSuchProcess
 from lazyproc.hosts import Pair
-from tests.faults.helpers import DESTINATION, gone, kill
+from tests.faults.helpers import DESTINATION, gone, journal, kill
 from tests.faults.lost import CHILD, FORK, LATE, PAGES, ROOT, TOUCH_ALL, Found, Lost, incomplete
 from tests.faults.test_helpers_killed import waits_for_a_page
 from tests.live.bad_luck import ended, started
 from tests.live.programs import wait_until
 
+CREW = ("keeper", "pager", "guard")
 ALL_RIGHT = Found(PAGES, 0, 0, PAGES, 0, 0)
 
 
@@ -43,14 +45,23 @@ def commands() -> Iterator[ExitStack]:
 
 
 def kill_helpers(tree: Lost) -> None:
-    kill(tree.pair.destination, DESTINATION, "keeper", "pager", "guard")
+    kill(tree.pair.destination, DESTINATION, *CREW)
     wait_until(lambda: tree.info()["state"] == "orphaned", "nobody works on it")
+
+
+def is_manned(tree: Lost) -> bool:
+    """By those whom the record names: right after a resume it names the dead."""
+    host, facts = tree.pair.destination, journal(tree.pair.destination, DESTINATION)
+    try:
+        return not any(gone(host.pid(facts[f"{name}_pid"])) for name in CREW)
+    except (KeyError, NoSuchProcess):  # not named yet, or gone altogether
+        return False
 
 
 def resume(tree: Lost, commands: ExitStack) -> None:
     """It ends with the last page, or with those whom it has started."""
     commands.enter_context(ended(started(tree.pair.destination, "resume", tree.session)))
-    wait_until(lambda: tree.info()["state"] == "running", "somebody works on it again")
+    wait_until(lambda: is_manned(tree), "a whole crew works on it again")
 
 
 def test_all_helpers_are_killed_and_it_waits(tree: Lost, late: int, commands: ExitStack) -> None:
