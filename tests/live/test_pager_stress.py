@@ -40,6 +40,11 @@ class Toucher:
     ranges: tuple[tuple[int, int], tuple[int, int]]
     uffd: int
 
+    def begin(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+
     def go(self) -> int:
         """Its exit status, once it has verified everything."""
         self.process.communicate(b"\n", timeout=60)
@@ -138,7 +143,8 @@ def test_what_moves_while_it_is_put_in_place_is_not_lost(toucher: Path, tmp_path
     with running(toucher, 16, 0) as target, pager() as made:
         image_of(made, target, tmp_path, holes=True)
         made.start(bulk=True)
+        target.begin()
+        assert made.wait(DEADLINE)  # before it may end
         assert target.go() == 0
-        assert made.wait(DEADLINE)
         assert balanced(made)
         assert made.counters().dropped == 0
