@@ -225,7 +225,8 @@ static void renew_link(struct pager *p)
     link_connect(&p->bulk, p->next_bulk);
     p->next_bulk = -1;
     p->bulk_pages = 0;
-    packing_init(&p->packing, p->next_packs && link_can_unpack(&p->bulk));
+    p->bulk_packs = p->next_packs;
+    packing_init(&p->packing, p->bulk_packs && p->bulk.unpacker);
     p->bulk_generation = p->generation;
 }
 
@@ -302,6 +303,15 @@ static void wait_turn(struct pager *p, enum next next)
         take_answers(p);
 }
 
+/* Without the lock, and while the first answers are on their way: looking for a library takes milliseconds. */
+static void find_unpacker(struct pager *p)
+{
+    if (!p->bulk_packs || p->unpacker_sought)
+        return;
+    p->unpacker_sought = true;
+    p->packing.able = link_can_unpack(&p->bulk); /* without it pages are asked for as they are */
+}
+
 void *bulk_main(void *pager)
 {
     struct pager *p = pager;
@@ -321,6 +331,7 @@ void *bulk_main(void *pager)
         error = p->bulk.fd >= 0 ? link_flush(&p->bulk) : 0;
         if (error)
             declare_lost(p, "the bulk connection broke", error);
+        find_unpacker(p);
         wait_turn(p, next);
     }
 }

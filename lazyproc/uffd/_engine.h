@@ -144,7 +144,9 @@ struct pager {
 
     atomic_uint urgent_outstanding;
     struct pace pace;
-    struct packing packing; /* the bulk thread's */
+    struct packing packing; /* the bulk thread's, like what follows */
+    bool bulk_packs;        /* its source can compress, perhaps */
+    bool unpacker_sought;
 };
 
 static inline uint64_t min_u64(uint64_t a, uint64_t b)
