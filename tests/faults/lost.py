@@ -39,6 +39,9 @@ class Found:
     shared_wrong: int
 
 
+ALL_RIGHT = Found(PAGES, 0, 0, PAGES, 0, 0)
+
+
 @dataclass(slots=True)
 class Lost:
     """A tree at the destination; `root` as the test sees it."""

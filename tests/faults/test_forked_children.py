@@ -12,13 +12,12 @@ import pytest
 from lazyproc.errors import NoSuchProcess
 from lazyproc.hosts import Pair
 from tests.faults.helpers import DESTINATION, gone, journal, kill
-from tests.faults.lost import CHILD, FORK, LATE, PAGES, ROOT, TOUCH_ALL, Found, Lost, incomplete
+from tests.faults.lost import ALL_RIGHT, CHILD, FORK, LATE, ROOT, TOUCH_ALL, Lost, incomplete
 from tests.faults.test_helpers_killed import waits_for_a_page
 from tests.live.bad_luck import ended, started
 from tests.live.programs import wait_until
 
 CREW = ("keeper", "pager", "guard")
-ALL_RIGHT = Found(PAGES, 0, 0, PAGES, 0, 0)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from lazyproc.model import ObjectKind
 from lazyproc.pages.images import ImagePages, write_pages
 from tests.faults.helpers import DESTINATION, gone, journal, journals, kill
 from tests.faults.lost import (
+    ALL_RIGHT,
     CHILD,
     FIRST,
     FORK,
@@ -41,7 +42,6 @@ from tests.live.moving import checkpoint, receiving, run_cli
 from tests.live.programs import running, wait_until
 from tests.live.real import migrating
 
-ALL_RIGHT = Found(PAGES, 0, 0, PAGES, 0, 0)
 MOST_LOST = Found(FIRST, PAGES - FIRST, 0, FIRST, PAGES - FIRST, 0)
 
 

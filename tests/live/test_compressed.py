@@ -40,5 +40,6 @@ def test_text_over_a_slow_link(slow_pair: Pair) -> None:
 
 
 def test_what_does_not_shrink_comes_as_it_is(slow_pair: Pair) -> None:
+    """All of it at its full size; of the program's own few pages some may shrink."""
     report = moved(slow_pair, "memory_random")
-    assert report["pages_packed"] == 0
+    assert int(str(report["bytes_wire"])) >= MIB << 20
