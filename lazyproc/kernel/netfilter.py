@@ -2,27 +2,24 @@
 
 A dropped packet is sent again by TCP; an answered one (RST) ends the connection, and an accepted one is lost
 with the frozen socket. So from the freeze until the hand-over both hosts drop what belongs to the tree. One
-table holds everything of a session, so removing the table removes every trace; a process of its own does
-that when we are killed. The rules concern the network namespace of the calling thread and need
-CAP_NET_ADMIN there and nft(8).
+table holds everything of a session, so removing the table removes every trace; the kernel does that when we
+are killed, since the table is owned by a socket of ours (NFT_TABLE_F_OWNER). The rules concern the network
+namespace of the calling thread and need CAP_NET_ADMIN there.
 """
 
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, Self
 
-from lazyproc.errors import HostLacks, PermissionDenied
-
-TYPE_CHECKING = False  # typing itself costs 5 ms of every start
-if TYPE_CHECKING:
-    import subprocess
+from lazyproc.errors import HostLacks
+from lazyproc.kernel import nftables
+from lazyproc.kernel.nftables import OUTPUT, PREROUTING, Change, Netfilter, new_chain, new_rule, new_table
 
 PREFIX = "lazyproc_"
-KEEP = b"keep\n"
+KEPT = "_kept"
 MARK = 0x6C70  # SO_MARK of packets that the restore itself injects; they pass
 _BEFORE_CONNTRACK = -350  # NF_IP_PRI_RAW is -300: a packet held back leaves no conntrack entry either
 End = tuple[bytes, int]  # packed address, port
@@ -39,18 +36,16 @@ class Flow(NamedTuple):
     remote: End | None
 
 
-def ruleset(table: str, flows: Iterable[Flow]) -> str:
-    """The nft(8) script that drops the packets of `flows` in both directions, and nothing else."""
-    rules = dict.fromkeys(line for flow in flows for line in _rules(_unmapped(flow)))
-    inbound = "\n".join(text for direction, text in rules if direction == "in")
-    outbound = "\n".join(text for direction, text in rules if direction == "out")
-    return (
-        f"table inet {table} {{\n"
-        f"chain inbound {{ type filter hook prerouting priority {_BEFORE_CONNTRACK};\n"
-        f"meta mark {MARK:#x} accept\n{inbound}\n}}\n"
-        f"chain outbound {{ type filter hook output priority {_BEFORE_CONNTRACK};\n"
-        f"meta mark {MARK:#x} accept\n{outbound}\n}}\n}}\n"
-    )
+def drops(table: str, flows: Iterable[Flow], *, owned: bool) -> Iterator[Change]:
+    """What makes a table that drops the packets of `flows` in both directions, and nothing else."""
+    rules = dict.fromkeys(rule for flow in flows for rule in _rules(_unmapped(flow)))
+    yield new_table(table, owned=owned)
+    for chain, hook in (("inbound", PREROUTING), ("outbound", OUTPUT)):
+        yield new_chain(table, chain, hook, _BEFORE_CONNTRACK)
+        yield new_rule(table, chain, (nftables.mark_is(MARK), nftables.verdict(accept=True)))
+        for of_chain, match in rules:
+            if of_chain == chain:
+                yield new_rule(table, chain, (match, nftables.verdict(accept=False)))
 
 
 def _unmapped(flow: Flow) -> Flow:
@@ -64,135 +59,86 @@ def plain(end: End) -> End:
     return (address[12:], port) if address[:12] == bytes(10) + b"\xff\xff" else end
 
 
-def _rules(flow: Flow) -> Iterator[tuple[str, str]]:
-    for direction, here, there in (("in", "d", "s"), ("out", "s", "d")):
-        protocol = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}[flow.protocol]
-        match = f"{protocol} {here}port {flow.local[1]}"
+def _rules(flow: Flow) -> Iterator[tuple[str, bytes]]:
+    for chain, outbound in (("inbound", False), ("outbound", True)):
+        match = nftables.protocol_is(flow.protocol) + nftables.port_is(flow.local[1], source=outbound)
         if any(flow.local[0]):
-            match = f"{_address(flow.local[0], here)} {match}"
+            match = nftables.address_is(flow.local[0], source=outbound) + match
         if flow.remote is not None:
-            match += f" {_address(flow.remote[0], there)} {protocol} {there}port {flow.remote[1]}"
-        yield direction, f"{match} counter drop"
-
-
-def _address(address: bytes, side: str) -> str:
-    if len(address) == 4:
-        return f"ip {side}addr {socket.inet_ntop(socket.AF_INET, address)}"
-    return f"ip6 {side}addr {socket.inet_ntop(socket.AF_INET6, address)}"
-
-
-def hold(session: str, flows: Iterable[Flow]) -> str:
-    """Start dropping, at once for all flows; the table's name, for `release`. Replaces an earlier hold of
-    the session.
-
-    Raises HostLacks without nft(8) or nf_tables, PermissionDenied without CAP_NET_ADMIN.
-    """
-    if not _SESSION.fullmatch(session):
-        raise ValueError(f"{session!r} cannot be part of a table's name")
-    table = PREFIX + session
-    _nft(f"add table inet {table}\ndelete table inet {table}\n{ruleset(table, flows)}")
-    return table
-
-
-def release(table: str) -> None:
-    """Let the packets through again. A table that is not there is no error."""
-    _nft(f"add table inet {table}\ndelete table inet {table}\n")
+            match += nftables.address_is(flow.remote[0], source=not outbound)
+            match += nftables.port_is(flow.remote[1], source=not outbound)
+        yield chain, match
 
 
 def release_session(session: str) -> None:
-    """`release` of whatever is held back for it, by whomever; where nft is missing that is nothing."""
-    with suppress(HostLacks):
-        release(PREFIX + session)
+    """Let through what is kept back for it, by whomever; where there is no nf_tables that is nothing."""
+    with suppress(HostLacks), Netfilter() as netfilter:
+        netfilter.change([nftables.destroy(PREFIX + session + KEPT)])
 
 
 class Hold:
-    """A growing set of flows that are held back until `release`, or the end of the context."""
+    """A growing set of flows that are held back until `release`, the end of the context, or our own, unless it is kept.
+
+    Raises HostLacks without nf_tables, PermissionDenied without CAP_NET_ADMIN.
+    """
 
     def __init__(self, session: str) -> None:
-        self._session = session
+        if not _SESSION.fullmatch(session):
+            raise ValueError(f"{session!r} cannot be part of a table's name")
+        self._table = PREFIX + session
         self._flows: frozenset[Flow] = frozenset()
-        self._sweeper: subprocess.Popen[bytes] | None = None
+        self._netfilter: Netfilter | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self.release()
+        if self._netfilter is not None:
+            self._netfilter.close()
+            self._netfilter = None
 
     def add(self, flows: Iterable[Flow]) -> None:
-        """Hold these back too. nft(8) costs 15-25 ms, so it is called only for flows that are new."""
+        """Hold these back too, in the network namespace in which the first were."""
         wanted = self._flows.union(flows)
-        if wanted != self._flows:
-            if self._sweeper is None:
-                self._sweeper = _sweeper(PREFIX + self._session)
-            hold(self._session, wanted)
-            self._flows = wanted
+        if wanted == self._flows:
+            return
+        if self._netfilter is None:
+            self._netfilter = Netfilter()
+        self._netfilter.change((nftables.destroy(self._table), *drops(self._table, wanted, owned=True)))
+        self._flows = wanted
 
     def keep(self) -> None:
-        """From now on our death lets nothing through: whoever ends the session calls `netfilter.release`."""
-        if self._sweeper is not None:
-            self._sweeper.communicate(KEEP)
-            self._sweeper = None
+        """From now on our death lets nothing through: whoever ends the session calls `release_session`."""
+        if self._netfilter is not None and self._flows:
+            kept = drops(self._table + KEPT, self._flows, owned=False)
+            self._netfilter.change((nftables.destroy(self._table + KEPT), *kept))
 
     def forget(self) -> None:
         """What is kept is somebody else's to release."""
         self._flows = frozenset()
 
     def release(self) -> None:
-        """Let everything through again."""
-        if self._sweeper is not None:
-            self._sweeper.communicate()
-        elif self._flows:
-            release(PREFIX + self._session)
-        self._sweeper, self._flows = None, frozenset()
-
-
-def _sweeper(table: str) -> subprocess.Popen[bytes]:
-    """Removes the table when its input ends: when `communicate` says so, and when we are killed."""
-    import subprocess
-
-    words = 'read word; [ "$word" = keep ] || exec "$1" delete table inet "$2"'
-    return subprocess.Popen(
-        ["sh", "-c", words, "lazyproc-hold", _program(), table],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for us
-    )
+        """Let everything through again. The socket stays open: closing it right after takes the kernel's clean-up of
+        the table, some ms.
+        """
+        if self._netfilter is not None and self._flows:
+            self._netfilter.change([nftables.destroy(self._table), nftables.destroy(self._table + KEPT)])
+        self._flows = frozenset()
 
 
 @contextmanager
 def held(session: str, flows: Iterable[Flow]) -> Iterator[str]:
-    """`hold` for the length of a block."""
-    with Hold(session) as kept:
-        kept.add(flows)
+    """Hold flows back for the length of a block; the table's name."""
+    with Hold(session) as hold:
+        hold.add(flows)
         yield PREFIX + session
 
 
 def leftovers() -> list[str]:
-    """Tables that lazyproc made in this network namespace, of running and of killed sessions."""
-    listed = (line.split() for line in _nft("list tables inet\n").splitlines())
-    return [words[2] for words in listed if len(words) == 3 and words[2].startswith(PREFIX)]
+    """Tables that lazyproc made in this network namespace, of running and of killed sessions.
 
-
-def _program() -> str:
-    import shutil
-
-    program = shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin:/bin")
-    if program is None:
-        raise HostLacks("nft is missing", where="nftables", remedy="install the package nftables")
-    return program
-
-
-def _nft(script: str) -> str:
-    import subprocess  # a tree without connections does not need it
-
-    done = subprocess.run([_program(), "-f", "-"], input=script, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return done.stdout
-    reason = done.stderr.strip().splitlines()[0] if done.stderr.strip() else f"exit status {done.returncode}"
-    if "Operation not permitted" in reason:
-        raise PermissionDenied(
-            "the kernel refuses to hold packets back", where="nftables", remedy="run as root (CAP_NET_ADMIN)"
-        )
-    raise HostLacks(f"nft failed: {reason}", where="nftables", remedy="load the kernel module nf_tables")
+    Raises HostLacks without nf_tables, PermissionDenied without CAP_NET_ADMIN.
+    """
+    with Netfilter() as netfilter:
+        return [name for name in netfilter.tables() if name.startswith(PREFIX)]

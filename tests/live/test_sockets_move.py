@@ -6,12 +6,15 @@ The client never moves and never notices: no RST, no FIN, no byte lost or double
 from __future__ import annotations
 
 import os
+import pickle
 import re
+import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -19,7 +22,7 @@ import pytest
 from lazyproc.dump.descriptors import gather_descriptors
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import PermissionDenied
-from lazyproc.kernel.netfilter import Flow, held, hold, leftovers, release
+from lazyproc.kernel.netfilter import Flow, Hold, held, leftovers, release_session
 from lazyproc.migrate.address import announce
 from lazyproc.model import Checkpoint
 from lazyproc.restore.sockets import flows_to_hold, make_sockets
@@ -101,40 +104,42 @@ def test_a_connection_moves_with_its_address(ethernet: Ethernet) -> None:
             tasks = stack.enter_context(stopped(lambda: _program(ethernet, upstream)))
         peer = stack.enter_context(listener.accept()[0])
         peer.sendall(downstream)
+        at_source, at_target = (stack.enter_context(Hold(name)) for name in ("move_source", "move_target"))
         with ethernet.source.inside():
-            gathered = gather_descriptors(tasks, hold=lambda flows: _hold("move_source", flows))
+            gathered = gather_descriptors(tasks, hold=at_source.add)
         assert not gathered.obstacles
         checkpoint = checkpoint_of(gathered)
         peer.sendall(late)  # held back at the source
         with gathered.sockets:
             silence(gathered.sockets.connections())
         with ethernet.target.inside():
-            hold("move_target", flows_to_hold(checkpoint))
+            at_target.add(flows_to_hold(checkpoint))
         ethernet.give(ethernet.target, "add")
         ethernet.give(ethernet.source, "del")
         with ethernet.target.inside():
             announce("eth0", socket.inet_pton(ethernet.family, ethernet.moving))
             peer.sendall(later)  # reaches the destination before the connection does
             assert eventually(lambda: _held_back("lazyproc_move_target") > 0)
-        _run_at_target(ethernet, checkpoint, peer, upstream, downstream + late + later)
+        _run_at_target(ethernet, checkpoint, at_target, peer, upstream, downstream + late + later)
         with ethernet.source.inside():
             assert leftovers() == ["lazyproc_move_source"]
-            release("lazyproc_move_source")
+            at_source.release()
             assert leftovers() == []
     assert [network.resets_sent() for network in ethernet.networks] == [0, 0, 0]
 
 
-def _hold(session: str, flows: Sequence[Flow]) -> None:
-    hold(session, flows)
-
-
 def _run_at_target(
-    ethernet: Ethernet, checkpoint: Checkpoint, peer: socket.socket, upstream: bytes, downstream: bytes
+    ethernet: Ethernet,
+    checkpoint: Checkpoint,
+    hold: Hold,
+    peer: socket.socket,
+    upstream: bytes,
+    downstream: bytes,
 ) -> None:
     files: dict[int, int] = {}
     with ethernet.target.inside(), make_sockets(checkpoint, files) as sockets:
         sockets.fill_queues(files, {})
-        release("lazyproc_move_target")
+        hold.release()
         sockets.leave_repair()
         number = next(row.file_id for row in checkpoint.root.descriptors if row.fd == 10)
         with socket.socket(fileno=os.dup(files[number])) as sock:
@@ -149,10 +154,13 @@ def _run_at_target(
 
 def _held_back(table: str) -> int:
     """How many packets a table has dropped."""
-    listing = subprocess.run(
-        ["nft", "list", "table", "inet", table], capture_output=True, text=True, check=True
-    )
-    return sum(int(count) for count in re.findall(r"counter packets (\d+)", listing.stdout))
+    return sum(int(count) for count in re.findall(r"counter packets (\d+) bytes \d+ drop", _listing(table)))
+
+
+def _listing(table: str) -> str:
+    """As nft(8) understands what we have told the kernel."""
+    argv = ["nft", "list", "table", "inet", table]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
 
 def _in_background(sock: socket.socket, length: int) -> Callable[[], bytes]:
@@ -231,9 +239,104 @@ def test_holding_stops_exactly_the_flow_and_nothing_else(ethernet: Ethernet) -> 
         assert _read(receivers[0], 1) == b"y"
 
 
-def test_a_bad_session_name_reaches_no_shell() -> None:
+def _flows(ethernet: Ethernet, ports: Sequence[int]) -> list[Flow]:
+    local = socket.inet_pton(ethernet.family, ethernet.moving)
+    return [Flow(socket.IPPROTO_UDP, (local, port), None) for port in ports]
+
+
+def test_flows_that_come_later_are_held_back_with_the_first(ethernet: Ethernet) -> None:
+    remote = socket.inet_pton(ethernet.family, ethernet.client_address), 4000
+    (first,) = _flows(ethernet, [PORT])
+    with Hold("grows") as hold:
+        with ethernet.source.inside():
+            hold.add([first])
+            hold.add([first, Flow(socket.IPPROTO_TCP, first.local, remote)])
+            word = "ip6" if ethernet.family == socket.AF_INET6 else "ip"
+            here, there = f"{word} {{}}addr {ethernet.moving}", f"{word} {{}}addr {ethernet.client_address}"
+            listed = _listing("lazyproc_grows")
+        for ours, theirs in ("ds", "sd"):
+            udp = f"{here.format(ours)} udp {ours}port {PORT}"
+            tcp = f"{here.format(ours)} tcp {ours}port {PORT} {there.format(theirs)} tcp {theirs}port 4000"
+            assert listed.count(f"{udp} counter packets 0 bytes 0 drop\n") == 1
+            assert listed.count(f"{tcp} counter packets 0 bytes 0 drop\n") == 1
+        assert listed.count("drop\n") == 4
+        with ethernet.source.inside():
+            hold.release()
+            assert leftovers() == []
+            hold.release()  # nothing is left to do
+
+
+def test_what_is_held_back_ends_with_whoever_holds_it_unless_it_is_kept(ethernet: Ethernet) -> None:
+    for keep_it in (False, True):
+        with ethernet.source.inside(), _holder(_flows(ethernet, [PORT]), keep=keep_it) as holder:
+            assert "lazyproc_killed" in leftovers()
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+            assert leftovers() == (["lazyproc_killed_kept"] if keep_it else [])
+            if keep_it:
+                assert f"udp dport {PORT} counter packets 0 bytes 0 drop" in _listing("lazyproc_killed_kept")
+                release_session("killed")
+                assert leftovers() == []
+            release_session("killed")
+
+
+def test_what_is_kept_is_let_through_by_whoever_kept_it_or_stays(ethernet: Ethernet) -> None:
+    with ethernet.source.inside():
+        with Hold("once") as hold:
+            hold.add(_flows(ethernet, [PORT]))
+            hold.keep()
+            assert sorted(leftovers()) == ["lazyproc_once", "lazyproc_once_kept"]
+        assert leftovers() == []
+        with Hold("once") as hold:
+            hold.add(_flows(ethernet, [PORT]))
+            hold.keep()
+            hold.forget()
+        assert leftovers() == ["lazyproc_once_kept"]
+        release_session("once")
+        assert leftovers() == []
+
+
+@contextmanager
+def _holder(flows: list[Flow], *, keep: bool) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds these back, in the network namespace of the calling thread."""
+    program = (
+        "import pickle, sys; from lazyproc.kernel.netfilter import Hold; hold = Hold('killed');"
+        "hold.add(pickle.loads(bytes.fromhex(sys.argv[1])));"
+        f"hold.keep() if {keep} else None; print(); sys.stdout.flush(); sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", program, pickle.dumps(flows).hex()]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_thousand_connections_are_held_back_at_once(ethernet: Ethernet) -> None:
+    local = socket.inet_pton(ethernet.family, ethernet.moving), PORT
+    remote = socket.inet_pton(ethernet.family, ethernet.client_address)
+    flows = [Flow(socket.IPPROTO_TCP, local, (remote, 10_000 + number)) for number in range(1000)]
+    with ethernet.source.inside(), held("many", flows) as table:
+        listed = _listing(table)
+        for remote_port in (r"sport 1\d{4}", r"dport 1\d{4}"):
+            assert len(set(re.findall(f"tcp {remote_port} counter packets 0 bytes 0 drop", listed))) == 1000
+
+
+def test_a_bad_session_name_is_no_tables_name() -> None:
     with pytest.raises(ValueError, match="table's name"):
-        hold("x; flush ruleset", [])
+        Hold("x; flush ruleset")
+
+
+def test_a_table_of_another_is_not_touched_and_what_was_held_back_stays(ethernet: Ethernet) -> None:
+    """All of a batch, or nothing."""
+    with ethernet.source.inside(), held("both", _flows(ethernet, [PORT])) as table:
+        before = _listing(table)
+        with Hold("both") as other, pytest.raises(PermissionDenied):
+            other.add(_flows(ethernet, [PORT + 1]))
+        assert _listing(table) == before
 
 
 def test_without_privilege_it_says_what_to_do() -> None:
@@ -242,7 +345,7 @@ def test_without_privilege_it_says_what_to_do() -> None:
         status = 1
         try:
             os.setuid(65534)
-            hold("nobody", [])
+            Hold("nobody").add([Flow(socket.IPPROTO_TCP, (bytes(4), 1), None)])
         except PermissionDenied as error:
             status = "CAP_NET_ADMIN" not in str(error)
         finally:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from lazyproc.hosts import Host, Trio
+from tests.live.bad_luck import without
 from tests.live.moving import CLI, Receiver, migrate, receiving, run_cli
 from tests.live.programs import SOURCES, wait_until
 from tests.live.real import migrating
@@ -117,16 +118,6 @@ def _listens(host: Host) -> bool:
     return any(f":{PORT:04X} 00000000:0000 0A" in line for line in text.splitlines())
 
 
-@contextmanager
-def no_nft(host: Host) -> Iterator[None]:
-    """nft(8) always fails there."""
-    host.run(["mount", "--bind", "/usr/bin/false", "/usr/sbin/nft"], check=True)
-    try:
-        yield
-    finally:
-        host.run(["umount", "/usr/sbin/nft"], check=True)
-
-
 @pytest.fixture
 def receiver(trio: Trio) -> Iterator[Receiver]:
     with receiving(trio.destination) as waiting:
@@ -214,10 +205,13 @@ def test_a_rollback_leaves_the_connection_as_it_was(trio: Trio, receiver: Receiv
 
 
 def test_no_packet_filter_is_needed(trio: Trio, receiver: Receiver) -> None:
-    with service(trio) as it, no_nft(trio.source):
-        migrate(trio.source, receiver, it.pid, expected=3)  # which also lacks the address there
+    lacking = without("nf_tables")
+    with service(trio) as it:
+        with migrating(trio.source, receiver, it.pid, run_by=lacking) as journey:
+            journey.finish(expected=3)  # which also lacks the address there
         it.answers()
-        moved = arrived(trio, receiver, it)
+        with migrating(trio.source, receiver, it.pid, "--tcp-close", run_by=lacking) as journey:
+            moved = trio.destination.pid(journey.finish()["root_pid"])
         assert it.client_ended(WAIT_S)
         ended(moved)
 

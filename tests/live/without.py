@@ -14,9 +14,10 @@ import sys
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
 ALLOW, FAIL = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO
-NUMBER, SECOND_ARGUMENT = 0, 24  # offsets in struct seccomp_data
-IOCTL = 16
+NUMBER, FIRST_ARGUMENT, SECOND_ARGUMENT, THIRD_ARGUMENT = 0, 16, 24, 32  # offsets in struct seccomp_data
+IOCTL, SOCKET = 16, 41
 PAGEMAP_SCAN = 0xC0606610
+AF_NETLINK, NETLINK_NETFILTER = 16, 12
 CALLS = {"ptrace": 101, "userfaultfd": 323, "pidfd_getfd": 438, "process_vm_readv": 310, "clone3": 435}
 
 
@@ -29,6 +30,17 @@ def program(name: str) -> list[tuple[int, int, int, int]]:
             (LOAD, 0, 0, SECOND_ARGUMENT),
             (EQUAL, 0, 1, PAGEMAP_SCAN),
             (RETURN, 0, 0, FAIL | errno.ENOTTY),
+            (RETURN, 0, 0, ALLOW),
+        ]
+    if name == "nf_tables":
+        return [
+            (LOAD, 0, 0, NUMBER),
+            (EQUAL, 0, 5, SOCKET),
+            (LOAD, 0, 0, FIRST_ARGUMENT),
+            (EQUAL, 0, 3, AF_NETLINK),
+            (LOAD, 0, 0, THIRD_ARGUMENT),
+            (EQUAL, 0, 1, NETLINK_NETFILTER),
+            (RETURN, 0, 0, FAIL | errno.EPROTONOSUPPORT),
             (RETURN, 0, 0, ALLOW),
         ]
     return [
