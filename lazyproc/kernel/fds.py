@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import struct
+from contextlib import suppress
 from typing import NamedTuple
 
 from lazyproc.kernel._core import ffi
@@ -37,6 +39,7 @@ MQUEUE_MAGIC = 0x19800202  # ipc/mqueue.c
 SECRETMEM_MAGIC = 0x5345434D
 
 EPOLL_CTL_ADD = 1
+AMPLE = 4096  # descriptors; a table of 32 KiB
 SPLICE_F_NONBLOCK = 2
 CLONE_FILES = 0x400
 TFD_TIMER_ABSTIME = 1
@@ -46,6 +49,22 @@ F_GETSIG = 11
 F_GETOWN_EX = 16
 F_GETOWNER_UIDS = 17  # kernels with CONFIG_CHECKPOINT_RESTORE, fs/fcntl.c
 F_OWNER_TID, F_OWNER_PID, F_OWNER_PGRP = range(3)
+
+
+def make_room(count: int) -> None:
+    """Make our descriptor table large enough for `count` descriptors now, or for as many as we may have.
+
+    It grows when the first beyond it is opened (64 at the start, then always twice as many), and where others share it,
+    threads too, that waits until every processor has passed through the scheduler: 7 to 15 ms (fs/file.c,
+    expand_fdtable, synchronize_rcu).
+    """
+    highest = min(count, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 1
+    some = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # EMFILE: the last is in use, so it is as large already
+            os.close(fcntl.fcntl(some, fcntl.F_DUPFD_CLOEXEC, highest))
+    finally:
+        os.close(some)
 
 
 def _address(buffer: bytes | bytearray) -> int:

@@ -12,8 +12,9 @@ from lazyproc.events import Later, Listener, Note, StateChanged, StepClock
 from lazyproc.facts import asdict, dataclass
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
+from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.netfilter import Flow
-from lazyproc.migrate.address import announce_all
+from lazyproc.migrate.address import announced
 from lazyproc.migrate.answering import groups_here, heard, numbers_of, obstacles_here
 from lazyproc.migrate.drafting import Drafting
 from lazyproc.migrate.identity import identity
@@ -177,23 +178,28 @@ class Arrival:
             facts = {"tree": to_facts(tree), "wishes": wishes.fields(), "ledger": pager.ledger}
             drafting.begin({**facts, "identity": identity(checkpoint, source)})
 
-        with built_tree(
-            checkpoint,
-            source,
-            later,
-            pager=pager if wishes.lazy else None,
-            pidns=pidns,
-            cgroup=cgroup,
-            users=users,
-            birth=birth,
-            known=draft,
-        ) as tree:
+        with (
+            built_tree(
+                checkpoint,
+                source,
+                later,
+                pager=pager if wishes.lazy else None,
+                pidns=pidns,
+                cgroup=cgroup,
+                users=users,
+                birth=birth,
+                known=draft,
+            ) as tree,
+            ExitStack() as afterwards,
+        ):
             clock = StepClock(later, STEP)
             introduce(pager, tree, later)
             clock.done("tables")
             self._commit(tree, drafting, clock)
             committed = StateChanged("committed", time.monotonic())
             serve()
+            self._announce(flows_to_hold(checkpoint), afterwards)
+            clock.done("announce")
             self._release(tree)
             clock.done("release")
             steps: dict[str, JsonValue] = {**later.steps_ms()}
@@ -202,7 +208,6 @@ class Arrival:
                 self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": steps}))
             self._listener(committed)
             later(StateChanged("running", time.monotonic()))
-            self._announce(flows_to_hold(checkpoint))
         return tree.lazy_tree
 
     def _users(self, checkpoint: Checkpoint) -> Users | None:
@@ -222,9 +227,10 @@ class Arrival:
         except (LazyprocError, OSError) as error:
             self._listener(Note(f"pid {tree.root_pid}: runs, but not all of it could be let go: {error}"))
 
-    def _announce(self, flows: list[Flow]) -> None:
+    def _announce(self, flows: list[Flow], afterwards: ExitStack) -> None:
+        """Before connections live: what they send first is to be answered to us. What comes until then is held back."""
         try:
-            announce_all(flows)
+            afterwards.enter_context(announced(flows))
         except OSError as error:
             self._listener(Note(f"the moved addresses could not be announced: {error.strerror}"))
 
@@ -245,6 +251,7 @@ class Arrival:
         order, wanted = heard(self._link.control, PREPARE_S)
         with one_at_a_time():
             self._admit(order, wanted)
+        make_room(AMPLE)
         rehearse(self._listener, identity)
         stack.enter_context(no_collections())
         birth = stack.enter_context(self._expecting(numbers_of(wanted)))

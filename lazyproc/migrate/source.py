@@ -29,6 +29,7 @@ from lazyproc.events import Listener, Over, StateChanged, ignore
 from lazyproc.facts import asdict, dataclass
 from lazyproc.kernel import netfilter
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
+from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.netfilter import Hold
 from lazyproc.migrate.apart import Client, Work, apart
 from lazyproc.migrate.asking import asked
@@ -292,6 +293,7 @@ def hand_over(
     """
     control = chain.current.control
     _prepare(chain.session, control, before, order, trace, listener)
+    make_room(AMPLE)
     listener(StateChanged("prepared", time.monotonic()))
     with ExitStack() as last, ExitStack() as stack:
         hold = stack.enter_context(Hold(chain.session))

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from lazyproc.hosts import Host, Pair, Trio
+from lazyproc.kernel.sockopt import SO_RCVBUFFORCE
 from lazyproc.migrate.address import announce
 from tests.live.moving import receiving
 from tests.live.programs import SOURCES, running, wait_until
@@ -42,6 +43,7 @@ from tests.needs import lacking, require
 KEYS = 200_000
 SERVICE = "10.77.0.77"  # an address that moves with the process
 HTTP = 8080
+ETH_P_ALL = 3
 
 
 @contextmanager
@@ -89,6 +91,54 @@ def test_redis_and_a_connection_that_is_never_idle(trio: Trio) -> None:
         load.check_all()
         assert connection.call("DBSIZE") == KEYS
         assert connection.call("DEBUG", "DIGEST") == digest
+
+
+@contextmanager
+def sent_by(host: Host) -> Iterator[socket.socket]:
+    """All Ethernet frames at a host's interface."""
+    with network_of(host):
+        sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+        sniffer.bind(("eth0", ETH_P_ALL))
+    with sniffer:
+        sniffer.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 28)
+        sniffer.settimeout(10)
+        yield sniffer
+
+
+def test_an_idle_client_hears_where_the_address_is_before_its_connection_speaks(trio: Trio) -> None:
+    """The destination knows the client's Ethernet address, so it asks nobody for it: nothing else would tell."""
+    service = socket.inet_aton(SERVICE)
+    with ExitStack() as stack:
+        give(trio.source, "add")
+        redis, _ = stack.enter_context(redis_server(trio.source, 10))
+        connection = Connection(dialled(trio.client, SERVICE, PORT))
+        stack.callback(connection.close)
+        assert connection.call("PING") == "PONG"
+        give(trio.destination, "add")
+        client = connection.sock.getsockname()[0]
+        link = trio.client.run(
+            ["ip", "-o", "link", "show", "eth0"], capture_output=True, text=True, check=True
+        )
+        mac = re.findall(r"link/ether (\S+)", link.stdout)[0]
+        known = ["ip", "neighbour", "replace", client, "lladdr", mac, "dev", "eth0", "nud", "permanent"]
+        trio.destination.run(known, check=True)
+        sniffer = stack.enter_context(sent_by(trio.destination))
+        with receiving(trio.destination) as receiver:
+            new, _ = move_now(trio.source, receiver, redis.pid)
+            stack.enter_context(ending(new))
+        assert [frame[12:14] for frame in _frames_of(sniffer, service, 2)] == [b"\x08\x06", b"\x08\x00"]
+        assert connection.call("PING") == "PONG"
+
+
+def _frames_of(sniffer: socket.socket, address: bytes, count: int) -> list[bytes]:
+    """The first frames that the host itself sent from this address."""
+    found: list[bytes] = []
+    while len(found) < count:
+        frame, (_, _, direction, *_) = sniffer.recvfrom(1 << 16)
+        sender = frame[28:32] if frame[12:14] == b"\x08\x06" else frame[26:30]
+        if direction == socket.PACKET_OUTGOING and sender == address:
+            found.append(frame)
+    return found
 
 
 def test_a_connection_whose_address_stays_is_refused_and_lives_on(pair: Pair) -> None:
