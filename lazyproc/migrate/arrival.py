@@ -24,7 +24,7 @@ from lazyproc.migrate.needs import obstacles_frame
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.migrate.whom import ROOT, Whom
 from lazyproc.model import Checkpoint
-from lazyproc.needs import Wanted
+from lazyproc.needs import FeatureNeed, Wanted
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.remote import RemotePages
 from lazyproc.restore.groups import Birth
@@ -252,7 +252,9 @@ class Arrival:
         with one_at_a_time():
             self._admit(order, wanted)
         make_room(AMPLE)
-        rehearse(self._listener, identity)
+        rehearse(
+            self._listener, identity, connected=FeatureNeed("TCP_REPAIR") in {each.need for each in wanted}
+        )
         stack.enter_context(no_collections())
         birth = stack.enter_context(self._expecting(numbers_of(wanted)))
         return Wishes.of(order, traced=self._trace is None and order.get("trace") is True), birth

@@ -11,8 +11,10 @@ import faulthandler
 import os
 import select
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.freeze import frozen_tree
@@ -29,11 +31,11 @@ STANDARD = 3  # descriptors; those of the child lead nowhere
 SLEEP_MS = 10**6
 
 
-def practise() -> None:
-    """Whatever goes wrong here is no reason not to move another process."""
+def practise(*, connected: bool = False) -> None:
+    """Whatever goes wrong here is no reason not to move another process. `connected`: one with a TCP connection."""
     with (
         suppress(LazyprocError, OSError),
-        _sleeper() as pid,
+        _sleeper(connected) as pid,
         frozen_tree(pid, asleep=observed_sleeps(pid)) as tree,
         dumped(tree) as dump,
         dump_pages(dump) as pages,
@@ -46,8 +48,8 @@ def practise() -> None:
 
 
 @contextmanager
-def _sleeper() -> Iterator[int]:
-    """A child without any of our connections; it ends with us."""
+def _sleeper(connected: bool) -> Iterator[int]:
+    """A child without any of our connections, but with one to itself when it is to be `connected`; it ends with us."""
     ours, theirs = os.pipe()
     parent = os.getpid()
 
@@ -56,9 +58,12 @@ def _sleeper() -> Iterator[int]:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in range(STANDARD):
             os.dup2(null, fd)
+        own = _connection() if connected else ()
         faulthandler.enable(STANDARD - 1)  # takes an alternate signal stack, as many runtimes do
         signal.setitimer(signal.ITIMER_VIRTUAL, SLEEP_MS)
-        os.closerange(STANDARD, os.sysconf("SC_OPEN_MAX"))  # now it is ready
+        for before, after in pairwise((STANDARD - 1, *sorted(own), os.sysconf("SC_OPEN_MAX"))):
+            os.closerange(before + 1, after)
+        # Now it is ready.
         while True:
             select.poll().poll(SLEEP_MS)  # a freeze finds most threads in a call with a timeout
 
@@ -71,3 +76,13 @@ def _sleeper() -> Iterator[int]:
         os.close(ours)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _connection() -> tuple[int, int, int]:
+    """Both ends of a TCP connection, and an epoll that watches one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname()).detach()
+        theirs = listener.accept()[0].detach()
+    watching = os.dup((epoll := select.epoll()).fileno())
+    epoll.register(ours)
+    return ours, theirs, watching

@@ -357,7 +357,14 @@ def _prepare(
 ) -> None:
     """Raises Unfit with all that stands in the way at the destination."""
     wishes = {**order.fields(), "trace": trace is not None}
-    answer = asked(control, offer_of(before.smaps), before.wanted, wishes, listener, meanwhile=practise)
+    answer = asked(
+        control,
+        offer_of(before.smaps),
+        before.wanted,
+        wishes,
+        listener,
+        meanwhile=partial(practise, connected=bool(before.flows)),
+    )
     if isinstance(answer, tuple):
         raise Unfit(answer)
     if order.release and answer.fields.get("release") is not True:

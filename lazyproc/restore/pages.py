@@ -15,6 +15,7 @@ from lazyproc.errors import ImageError, RestoreError
 from lazyproc.facts import replace
 from lazyproc.kernel.remote import Call
 from lazyproc.kernel.sys import pidfd_getfd
+from lazyproc.kernel.tracee import Memory
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject, ObjectKind, Vma, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.restore.site import Site
@@ -207,18 +208,28 @@ def _fill_task(
     for addr, data in _pieces(extents, source, obj):
         vma = _vma_at(site.task.mm.vmas, addr)
         if device is not None and vma.may_be_lazy:
-            _place(device, addr, data, f"pid {obj.id}")
+            place(device, site.memory, addr, data, f"pid {obj.id}")
         elif data != ZERO_PAGE * (len(data) // PAGE) or vma.kind is not VmaKind.ANON:
             site.memory.write(addr, data)
 
 
-def _place(device: Userfaultfd, addr: int, data: bytes, where: str) -> None:
-    """All of it; where the kernel wants a second attempt (its own work on the page tables) it gets one."""
-    for _ in range(ATTEMPTS):
+def place(device: Userfaultfd, memory: Memory, addr: int, data: bytes, where: str) -> None:
+    """All of it; where the kernel wants another attempt (its own work on the page tables) it gets some.
+
+    A page that is there already holds zeros: somebody has looked at it from outside before it was registered (ps(1)
+    reads the arguments of every process). It is written to, which waits for no pager. Raises RestoreError.
+    """
+    for _ in range(ATTEMPTS + len(data) // PAGE):
         placed = device.copy(addr, data)
-        if placed.outcome is Outcome.INSTALLED:
+        done = placed.length
+        if placed.outcome is Outcome.PRESENT:
+            memory.write(addr + done, data[done : done + PAGE])
+            done += PAGE
+        elif placed.outcome is Outcome.GONE:
+            break
+        addr, data = addr + done, data[done:]
+        if not data:
             return
-        addr, data = addr + placed.length, data[placed.length :]
     raise RestoreError(f"pages at {addr:#x}: {placed.outcome.value}", where=where, remedy="report it")
 
 

@@ -6,6 +6,8 @@ own making, which never runs (docs/adr/0020-rehearsal.md).
 from __future__ import annotations
 
 import gc
+import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -14,6 +16,7 @@ from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Note, ignore
 from lazyproc.images.convert import from_images, to_images
 from lazyproc.images.files import pack, unpack
+from lazyproc.kernel.netfilter import Flow, held
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject
 from lazyproc.pages import PageSource
 from lazyproc.pages.bundle import NAME, BundledPages, pack_bundle
@@ -28,6 +31,7 @@ ROOMS = (
     "restore.peercred",
     "restore.unix",
 )  # a restore enters when the tree has what they make
+NOBODY = bytes((127, 108, 0, 0)), 1  # an address and a port without packets
 
 
 class _Zeros:
@@ -40,16 +44,21 @@ class _Zeros:
         return bytes(count * PAGE)
 
 
-def rehearse(listener: Listener, also: Callable[[Checkpoint, PageSource], object]) -> None:
-    """Everything that can be done without the tree, up to what is done with a checkpoint that was built: `also`. Where
-    that fails the blackout is longer.
+def rehearse(
+    listener: Listener, also: Callable[[Checkpoint, PageSource], object], *, connected: bool
+) -> None:
+    """Everything that can be done without the tree, up to what is done with a checkpoint that was built: `also`. With
+    `connected` what takes the rights to make TCP connections. Where that fails the blackout is longer.
     """
     try:
         for room in ROOMS:
             import_module(f"lazyproc.{room}")
-        checkpoint = understudy()
+        checkpoint = understudy(connected=connected)
         images = {**to_images(checkpoint), NAME: pack_bundle(checkpoint.memory, _Zeros())}
         _build(pack(images), also)
+        if connected:
+            with held(f"try_{os.getpid()}", [Flow(socket.IPPROTO_TCP, NOBODY, NOBODY)]):
+                pass
     except (LazyprocError, OSError) as error:
         listener(Note(f"what restores could not be rehearsed, and will take longer: {error}"))
 

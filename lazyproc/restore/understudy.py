@@ -1,33 +1,40 @@
-"""A tree of our own making: two threads, a file, a pipe, and memory of the kinds that nearly every process has."""
+"""A tree of our own making: two threads, a file, a pipe, and memory of the kinds that nearly every process has; and a
+connection, for trees that have some.
+"""
 
 from __future__ import annotations
 
 import mmap
 import os
+import select
+import socket
 import sys
 import time
+from collections.abc import Sequence
 
 from lazyproc import model
-from lazyproc.kernel import proc
+from lazyproc.kernel import proc, tcp
+from lazyproc.kernel.sockopt import SO_REUSEADDR, SOL_SOCKET, TCP_ESTABLISHED
 from lazyproc.kernel.tracee import xsave_size
 from lazyproc.model import PAGE, Checkpoint, MemoryObject, ObjectKind, OpenFile, Owner, Vma, VmaKind
 
 ROOT, OTHER = 2, 3  # numbers in a pid namespace of its own
 TEXT, HEAP, STACK = 0x400000, 0x600000, 0x800000
 LENGTH = 16 * PAGE  # of each
-EXE, HERE, READING, WRITING = 1, 2, 3, 4  # files
+EXE, HERE, READING, WRITING, ONE_END, OTHER_END, WATCHING = 1, 2, 3, 4, 5, 6, 7  # files
 RSEQ_BYTES, RSEQ_SIGNATURE, ROBUST_BYTES = 32, 0x53053053, 24
 CS, SS, FLAGS = 0x33, 0x2B, 0x202  # of user code
 VDSO = {"[vdso]": VmaKind.VDSO, "[vvar]": VmaKind.VVAR, "[vvar_vclock]": VmaKind.VVAR_VCLOCK}
 
 
-def understudy() -> Checkpoint:
-    """Its memory is zeros. It can be built where we can build any."""
+def understudy(*, connected: bool = False) -> Checkpoint:
+    """Its memory is zeros. It can be built where we can build any; `connected`, any with TCP connections."""
     now = time.monotonic_ns()
+    files = [*_files(), *(_connection() if connected else ())]
     extents = (model.Extent(HEAP, 2, lazy=True), model.Extent(STACK, 2, lazy=False))
     return Checkpoint(
-        tasks=(_task(),),
-        files={file.id: file for file in _files()},
+        tasks=(_task(files),),
+        files={file.id: file for file in files},
         pipes={1: model.Pipe(1, 1 << 16, b"0")},
         shared={},
         contents={},
@@ -36,7 +43,7 @@ def understudy() -> Checkpoint:
     )
 
 
-def _task() -> model.Task:
+def _task(files: Sequence[OpenFile]) -> model.Task:
     limits = proc.limits(proc.read(os.getpid(), "limits"))
     return model.Task(
         ROOT, 0, ROOT, ROOT, model.TaskState.ALIVE, "understudy",
@@ -44,7 +51,7 @@ def _task() -> model.Task:
         mm=_mm(),
         fs=model.Fs(HERE, HERE, 0o022),
         descriptors=tuple(
-            model.Descriptor(fd, file, fd % 2 == 0) for fd, file in ((0, EXE), (4, READING), (5, WRITING))
+            model.Descriptor(file.id, file.id, file.id % 2 == 0) for file in files if file.id != HERE
         ),
         sigactions=(model.SigAction(15, TEXT, 0, 0, 0),),
         limits=tuple(model.Limit(number, *limit) for number, limit in enumerate(limits)),
@@ -112,3 +119,27 @@ def _files() -> list[OpenFile]:
         (WRITING, os.O_WRONLY, model.PipeEnd(1)),
     ]
     return [OpenFile(number, flags, 0, Owner(), resource) for number, flags, resource in resources]
+
+
+def _connection() -> list[OpenFile]:
+    """To itself, at an address that is this process's alone and ports that nobody uses: it is made in repair mode and
+    goes again without a packet.
+    """
+    host = bytes((127, 108, *(os.getpid() % (1 << 16)).to_bytes(2, "big")))
+    ends = ((ONE_END, (host, 1), (host, 2)), (OTHER_END, (host, 2), (host, 1)))
+    sockets = [OpenFile(number, os.O_RDWR, 0, Owner(), _end(number, *pair)) for number, *pair in ends]
+    watching = model.Epoll((model.EpollTarget(ONE_END, ONE_END, select.EPOLLIN, ONE_END),))
+    return [*sockets, OpenFile(WATCHING, os.O_RDWR, 0, Owner(), watching)]
+
+
+def _end(inode: int, local: tuple[bytes, int], remote: tuple[bytes, int]) -> model.InetSocket:
+    options = model.SocketOptions({(SOL_SOCKET, SO_REUSEADDR): (1).to_bytes(4, sys.byteorder)})
+    window = tcp.WINDOW.pack(1, PAGE, PAGE, PAGE, 1)
+    state = model.TcpState(1, 1, b"", b"", 0, PAGE, tcp.OPT_TIMESTAMPS | tcp.OPT_SACK, 0, 0, 0, window)
+    return model.InetSocket(
+        inode, socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, TCP_ESTABLISHED, local, remote,
+        backlog=0,
+        shutdown=0,
+        options=options,
+        tcp=state,
+    )  # fmt: skip

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from lazyproc.errors import HostLacks
+from lazyproc.errors import HostLacks, RestoreError
+from lazyproc.kernel import tracee as ptrace
 from lazyproc.model import PAGE
+from lazyproc.restore.pages import place
 from lazyproc.uffd._pager import ffi
 from lazyproc.uffd.device import Feature, Mode, Outcome, Userfaultfd, outcome_of
 from tests.live.lazy_rig import ROOT, child, content
@@ -52,6 +54,23 @@ def test_a_part_that_was_done_is_told() -> None:
         assert (
             placed.outcome == Outcome.DEFERRED
         )  # EAGAIN: go on from there, and learn of the page that is present
+
+
+def test_a_page_that_somebody_has_looked_at_before_gets_its_content_all_the_same() -> None:
+    """As ps(1) does to the arguments of a process that is being built."""
+    data, where = content(6), f"pid {os.getpid()}"
+    with registered(6) as (uffd, addr, memory), ptrace.memory(os.getpid()) as written:
+        for page in (0, 2, 3, 5):
+            uffd.unregister(addr, 6 * PAGE)
+            written.read(addr + page * PAGE, 1)
+            uffd.register(addr, 6 * PAGE, Mode.MISSING)
+        assert uffd.copy(addr, data).outcome == Outcome.PRESENT
+        place(uffd, written, addr, data, where)
+        assert memory[:] == data
+    with registered() as (uffd, addr, _), ptrace.memory(os.getpid()) as written:
+        uffd.unregister(addr, PAGE)
+        with pytest.raises(RestoreError, match="gone"):
+            place(uffd, written, addr, content(1), where)
 
 
 def test_unregistered_memory_is_gone() -> None:
