@@ -11,8 +11,15 @@ from benchmarks.touching import Cargo
 from benchmarks.wires import Link
 
 LINK = Link("1gbit")
-# MiB by mode of touch.c, which has the us of work after each visit where the cargo is to be slower than the link.
-MODES = {"random": 64, "think": 64, "zipf": 128, "sequential:100": 128, "jumps:100": 128, "walks:100": 128}
+# A mode of touch.c has the us of work after each visit where the cargo is to be slower than the link.
+CARGOES = {
+    "scan": Cargo("sequential:100", 128),
+    "every 7th": Cargo("jumps:100", 128),
+    "walks": Cargo("walks:100", 128),
+    "random": Cargo("random", 64),
+    "random with rests": Cargo("think", 64),
+    "zipf": Cargo("zipf", 128),
+}
 POLICIES = ("sequential", "smallest-first", "around", "stride", "pivots", "adaptive")
 SHOWN = ("resident_ms", "stalls", "stall_sum_ms", "stall_p99_ms")
 
@@ -22,10 +29,10 @@ def run(rounds: int) -> Result:
     readings = taken(
         rounds,
         {
-            f"{mode}, {policy}": partial(
-                moved, partial(by_lazyproc, options=("--policy", policy)), Cargo(mode, mib), LINK
+            f"{name}, {policy}": partial(
+                moved, partial(by_lazyproc, options=("--policy", policy)), cargo, LINK
             )
-            for mode, mib in MODES.items()
+            for name, cargo in CARGOES.items()
             for policy in POLICIES
         },
     )

@@ -73,6 +73,7 @@ GOALS = (
 # Scenes all of whose medians are shown; those of the others are in the JSON.
 SHOWN = ("starts", "redis", "heap")
 OF_A_LINK = ("total", "blackout", "fault p50", "fault p99", "stream")
+OF_A_POLICY = ("stalls", "stall_sum_ms")
 
 
 def _limit(value: float) -> str:
@@ -140,6 +141,21 @@ def link_table(found: Newest) -> Iterator[str]:
         yield f"| {way} | {who} | " + " | ".join("; ".join(row.get(what, [])) for what in shown) + " |"
 
 
+def policy_table(found: Newest) -> Iterator[str]:
+    """The scene `policies`: a row for each, a column for each cargo."""
+    samples: Mapping[str, Any] = found["policies"][2]["samples"] if "policies" in found else {}
+    names = [name.split(", ") for name in samples]
+    cargoes, policies = (list(dict.fromkeys(name[which] for name in names)) for which in (1, 2))
+    yield "| | " + " | ".join(cargoes) + " |"
+    yield "|---|" + "---|" * len(cargoes)
+    for policy in policies:
+        cells = (
+            ", ".join(brief(samples[f"{what}, {cargo}, {policy}"]["median"]) for what in OF_A_POLICY)
+            for cargo in cargoes
+        )
+        yield f"| `{policy}` | " + " | ".join(cells) + " |"
+
+
 def median_table(found: Newest) -> Iterator[str]:
     yield "| scene | what | median | median lies in |"
     yield "|---|---|---|---|"
@@ -157,7 +173,13 @@ def replaced(text: str, name: str, lines: Iterator[str]) -> str:
     return head + begin + "\n".join(lines) + "\n" + end + tail
 
 
-TABLES = {"runs": run_table, "goals": goal_table, "links": link_table, "medians": median_table}
+TABLES = {
+    "runs": run_table,
+    "goals": goal_table,
+    "links": link_table,
+    "medians": median_table,
+    "policies": policy_table,
+}
 
 
 def write() -> None:

@@ -77,7 +77,10 @@ class Around:
 # --- constant strides -----------------------------------------------------------------------------------
 
 STREAMS = 8
-LOOK_BACK = 24  # faults among which a stride is looked for: three of each of eight streams
+IN_A_ROW = (
+    4  # faults at equal distances are a stride: of a random toucher's, three are so by chance again and again
+)
+LOOK_BACK = STREAMS * IN_A_ROW  # faults among which one is looked for
 FIRST_DEPTH = 8  # steps that are brought when a stride is found; twice as many each time that it was right
 DEPTH = 64
 DENSE_DEPTH = 1024  # of neighbours
@@ -114,7 +117,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Strides:
-    """Several streams at once, whichever way they go; nothing where three faults do not lie at equal distances.
+    """Several streams at once, whichever way they go; nothing where four faults do not lie at equal distances.
 
     `streams` has the one that moved last first, `latest` the last faults that belong to none.
     """
@@ -140,12 +143,14 @@ class Strides:
         return replace(self, streams=(new, *others)[:STREAMS], latest=latest)
 
     def _found(self, page: Page) -> Stream | None:
-        """The two before it, the nearest in time first."""
-        for before in self.latest:
-            step = page.addr - before.addr
-            if before.obj != page.obj or not 0 < abs(step) <= WIDEST:
+        """The stream of which it is number `IN_A_ROW`; of several the one whose last visit is nearest in time."""
+        before = [addr for obj, addr in self.latest if obj == page.obj]
+        known = frozenset(before)
+        for addr in before:
+            step = page.addr - addr
+            if not 0 < abs(step) <= WIDEST:
                 continue
-            if Page(page.obj, before.addr - step) in self.latest:
+            if known.issuperset(range(addr - step, addr - (IN_A_ROW - 1) * step, -step)):
                 return Stream(page.obj, page.addr, step)
         return None
 

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.answers import Answers
 from benchmarks.measure import Goal, Samples
 from benchmarks.svg import Axis, Line, chart, linear, logarithmic, nines
-from benchmarks.table import replaced
+from benchmarks.table import policy_table, replaced
 
 MS = 1_000_000
 
@@ -28,6 +28,18 @@ def test_a_table_takes_the_place_of_the_old_one() -> None:
     assert replaced(text, "goals", iter(["| new |"])) == f"before\n{begin}| new |\n{end}after\n"
     with pytest.raises(ValueError, match="unpack"):
         replaced("no marks", "goals", iter([]))
+
+
+def test_the_policies_stand_below_each_other() -> None:
+    names = [
+        f"{what}, {name}"
+        for what in ("stall_sum_ms", "stalls")
+        for name in ("scan, one", "scan, other", "zipf, one")
+    ]
+    samples = {name: {"median": float(number)} for number, name in enumerate([*names, "stalls, zipf, other"])}
+    samples["stall_sum_ms, zipf, other"] = {"median": 0.25}
+    table = policy_table({"policies": ("a.json", {}, {"samples": samples})})
+    assert list(table)[2:] == ["| `one` | 3, 0 | 5, 2 |", "| `other` | 4, 1 | 6, 0.25 |"]
 
 
 def test_who_waits_behind_another_has_waited_from_the_moment_he_was_due() -> None:
