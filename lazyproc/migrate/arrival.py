@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from typing import Any
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
@@ -12,6 +12,7 @@ from lazyproc.events import Later, Listener, Note, StateChanged, StepClock
 from lazyproc.facts import asdict, dataclass
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
+from lazyproc.images.forecast import Forecast, read_forecast
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announce_all
 from lazyproc.migrate.answering import groups_here, heard, numbers_of, obstacles_here
@@ -22,10 +23,11 @@ from lazyproc.migrate.link import Link
 from lazyproc.migrate.needs import obstacles_frame
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.migrate.whom import ROOT, Whom
-from lazyproc.model import Checkpoint
+from lazyproc.model import Checkpoint, Vma
 from lazyproc.needs import Wanted
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.remote import RemotePages
+from lazyproc.restore.groundwork import Groundwork, laid
 from lazyproc.restore.groups import Birth
 from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import LazyTree, to_facts
@@ -94,6 +96,16 @@ class Wishes:
         }
 
 
+@dataclass(slots=True)
+class Ready:
+    """What is known and made before the freeze: foreseen mappings by vpid, a nursery, and processes in it."""
+
+    wishes: Wishes
+    foreseen: Mapping[int, tuple[Vma, ...]]
+    birth: Birth | None = None
+    ground: Groundwork | None = None
+
+
 class Arrival:
     """One migration on its way in, up to the first instruction of the tree here. One thread does all its work: ptrace
     calls have one tracer thread.
@@ -143,21 +155,20 @@ class Arrival:
 
     def _begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
         with ExitStack() as stack:
-            wishes, birth = self._prepare(stack)
+            ready = self._prepare(pager, stack)
             drafting = stack.enter_context(closing(Drafting(self._journal)))
-            self._say_prepared(wishes)
+            self._say_prepared(ready.wishes)
             data = expect(self._link.control, Images, FREEZE_S).data
             later = Later(self._listener)
             stack.callback(later.tell)
             clock = StepClock(later, STEP, self._link.control.began)
             clock.done("receive")
-            return self._build(data, wishes, birth, pager, serve, drafting, later, clock)
+            return self._build(data, ready, pager, serve, drafting, later, clock)
 
     def _build(
         self,
         data: bytes,
-        wishes: Wishes,
-        birth: Birth | None,
+        ready: Ready,
         pager: Pager,
         serve: Callable[[], None],
         drafting: Drafting,
@@ -168,24 +179,25 @@ class Arrival:
         images = unpack(data)
         self.described = True
         source = BundledPages(images.pop(NAME, b""), RemotePages(self._link.urgent, {}))
-        checkpoint = from_images(images)
+        checkpoint = from_images(images, ready.foreseen)
         clock.done("decode")
         users = self._users(checkpoint)
         pidns, cgroup = self._terms.pidns, self._terms.cgroup
 
         def draft(tree: LazyTree) -> None:
-            facts = {"tree": to_facts(tree), "wishes": wishes.fields(), "ledger": pager.ledger}
+            facts = {"tree": to_facts(tree), "wishes": ready.wishes.fields(), "ledger": pager.ledger}
             drafting.begin({**facts, "identity": identity(checkpoint, source)})
 
         with built_tree(
             checkpoint,
             source,
             later,
-            pager=pager if wishes.lazy else None,
+            pager=pager if ready.wishes.lazy else None,
             pidns=pidns,
             cgroup=cgroup,
             users=users,
-            birth=birth,
+            birth=ready.birth,
+            ground=ready.ground,
             known=draft,
         ) as tree:
             clock = StepClock(later, STEP)
@@ -238,17 +250,45 @@ class Arrival:
             else:
                 control.send(Abort({"reason": "; ".join(map(str, error.obstacles))}))
 
-    def _prepare(self, stack: ExitStack) -> tuple[Wishes, Birth | None]:
-        """What is asked for, and the nursery of the tree, unless its source is too old to say its numbers. Until
-        PREPARED is said the tree runs at its source; what is left to be done afterwards is a part of its blackout.
+    def _prepare(self, pager: Pager, stack: ExitStack) -> Ready:
+        """What is asked for, and what can be made before the freeze. Until PREPARED is said the tree runs at its
+        source; what is left to be done afterwards is a part of its blackout.
         """
-        order, wanted = heard(self._link.control, PREPARE_S)
+        heard_of = heard(self._link.control, PREPARE_S)
+        order, wanted = heard_of.order, heard_of.wanted
         with one_at_a_time():
             self._admit(order, wanted)
+        wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
+        forecast = read_forecast(unpack(heard_of.forecast)) if heard_of.forecast is not None else None
         rehearse(self._listener, identity)
         stack.enter_context(no_collections())
-        birth = stack.enter_context(self._expecting(numbers_of(wanted)))
-        return Wishes.of(order, traced=self._trace is None and order.get("trace") is True), birth
+        ready = Ready(wishes, forecast.mappings if forecast else {})
+        if numbers := numbers_of(wanted):  # its source is not too old to say them
+            self._make_ready(ready, numbers, forecast, pager if wishes.lazy else None, stack)
+        return ready
+
+    def _make_ready(
+        self,
+        ready: Ready,
+        numbers: list[int],
+        forecast: Forecast | None,
+        pager: Pager | None,
+        stack: ExitStack,
+    ) -> None:
+        """A nursery, and the tree as it is foreseen. Not where it may run as some users only: their rights are known
+        for certain when it has come.
+        """
+        if forecast is not None and self._terms.whom() is None:
+            try:
+                with ExitStack() as attempt:
+                    birth = attempt.enter_context(self._expecting(numbers))
+                    ready.ground = attempt.enter_context(laid(forecast, birth, pager))
+                    ready.birth = birth
+                    stack.enter_context(attempt.pop_all())
+                return
+            except (LazyprocError, OSError) as error:
+                self._listener(Note(f"the tree could not be begun before it came: {error}"))
+        ready.birth = stack.enter_context(self._expecting(numbers))
 
     def _say_prepared(self, wishes: Wishes) -> None:
         clock = Clock.now()
@@ -257,9 +297,7 @@ class Arrival:
         trace: dict[str, JsonValue] = {"trace": asdict(clock)} if wishes.traced else {}
         self._link.control.send(Prepared({**trace, "release": True} if wishes.release else trace))
 
-    def _expecting(self, numbers: list[int]) -> AbstractContextManager[Birth | None]:
-        if not numbers:
-            return nullcontext()
+    def _expecting(self, numbers: list[int]) -> AbstractContextManager[Birth]:
         new = wants_new_pidns(self._terms.pidns, numbers)
         return expecting(numbers[0], self._listener, new_pidns=new, cgroup=self._terms.cgroup)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from lazyproc.dump.source import DumpPages
 from lazyproc.images.convert import to_images
@@ -14,10 +14,16 @@ from lazyproc.steps import Steps
 
 
 def description(
-    checkpoint: Checkpoint, pages: DumpPages, steps: Steps, written: Iterable[WrittenMappings] = ()
+    checkpoint: Checkpoint,
+    pages: DumpPages,
+    steps: Steps,
+    written: Iterable[WrittenMappings] = (),
+    foreseen: Collection[int] = (),
 ) -> bytes:
-    """What `arrival` unpacks; `written` is as for to_images. Raises ImageError, NoSuchProcess when a page is gone."""
-    images = to_images(checkpoint, written=written)
+    """What `arrival` unpacks; `written` and `foreseen` are as for to_images. Raises ImageError, NoSuchProcess when a
+    page is gone.
+    """
+    images = to_images(checkpoint, written=written, foreseen=foreseen)
     steps.done("encode")
     images[NAME] = pack_bundle(checkpoint.memory, pages)
     packed = pack(images)

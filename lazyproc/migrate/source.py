@@ -27,6 +27,8 @@ from lazyproc.dump.walk import tree_of
 from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, Obstacle, Parked, UsageError
 from lazyproc.events import Listener, Over, StateChanged, ignore
 from lazyproc.facts import asdict, dataclass
+from lazyproc.images.files import pack
+from lazyproc.images.forecast import forecast_images
 from lazyproc.kernel import netfilter
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.netfilter import Hold
@@ -50,7 +52,7 @@ from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import SCHEME, Channel, Door, Session, listen
 from lazyproc.steps import Steps
 from lazyproc.trace import Clock, TraceFile
-from lazyproc.wire.native import Built, Commit, Images, Party
+from lazyproc.wire.native import FORESEES, Built, Commit, Images, Party, Prepared
 
 NAME = "lazyproc-source"
 BUILD_S = 60.0
@@ -291,7 +293,7 @@ def hand_over(
     COMMIT: from then on nothing is to interrupt us.
     """
     control = chain.current.control
-    _prepare(chain.session, control, before, order, trace, listener)
+    foreseen = _prepare(chain.session, control, before, order, trace, listener)
     listener(StateChanged("prepared", time.monotonic()))
     with ExitStack() as last, ExitStack() as stack:
         hold = stack.enter_context(Hold(chain.session))
@@ -305,7 +307,7 @@ def hand_over(
         frozen_at = time.monotonic()
         dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close, steps))
         checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
-        control.send(Images(description(checkpoint, pages, steps, before.written)))
+        control.send(Images(description(checkpoint, pages, steps, before.written, foreseen)))
         steps.done("send")
         # From here on the other side builds.
         server = stack.enter_context(PageServer(pages.segments(), releasing=order.release))
@@ -352,10 +354,19 @@ def hand_over(
 
 def _prepare(
     session: str, control: Channel, before: Before, order: Order, trace: TraceFile | None, listener: Listener
-) -> None:
-    """Raises Unfit with all that stands in the way at the destination."""
+) -> frozenset[int]:
+    """The processes (vpids) whose mappings the destination has now. Raises Unfit with all that is in the way there."""
     wishes = {**order.fields(), "trace": trace is not None}
-    answer = asked(control, offer_of(before.smaps), before.wanted, wishes, listener, meanwhile=practise)
+    foreseen, forecast = _foreseen(before, control.peer_revision)
+    answer = asked(
+        control,
+        offer_of(before.smaps),
+        before.wanted,
+        wishes,
+        listener,
+        forecast=forecast,
+        meanwhile=practise,
+    )
     if isinstance(answer, tuple):
         raise Unfit(answer)
     if order.release and answer.fields.get("release") is not True:
@@ -364,12 +375,24 @@ def _prepare(
             where=control.peer,
             remedy="update it, or leave out --release",
         )
+    if trace is not None:
+        _begin_trace(trace, session, control.peer, answer)
+    return foreseen
+
+
+def _foreseen(before: Before, peer_revision: int) -> tuple[frozenset[int], bytes | None]:
+    """What a destination of that revision is told beforehand, and of which processes it has the mappings then."""
+    if before.forecast is None or peer_revision < FORESEES:
+        return frozenset(), None
+    packed = pack(forecast_images(before.forecast, before.written))
+    return frozenset(before.forecast.mappings), packed
+
+
+def _begin_trace(trace: TraceFile, session: str, peer: str, answer: Prepared) -> None:
     clock = answer.fields.get("trace")
-    if trace is None:
-        return
     if not isinstance(clock, dict):
         raise LazyprocError(
-            "the receiver sends no trace", where=control.peer, remedy="update it, or leave out --trace"
+            "the receiver sends no trace", where=peer, remedy="update it, or leave out --trace"
         )
     trace.begin(session, Clock(number_in(clock, "monotonic_ns"), number_in(clock, "realtime_ns")))
 

@@ -26,8 +26,9 @@ from lazyproc.wire.frame import EMPTY, HEADER, Flag, Frame, Type, is_range
 from lazyproc.wire.jsonobject import JsonValue
 
 VERSION = 1
-REVISION = 2  # of what may be said besides: what an end of an earlier revision does not know
+REVISION = 3  # of what may be said besides: what an end of an earlier revision does not know
 PACKS = 2  # from this revision on pages may be asked for compressed
+FORESEES = 3  # and the tree may be described before it is frozen
 MAX_NAME = 128  # characters of a session id or token
 _MAP_ENTRY = struct.Struct("<QQQ")  # object, addr, pages
 _LOST = struct.Struct("<Q")
@@ -176,6 +177,13 @@ class Images:
     data: bytes = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Source: what is known of the tree while it still runs, packed by lazyproc.images. Comes before Prepare."""
+
+    data: bytes = field(repr=False)
+
+
 class MapEntry(NamedTuple):
     """A run of pages with content."""
 
@@ -230,6 +238,7 @@ Event: TypeAlias = (
     | Welcome
     | Control
     | Images
+    | Forecast
     | Map
     | Ack
     | Trace
@@ -254,7 +263,9 @@ _CONTROL: Mapping[Type, type[Control]] = {
 }
 _BARE: Mapping[Type, Event] = {Type.CLOSE: Close(), Type.PING: Ping(), Type.PONG: Pong(), Type.ASK: Ask()}
 # The revision from which on an end knows a frame; those that are not here have always been.
-_SINCE: Mapping[Type, int] = {Type.NEEDS: 1, Type.OBSTACLES: 1, Type.ASK: 1, Type.HOST: 1}
+_SINCE: Mapping[Type, int] = {Type.NEEDS: 1, Type.OBSTACLES: 1, Type.ASK: 1, Type.HOST: 1} | {
+    Type.FORECAST: FORESEES
+}
 _TYPE_OF: Mapping[type[Event], Type] = {
     **{cls: kind for kind, cls in _CONTROL.items()},
     **{type(event): kind for kind, event in _BARE.items()},
@@ -263,6 +274,7 @@ _TYPE_OF: Mapping[type[Event], Type] = {
     Hello: Type.HELLO,
     Welcome: Type.WELCOME,
     Images: Type.IMAGES,
+    Forecast: Type.FORECAST,
     Map: Type.MAP,
     Ack: Type.ACK,
     Trace: Type.TRACE,
@@ -285,7 +297,7 @@ _MAY_SEND: Mapping[tuple[State, Party], frozenset[Type]] = {
     (State.OPENING, Party.DIALLER): frozenset({Type.HELLO}),
     (State.GREETED, Party.ACCEPTOR): frozenset({Type.WELCOME, Type.ABORT}),
     (State.CONTROL, Party.SOURCE): _EITHER
-    | {Type.ASK, Type.NEEDS, Type.PREPARE, Type.IMAGES, Type.COMMIT, Type.MAP, Type.RELEASED},
+    | {Type.ASK, Type.NEEDS, Type.FORECAST, Type.PREPARE, Type.IMAGES, Type.COMMIT, Type.MAP, Type.RELEASED},
     (State.CONTROL, Party.DESTINATION): _EITHER
     | {Type.HOST, Type.PREPARED, Type.OBSTACLES, Type.BUILT, Type.COMMITTED, Type.RUNNING, Type.TRACE}
     | {Type.ACK, Type.DRAINED},
@@ -441,7 +453,7 @@ def _to_payload(event: Event) -> bytes:
             return jsonobject.encode({"version": version, "revision": revision, "session": session})
         case Control(fields):
             return jsonobject.encode(fields)
-        case Images(data):
+        case Images(data) | Forecast(data):
             return data
         case Map(entries) | Ack(entries):
             return b"".join(_pack_entry(entry) for entry in entries)
@@ -566,6 +578,7 @@ _PARSERS: Mapping[Type, Callable[[bytes], Event]] = {
     Type.HELLO: _to_hello,
     Type.WELCOME: _to_welcome,
     Type.IMAGES: Images,
+    Type.FORECAST: Forecast,
     Type.MAP: _to_map,
     Type.TRACE: _to_trace,
     Type.ACK: _to_ack,
