@@ -23,6 +23,7 @@ from lazyproc.images.files import (
     ImageReader,
     ImageWriter,
     M,
+    demand,
     garbled,
     kind_of,
     open_image,
@@ -72,10 +73,11 @@ def to_images(
     lazy_elsewhere: bool = False,
     written: Iterable[memory.WrittenMappings] = (),
     foreseen: Collection[int] = (),
+    for_criu: bool = True,
 ) -> dict[str, bytes]:
     """Every image but the pages, by name. With `lazy_elsewhere` lazy pages are said to be at a page server. `written`
     are mappings that were encoded beforehand, taken where they are still those of the checkpoint; the reader has had
-    those of the tasks `foreseen` (vpids) in a forecast.
+    those of the tasks `foreseen` (vpids) in a forecast. Unless they are `for_criu` too, they cost less.
 
     Raises ImageError when the checkpoint breaks a rule of the format (resource limits with a gap).
     """
@@ -93,7 +95,7 @@ def to_images(
     sets = memory.FlagSets(extras)
     known = {id(each.vmas): each for each in written}
     for number, task in enumerate(checkpoint.tasks, start=2):
-        _write_cores(task, cgroups.add(task.cgroups), seccomp, writer, extras)
+        _write_cores(task, cgroups.add(task.cgroups), seccomp, writer, extras, for_criu=for_criu)
         extra = extras.tasks.add(vpid=task.vpid, exit_signal=task.exit_signal)
         if task.xfeatures:
             extra.xfeatures = task.xfeatures
@@ -165,7 +167,13 @@ def _write_inventory(writer: ImageWriter, root_cgroups: int) -> None:
 
 
 def _write_cores(
-    task: Task, cgroup_set: int, seccomp: threads.SeccompTable, writer: ImageWriter, extras: own.Extras
+    task: Task,
+    cgroup_set: int,
+    seccomp: threads.SeccompTable,
+    writer: ImageWriter,
+    extras: own.Extras,
+    *,
+    for_criu: bool,
 ) -> None:
     """pstree and core-<tid> of every thread; a zombie has one core."""
     tids = [thread.tid for thread in task.threads] or [task.vpid]
@@ -178,7 +186,8 @@ def _write_cores(
         writer.add(f"core-{task.vpid}.img", core)
     for index, thread in enumerate(task.threads):
         core = pb.core_entry()
-        threads.write_thread(thread, core, extras.threads.add(tid=thread.tid), seccomp)
+        extra = extras.threads.add(tid=thread.tid)
+        threads.write_thread(thread, core, extra, seccomp, for_criu=for_criu)
         if cgroup_set:
             core.thread_core.cg_set = cgroup_set
         if not index:
@@ -233,7 +242,7 @@ def _from_images(images: Mapping[str, bytes], foreseen: Mapping[int, tuple[Vma, 
     _refuse_foreign(images)
     extras = read_extras(images)
     for name in extras.message.images:
-        open_image(images, to_text(name, EXTRAS))
+        demand(images, to_text(name, EXTRAS))
     shared = memory.read_shared(images, extras)
     files = FileReader(images, extras, shared)
     reader = _TaskReader(images, extras, inventory, files, shared, foreseen)

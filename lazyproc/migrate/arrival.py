@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from typing import Any
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
-from lazyproc.events import Later, Listener, Note, StateChanged, StepClock
+from lazyproc.events import Later, Listener, Note, StateChanged
 from lazyproc.facts import asdict, dataclass
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
@@ -35,6 +35,7 @@ from lazyproc.restore.rehearsal import no_collections, rehearse
 from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree, expecting, wants_new_pidns
 from lazyproc.restore.users import Users
+from lazyproc.steps import Steps
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
 from lazyproc.wire.jsonobject import JsonValue
@@ -42,7 +43,6 @@ from lazyproc.wire.native import Abort, Built, Commit, Committed, Images, Prepar
 
 PREPARE_S = 60.0
 FREEZE_S = 60.0
-STEP = "arrival: "  # begins the names of the steps that are not the restore's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +161,9 @@ class Arrival:
             data = expect(self._link.control, Images, FREEZE_S).data
             later = Later(self._listener)
             stack.callback(later.tell)
-            clock = StepClock(later, STEP, self._link.control.began)
-            clock.done("receive")
-            return self._build(data, ready, pager, serve, drafting, later, clock)
+            steps = Steps(later, "arrival: ", began=self._link.control.began)
+            steps.done("receive")
+            return self._build(data, ready, pager, serve, drafting, later, steps)
 
     def _build(
         self,
@@ -173,14 +173,14 @@ class Arrival:
         serve: Callable[[], None],
         drafting: Drafting,
         later: Later,
-        clock: StepClock,
+        steps: Steps,
     ) -> LazyTree:
         """All that is done while the tree stands still at its source."""
         images = unpack(data)
         self.described = True
         source = BundledPages(images.pop(NAME, b""), RemotePages(self._link.urgent, {}))
         checkpoint = from_images(images, ready.foreseen)
-        clock.done("decode")
+        steps.done("decode")
         users = self._users(checkpoint)
         pidns, cgroup = self._terms.pidns, self._terms.cgroup
 
@@ -198,20 +198,19 @@ class Arrival:
             users=users,
             birth=ready.birth,
             ground=ready.ground,
+            steps=steps,
             known=draft,
         ) as tree:
-            clock = StepClock(later, STEP)
             introduce(pager, tree, later)
-            clock.done("tables")
-            self._commit(tree, drafting, clock)
+            steps.done("tables")
+            self._commit(tree, drafting, steps)
             committed = StateChanged("committed", time.monotonic())
             serve()
             self._release(tree)
-            clock.done("release")
-            steps: dict[str, JsonValue] = {**later.steps_ms()}
+            steps.done("release")
             with suppress(ConnectionLost):  # whoever drains notices
                 self._link.control.send(Committed())
-                self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": steps}))
+                self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": {**steps.ms()}}))
             self._listener(committed)
             later(StateChanged("running", time.monotonic()))
             self._announce(flows_to_hold(checkpoint))
@@ -312,21 +311,21 @@ class Arrival:
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
-    def _commit(self, tree: BuiltTree, drafting: Drafting, clock: StepClock) -> None:
+    def _commit(self, tree: BuiltTree, drafting: Drafting, steps: Steps) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
         """
         self._link.control.send(Built())
         committed, running = drafting.drafts()
-        clock.done("draft")
+        steps.done("draft")
         expect(self._link.control, Commit, FREEZE_S)
-        clock.done("wait for commit")
+        steps.done("wait for commit")
         self._settle()
         self._journal.publish(committed)
-        clock.done("durable")
+        steps.done("durable")
         # Before it may run: who finds COMMITTED knows that it never did (docs/adr/0010).
         self._journal.publish(running)
         self.committed = True
         tree.outlive_us()
         self._outlived()
-        clock.done("outlive")
+        steps.done("outlive")

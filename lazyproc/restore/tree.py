@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 from lazyproc.errors import NoSuchProcess, PidTaken, RestoreError
-from lazyproc.events import Listener, Note, StepClock
+from lazyproc.events import Listener, Note
 from lazyproc.facts import dataclass, field, replace
 from lazyproc.images.forecast import Forecast
 from lazyproc.kernel import arch_x86_64 as arch
@@ -37,6 +37,7 @@ from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
 from lazyproc.restore.users import Users
+from lazyproc.steps import Steps
 from lazyproc.uffd.device import demand_for_tasks
 from lazyproc.uffd.pager import Pager
 
@@ -159,6 +160,7 @@ def built_tree(
     users: Users | None = None,
     birth: Birth | None = None,
     ground: Groundwork | None = None,
+    steps: Steps | None = None,
     known: Callable[[LazyTree], object] = lambda tree: None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
@@ -167,12 +169,12 @@ def built_tree(
     `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in
     /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. Where there was time for
     that before, `birth` is from `expecting`, and `ground` was laid in it. `known` is called as soon as it is known what
-    will be needed to complete the tree.
+    will be needed to complete the tree. `steps` are those of a larger piece of work.
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
     """
-    clock = StepClock(listener, "restore: ")
+    steps = steps or Steps(listener, "restore: ")
     if pager is not None:
         demand_for_tasks()
     checkpoint = _without_parent(pages.arranged(checkpoint, lazy=pager is not None), listener)
@@ -188,14 +190,14 @@ def built_tree(
                 if birth is None or new > birth.nursery.new_pidns:
                     birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
                 ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager))
-            clock.done("arrange")
-            tree = stack.enter_context(_built(checkpoint, source, clock, listener, ground, users, known))
+            steps.done("arrange")
+            tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
             ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager))
-            tree = stack.enter_context(_built(checkpoint, source, clock, listener, ground, users, known))
+            tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -237,7 +239,7 @@ def _without_parent(checkpoint: Checkpoint, listener: Listener) -> Checkpoint:
 def _built(
     checkpoint: Checkpoint,
     source: PageSource,
-    clock: StepClock,
+    steps: Steps,
     listener: Listener,
     ground: Groundwork,
     users: Users | None,
@@ -247,33 +249,33 @@ def _built(
     with ExitStack() as stack, killed_at_end(born):
         born.set_clocks(timens_text(checkpoint.clocks))
         ground.adopt(checkpoint)
-        clock.done("processes")
+        steps.done("processes")
         hold = stack.enter_context(Hold(f"to_{born.pid}"))
         hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
         made = stack.enter_context(ExitStack())
         files, shared, sockets = made.enter_context(
             files_and_objects(checkpoint, ground, listener, users or Users())
         )
-        clock.done("files")
+        steps.done("files")
         ground.map_memory(checkpoint.shared, files, shared)
         objects.mark_removed(checkpoint)
-        clock.done("memory map")
+        steps.done("memory map")
         pages.fill(sites, checkpoint, source, ground.userfaultfds, shared)
         seal_memfds(checkpoint, shared)
-        clock.done("eager pages")
+        steps.done("eager pages")
         ranges = [each for lazy in ground.ranges.values() for each in lazy]
         lazy_tree = _lazy_tree(checkpoint, ground.birth, sites, ranges)
         known(lazy_tree)
-        clock.done("identity")
+        steps.done("identity")
         _give_threads(ground, checkpoint, files)
-        clock.done("threads")
+        steps.done("threads")
         for site in sites.values():
             _give_state(site, ground.birth.inherited, listener)
         sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
-        clock.done("state")
+        steps.done("state")
         for site in reversed([*sites.values()]):  # a parent learns of its children's stops before its own end
             _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
-        clock.done("registers")
+        steps.done("registers")
         yield BuiltTree(checkpoint, born, sites, ground.userfaultfds, ranges, lazy_tree, sockets, made, hold)
 
 

@@ -98,6 +98,7 @@ class ThreadExtra(_message.Message):
     XSAVE_PATCHES_FIELD_NUMBER: _builtins.int
     IOPRIO_FIELD_NUMBER: _builtins.int
     CPUS_FIELD_NUMBER: _builtins.int
+    XSAVE_FIELD_NUMBER: _builtins.int
     tid: _builtins.int
     timer_slack_ns: _builtins.int
     xsave_size: _builtins.int
@@ -105,6 +106,10 @@ class ThreadExtra(_message.Message):
     (the XCR0 word at 464, AMX tiles, components newer than CRIU).
     """
     ioprio: _builtins.int
+    xsave: _builtins.bytes
+    """The whole NT_X86_XSTATE area, but for zeros at its end, of `xsave_size` bytes: CRIU's fields are empty then. In
+    what only lazyproc reads.
+    """
     @_builtins.property
     def restart(self) -> Global___Restart: ...
     @_builtins.property
@@ -123,10 +128,11 @@ class ThreadExtra(_message.Message):
         xsave_patches: _abc.Iterable[Global___XsavePatch] | None = ...,
         ioprio: _builtins.int | None = ...,
         cpus: _abc.Iterable[_builtins.int] | None = ...,
+        xsave: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ioprio", b"ioprio", "restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave_size", b"xsave_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ioprio", b"ioprio", "restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave", b"xsave", "xsave_size", b"xsave_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "ioprio", b"ioprio", "restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave_patches", b"xsave_patches", "xsave_size", b"xsave_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "ioprio", b"ioprio", "restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave", b"xsave", "xsave_patches", b"xsave_patches", "xsave_size", b"xsave_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
