@@ -285,9 +285,7 @@ def hand_over(
     trace: TraceFile | None = None,
     settle: Callable[[], object] = lambda: None,
 ) -> MigrateReport:
-    """The whole of it over connections that stand, whoever opened them; see `migrate`. `settle` is called right before
-    COMMIT: from then on nothing is to interrupt us.
-    """
+    """The whole of it over connections that stand, see `migrate`. After `settle`, before COMMIT, none may interrupt."""
     control = chain.current.control
     reader = agreed(chain.session, control, before, order.fields(), trace, listener)
     listener(StateChanged("prepared", time.monotonic()))

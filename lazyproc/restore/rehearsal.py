@@ -48,7 +48,7 @@ def rehearse(listener: Listener, also: Callable[[Checkpoint, PageSource], object
         for room in ROOMS:
             import_module(f"lazyproc.{room}")
         checkpoint = understudy()
-        images = {**to_images(checkpoint), NAME: pack_bundle(checkpoint.memory, _Zeros())}
+        images = {**to_images(checkpoint, for_criu=False), NAME: pack_bundle(checkpoint.memory, _Zeros())}
         _build(pack(images), also)
     except (LazyprocError, OSError) as error:
         listener(Note(f"what restores could not be rehearsed, and will take longer: {error}"))

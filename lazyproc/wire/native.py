@@ -28,7 +28,7 @@ from lazyproc.wire.jsonobject import JsonValue
 VERSION = 1
 REVISION = 3  # of what may be said besides: what an end of an earlier revision does not know
 PACKS = 2  # from this revision on pages may be asked for compressed
-FORESEES = 3  # and the tree may be described before it is frozen
+FORESEES = 3  # and the tree may be described before it is frozen, and by its own format afterwards
 MAX_NAME = 128  # characters of a session id or token
 _MAP_ENTRY = struct.Struct("<QQQ")  # object, addr, pages
 _LOST = struct.Struct("<Q")
@@ -328,7 +328,8 @@ class Connection:
         opener, answerer = Party.DIALLER, Party.ACCEPTOR
         self._us = (side, opener if dialled else answerer)
         self._them = (other, answerer if dialled else opener)
-        self._buffer = bytearray()
+        self._parts: list[bytes] = []  # of what is under way, `_have` bytes
+        self._have = 0
         self._frame: Frame | None = None  # a checked header whose payload is not whole yet
         self.state = State.OPENING
         self.role: Role | None = None
@@ -341,18 +342,22 @@ class Connection:
         if self.pages_due:
             return self.pages_due
         whole = HEADER.size if self._frame is None else self._frame.length
-        return whole - len(self._buffer)
+        return whole - self._have
 
     @property
     def between(self) -> bool:
         """Whether nothing is under way."""
-        return self._frame is None and not self._buffer and not self.pages_due
+        return self._frame is None and not self._have and not self.pages_due
 
     def send(self, event: Event) -> bytes:
         """The bytes of `event`; the content of a Pages is sent behind them by the caller.
 
         Raises ProtocolError if this end may not say that now, or if it is out of bounds.
         """
+        return b"".join(self.parts(event))
+
+    def parts(self, event: Event) -> tuple[bytes, bytes]:
+        """The same, header and payload: that of images is large, and not copied."""
         kind = _TYPE_OF.get(type(event))
         if kind is None:
             raise ProtocolError(f"{type(event).__name__} is not something to send")
@@ -361,7 +366,7 @@ class Connection:
         payload = _to_payload(event)
         header = _to_frame(kind, event, len(payload)).pack()
         self._pass(event, kind, self._us)
-        return header + payload
+        return header, payload
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> list[Event]:
         """Every event that `data` completes, in order. After a ProtocolError nothing more is in turn."""
@@ -387,11 +392,12 @@ class Connection:
         if self.pages_due:
             self.pages_due -= len(part)
             return [PageBytes(part)]
-        self._buffer += part
+        self._parts.append(_owned(part))
+        self._have += len(part)
         if self.wanted:
             return []
-        data = bytes(self._buffer)
-        self._buffer.clear()
+        data = b"".join(self._parts)  # of one part that is the part itself
+        self._parts, self._have = [], 0
         frame = self._frame
         if frame is None:
             frame = Frame.unpack(data)
@@ -427,6 +433,12 @@ class Connection:
             self.state = _SERVES[self.role]
         else:
             self.state = _NEXT.get((self.state, kind), self.state)
+
+
+def _owned(part: memoryview) -> bytes:
+    """Without a copy when it is all of an object that nobody can change: images come as a megabyte in one piece."""
+    whole = part.obj
+    return whole if isinstance(whole, bytes) and len(whole) == len(part) else bytes(part)
 
 
 # --- events <-> frames ----------------------------------------------------------------------------------
