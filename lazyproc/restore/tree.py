@@ -179,22 +179,17 @@ def built_tree(
         demand_for_tasks()
     checkpoint = _without_parent(pages.arranged(checkpoint, lazy=pager is not None), listener)
     with ExitStack() as stack:
-        label = checkpoint.root.vpid
         try:
-            if ground is not None and not ground.suits(checkpoint):
-                listener(Note("the tree is another than was foreseen: what was laid for it is of no use"))
-                kill(ground.birth.nursery)
-                birth = ground = None
-            if ground is None:  # else the numbers are taken, by its own processes
-                new = bool(birth and birth.nursery.new_pidns) or wants_new_pidns(pidns, _numbers(checkpoint))
-                if birth is None or new > birth.nursery.new_pidns:
-                    birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
+            ground = ground and _if_it_suits(ground, checkpoint, listener)
+            if ground is None:
+                birth = _birth(birth, checkpoint, listener, pidns, cgroup, stack)
                 ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager))
             steps.done("arrange")
             tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
+            label = checkpoint.root.vpid
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
             ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager))
             tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
@@ -205,6 +200,32 @@ def built_tree(
                 remedy="take the checkpoint again when images may be garbled; -v shows what it was",
             ) from error
         yield tree
+
+
+def _if_it_suits(ground: Groundwork, checkpoint: Checkpoint, listener: Listener) -> Groundwork | None:
+    """What was laid for a tree that was foreseen; when it is another one it is killed."""
+    if ground.suits(checkpoint):
+        return ground
+    listener(Note("the tree is another than was foreseen: what was laid for it is of no use"))
+    kill(ground.birth.nursery)
+    return None
+
+
+def _birth(
+    birth: Birth | None,
+    checkpoint: Checkpoint,
+    listener: Listener,
+    pidns: Pidns,
+    cgroup: str | None,
+    stack: ExitStack,
+) -> Birth:
+    """The nursery that waits, or another one where that is gone, or a number is taken by now."""
+    spare = birth if birth is not None and birth.nursery.spare else None
+    new = bool(spare and spare.nursery.new_pidns) or wants_new_pidns(pidns, _numbers(checkpoint))
+    if spare is not None and new == spare.nursery.new_pidns:
+        return spare
+    label = checkpoint.root.vpid
+    return stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
 
 
 @contextmanager
