@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from lazyproc.facts import dataclass, field
@@ -59,21 +58,6 @@ def ignore(_event: Event) -> None:
     """The listener of somebody who does not listen."""
 
 
-class StepClock:
-    """Gives every stretch of a piece of work a name: what has passed since the last one ended belongs to the next."""
-
-    def __init__(self, listener: Listener, prefix: str, began: float | None = None) -> None:
-        """`prefix` of their names; `began`: CLOCK_MONOTONIC in seconds, now when absent."""
-        self._listener = listener
-        self._prefix = prefix
-        self._last = time.monotonic() if began is None else began
-
-    def done(self, name: str) -> None:
-        now = time.monotonic()
-        self._listener(StepDone(self._prefix + name, now, now - self._last))
-        self._last = now
-
-
 class Later:
     """A listener for a stretch of work in which no time may be lost: it keeps what it hears until `tell`."""
 
@@ -83,15 +67,6 @@ class Later:
 
     def __call__(self, event: Event) -> None:
         self._kept.append(event)
-
-    def steps_ms(self) -> dict[str, float]:
-        """How long the steps that are kept took together, by what follows the colon in their names."""
-        steps: dict[str, float] = {}
-        for event in self._kept:
-            if isinstance(event, StepDone):
-                name = event.name.rpartition(": ")[2]
-                steps[name] = steps.get(name, 0.0) + event.seconds * 1e3
-        return steps
 
     def tell(self) -> None:
         kept, self._kept = self._kept, []

@@ -8,11 +8,13 @@ from contextlib import ExitStack, suppress
 
 from lazyproc.dump.descriptors import early_flows
 from lazyproc.dump.explain import Examined
+from lazyproc.dump.foresee import forecast_of
 from lazyproc.dump.registry import TaskRef
 from lazyproc.dump.space import Seen
 from lazyproc.dump.walk import thread_ids, tree_of
 from lazyproc.errors import NoSuchProcess
 from lazyproc.facts import dataclass
+from lazyproc.images.forecast import Forecast
 from lazyproc.images.memory import Behind, WrittenMappings, access_modes, write_mappings
 from lazyproc.kernel import proc, sleeps
 from lazyproc.kernel.netfilter import Flow
@@ -22,7 +24,8 @@ from lazyproc.needs import Wanted
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """`smaps` by pid, and what a dump takes over, `seen`; `written` are the mappings as its images will have them.
+    """`smaps` by pid, and what a dump takes over, `seen`; `written` are the mappings as its images will have them, and
+    `forecast` what can be said of the tree with them, unless it has processes that have ended.
 
     `flows` are the packets that will have to be held back, `wanted` what the tree needs of the host that takes it in.
     """
@@ -32,6 +35,7 @@ class Before:
     wanted: tuple[Wanted, ...]
     seen: Seen
     written: tuple[WrittenMappings, ...]
+    forecast: Forecast | None
 
 
 def observed_sleeps(pid: int) -> dict[int, sleeps.SleepBefore]:
@@ -46,18 +50,26 @@ def look_before(examined: Examined, *, tcp_close: bool = False) -> Before:
     """What `examine` has not seen yet; processes may come and go. With `tcp_close` no TCP with the outside has to be
     held back.
     """
-    flows = _flows(examined.smaps, tcp_close)
-    return Before(examined.smaps, flows, examined.wanted, examined.seen, tuple(_written(examined.seen)))
+    written = dict(_written(examined.seen))
+    return Before(
+        examined.smaps,
+        _flows(examined.smaps, tcp_close),
+        examined.wanted,
+        examined.seen,
+        tuple(written.values()),
+        forecast_of(next(iter(examined.smaps)), written, examined.seen.opened),
+    )
 
 
-def _written(seen: Seen) -> Iterator[WrittenMappings]:
-    """Of those who share no memory: the numbers of its objects are not known yet."""
+def _written(seen: Seen) -> Iterator[tuple[int, WrittenMappings]]:
+    """By pid, of those who share no memory: the numbers of its objects are not known yet."""
     behind = Behind(access_modes(seen.opened), {}, {})
     for pid, space in seen.spaces.items():
         if space.objects or any(not number for _, number in space.files):  # the latter are obstacles
             continue
         with suppress(NoSuchProcess):
-            yield write_mappings(space.vmas, proc.stat(proc.read(pid, "stat")).start_stack, behind)
+            stack = proc.stat(proc.read(pid, "stat")).start_stack
+            yield pid, write_mappings(space.vmas, stack, behind)
 
 
 def _flows(pids: Iterable[int], tcp_close: bool) -> tuple[Flow, ...]:

@@ -29,7 +29,23 @@ _PATH_MAX = 4096
 
 def check(checkpoint: Checkpoint) -> None:
     """Raises ImageError for the first thing that cannot be."""
-    for problem in _problems(checkpoint):
+    _demand_none(_problems(checkpoint))
+
+
+def check_forecast(part: Checkpoint) -> None:
+    """The same of numbers, mappings and files alone."""
+    if not part.tasks:
+        _demand_none(iter(["there are no tasks"]))
+    _demand_none(_number_problems(part))
+    for task in part.tasks:
+        if task.mm is not None:
+            _demand_none(_mm_problems(task.vpid, task.mm, part))
+    for file in part.files.values():
+        _demand_none(_file_problems(file, part))
+
+
+def _demand_none(problems: Iterator[str]) -> None:
+    for problem in problems:
         raise ImageError(
             problem,
             where="images",
@@ -40,6 +56,17 @@ def check(checkpoint: Checkpoint) -> None:
 def _problems(checkpoint: Checkpoint) -> Iterator[str]:
     if not checkpoint.root.threads:
         yield f"the root {checkpoint.root.vpid} has ended: nothing of it can run"
+    yield from _number_problems(checkpoint)
+    for task in checkpoint.tasks:
+        yield from _task_problems(task, checkpoint)
+    for file in checkpoint.files.values():
+        yield from _file_problems(file, checkpoint)
+    for content in checkpoint.contents.values():
+        if any(offset + len(data) > content.size for offset, data in content.data):
+            yield f"the content {content.id} is longer than its {content.size} bytes"
+
+
+def _number_problems(checkpoint: Checkpoint) -> Iterator[str]:
     seen: set[int] = set()
     for index, task in enumerate(checkpoint.tasks):
         if index and task.ppid not in seen:
@@ -48,12 +75,6 @@ def _problems(checkpoint: Checkpoint) -> Iterator[str]:
             if tid in seen:
                 yield f"two tasks or threads have the number {tid}"
             seen.add(tid)
-        yield from _task_problems(task, checkpoint)
-    for file in checkpoint.files.values():
-        yield from _file_problems(file, checkpoint)
-    for content in checkpoint.contents.values():
-        if any(offset + len(data) > content.size for offset, data in content.data):
-            yield f"the content {content.id} is longer than its {content.size} bytes"
 
 
 def _task_problems(task: Task, checkpoint: Checkpoint) -> Iterator[str]:

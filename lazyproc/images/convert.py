@@ -8,7 +8,8 @@ the namespaces of whoever restores it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import replace
@@ -22,6 +23,7 @@ from lazyproc.images.files import (
     ImageReader,
     ImageWriter,
     M,
+    demand,
     garbled,
     kind_of,
     open_image,
@@ -47,6 +49,7 @@ from lazyproc.model import (
     SharedMemory,
     Task,
     TaskState,
+    Vma,
 )
 from lazyproc.runs import Extents
 
@@ -69,9 +72,12 @@ def to_images(
     *,
     lazy_elsewhere: bool = False,
     written: Iterable[memory.WrittenMappings] = (),
+    foreseen: Collection[int] = (),
+    for_criu: bool = True,
 ) -> dict[str, bytes]:
     """Every image but the pages, by name. With `lazy_elsewhere` lazy pages are said to be at a page server. `written`
-    are mappings that were encoded beforehand, taken where they are still those of the checkpoint.
+    are mappings that were encoded beforehand, taken where they are still those of the checkpoint; the reader has had
+    those of the tasks `foreseen` (vpids) in a forecast. Unless they are `for_criu` too, they cost less.
 
     Raises ImageError when the checkpoint breaks a rule of the format (resource limits with a gap).
     """
@@ -89,14 +95,16 @@ def to_images(
     sets = memory.FlagSets(extras)
     known = {id(each.vmas): each for each in written}
     for number, task in enumerate(checkpoint.tasks, start=2):
-        _write_cores(task, cgroups.add(task.cgroups), seccomp, writer, extras)
+        _write_cores(task, cgroups.add(task.cgroups), seccomp, writer, extras, for_criu=for_criu)
         extra = extras.tasks.add(vpid=task.vpid, exit_signal=task.exit_signal)
         if task.xfeatures:
             extra.xfeatures = task.xfeatures
         if task.state is not TaskState.ZOMBIE:
             _write_alive(task, number, files, writer)
         if task.mm is not None:
-            memory.write_mm(task, task.mm, behind, writer, extra, sets, known.get(id(task.mm.vmas)))
+            mappings = known.get(id(task.mm.vmas))
+            said = task.vpid in foreseen
+            memory.write_mm(task, task.mm, behind, writer, extra, sets, mappings, foreseen=said)
     if cgroups.message.sets:
         writer.add(CGROUP, cgroups.message)
     writer.add(SECCOMP, seccomp.message)
@@ -159,7 +167,13 @@ def _write_inventory(writer: ImageWriter, root_cgroups: int) -> None:
 
 
 def _write_cores(
-    task: Task, cgroup_set: int, seccomp: threads.SeccompTable, writer: ImageWriter, extras: own.Extras
+    task: Task,
+    cgroup_set: int,
+    seccomp: threads.SeccompTable,
+    writer: ImageWriter,
+    extras: own.Extras,
+    *,
+    for_criu: bool,
 ) -> None:
     """pstree and core-<tid> of every thread; a zombie has one core."""
     tids = [thread.tid for thread in task.threads] or [task.vpid]
@@ -172,7 +186,8 @@ def _write_cores(
         writer.add(f"core-{task.vpid}.img", core)
     for index, thread in enumerate(task.threads):
         core = pb.core_entry()
-        threads.write_thread(thread, core, extras.threads.add(tid=thread.tid), seccomp)
+        extra = extras.threads.add(tid=thread.tid)
+        threads.write_thread(thread, core, extra, seccomp, for_criu=for_criu)
         if cgroup_set:
             core.thread_core.cg_set = cgroup_set
         if not index:
@@ -197,14 +212,17 @@ def _timespec(nanoseconds: int) -> pb.timespec:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def from_images(images: Mapping[str, bytes]) -> Checkpoint:
-    """The checkpoint that the images describe, those of CRIU's included.
+def from_images(
+    images: Mapping[str, bytes], foreseen: Mapping[int, tuple[Vma, ...]] = MappingProxyType({})
+) -> Checkpoint:
+    """The checkpoint that the images describe, those of CRIU's included. `foreseen` are the mappings of tasks, by vpid,
+    that came in a forecast.
 
     Raises ImageError when an image is missing, truncated, garbled or contradicts another, and when the
     checkpoint has something that lazyproc cannot restore: nothing is left out in silence.
     """
     try:
-        checkpoint = _from_images(images)
+        checkpoint = _from_images(images, foreseen)
         check.check(checkpoint)
     except (OverflowError, struct.error) as error:
         # A number that no field of the kernel's has; which image it was in is in the traceback.
@@ -212,7 +230,7 @@ def from_images(images: Mapping[str, bytes]) -> Checkpoint:
     return checkpoint
 
 
-def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
+def _from_images(images: Mapping[str, bytes], foreseen: Mapping[int, tuple[Vma, ...]]) -> Checkpoint:
     check_sums(images)
     inventory = record(images, INVENTORY, pb.inventory_entry)
     if inventory.img_version != _IMG_VERSION or not inventory.fdinfo_per_id:
@@ -224,10 +242,10 @@ def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
     _refuse_foreign(images)
     extras = read_extras(images)
     for name in extras.message.images:
-        open_image(images, to_text(name, EXTRAS))
+        demand(images, to_text(name, EXTRAS))
     shared = memory.read_shared(images, extras)
     files = FileReader(images, extras, shared)
-    reader = _TaskReader(images, extras, inventory, files, shared)
+    reader = _TaskReader(images, extras, inventory, files, shared, foreseen)
     found = tuple(reader.read_tasks())
     if not found:
         raise garbled(PSTREE, "no tasks")
@@ -270,8 +288,10 @@ class _TaskReader:
         inventory: pb.inventory_entry,
         files: FileReader,
         shared: memory.SharedTable,
+        foreseen: Mapping[int, tuple[Vma, ...]],
     ) -> None:
         self._images = images
+        self._foreseen = foreseen
         self._extras = extras
         self._inventory = inventory
         self._files = files
@@ -360,7 +380,9 @@ class _TaskReader:
         return self._files.read_descriptors(f"fdinfo-{ids.files_id}.img")
 
     def _read_mm(self, vpid: int) -> Mm:
-        mm, access = memory.read_mm(vpid, self._images, self._extras, self._shared, self._memfd_files)
+        mm, access = memory.read_mm(
+            vpid, self._images, self._extras, self._shared, self._memfd_files, self._foreseen
+        )
         for file_id, mode in access.items():
             self.access[file_id] = max(mode, self.access.get(file_id, 0))
         return mm

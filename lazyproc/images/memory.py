@@ -8,6 +8,7 @@ writer makes such a file for every object, and the reader drops those that only 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import dataclass, replace
@@ -242,22 +243,34 @@ def write_mm(
     extra: own.TaskExtra,
     sets: FlagSets,
     written: WrittenMappings | None = None,
+    *,
+    foreseen: bool = False,
 ) -> None:
-    """mm-<vpid>.img. `written` are mappings that may be those of `mm`."""
-    mappings = written
-    if mappings is None or not mappings.are_of(mm, behind.access):
-        mappings = write_mappings(mm.vmas, mm.start_stack, behind)
+    """mm-<vpid>.img. `written` are mappings that may be those of `mm`; if they are, and the reader has them
+    (`foreseen`), it is only said that they are.
+    """
     entry = pb.mm_entry(exe_file_id=mm.exe_id, dumpable=mm.dumpable, thp_disabled=mm.thp_disabled)
-    entry.MergeFrom(mappings.entry)
+    still = written is not None and written.are_of(mm, behind.access)
+    if still and foreseen:
+        extra.foreseen = True
+    else:
+        mappings = written if written and still else write_mappings(mm.vmas, mm.start_stack, behind)
+        _write_mappings(mappings, entry, extra, sets)
     for name in _MM_FIELDS:
         setattr(entry, f"mm_{name}", getattr(mm, name))
     entry.mm_saved_auxv.extend(mm.auxv)
+    extra.vdso_build_id = mm.vdso_build_id
+    writer.add(f"mm-{task.vpid}.img", entry)
+
+
+def _write_mappings(
+    mappings: WrittenMappings, entry: pb.mm_entry, extra: own.TaskExtra, sets: FlagSets
+) -> None:
+    entry.MergeFrom(mappings.entry)
     extra.MergeFrom(mappings.extra)
     numbers = [sets.number(flags) for flags in mappings.sets]
     if numbers != list(range(len(numbers))):
         extra.vm_flags[:] = [numbers[number] for number in mappings.extra.vm_flags]
-    extra.vdso_build_id = mm.vdso_build_id
-    writer.add(f"mm-{task.vpid}.img", entry)
 
 
 def _write_note(index: int, vma: Vma, entry: pb.mm_entry, extra: own.TaskExtra) -> None:
@@ -316,15 +329,45 @@ def read_mm(
     extras: Extras,
     shared: SharedTable,
     memfd_files: Mapping[int, int],
+    foreseen: Mapping[int, tuple[Vma, ...]] = MappingProxyType({}),
 ) -> tuple[Mm, dict[int, int]]:
     """The address space, and for each file that it maps shared the access mode that the mapping needs.
 
-    `memfd_files` tells the object of each MEMFD file. Shared anonymous memory of CRIU < 4, which has no
-    record of its own, is added to `shared`.
+    `memfd_files` tells the object of each MEMFD file, `foreseen` the mappings that came before, by vpid. Shared
+    anonymous memory of CRIU < 4, which has no record of its own, is added to `shared`.
     """
     name = f"mm-{vpid}.img"
     entry = record(images, name, pb.mm_entry)
     extra = extras.tasks.get(vpid, own.TaskExtra(vpid=vpid))
+    access: dict[int, int] = {}
+    if not extra.foreseen:
+        vmas = tuple(_read_vmas(entry, extra, extras, shared, memfd_files, access, name))
+    elif vpid in foreseen:
+        vmas = foreseen[vpid]
+    else:
+        raise garbled(name, "its mappings are said to be foreseen, and nobody has them")
+    mm = Mm(
+        **{field: getattr(entry, f"mm_{field}") for field in _MM_FIELDS},
+        auxv=tuple(entry.mm_saved_auxv),
+        exe_id=entry.exe_file_id,
+        dumpable=entry.dumpable if entry.HasField("dumpable") else 1,
+        thp_disabled=entry.thp_disabled,
+        vmas=vmas,
+        vdso_build_id=extra.vdso_build_id,
+    )
+    return mm, access
+
+
+def _read_vmas(
+    entry: pb.mm_entry,
+    extra: own.TaskExtra,
+    extras: Extras,
+    shared: SharedTable,
+    memfd_files: Mapping[int, int],
+    access: dict[int, int],
+    name: str,
+) -> Iterator[Vma]:
+    """The mappings; `access` gets the access modes."""
     messages = [
         message for message in _split_vvar(entry.vmas, extra.vvar_vclock) if not message.status & _VSYSCALL
     ]  # the kernel makes [vsyscall] for everybody
@@ -332,8 +375,6 @@ def read_mm(
         raise garbled(name, f"{len(messages)} mappings, and lazyproc.img speaks of {len(extra.vm_flags)}")
     notes = {note.index: note for note in extra.vmas}
     kinds: dict[int, VmaKind] = {}  # by status, of which thousands of mappings have a few
-    vmas: list[Vma] = []
-    access: dict[int, int] = {}
     for index, message in enumerate(messages):
         status = message.status
         kind = kinds[status] if status in kinds else kinds.setdefault(status, _kind(message, name))
@@ -350,23 +391,11 @@ def read_mm(
         guards: tuple[tuple[int, int], ...] = ()
         if index in notes:
             label, huge_pages, guards = _noted(notes[index], label, name)
-        vmas.append(
-            Vma(
-                message.start, message.end, message.prot, message.flags, kind, message.pgoff, file_id, object_id,
-                extras.vm_flags(extra.vm_flags[index]) if extra.vm_flags else _implied_flags(message),
-                label, huge_pages, guards,
-            )
+        yield Vma(
+            message.start, message.end, message.prot, message.flags, kind, message.pgoff, file_id, object_id,
+            extras.vm_flags(extra.vm_flags[index]) if extra.vm_flags else _implied_flags(message),
+            label, huge_pages, guards,
         )  # fmt: skip
-    mm = Mm(
-        **{field: getattr(entry, f"mm_{field}") for field in _MM_FIELDS},
-        auxv=tuple(entry.mm_saved_auxv),
-        exe_id=entry.exe_file_id,
-        dumpable=entry.dumpable if entry.HasField("dumpable") else 1,
-        thp_disabled=entry.thp_disabled,
-        vmas=tuple(vmas),
-        vdso_build_id=extra.vdso_build_id,
-    )
-    return mm, access
 
 
 def _split_vvar(entries: Iterable[pb.vma_entry], vclocks: Iterable[int]) -> Iterator[pb.vma_entry]:

@@ -63,13 +63,21 @@ def seccomp_chain(message: pb.seccomp_entry, last: int) -> tuple[SeccompFilter, 
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-def write_thread(thread: Thread, core: pb.core_entry, extra: own.ThreadExtra, seccomp: SeccompTable) -> None:
+def write_thread(
+    thread: Thread,
+    core: pb.core_entry,
+    extra: own.ThreadExtra,
+    seccomp: SeccompTable,
+    *,
+    for_criu: bool = True,
+) -> None:
     """Fills thread_info and thread_core of `core`, and what they cannot hold into `extra`."""
     core.mtype = pb.core_entry.X86_64
     info = core.thread_info
     info.clear_tid_addr = thread.clear_child_tid
     info.gpregs.MergeFrom(pb.user_x86_regs_entry(mode=pb.NATIVE, **thread.registers._asdict()))
-    xsave.to_entry(thread.xsave, info.fpregs, extra)
+    write_xsave = xsave.to_entry if for_criu else xsave.to_extra
+    write_xsave(thread.xsave, info.fpregs, extra)
     _write_thread_core(thread, core.thread_core, seccomp)
     extra.timer_slack_ns = thread.timer_slack_ns
     extra.ioprio = thread.scheduling.ioprio
@@ -87,7 +95,7 @@ def _write_thread_core(thread: Thread, entry: pb.thread_core_entry, seccomp: Sec
     entry.sched_prio = thread.scheduling.priority
     entry.sched_nice = thread.scheduling.nice
     entry.pdeath_sig = thread.pdeath_signal
-    write_credentials(thread.credentials, entry.creds)
+    entry.creds.CopyFrom(_creds_entry(thread.credentials))
     if thread.altstack is not None:
         stack = thread.altstack
         entry.sas.ss_sp, entry.sas.ss_size, entry.sas.ss_flags = stack.sp, stack.size, stack.flags
@@ -107,7 +115,9 @@ def write_signals(queue: pb.signal_queue_entry, pending: Iterable[bytes]) -> Non
         queue.signals.add(siginfo=siginfo)
 
 
-def write_credentials(credentials: Credentials, entry: pb.creds_entry) -> None:
+@functools.lru_cache(maxsize=16)  # those of most threads are the same
+def _creds_entry(credentials: Credentials) -> pb.creds_entry:
+    entry = pb.creds_entry()
     for name in ("uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid"):
         setattr(entry, name, getattr(credentials, name))
     entry.groups.extend(credentials.groups)
@@ -121,6 +131,7 @@ def write_credentials(credentials: Credentials, entry: pb.creds_entry) -> None:
         words.extend((mask & 0xFFFFFFFF, mask >> 32))
     entry.secbits = credentials.securebits
     entry.no_new_privs = int(credentials.no_new_privs)
+    return entry
 
 
 # --- reading ------------------------------------------------------------------------------------------------

@@ -73,6 +73,23 @@ def _places(enabled: int, size: int) -> tuple[_Component, ...]:
     return tuple(packed)
 
 
+def to_extra(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra) -> None:
+    """For lazyproc alone: as it is, where CRIU's entry would have it by its fields."""
+    entry.CopyFrom(_no_fields())
+    extra.xsave_size = len(area)
+    end = len(area)
+    while end and area[end // 2 : end] == bytes(
+        end - end // 2
+    ):  # memcmp(3): rstrip() would look at each byte
+        end //= 2
+    extra.xsave = area[:end]
+
+
+@functools.cache
+def _no_fields() -> pb.user_x86_fpregs_entry:
+    return pb.user_x86_fpregs_entry(cwd=0, swd=0, twd=0, fop=0, rip=0, rdp=0, mxcsr=0, mxcsr_mask=0)
+
+
 def to_entry(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra) -> None:
     """Fills CRIU's entry from the area, and the patches that give back exactly the area."""
     padded = area.ljust(_HEADER + 64, b"\0")
@@ -114,6 +131,10 @@ def from_entry(entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra | None, n
         held = [part for part in _INTEL if getattr(entry.xsave, part.field)]
         size = held[-1].offset + held[-1].size if held else _HEADER + 64
         return bytes(_rebuild(entry, _INTEL, size, name))
+    if extra.HasField("xsave"):
+        if not len(extra.xsave) <= extra.xsave_size <= MAX_SIZE:
+            raise _bad(name)
+        return extra.xsave.ljust(extra.xsave_size, b"\0")
     if extra.xsave_size > MAX_SIZE or any(
         patch.offset + len(patch.data) > extra.xsave_size for patch in extra.xsave_patches
     ):

@@ -35,7 +35,6 @@ BLOB_OFFSET = (HEADER + 15) & -16
 PT_LOAD, PT_GNU_STACK = 1, 0x6474E551
 STOP_MS = 5000
 TRANSPORT_FD = 65  # until it is known which numbers are the tree's
-AT_FDCWD = -100
 NS_GET_PID_FROM_PIDNS = 2 << 30 | 4 << 16 | 0xB7 << 8 | 6  # _IOR(NSIO, 0x6, int), include/uapi/linux/nsfs.h
 
 
@@ -86,32 +85,33 @@ class Nursery:
                 raise
             return 0
 
-    def make_ready(self, transport_fd: int, offsets: str, *, is_root: bool) -> None:
-        """What is forked from it finds the transport as `transport_fd`, and lives in a time namespace with `offsets`,
-        in the form of /proc/PID/timens_offsets; with `is_root` it lives there itself. Raises HostLacks.
-        """
-        bench = self.bench(self.memory, signal.SIGURG)
-        calls = [Call("unshare", (CLONE_NEWTIME,))]
-        if transport_fd != self.transport_fd:
-            calls += [Call("dup3", (self.transport_fd, transport_fd, 0)), Call("close", (self.transport_fd,))]
-        try:
-            bench.run(self.tracee, calls)
-            with open(f"/proc/{self.pid}/timens_offsets", "w") as file:
-                file.write(offsets)
-            if is_root:
-                self._enter_time_of_children(bench)
-        except (OSError, TraceeError) as error:
-            raise HostLacks(
-                f"could not have clocks of its own: {error}",
-                where="new time namespace",
-                remedy="run as root, or with CAP_SYS_ADMIN and CAP_SYS_TIME",
-            ) from error
-        self.transport_fd = transport_fd
+    def move_transport(self, number: int) -> None:
+        """What is forked from it from now on finds the transport as descriptor `number`."""
+        if number != self.transport_fd:
+            calls = [Call("dup3", (self.transport_fd, number, 0)), Call("close", (self.transport_fd,))]
+            self._bench().run(self.tracee, calls)
+            self.transport_fd = number
 
-    def _enter_time_of_children(self, bench: Bench) -> None:
-        path = bench.place(b"/proc/self/ns/time_for_children\0")
-        (fd,) = bench.run(self.tracee, [Call("openat", (AT_FDCWD, path, os.O_RDONLY))])
-        bench.run(self.tracee, [Call("setns", (fd, CLONE_NEWTIME)), Call("close", (fd,))])
+    @contextmanager
+    def new_clocks(self) -> Iterator[int]:
+        """A descriptor of ours of a new time namespace, in which nobody lives: until somebody enters it, its offsets
+        can be set. What is forked from now on would be in it. Raises HostLacks.
+        """
+        with _having_clocks():
+            self._bench().run(self.tracee, [Call("unshare", (CLONE_NEWTIME,))])
+            fd = os.open(f"/proc/{self.pid}/ns/time_for_children", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def set_clocks(self, offsets: str) -> None:
+        """Of the new time namespace, in the form of /proc/PID/timens_offsets. Raises HostLacks."""
+        with _having_clocks(), open(f"/proc/{self.pid}/timens_offsets", "w") as file:
+            file.write(offsets)
+
+    def _bench(self) -> Bench:
+        return self.bench(self.memory, signal.SIGURG)
 
     def become_parent_of(self, root: int) -> None:
         """Once it runs it reaps, and exits as the root (pid as it sees it) does."""
@@ -122,6 +122,18 @@ class Nursery:
             )
         )
         self.tracee.set_blocked(0)
+
+
+@contextmanager
+def _having_clocks() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, TraceeError) as error:
+        raise HostLacks(
+            f"could not have clocks of its own: {error}",
+            where="new time namespace",
+            remedy="run as root, or with CAP_SYS_ADMIN and CAP_SYS_TIME",
+        ) from error
 
 
 def _spawn(

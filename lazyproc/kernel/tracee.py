@@ -238,8 +238,9 @@ def states(tracees: Sequence[Tracee]) -> list[State]:
     xsave = bytearray(XSAVE_MAX * len(tracees))
     if lib.lp_look(threads, len(tracees), ffi.from_buffer(xsave), XSAVE_MAX) < 0:
         raise next(_not_seen(thread.tid, -thread.error) for thread in threads if thread.error < 0)
+    areas = memoryview(xsave)
     return [
-        _state(thread, bytes(xsave[start : start + thread.xsave_size]))
+        _state(thread, bytes(areas[start : start + thread.xsave_size]))
         for thread, start in zip(threads, range(0, len(xsave), XSAVE_MAX), strict=True)
     ]
 

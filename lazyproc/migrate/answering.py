@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from lazyproc.errors import LazyprocError, Obstacle, RestoreError, UsageError
+from lazyproc.facts import dataclass
 from lazyproc.migrate.needs import needs_in
 from lazyproc.migrate.prepare import Offer, objections
 from lazyproc.migrate.promises import promises
@@ -18,20 +19,30 @@ from lazyproc.restore.groups import whereabouts
 from lazyproc.restore.tree import Pidns, wants_new_pidns
 from lazyproc.uffd.policy import POLICIES
 from lazyproc.wire.jsonobject import JsonValue
-from lazyproc.wire.native import Ask, Needs, Prepare
+from lazyproc.wire.native import Ask, Forecast, Needs, Prepare
 
 MODES = ("postcopy", "stopcopy")
 LAZY = ("userfaultfd of tasks",)
 ALWAYS = ("ptrace", "pidfd_getfd", "children", "choose pids", "time namespaces")  # of host_check
 
 
-def heard(control: Channel, timeout: float) -> tuple[Mapping[str, JsonValue], tuple[Wanted, ...]]:
-    """The fields of PREPARE, and the needs that came before it; questions about this host are answered meanwhile.
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The fields of PREPARE, the needs, and the forecast as it came, when one has."""
+
+    order: Mapping[str, JsonValue]
+    wanted: tuple[Wanted, ...]
+    forecast: bytes | None
+
+
+def heard(control: Channel, timeout: float) -> Heard:
+    """PREPARE, and what came before it; questions about this host are answered meanwhile.
 
     Raises Refused when the source only wanted to ask, ConnectionLost, ProtocolError.
     """
     deadline = time.monotonic() + timeout
     wanted: tuple[Wanted, ...] = ()
+    forecast: bytes | None = None
     while True:
         event = next_event(control, deadline - time.monotonic(), Prepare.__name__)
         if isinstance(event, Ask):
@@ -40,8 +51,10 @@ def heard(control: Channel, timeout: float) -> tuple[Mapping[str, JsonValue], tu
             control.send(host_frame())
         elif isinstance(event, Needs):
             wanted = needs_in(event)
+        elif isinstance(event, Forecast):
+            forecast = event.data
         else:
-            return checked(event, Prepare, control).fields, wanted
+            return Heard(checked(event, Prepare, control).fields, wanted, forecast)
 
 
 def groups_here(cgroup: str | None) -> Mapping[str, str] | LazyprocError:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from typing import Any
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
-from lazyproc.events import Later, Listener, Note, StateChanged, StepClock
+from lazyproc.events import Later, Listener, Note, StateChanged
 from lazyproc.facts import asdict, dataclass
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
+from lazyproc.images.forecast import Forecast, read_forecast
 from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announced
@@ -23,10 +24,11 @@ from lazyproc.migrate.link import Link
 from lazyproc.migrate.needs import obstacles_frame
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.migrate.whom import ROOT, Whom
-from lazyproc.model import Checkpoint
+from lazyproc.model import Checkpoint, Vma
 from lazyproc.needs import FeatureNeed, Wanted
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.remote import RemotePages
+from lazyproc.restore.groundwork import Groundwork, laid
 from lazyproc.restore.groups import Birth
 from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import LazyTree, to_facts
@@ -34,6 +36,7 @@ from lazyproc.restore.rehearsal import no_collections, rehearse
 from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree, expecting, wants_new_pidns
 from lazyproc.restore.users import Users
+from lazyproc.steps import Steps
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
 from lazyproc.wire.jsonobject import JsonValue
@@ -41,7 +44,6 @@ from lazyproc.wire.native import Abort, Built, Commit, Committed, Images, Prepar
 
 PREPARE_S = 60.0
 FREEZE_S = 60.0
-STEP = "arrival: "  # begins the names of the steps that are not the restore's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,16 @@ class Wishes:
         }
 
 
+@dataclass(slots=True)
+class Ready:
+    """What is known and made before the freeze: foreseen mappings by vpid, a nursery, and processes in it."""
+
+    wishes: Wishes
+    foreseen: Mapping[int, tuple[Vma, ...]]
+    birth: Birth | None = None
+    ground: Groundwork | None = None
+
+
 class Arrival:
     """One migration on its way in, up to the first instruction of the tree here. One thread does all its work: ptrace
     calls have one tracer thread.
@@ -144,38 +156,37 @@ class Arrival:
 
     def _begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
         with ExitStack() as stack:
-            wishes, birth = self._prepare(stack)
+            ready = self._prepare(pager, stack)
             drafting = stack.enter_context(closing(Drafting(self._journal)))
-            self._say_prepared(wishes)
+            self._say_prepared(ready.wishes)
             data = expect(self._link.control, Images, FREEZE_S).data
             later = Later(self._listener)
             stack.callback(later.tell)
-            clock = StepClock(later, STEP, self._link.control.began)
-            clock.done("receive")
-            return self._build(data, wishes, birth, pager, serve, drafting, later, clock)
+            steps = Steps(later, "arrival: ", began=self._link.control.began)
+            steps.done("receive")
+            return self._build(data, ready, pager, serve, drafting, later, steps)
 
     def _build(
         self,
         data: bytes,
-        wishes: Wishes,
-        birth: Birth | None,
+        ready: Ready,
         pager: Pager,
         serve: Callable[[], None],
         drafting: Drafting,
         later: Later,
-        clock: StepClock,
+        steps: Steps,
     ) -> LazyTree:
         """All that is done while the tree stands still at its source."""
         images = unpack(data)
         self.described = True
         source = BundledPages(images.pop(NAME, b""), RemotePages(self._link.urgent, {}))
-        checkpoint = from_images(images)
-        clock.done("decode")
+        checkpoint = from_images(images, ready.foreseen)
+        steps.done("decode")
         users = self._users(checkpoint)
         pidns, cgroup = self._terms.pidns, self._terms.cgroup
 
         def draft(tree: LazyTree) -> None:
-            facts = {"tree": to_facts(tree), "wishes": wishes.fields(), "ledger": pager.ledger}
+            facts = {"tree": to_facts(tree), "wishes": ready.wishes.fields(), "ledger": pager.ledger}
             drafting.begin({**facts, "identity": identity(checkpoint, source)})
 
         with (
@@ -183,29 +194,29 @@ class Arrival:
                 checkpoint,
                 source,
                 later,
-                pager=pager if wishes.lazy else None,
+                pager=pager if ready.wishes.lazy else None,
                 pidns=pidns,
                 cgroup=cgroup,
                 users=users,
-                birth=birth,
+                birth=ready.birth,
+                ground=ready.ground,
+                steps=steps,
                 known=draft,
             ) as tree,
             ExitStack() as afterwards,
         ):
-            clock = StepClock(later, STEP)
             introduce(pager, tree, later)
-            clock.done("tables")
-            self._commit(tree, drafting, clock)
+            steps.done("tables")
+            self._commit(tree, drafting, steps)
             committed = StateChanged("committed", time.monotonic())
             serve()
             self._announce(flows_to_hold(checkpoint), afterwards)
-            clock.done("announce")
+            steps.done("announce")
             self._release(tree)
-            clock.done("release")
-            steps: dict[str, JsonValue] = {**later.steps_ms()}
+            steps.done("release")
             with suppress(ConnectionLost):  # whoever drains notices
                 self._link.control.send(Committed())
-                self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": steps}))
+                self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": {**steps.ms()}}))
             self._listener(committed)
             later(StateChanged("running", time.monotonic()))
         return tree.lazy_tree
@@ -244,20 +255,48 @@ class Arrival:
             else:
                 control.send(Abort({"reason": "; ".join(map(str, error.obstacles))}))
 
-    def _prepare(self, stack: ExitStack) -> tuple[Wishes, Birth | None]:
-        """What is asked for, and the nursery of the tree, unless its source is too old to say its numbers. Until
-        PREPARED is said the tree runs at its source; what is left to be done afterwards is a part of its blackout.
+    def _prepare(self, pager: Pager, stack: ExitStack) -> Ready:
+        """What is asked for, and what can be made before the freeze. Until PREPARED is said the tree runs at its
+        source; what is left to be done afterwards is a part of its blackout.
         """
-        order, wanted = heard(self._link.control, PREPARE_S)
+        heard_of = heard(self._link.control, PREPARE_S)
+        order, wanted = heard_of.order, heard_of.wanted
         with one_at_a_time():
             self._admit(order, wanted)
+        wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
+        forecast = read_forecast(unpack(heard_of.forecast)) if heard_of.forecast is not None else None
         make_room(AMPLE)
         rehearse(
             self._listener, identity, connected=FeatureNeed("TCP_REPAIR") in {each.need for each in wanted}
         )
         stack.enter_context(no_collections())
-        birth = stack.enter_context(self._expecting(numbers_of(wanted)))
-        return Wishes.of(order, traced=self._trace is None and order.get("trace") is True), birth
+        ready = Ready(wishes, forecast.mappings if forecast else {})
+        if numbers := numbers_of(wanted):  # its source is not too old to say them
+            self._make_ready(ready, numbers, forecast, pager if wishes.lazy else None, stack)
+        return ready
+
+    def _make_ready(
+        self,
+        ready: Ready,
+        numbers: list[int],
+        forecast: Forecast | None,
+        pager: Pager | None,
+        stack: ExitStack,
+    ) -> None:
+        """A nursery, and the tree as it is foreseen. Not where it may run as some users only: their rights are known
+        for certain when it has come.
+        """
+        if forecast is not None and self._terms.whom() is None:
+            try:
+                with ExitStack() as attempt:
+                    birth = attempt.enter_context(self._expecting(numbers))
+                    ready.ground = attempt.enter_context(laid(forecast, birth, pager))
+                    ready.birth = birth
+                    stack.enter_context(attempt.pop_all())
+                return
+            except (LazyprocError, OSError) as error:
+                self._listener(Note(f"the tree could not be begun before it came: {error}"))
+        ready.birth = stack.enter_context(self._expecting(numbers))
 
     def _say_prepared(self, wishes: Wishes) -> None:
         clock = Clock.now()
@@ -266,9 +305,7 @@ class Arrival:
         trace: dict[str, JsonValue] = {"trace": asdict(clock)} if wishes.traced else {}
         self._link.control.send(Prepared({**trace, "release": True} if wishes.release else trace))
 
-    def _expecting(self, numbers: list[int]) -> AbstractContextManager[Birth | None]:
-        if not numbers:
-            return nullcontext()
+    def _expecting(self, numbers: list[int]) -> AbstractContextManager[Birth]:
         new = wants_new_pidns(self._terms.pidns, numbers)
         return expecting(numbers[0], self._listener, new_pidns=new, cgroup=self._terms.cgroup)
 
@@ -283,21 +320,21 @@ class Arrival:
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
-    def _commit(self, tree: BuiltTree, drafting: Drafting, clock: StepClock) -> None:
+    def _commit(self, tree: BuiltTree, drafting: Drafting, steps: Steps) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
         """
         self._link.control.send(Built())
         committed, running = drafting.drafts()
-        clock.done("draft")
+        steps.done("draft")
         expect(self._link.control, Commit, FREEZE_S)
-        clock.done("wait for commit")
+        steps.done("wait for commit")
         self._settle()
         self._journal.publish(committed)
-        clock.done("durable")
+        steps.done("durable")
         # Before it may run: who finds COMMITTED knows that it never did (docs/adr/0010).
         self._journal.publish(running)
         self.committed = True
         tree.outlive_us()
         self._outlived()
-        clock.done("outlive")
+        steps.done("outlive")

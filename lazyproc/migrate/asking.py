@@ -11,7 +11,7 @@ from lazyproc.migrate.prepare import Offer
 from lazyproc.migrate.talk import checked, expect
 from lazyproc.needs import Wanted
 from lazyproc.pages.transport import Channel
-from lazyproc.wire.native import Abort, Control, Obstacles, Prepare, Prepared
+from lazyproc.wire.native import Abort, Control, Forecast, Obstacles, Prepare, Prepared
 
 PREPARE_S = 30.0
 ONLY_ASKED = Abort({"reason": "only asked"})
@@ -36,10 +36,11 @@ def asked(
     order: Mapping[str, str | int | bool],
     listener: Listener,
     *,
+    forecast: bytes | None = None,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Prepared | tuple[Obstacle, ...]:
     """The destination's answer to PREPARE: that it is ready for the images, or all that stands in the way. `meanwhile`
-    is called while it is looked for.
+    is called while it is looked for; `forecast` is for destinations that know what it is.
 
     Raises Refused with the reason of a destination that is too old to list obstacles, ConnectionLost, ProtocolError.
     """
@@ -50,6 +51,8 @@ def asked(
             listener(Note(f"{left_out} needs of the tree are not checked beforehand: there are too many"))
     else:
         listener(Note(f"{control.peer}: is an older lazyproc, which looks at memory and processor only"))
+    if forecast is not None:
+        control.send(Forecast(forecast))
     control.send(Prepare({**offer.fields(), **order}))
     meanwhile()
     answer = expect(control, Control, PREPARE_S)

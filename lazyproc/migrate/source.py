@@ -31,26 +31,24 @@ from lazyproc.kernel import netfilter
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.netfilter import Hold
+from lazyproc.migrate.agreeing import agreed
 from lazyproc.migrate.apart import Client, Work, apart
-from lazyproc.migrate.asking import asked
 from lazyproc.migrate.description import description
 from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.holding import Holding, from_facts, holding_of, to_facts
 from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record, find, records
 from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
 from lazyproc.migrate.lost import source_ended
-from lazyproc.migrate.practice import practise
-from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.report import MigrateReport
-from lazyproc.migrate.serving import Serving, number_in, report_of
-from lazyproc.migrate.talk import Refused, Unfit, expect
+from lazyproc.migrate.serving import Serving, report_of
+from lazyproc.migrate.talk import Refused, expect
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import SCHEME, Channel, Door, Session, listen
 from lazyproc.steps import Steps
-from lazyproc.trace import Clock, TraceFile
+from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Built, Commit, Images, Party
 
 NAME = "lazyproc-source"
@@ -288,99 +286,86 @@ def hand_over(
     trace: TraceFile | None = None,
     settle: Callable[[], object] = lambda: None,
 ) -> MigrateReport:
-    """The whole of it over connections that stand, whoever opened them; see `migrate`. `settle` is called right before
-    COMMIT: from then on nothing is to interrupt us.
-    """
+    """The whole of it over connections that stand, see `migrate`. After `settle`, before COMMIT, none may interrupt."""
     control = chain.current.control
-    _prepare(chain.session, control, before, order, trace, listener)
+    reader = agreed(chain.session, control, before, order.fields(), trace, listener)
     make_room(AMPLE)
     listener(StateChanged("prepared", time.monotonic()))
     with ExitStack() as last, ExitStack() as stack:
         hold = stack.enter_context(Hold(chain.session))
         hold.add(before.flows)
-        asleep = observed_sleeps(pid)
         stack.callback(gc.enable)
         gc.disable()  # a collection takes as long as all the rest
         began, steps = time.time(), Steps()
-        tree = stack.enter_context(frozen_tree(pid, asleep=asleep, steps=steps))
+        tree = stack.enter_context(frozen_tree(pid, asleep=observed_sleeps(pid), steps=steps))
         stack.callback(hold.release)  # before the tree is let go: its sends must not fail
         frozen_at = time.monotonic()
         dump, pages = stack.enter_context(_described(tree, before, hold, order.tcp_close, steps))
-        checkpoint = dump.checkpoint if order.mode == "postcopy" else dump.whole()
-        control.send(Images(description(checkpoint, pages, steps, before.written)))
-        steps.done("send")
-        # From here on the other side builds.
+        whole = dump.checkpoint if order.mode == "postcopy" else dump.whole()
+        control.send(Images(description(whole, pages, steps, reader)))
+        steps.done("send")  # from here on the other side builds
         server = stack.enter_context(PageServer(pages.segments(), releasing=order.release))
-        extents = dump.lazy_extents if order.mode == "postcopy" else dict
-        serving = Serving(chain, server, extents, pid, listener, trace)
+        lazy = dump.lazy_extents if order.mode == "postcopy" else dict
+        serving = Serving(chain, server, lazy, pid, listener, trace)
         serving.answer(chain.current)
         steps.done("serve")
         with _parked(tree, dump, hold, journal, began, steps) as (held, commit_sent):
             steps.done("park")
             listener(StateChanged("frozen", frozen_at))  # only now: who hears it takes a processor
-            expect(control, Built, BUILD_S)
-            steps.done("built")
-            dump.demand_idle_rings()
-            held.demand_there()
+            _await_built(control, dump, held, steps)
             settle()
             last.enter_context(deaf())  # until all is put away
-            steps.done("check")
             control.send(Commit())
             commit_sent.set()
-            serving.until_committed()
-            steps.done("committed")
-            frozen_ms = steps.total_ms
-            journal.note("committed", listener)
-            running = serving.until_running()
-            steps.done("running")
-            gc.enable()
+            _await_running(serving, journal, steps, listener)
             hang_up(dump.given_up)
-            figures = {"frozen_ms": frozen_ms, "blackout_ms": steps.total_ms, "steps_ms": steps.ms()}
-            there = {"remote_pid": running.get("root_pid"), "steps_there_ms": running.get("steps_ms")}
-            journal.note("running", listener, {**there, **figures}, durable=True)
             with _releaser(order.release, held, server, journal, listener, traced=True) as releaser:
                 drained = serving.until_drained(releaser)
         report = report_of(journal.facts, drained, server, chain)
-        journal.note(journal.facts["state"], listener, {"report": asdict(report)})
-        silence(dump.connections)
-        tree.kill()
-        dump.remove_segments()
-        serving.release()
-        listener(Over(report))
-        journal.remove()
-        listener(StateChanged("released", time.monotonic()))
+        _put_away(report, tree, dump, serving, journal, listener)
     return report
 
 
-def _prepare(
-    session: str, control: Channel, before: Before, order: Order, trace: TraceFile | None, listener: Listener
+def _await_built(control: Channel, dump: Dump, held: Holding, steps: Steps) -> None:
+    """The last moment in which it may be called off. Raises CannotBeDone, and what `expect` raises."""
+    expect(control, Built, BUILD_S)
+    steps.done("built")
+    dump.demand_idle_rings()
+    held.demand_there()
+    steps.done("check")
+
+
+def _await_running(serving: Serving, journal: Journal, steps: Steps, listener: Listener) -> None:
+    """From COMMIT on. Of the record only its last word is for a host without power."""
+    serving.until_committed()
+    steps.done("committed")
+    frozen_ms = steps.total_ms
+    journal.note("committed", listener)
+    running = serving.until_running()
+    steps.done("running")
+    gc.enable()
+    figures = {"frozen_ms": frozen_ms, "blackout_ms": steps.total_ms, "steps_ms": steps.ms()}
+    there = {"remote_pid": running.get("root_pid"), "steps_there_ms": running.get("steps_ms")}
+    journal.note("running", listener, {**there, **figures}, durable=True)
+
+
+def _put_away(
+    report: MigrateReport,
+    tree: FrozenTree,
+    dump: Dump,
+    serving: Serving,
+    journal: Journal,
+    listener: Listener,
 ) -> None:
-    """Raises Unfit with all that stands in the way at the destination."""
-    wishes = {**order.fields(), "trace": trace is not None}
-    answer = asked(
-        control,
-        offer_of(before.smaps),
-        before.wanted,
-        wishes,
-        listener,
-        meanwhile=partial(practise, connected=bool(before.flows)),
-    )
-    if isinstance(answer, tuple):
-        raise Unfit(answer)
-    if order.release and answer.fields.get("release") is not True:
-        raise LazyprocError(
-            "the receiver acknowledges no pages",
-            where=control.peer,
-            remedy="update it, or leave out --release",
-        )
-    clock = answer.fields.get("trace")
-    if trace is None:
-        return
-    if not isinstance(clock, dict):
-        raise LazyprocError(
-            "the receiver sends no trace", where=control.peer, remedy="update it, or leave out --trace"
-        )
-    trace.begin(session, Clock(number_in(clock, "monotonic_ns"), number_in(clock, "realtime_ns")))
+    """Every page is there, and nothing of it is needed here."""
+    journal.note(journal.facts["state"], listener, {"report": asdict(report)})
+    silence(dump.connections)
+    tree.kill()
+    dump.remove_segments()
+    serving.release()
+    listener(Over(report))
+    journal.remove()
+    listener(StateChanged("released", time.monotonic()))
 
 
 @contextmanager

@@ -36,7 +36,8 @@ SCHEME = "ssh://"
 HANDSHAKE_S = 5.0  # a stranger's time to say HELLO
 MAX_STRANGERS = 64  # at once; the oldest has to go
 STALL_S = 30  # a peer that takes or acknowledges nothing for so long is gone
-_READ = 256 << 10  # bytes in one recv(2)
+_READ = 4 << 20  # bytes in one recv(2)
+_STRANGERS_READ = 256 << 10
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -125,13 +126,18 @@ class Channel:
     def send(self, event: Event) -> None:
         """Raises ProtocolError if this end may not say that now, ConnectionLost."""
         with self._sending:
-            data = memoryview(self._connection.send(event))
-            while data:
-                if not self._wait(select.POLLOUT, STALL_S):
-                    raise ConnectionLost(f"the peer has taken nothing for {STALL_S} s", where=self.peer)
-                data = data[self._attempt(self._sock.send, data, socket.MSG_DONTWAIT) or 0 :]
+            header, payload = self._connection.parts(event)
+            self._send_all(header, socket.MSG_MORE if payload else 0)
+            self._send_all(payload, 0)
         if isinstance(event, Hello):
             self.hello = event
+
+    def _send_all(self, part: bytes, flags: int) -> None:
+        data = memoryview(part)
+        while data:
+            if not self._wait(select.POLLOUT, STALL_S):
+                raise ConnectionLost(f"the peer has taken nothing for {STALL_S} s", where=self.peer)
+            data = data[self._attempt(self._sock.send, data, socket.MSG_DONTWAIT | flags) or 0 :]
 
     def receive(self, timeout: float | None = None) -> Event | None:
         """The next event, or None when it is not whole after `timeout` seconds: then call again.
@@ -494,7 +500,7 @@ class Door:
         """To whoever came without TLS, in the words that he understands; a TLS alert would say as much."""
         with suppress(OSError, LazyprocError):
             connection = Connection(self._side, dialled=False)
-            connection.receive_data(greeting.sock.recv(_READ))
+            connection.receive_data(greeting.sock.recv(_STRANGERS_READ))
             greeting.sock.send(connection.send(Abort({"reason": f"TLS is spoken here; use {OPTIONS}"})))
 
     def _greeted(self, channel: Channel) -> bool:

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import struct
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from lazyproc.errors import PidTaken, RestoreError
@@ -18,7 +19,7 @@ from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.nursery import STOP_MS, Nursery
 from lazyproc.kernel.remote import ENDINGS, SYSCALL, Bench, Call
 from lazyproc.kernel.tracee import WALL, Tracee
-from lazyproc.model import Checkpoint, Task, TaskState
+from lazyproc.model import Task, TaskState
 from lazyproc.restore.plan import Dismiss, Exit, Fork, JoinGroup, NewSession, StandIn, creation_steps
 from lazyproc.restore.site import Site, host_tids
 
@@ -77,16 +78,15 @@ def _stand_in(vpid: int, member: int) -> Task:
 class Maker:
     """Processes by number, as they come to be. Everything it opens is closed by `stack`."""
 
-    def __init__(self, nursery: Nursery, checkpoint: Checkpoint, stack: ExitStack) -> None:
+    def __init__(self, nursery: Nursery, tasks: Sequence[Task], stack: ExitStack) -> None:
         self.nursery = nursery
-        self.checkpoint = checkpoint
-        self.tasks = {task.vpid: task for task in checkpoint.tasks}
+        self.tasks = {task.vpid: task for task in tasks}
         self.sites: dict[int, Site] = {}
         self._stack = stack
 
     def make(self) -> dict[int, Site]:
         """All processes, each still a fork of the nursery, in their sessions and groups; zombies have ended."""
-        for step in creation_steps(self.checkpoint.tasks):
+        for step in creation_steps(tuple(self.tasks.values())):
             match step:
                 case Fork(vpid, parent):
                     self.sites[vpid] = self._fork(self.tasks[vpid], parent)

@@ -12,6 +12,7 @@ import os
 import stat as st
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from lazyproc.errors import RestoreError
@@ -37,6 +38,7 @@ from lazyproc.restore.contents import ghost, make_named_contents
 from lazyproc.restore.users import Users
 from lazyproc.restore.workshop import OpenPath, Workshop, finish, probe, reopen, words
 
+NONE_YET: Mapping[int, int] = MappingProxyType({})
 Recipe = Callable[[Workshop, OpenFile, Any], int]  # the last one: the file's resource, of the recipe's kind
 
 
@@ -50,21 +52,27 @@ class Made:
 
 @contextmanager
 def make_files(
-    checkpoint: Checkpoint, *, open_path: OpenPath, listener: Listener = ignore, users: Users | None = None
+    checkpoint: Checkpoint,
+    *,
+    open_path: OpenPath,
+    listener: Listener = ignore,
+    users: Users | None = None,
+    made: Mapping[int, int] = NONE_YET,
 ) -> Iterator[Made]:
     """Every file of the checkpoint but sockets. On leaving all are closed; files created on a tmpfs are
     removed again when it was left by an exception.
 
     `open_path(path, flags, mode)` opens a path from the tree's root directory on this host; `users` whose rights it
-    takes, otherwise ours. Raises RestoreError that names the file and what to do.
+    takes, otherwise ours. `made` are open already, and not closed here. Raises RestoreError that names the file and
+    what to do.
     """
     with ExitStack() as stack:
-        workshop = Workshop(checkpoint, open_path, listener, stack, users or Users())
+        workshop = Workshop(checkpoint, open_path, listener, stack, users or Users(), dict(made))
         make_named_contents(workshop)
         memfds.make_objects(workshop)
         for kind, recipe in _RECIPES.items():
             for file in checkpoint.files.values():
-                if isinstance(file.resource, kind):
+                if isinstance(file.resource, kind) and file.id not in workshop.files:
                     workshop.files[file.id] = _make(workshop, file, recipe)
         yield Made(workshop.files, workshop.objects)
 

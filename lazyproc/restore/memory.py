@@ -12,7 +12,7 @@ from lazyproc.errors import RestoreError, TraceeError
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel.nursery import DATA, DATA_SIZE, TEXT
 from lazyproc.kernel.remote import BLOB, MAP_FIXED_NOREPLACE, Bench, Call, find_hole
-from lazyproc.model import PAGE, Checkpoint, Mm, SharedKind, SharedMemory, Vma, VmaKind
+from lazyproc.model import PAGE, Mm, SharedKind, SharedMemory, Vma, VmaKind
 from lazyproc.restore import aio
 from lazyproc.restore.site import Site
 
@@ -33,11 +33,12 @@ NO_FD = arch.MASK64  # -1
 VDSO_KINDS = (VmaKind.VDSO, VmaKind.VVAR, VmaKind.VVAR_VCLOCK)
 
 
-def move_in(site: Site) -> None:
-    """Map a bench in a hole of the *future* address space, go there, and unmap everything else (with the next run)."""
+def move_in(site: Site, size: int) -> None:
+    """Map a bench with `size` bytes in a hole of the *future* address space, go there, and unmap everything else (with
+    the next run).
+    """
     mm = site.task.mm
     assert mm is not None
-    size = _bench_size(site, mm)
     old = [(TEXT, TEXT + PAGE), (DATA, DATA + DATA_SIZE)]
     hole = find_hole(sorted([*old, *((v.start, v.end) for v in mm.vmas), _stack_of(site)]), PAGE + size)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
@@ -51,7 +52,6 @@ def move_in(site: Site) -> None:
     site.run_later(
         Call("munmap", (0, hole)),
         Call("munmap", (end, arch.TASK_SIZE - end)),
-        Call("personality", (site.task.personality,)),
     )
 
 
@@ -65,18 +65,20 @@ def _stack_of(site: Site) -> tuple[int, int]:
     return (sp & -PAGE, (sp & -PAGE) + PAGE) if sp > DATA + DATA_SIZE else (TEXT, TEXT)
 
 
-def _bench_size(site: Site, mm: Mm) -> int:
-    rows = len(mm.vmas) * ROWS_PER_VMA + sum(len(vma.guards) for vma in mm.vmas)
-    rows += len(site.task.descriptors) * ROWS_PER_DESCRIPTOR
-    size = rows * ROW_BYTES + len(site.task.threads) * BYTES_PER_THREAD + (1 << 18)
+def bench_size(vmas: Sequence[Vma], descriptors: int, threads: int) -> int:
+    """What a process with so much needs for all that is called in it."""
+    rows = len(vmas) * ROWS_PER_VMA + sum(len(vma.guards) for vma in vmas)
+    size = (rows + descriptors * ROWS_PER_DESCRIPTOR) * ROW_BYTES + threads * BYTES_PER_THREAD + (1 << 18)
     return (size + PAGE - 1) & -PAGE
 
 
-def map_all(site: Site, checkpoint: Checkpoint, files: Mapping[int, int], objects: Mapping[int, int]) -> None:
+def map_all(
+    site: Site, shared: Mapping[int, SharedMemory], files: Mapping[int, int], objects: Mapping[int, int]
+) -> None:
     """Map everything, with the next run. `files` and `objects` are our descriptors by OpenFile and SharedMemory id."""
     mm = site.task.mm
     assert mm is not None
-    file_ids = sorted({vma.file_id for vma in mm.vmas if vma.kind is VmaKind.FILE} | {mm.exe_id})
+    file_ids = sorted({vma.file_id for vma in mm.vmas if vma.kind is VmaKind.FILE})
     object_ids = sorted({vma.object_id for vma in mm.vmas if vma.kind is VmaKind.SHARED})
     lent = [files[i] for i in file_ids] + [objects[i] for i in object_ids]
     numbers = range(len(lent))  # its table is empty but for the transport, which is above them
@@ -84,11 +86,10 @@ def map_all(site: Site, checkpoint: Checkpoint, files: Mapping[int, int], object
     file_fds = dict(zip(file_ids, numbers, strict=False))
     object_fds = dict(zip(object_ids, numbers[len(file_ids) :], strict=True))
     site.run_later(
-        *_map_calls(mm, file_fds, object_fds, checkpoint.shared),
+        *_map_calls(mm, file_fds, object_fds, shared),
         *_vdso_calls(mm),
         *_name_calls(mm, site.bench),
         *_advice_calls(mm),
-        *_mm_calls(mm, site.bench, file_fds[mm.exe_id]),
         Call("close_range", (0, site.transport_fd - 1, 0)),
     )
     aio.make_rings(site, mm.vmas)
@@ -163,6 +164,17 @@ def _advice_calls(mm: Mm) -> Iterator[Call]:
 @functools.lru_cache(maxsize=64)
 def _advice(vm_flags: frozenset[str]) -> tuple[tuple[int, bool], ...]:
     return tuple((ADVICE[flag], flag in ("hg", "nh", "mg")) for flag in sorted(ADVICE.keys() & vm_flags))
+
+
+def set_fields(site: Site, exe: int) -> None:
+    """What belongs to an address space besides mappings, with the next run. `exe` is our descriptor of its program."""
+    assert site.task.mm is not None
+    site.receive_later([exe], [0])
+    site.run_later(
+        Call("personality", (site.task.personality,)),
+        *_mm_calls(site.task.mm, site.bench, exe_fd=0),
+        Call("close", (0,)),
+    )
 
 
 def _mm_calls(mm: Mm, bench: Bench, exe_fd: int) -> Iterator[Call]:

@@ -16,7 +16,17 @@ from lazyproc.facts import replace
 from lazyproc.kernel.remote import Call
 from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.kernel.tracee import Memory
-from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject, ObjectKind, Vma, VmaKind
+from lazyproc.model import (
+    PAGE,
+    Checkpoint,
+    Extent,
+    MemoryObject,
+    ObjectKind,
+    SharedMemory,
+    Task,
+    Vma,
+    VmaKind,
+)
 from lazyproc.pages import PageSource
 from lazyproc.restore.site import Site
 from lazyproc.runs import Extents
@@ -85,16 +95,15 @@ def _demand_none(stray: Extents, where: str) -> None:
         )
 
 
-def lazy_ranges(checkpoint: Checkpoint) -> Iterator[LazyRange]:
+def lazy_ranges(task: Task, shared: Mapping[int, SharedMemory]) -> Iterator[LazyRange]:
     """What can be lazy: private anonymous memory that is not locked, and shared objects marked so."""
-    for task in checkpoint.tasks:
-        obj = MemoryObject(ObjectKind.TASK, task.vpid)
-        for vma in task.mm.vmas if task.mm else ():
-            if vma.may_be_lazy:
-                yield LazyRange(task.vpid, vma.start, vma.length, obj, vma.start, vma.huge_pages > 0)
-            elif vma.kind is VmaKind.SHARED and checkpoint.shared[vma.object_id].lazy:
-                shared = MemoryObject(ObjectKind.SHARED, vma.object_id)
-                yield LazyRange(task.vpid, vma.start, vma.length, shared, vma.offset, False)
+    obj = MemoryObject(ObjectKind.TASK, task.vpid)
+    for vma in task.mm.vmas if task.mm else ():
+        if vma.may_be_lazy:
+            yield LazyRange(task.vpid, vma.start, vma.length, obj, vma.start, vma.huge_pages > 0)
+        elif vma.kind is VmaKind.SHARED and shared[vma.object_id].lazy:
+            of_many = MemoryObject(ObjectKind.SHARED, vma.object_id)
+            yield LazyRange(task.vpid, vma.start, vma.length, of_many, vma.offset, False)
 
 
 def rows_of(ranges: Iterable[LazyRange]) -> array[int]:
@@ -140,18 +149,14 @@ def _demand_lowest(results: list[int]) -> None:
         raise RestoreError("a descriptor table was not empty", where="userfaultfd", remedy="report it")
 
 
-def register(sites: Mapping[int, Site], ranges: Sequence[LazyRange], stack: ExitStack) -> dict[int, int]:
-    """The userfaultfds that tasks keep, shared with us and registered. Ours are closed by `stack`."""
-    userfaultfds = {}
-    for vpid, site in sites.items():
-        if site.anchor < 0:
-            continue
-        fd = userfaultfds[vpid] = pidfd_getfd(site.pidfd, site.anchor)
-        stack.callback(os.close, fd)
-        Userfaultfd.from_fd(fd).api()
-        site.regions = rows_of(r for r in ranges if r.vpid == vpid)
-        register_regions(fd, site.regions)
-    return userfaultfds
+def register(site: Site, ranges: Iterable[LazyRange], stack: ExitStack) -> int:
+    """The userfaultfd that a task keeps, shared with us and registered. Ours is closed by `stack`."""
+    fd = pidfd_getfd(site.pidfd, site.anchor)
+    stack.callback(os.close, fd)
+    Userfaultfd.from_fd(fd).api()
+    site.regions = rows_of(ranges)
+    register_regions(fd, site.regions)
+    return fd
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def rehearse(
         for room in ROOMS:
             import_module(f"lazyproc.{room}")
         checkpoint = understudy(connected=connected)
-        images = {**to_images(checkpoint), NAME: pack_bundle(checkpoint.memory, _Zeros())}
+        images = {**to_images(checkpoint, for_criu=False), NAME: pack_bundle(checkpoint.memory, _Zeros())}
         _build(pack(images), also)
         if connected:
             with held(f"try_{os.getpid()}", [Flow(socket.IPPROTO_TCP, NOBODY, NOBODY)]):

@@ -7,28 +7,29 @@ every process is a tracee with PTRACE_O_EXITKILL, so a failure, or our death, le
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 from lazyproc.errors import NoSuchProcess, PidTaken, RestoreError
-from lazyproc.events import Listener, Note, StepClock
+from lazyproc.events import Listener, Note
 from lazyproc.facts import dataclass, field, replace
+from lazyproc.images.forecast import Forecast
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.netfilter import Hold
-from lazyproc.kernel.nursery import TRANSPORT_FD, Nursery, nursery
+from lazyproc.kernel.nursery import CLONE_NEWTIME, Nursery, nursery
 from lazyproc.kernel.remote import Call, step
-from lazyproc.model import Checkpoint, Clocks, Mm, Task, TaskState, VmaKind
+from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.restore import descriptors, memory, objects, pages, restarts, state, vectors
-from lazyproc.restore.creation import Maker, make_threads, meet_threads, stop
+from lazyproc.restore.creation import make_threads, meet_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
+from lazyproc.restore.groundwork import Groundwork, begun, kill, killed_at_end, opener
 from lazyproc.restore.groups import Birth, nursery_in_group
 from lazyproc.restore.inherited import Inherited
 from lazyproc.restore.lazytree import LazyTask, LazyTree
@@ -36,6 +37,7 @@ from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
 from lazyproc.restore.users import Users
+from lazyproc.steps import Steps
 from lazyproc.uffd.device import demand_for_tasks
 from lazyproc.uffd.pager import Pager
 
@@ -157,40 +159,40 @@ def built_tree(
     cgroup: str | None = None,
     users: Users | None = None,
     birth: Birth | None = None,
+    ground: Groundwork | None = None,
+    steps: Steps | None = None,
     known: Callable[[LazyTree], object] = lambda tree: None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
     `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
     `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in
-    /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. `birth` is from
-    `expecting`, where there was time for that before. `known` is called as soon as it is known what will be needed to
-    complete the tree.
+    /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. Where there was time for
+    that before, `birth` is from `expecting`, and `ground` was laid in it. `known` is called as soon as it is known what
+    will be needed to complete the tree. `steps` are those of a larger piece of work.
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
     """
-    clock = StepClock(listener, "restore: ")
+    steps = steps or Steps(listener, "restore: ")
     if pager is not None:
         demand_for_tasks()
     checkpoint = _without_parent(pages.arranged(checkpoint, lazy=pager is not None), listener)
     with ExitStack() as stack:
-        label = checkpoint.root.vpid
         try:
-            new = bool(birth and birth.nursery.new_pidns) or wants_new_pidns(pidns, _numbers(checkpoint))
-            if birth is None or new > birth.nursery.new_pidns:
-                birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
-            clock.done("arrange")
-            tree = stack.enter_context(
-                _built(checkpoint, source, clock, listener, pager, birth, users, known)
-            )
+            ground = ground and _if_it_suits(ground, checkpoint, listener)
+            if ground is None:
+                birth = _birth(birth, checkpoint, listener, pidns, cgroup, stack)
+                ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager))
+            steps.done("arrange")
+            tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns == "host":
                 raise
+            label = checkpoint.root.vpid
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
-            tree = stack.enter_context(
-                _built(checkpoint, source, clock, listener, pager, birth, users, known)
-            )
+            ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager))
+            tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -200,29 +202,46 @@ def built_tree(
         yield tree
 
 
+def _if_it_suits(ground: Groundwork, checkpoint: Checkpoint, listener: Listener) -> Groundwork | None:
+    """What was laid for a tree that was foreseen; when it is another one it is killed."""
+    if ground.suits(checkpoint):
+        return ground
+    listener(Note("the tree is another than was foreseen: what was laid for it is of no use"))
+    kill(ground.birth.nursery)
+    return None
+
+
+def _birth(
+    birth: Birth | None,
+    checkpoint: Checkpoint,
+    listener: Listener,
+    pidns: Pidns,
+    cgroup: str | None,
+    stack: ExitStack,
+) -> Birth:
+    """The nursery that waits, or another one where that is gone, or a number is taken by now."""
+    spare = birth if birth is not None and birth.nursery.spare else None
+    new = bool(spare and spare.nursery.new_pidns) or wants_new_pidns(pidns, _numbers(checkpoint))
+    if spare is not None and new == spare.nursery.new_pidns:
+        return spare
+    label = checkpoint.root.vpid
+    return stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
+
+
 @contextmanager
 def expecting(label: int, listener: Listener, *, new_pidns: bool, cgroup: str | None) -> Iterator[Birth]:
     """A nursery for one tree, whose root's number in its own namespace is `label`; killed at the end unless it was let
     go with the tree. Raises RestoreError and UsageError for `cgroup`, HostLacks.
     """
-    with nursery_in_group(cgroup, label, listener, pidns=new_pidns) as birth, _killed_at_end(birth.nursery):
+    with nursery_in_group(cgroup, label, listener, pidns=new_pidns) as birth, killed_at_end(birth.nursery):
         yield birth
 
 
 @contextmanager
 def ungrouped() -> Iterator[Birth]:
     """The same in a new pid namespace and in our own cgroups. Raises HostLacks."""
-    with nursery(pidns=True) as made, _killed_at_end(made):
+    with nursery(pidns=True) as made, killed_at_end(made):
         yield Birth(made, (), Inherited.of(made))
-
-
-@contextmanager
-def _killed_at_end(nursery: Nursery) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if nursery.spare:
-            _kill(nursery)
 
 
 def _without_parent(checkpoint: Checkpoint, listener: Listener) -> Checkpoint:
@@ -241,104 +260,86 @@ def _without_parent(checkpoint: Checkpoint, listener: Listener) -> Checkpoint:
 def _built(
     checkpoint: Checkpoint,
     source: PageSource,
-    clock: StepClock,
+    steps: Steps,
     listener: Listener,
-    pager: Pager | None,
-    birth: Birth,
+    ground: Groundwork,
     users: Users | None,
     known: Callable[[LazyTree], object],
 ) -> Iterator[BuiltTree]:
-    born = birth.nursery
-    with ExitStack() as stack, _killed_at_end(born):
-        offsets, is_root = timens_text(checkpoint.clocks), checkpoint.root.vpid == 1
-        born.make_ready(_free_number(checkpoint), offsets, is_root=is_root)
-        clock.done("nursery")
-        sites = Maker(born, checkpoint, stack).make()
-        clock.done("processes")
+    born, sites = ground.birth.nursery, ground.sites
+    with ExitStack() as stack, killed_at_end(born):
+        born.set_clocks(timens_text(checkpoint.clocks))
+        ground.adopt(checkpoint)
+        steps.done("processes")
         hold = stack.enter_context(Hold(f"to_{born.pid}"))
         hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
         made = stack.enter_context(ExitStack())
         files, shared, sockets = made.enter_context(
-            files_and_objects(checkpoint, born, sites, listener, users or Users())
+            files_and_objects(checkpoint, ground, listener, users or Users())
         )
-        clock.done("files")
-        ranges = tuple(pages.lazy_ranges(checkpoint)) if pager is not None else ()
-        lazy = {r.vpid for r in ranges}
-        for vpid, site in sites.items():  # one after the other: see Site.receive_later
-            memory.move_in(site)
-            memory.map_all(site, checkpoint, files, shared)
-            if pager is not None and vpid in lazy:
-                pages.keep_userfaultfd(site, pager)
-            site.run()
-            memory.check_vdso(site)
+        steps.done("files")
+        ground.map_memory(checkpoint.shared, files, shared)
         objects.mark_removed(checkpoint)
-        clock.done("memory map")
-        userfaultfds = pages.register(sites, ranges, stack)
-        pages.fill(sites, checkpoint, source, userfaultfds, shared)
+        steps.done("memory map")
+        pages.fill(sites, checkpoint, source, ground.userfaultfds, shared)
         seal_memfds(checkpoint, shared)
-        clock.done("eager pages")
-        lazy_tree = _lazy_tree(checkpoint, birth, sites, ranges)
+        steps.done("eager pages")
+        ranges = [each for lazy in ground.ranges.values() for each in lazy]
+        lazy_tree = _lazy_tree(checkpoint, ground.birth, sites, ranges)
         known(lazy_tree)
-        clock.done("identity")
+        steps.done("identity")
+        _give_threads(ground, checkpoint, files)
+        steps.done("threads")
         for site in sites.values():
-            make_threads(site)
-            if len(sites) > 1:  # one's descriptor may name another's thread (F_SETOWN_EX)
-                site.run()
-        for site in sites.values():
-            descriptors.install(site, checkpoint, files)
-            _set_paths(site, checkpoint, files)
-            site.run()
-            meet_threads(site, born)
-        clock.done("threads")
-        for site in sites.values():
-            _give_state(site, birth.inherited, listener)
+            _give_state(site, ground.birth.inherited, listener)
         sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
-        clock.done("state")
-        for site in reversed(sites.values()):  # a parent learns of its children's stops before its own end
+        steps.done("state")
+        for site in reversed([*sites.values()]):  # a parent learns of its children's stops before its own end
             _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
-        clock.done("registers")
-        yield BuiltTree(checkpoint, born, sites, userfaultfds, ranges, lazy_tree, sockets, made, hold)
+        steps.done("registers")
+        yield BuiltTree(checkpoint, born, sites, ground.userfaultfds, ranges, lazy_tree, sockets, made, hold)
+
+
+def _give_threads(ground: Groundwork, checkpoint: Checkpoint, files: Mapping[int, int]) -> None:
+    """Clocks, which only who has one thread can be given; threads, descriptors, paths."""
+    sites = ground.sites.values()
+    for site in sites:
+        assert site.task.mm is not None
+        site.receive_later([ground.clocks], [0])
+        site.run_later(Call("setns", (0, CLONE_NEWTIME)), Call("close", (0,)))
+        memory.set_fields(site, files[site.task.mm.exe_id])
+        make_threads(site)
+        if len(sites) > 1:  # one's descriptor may name another's thread (F_SETOWN_EX)
+            site.run()
+    for site in sites:
+        descriptors.install(site, checkpoint, files)
+        _set_paths(site, checkpoint, files)
+        site.run()
+        meet_threads(site, ground.birth.nursery)
 
 
 @contextmanager
 def files_and_objects(
-    checkpoint: Checkpoint,
-    birth: Nursery,
-    sites: Mapping[int, Site],
-    listener: Listener,
-    users: Users,
+    checkpoint: Checkpoint, ground: Groundwork, listener: Listener, users: Users
 ) -> Iterator[tuple[Mapping[int, int], Mapping[int, int], MadeSockets]]:
     """Everything the tasks will open or map, as descriptors of ours: by OpenFile id and by SharedMemory id.
 
-    The tasks (`sites`) call what shows who called it. Ours are closed before the tree runs: a pipe end held by us
-    would never let its reader see the end.
+    The tasks call what shows who called it. Ours are closed before the tree runs: a pipe end held by us would never let
+    its reader see the end.
     """
-    root = f"/proc/{birth.pid}/root"
-
-    def open_path(path: str, flags: int, mode: int) -> int:
-        return os.open(root + path, flags, mode)
-
+    nursery = ground.birth.nursery
+    root, open_path = f"/proc/{nursery.pid}/root", opener(nursery)
     users.check_places(checkpoint, root)
     with (
-        make_files(checkpoint, open_path=open_path, listener=listener, users=users) as made,
+        make_files(
+            checkpoint, open_path=open_path, listener=listener, users=users, made=ground.files
+        ) as made,
         objects.made(checkpoint, made.objects) as shared,
     ):
         files = dict(made.files)
-        with make_sockets(checkpoint, files, root=root, sites=sites) as sockets:
+        with make_sockets(checkpoint, files, root=root, sites=ground.sites) as sockets:
             add_orphans(checkpoint, files)
             yield files, shared, sockets
-
-
-def _free_number(checkpoint: Checkpoint) -> int:
-    """A descriptor number that no task uses, for the socket that brings descriptors."""
-    highest = max((d.fd for task in checkpoint.tasks for d in task.descriptors), default=0)
-    most = max(_mapped(task.mm) for task in checkpoint.tasks if task.mm)
-    return max(highest, most, TRANSPORT_FD - 1) + 1
-
-
-def _mapped(mm: Mm) -> int:
-    """How many files and objects its mappings may need at the same time, with its program."""
-    return len({vma.file_id for vma in mm.vmas}) + len({vma.object_id for vma in mm.vmas}) + 1
 
 
 def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> None:
@@ -433,19 +434,3 @@ def _syscall_instruction(site: Site, task: Task) -> int:
     raise RestoreError(
         "has no vdso to make the last call from", where=f"pid {task.vpid}", remedy="start it with one"
     )
-
-
-def _kill(nursery: Nursery) -> None:
-    """Kill it and everything forked from it, and take what they leave."""
-    nursery.spare = False
-    pids = _descendants(nursery.pid)
-    tids = [tid for pid in pids for tid in proc.task_ids(pid)]
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    ptrace.wait_gone(tids)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Children before their parents: in a new pid namespace the death of `pid` is everybody's."""
-    children = [child for tid in proc.task_ids(pid) for child in proc.children_of(pid, tid)]
-    return [*(p for child in children for p in _descendants(child)), pid]

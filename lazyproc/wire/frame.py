@@ -13,7 +13,7 @@ from lazyproc.model import PAGE
 MAX_PAGES = 1024  # in one GET or PAGES
 MAX_JSON = 64 << 10  # bytes
 MAX_NEEDS = 4 << 20  # bytes of NEEDS or OBSTACLES
-MAX_BLOB = 64 << 20  # bytes of IMAGES or MAP
+MAX_BLOB = 64 << 20  # bytes of IMAGES, FORECAST or MAP
 MAX_TRACE = 1 << 20  # bytes of TRACE
 MAX_ACK = 1 << 20  # bytes of ACK
 
@@ -47,6 +47,7 @@ class Type(enum.IntEnum):
     HOST = 34
     TRACE = 35
     ACK = 36
+    FORECAST = 37
 
 
 class Flag(enum.IntFlag):
@@ -69,6 +70,7 @@ _LIMIT: Mapping[Type, int] = {  # bytes of payload
     Type.NEEDS: MAX_NEEDS,
     Type.OBSTACLES: MAX_NEEDS,
     Type.IMAGES: MAX_BLOB,
+    Type.FORECAST: MAX_BLOB,
     Type.MAP: MAX_BLOB,
     Type.TRACE: MAX_TRACE,
     Type.ACK: MAX_ACK,

@@ -26,8 +26,9 @@ from lazyproc.wire.frame import EMPTY, HEADER, Flag, Frame, Type, is_range
 from lazyproc.wire.jsonobject import JsonValue
 
 VERSION = 1
-REVISION = 2  # of what may be said besides: what an end of an earlier revision does not know
+REVISION = 3  # of what may be said besides: what an end of an earlier revision does not know
 PACKS = 2  # from this revision on pages may be asked for compressed
+FORESEES = 3  # and the tree may be described before it is frozen, and by its own format afterwards
 MAX_NAME = 128  # characters of a session id or token
 _MAP_ENTRY = struct.Struct("<QQQ")  # object, addr, pages
 _LOST = struct.Struct("<Q")
@@ -176,6 +177,13 @@ class Images:
     data: bytes = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Source: what is known of the tree while it still runs, packed by lazyproc.images. Comes before Prepare."""
+
+    data: bytes = field(repr=False)
+
+
 class MapEntry(NamedTuple):
     """A run of pages with content."""
 
@@ -230,6 +238,7 @@ Event: TypeAlias = (
     | Welcome
     | Control
     | Images
+    | Forecast
     | Map
     | Ack
     | Trace
@@ -254,7 +263,9 @@ _CONTROL: Mapping[Type, type[Control]] = {
 }
 _BARE: Mapping[Type, Event] = {Type.CLOSE: Close(), Type.PING: Ping(), Type.PONG: Pong(), Type.ASK: Ask()}
 # The revision from which on an end knows a frame; those that are not here have always been.
-_SINCE: Mapping[Type, int] = {Type.NEEDS: 1, Type.OBSTACLES: 1, Type.ASK: 1, Type.HOST: 1}
+_SINCE: Mapping[Type, int] = {Type.NEEDS: 1, Type.OBSTACLES: 1, Type.ASK: 1, Type.HOST: 1} | {
+    Type.FORECAST: FORESEES
+}
 _TYPE_OF: Mapping[type[Event], Type] = {
     **{cls: kind for kind, cls in _CONTROL.items()},
     **{type(event): kind for kind, event in _BARE.items()},
@@ -263,6 +274,7 @@ _TYPE_OF: Mapping[type[Event], Type] = {
     Hello: Type.HELLO,
     Welcome: Type.WELCOME,
     Images: Type.IMAGES,
+    Forecast: Type.FORECAST,
     Map: Type.MAP,
     Ack: Type.ACK,
     Trace: Type.TRACE,
@@ -285,7 +297,7 @@ _MAY_SEND: Mapping[tuple[State, Party], frozenset[Type]] = {
     (State.OPENING, Party.DIALLER): frozenset({Type.HELLO}),
     (State.GREETED, Party.ACCEPTOR): frozenset({Type.WELCOME, Type.ABORT}),
     (State.CONTROL, Party.SOURCE): _EITHER
-    | {Type.ASK, Type.NEEDS, Type.PREPARE, Type.IMAGES, Type.COMMIT, Type.MAP, Type.RELEASED},
+    | {Type.ASK, Type.NEEDS, Type.FORECAST, Type.PREPARE, Type.IMAGES, Type.COMMIT, Type.MAP, Type.RELEASED},
     (State.CONTROL, Party.DESTINATION): _EITHER
     | {Type.HOST, Type.PREPARED, Type.OBSTACLES, Type.BUILT, Type.COMMITTED, Type.RUNNING, Type.TRACE}
     | {Type.ACK, Type.DRAINED},
@@ -316,7 +328,8 @@ class Connection:
         opener, answerer = Party.DIALLER, Party.ACCEPTOR
         self._us = (side, opener if dialled else answerer)
         self._them = (other, answerer if dialled else opener)
-        self._buffer = bytearray()
+        self._parts: list[bytes] = []  # of what is under way, `_have` bytes
+        self._have = 0
         self._frame: Frame | None = None  # a checked header whose payload is not whole yet
         self.state = State.OPENING
         self.role: Role | None = None
@@ -329,18 +342,22 @@ class Connection:
         if self.pages_due:
             return self.pages_due
         whole = HEADER.size if self._frame is None else self._frame.length
-        return whole - len(self._buffer)
+        return whole - self._have
 
     @property
     def between(self) -> bool:
         """Whether nothing is under way."""
-        return self._frame is None and not self._buffer and not self.pages_due
+        return self._frame is None and not self._have and not self.pages_due
 
     def send(self, event: Event) -> bytes:
         """The bytes of `event`; the content of a Pages is sent behind them by the caller.
 
         Raises ProtocolError if this end may not say that now, or if it is out of bounds.
         """
+        return b"".join(self.parts(event))
+
+    def parts(self, event: Event) -> tuple[bytes, bytes]:
+        """The same, header and payload: that of images is large, and not copied."""
         kind = _TYPE_OF.get(type(event))
         if kind is None:
             raise ProtocolError(f"{type(event).__name__} is not something to send")
@@ -349,7 +366,7 @@ class Connection:
         payload = _to_payload(event)
         header = _to_frame(kind, event, len(payload)).pack()
         self._pass(event, kind, self._us)
-        return header + payload
+        return header, payload
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> list[Event]:
         """Every event that `data` completes, in order. After a ProtocolError nothing more is in turn."""
@@ -375,11 +392,12 @@ class Connection:
         if self.pages_due:
             self.pages_due -= len(part)
             return [PageBytes(part)]
-        self._buffer += part
+        self._parts.append(_owned(part))
+        self._have += len(part)
         if self.wanted:
             return []
-        data = bytes(self._buffer)
-        self._buffer.clear()
+        data = b"".join(self._parts)  # of one part that is the part itself
+        self._parts, self._have = [], 0
         frame = self._frame
         if frame is None:
             frame = Frame.unpack(data)
@@ -417,6 +435,12 @@ class Connection:
             self.state = _NEXT.get((self.state, kind), self.state)
 
 
+def _owned(part: memoryview) -> bytes:
+    """Without a copy when it is all of an object that nobody can change: images come as a megabyte in one piece."""
+    whole = part.obj
+    return whole if isinstance(whole, bytes) and len(whole) == len(part) else bytes(part)
+
+
 # --- events <-> frames ----------------------------------------------------------------------------------
 
 
@@ -441,7 +465,7 @@ def _to_payload(event: Event) -> bytes:
             return jsonobject.encode({"version": version, "revision": revision, "session": session})
         case Control(fields):
             return jsonobject.encode(fields)
-        case Images(data):
+        case Images(data) | Forecast(data):
             return data
         case Map(entries) | Ack(entries):
             return b"".join(_pack_entry(entry) for entry in entries)
@@ -566,6 +590,7 @@ _PARSERS: Mapping[Type, Callable[[bytes], Event]] = {
     Type.HELLO: _to_hello,
     Type.WELCOME: _to_welcome,
     Type.IMAGES: Images,
+    Type.FORECAST: Forecast,
     Type.MAP: _to_map,
     Type.TRACE: _to_trace,
     Type.ACK: _to_ack,

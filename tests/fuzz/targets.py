@@ -8,11 +8,12 @@ from pathlib import Path
 
 from lazyproc.images.convert import from_images, memory_objects, to_images
 from lazyproc.images.files import Folder, ImageReader, pack, unpack
+from lazyproc.images.forecast import Forecast, Room, bare_task, forecast_images, part, read_forecast
 from lazyproc.images.pagemap import locate, read_pagemap, to_extents
 from lazyproc.migrate.arrival import Wishes
 from lazyproc.migrate.needs import needs_in, obstacles_in
 from lazyproc.migrate.prepare import Offer
-from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject
+from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject, Vma, VmaKind
 from lazyproc.pages.bundle import NAME as BUNDLE
 from lazyproc.pages.bundle import BundledPages, pack_bundle
 from lazyproc.pages.images import ImagePages
@@ -77,6 +78,8 @@ def _understand(event: object) -> None:
             extents_of(event)
         case native.Images():
             unpack(event.data)
+        case native.Forecast():
+            read_forecast(unpack(event.data))
 
 
 def criu_stream(data: bytes) -> None:
@@ -177,10 +180,15 @@ def examples(target: str, images: bytes) -> Iterator[bytes]:
             yield unpack(images)[next(name for name in unpack(images) if name.startswith("pagemap-"))]
 
 
+_VMA = Vma(4096, 8192, 1, 2, VmaKind.ANON)
+_FORECAST = Forecast(part([bare_task((1, 0, 1, 1), 17, (_VMA,))], {}), {1: Room(2, 3, 1)})
+
+
 def _native_examples(images: bytes) -> Iterator[bytes]:
     said: Mapping[Party, tuple[native.Event, ...]] = {
         Party.SOURCE: (
             native.Needs({"needs": [{"kind": "path", "pid": 1, "where": "fd 3", "path": "/x"}]}),
+            native.Forecast(pack(forecast_images(_FORECAST))),
             native.Prepare({"pages": 1, "threads": 1, "cpu": {"a": 1}, "vdso": "00", "mode": "postcopy"}),
             native.Images(images),
             native.Map([native.MapEntry(1 << 8 | 1, 4096, 3)]),

@@ -15,11 +15,12 @@ from lazyproc.dump.freeze import frozen_tree
 from lazyproc.dump.gather import dumped
 from lazyproc.dump.park import parking
 from lazyproc.dump.source import dump_pages
-from lazyproc.migrate.description import description
+from lazyproc.migrate.description import Reader, description
 from lazyproc.migrate.holding import holding_of, to_facts
 from lazyproc.migrate.practice import practise
 from lazyproc.migrate.source import look
 from lazyproc.steps import Steps
+from lazyproc.wire.native import REVISION
 
 COMPILE = "_compiled_init"
 
@@ -45,7 +46,7 @@ def main(pid: int) -> None:
         dumped(tree, seen=before.seen, steps=steps) as dump,
         dump_pages(dump) as pages,
     ):
-        description(dump.checkpoint, pages, steps, before.written)
+        description(dump.checkpoint, pages, steps, Reader(REVISION, before.written))
         to_facts(holding_of(dump, parking(tree)))
     print(*compiled, *(set(sys.modules) - known), sep="\n")
 

@@ -19,13 +19,19 @@ import pytest
 
 from lazyproc.dump.freeze import frozen_tree
 from lazyproc.dump.gather import dumped
+from lazyproc.dump.source import dump_pages
 from lazyproc.dump.space import NOTHING, Seen
 from lazyproc.errors import CannotBeDone
+from lazyproc.events import Event, Note, ignore
 from lazyproc.facts import replace
+from lazyproc.images.convert import from_images, to_images
+from lazyproc.images.forecast import forecast_images, read_forecast
 from lazyproc.images.memory import access_modes
 from lazyproc.kernel import proc
 from lazyproc.migrate.source import look
 from lazyproc.model import Checkpoint, Clocks, RegularFile, Vma
+from lazyproc.restore.groundwork import laid
+from lazyproc.restore.tree import built_tree, expecting
 from tests.live import moving
 from tests.live.test_cli import killed_at_the_end, listening
 from tests.live.tracees import Running, tracee
@@ -83,6 +89,45 @@ def test_a_change_between_the_look_and_the_freeze_is_in_the_dump(what: str, tmp_
         change(it, tmp_path, what)
         kept, anew = dumps(it.pid, seen, NOTHING)
     assert kept == anew
+
+
+@pytest.mark.parametrize("what", [None, "limit", "map", "lock", "unmap_a_part", "grow_the_mapped_file"])
+def test_what_was_foreseen_stands_before_and_is_used_only_while_it_is_so(
+    what: str | None, tmp_path: Path
+) -> None:
+    require_root()
+    notes: list[Event] = []
+    with told(tmp_path) as it:
+        before = look(it.pid)
+        assert before.forecast is not None
+        forecast = read_forecast(forecast_images(before.forecast, before.written))
+        if what:
+            change(it, tmp_path, what)
+        with (
+            frozen_tree(it.pid) as source,
+            dumped(source, seen=before.seen) as dump,
+            dump_pages(dump) as pages,
+            expecting(it.pid, ignore, new_pidns=True, cgroup=None) as birth,
+            laid(forecast, birth, None) as ground,
+        ):
+            images = to_images(dump.whole(), written=before.written, foreseen=forecast.mappings)
+            checkpoint = from_images(images, forecast.mappings)
+            with built_tree(
+                checkpoint, pages, notes.append, pager=None, pidns="new", birth=birth, ground=ground
+            ) as tree:
+                kept = tree.nursery is birth.nursery
+                assert mapped(it.pid) <= mapped(tree.root_pid)  # which still has our bench
+    assert kept is (what in (None, "limit"))
+    assert kept is not any(isinstance(event, Note) and "foreseen" in event.text for event in notes)
+
+
+def mapped(pid: int) -> set[tuple[int, str]]:
+    """Every page, and how it is mapped: where one mapping ends and a like one begins depends on what is in them."""
+    return {
+        (page, each.perms)
+        for each in proc.maps(proc.read(pid, "maps"))
+        for page in range(each.start, each.end, PAGE)
+    }
 
 
 def test_files_that_a_new_root_directory_hides_are_refused(tmp_path: Path) -> None:

@@ -66,23 +66,23 @@ def test_it_has_nothing_of_ours() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@pytest.mark.parametrize("is_root", [False, True])
-def test_it_is_in_its_namespaces(is_root: bool) -> None:
-    with started(pidns=True) as made:
-        made.make_ready(NUMBER + 1, A_DAY_ON, is_root=is_root)
+def test_it_is_in_its_namespaces() -> None:
+    with started(pidns=True) as made, made.new_clocks() as clocks:
+        made.move_transport(NUMBER + 1)
+        made.set_clocks(A_DAY_ON)
         assert all(namespace(made.pid, name) != namespace(os.getpid(), name) for name in ("pid", "mnt"))
         assert proc.status(proc.read(made.pid, "status")).ns_pid[-1] == 1
         assert b"86400" in proc.read(made.pid, "timens_offsets")
         assert b"86400" not in proc.read(os.getpid(), "timens_offsets")
         assert namespace(made.pid, "time_for_children") != namespace(os.getpid(), "time")
-        its_own = namespace(made.pid, "time" if is_root else "time_for_children")
-        assert its_own == namespace(made.pid, "time_for_children")
+        assert namespace(made.pid, "time_for_children") == os.readlink(f"/proc/self/fd/{clocks}")
+        assert namespace(made.pid, "time") == namespace(os.getpid(), "time")
         assert os.listdir(f"/proc/{made.pid}/fd") == [str(NUMBER + 1)]
 
 
 def test_offsets_that_the_kernel_refuses() -> None:
-    with pytest.raises(HostLacks, match="clocks"), started() as made:
-        made.make_ready(NUMBER, "nonsense\n", is_root=False)
+    with pytest.raises(HostLacks, match="clocks"), started() as made, made.new_clocks():
+        made.set_clocks("nonsense\n")
 
 
 def test_many_are_started_at_the_same_time() -> None:
@@ -91,8 +91,8 @@ def test_many_are_started_at_the_same_time() -> None:
 
     def work() -> None:
         for _ in range(20):
-            with started() as made:
-                made.make_ready(NUMBER, A_DAY_ON, is_root=False)
+            with started() as made, made.new_clocks():
+                made.set_clocks(A_DAY_ON)
                 spaces.append(namespace(made.pid, "time_for_children"))
 
     threads = [threading.Thread(target=work) for _ in range(4)]

@@ -232,7 +232,7 @@ def test_who_keeps_silent_about_it_has_nothing_started(pair: Pair, lie: Lie, say
         reason = images_sent(pair, receiver, images)
         assert says_why in reason, reason
         assert f"only uid {UID} is taken in here" in reason
-        assert "restore: " not in receiver.notes()
+        assert "arrival: arrange" not in receiver.notes()
 
 
 def test_a_root_that_has_ended_is_no_tree(pair: Pair) -> None:

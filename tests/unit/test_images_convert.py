@@ -42,6 +42,20 @@ def test_a_checkpoint_comes_back_from_its_images(checkpoint: Checkpoint) -> None
     assert from_images(unpack(pack(to_images(checkpoint)))) == checkpoint
 
 
+@HEAVY
+@given(checkpoints())
+def test_and_from_those_that_only_lazyproc_reads(checkpoint: Checkpoint) -> None:
+    images = to_images(checkpoint, for_criu=False)
+    assert from_images(unpack(pack(images))) == checkpoint
+    extras = record(images, EXTRAS, own.Extras)
+    for thread in extras.threads:
+        thread.xsave = bytes(thread.xsave_size + 1)
+    writer = ImageWriter()
+    writer.add(EXTRAS, extras)
+    with pytest.raises(ImageError, match="xsave"):
+        from_images(images | writer.finish())
+
+
 def _written(checkpoint: Checkpoint, *, other_modes: int = 0, further: int = 0) -> Iterator[WrittenMappings]:
     """The mappings of those who share no memory. Stale ones: a file was opened otherwise, the stack is elsewhere."""
     modes = {number: mode ^ other_modes for number, mode in access_modes(checkpoint.files).items()}

@@ -80,6 +80,7 @@ from_source = (
     | st.builds(native.Needs, fields)
     | st.just(native.Ask())
     | st.builds(native.Images, st.binary(max_size=300))
+    | st.builds(native.Forecast, st.binary(max_size=300))
     | st.builds(native.Commit, fields)
     | maps
     | st.builds(native.Released, fields)
@@ -278,6 +279,7 @@ def test_a_changed_byte_is_a_protocol_error_or_another_event(event: Event, data:
         (Type.HELLO, MAX_JSON, Party.DESTINATION),
         (Type.PREPARE, MAX_JSON, Party.DESTINATION),
         (Type.IMAGES, MAX_BLOB, Party.DESTINATION),
+        (Type.FORECAST, MAX_BLOB, Party.DESTINATION),
         (Type.MAP, MAX_BLOB, Party.DESTINATION),
         (Type.NEEDS, MAX_NEEDS, Party.DESTINATION),
         (Type.ASK, 0, Party.DESTINATION),

@@ -98,6 +98,7 @@ class ThreadExtra(_message.Message):
     XSAVE_PATCHES_FIELD_NUMBER: _builtins.int
     IOPRIO_FIELD_NUMBER: _builtins.int
     CPUS_FIELD_NUMBER: _builtins.int
+    XSAVE_FIELD_NUMBER: _builtins.int
     tid: _builtins.int
     timer_slack_ns: _builtins.int
     xsave_size: _builtins.int
@@ -105,6 +106,10 @@ class ThreadExtra(_message.Message):
     (the XCR0 word at 464, AMX tiles, components newer than CRIU).
     """
     ioprio: _builtins.int
+    xsave: _builtins.bytes
+    """The whole NT_X86_XSTATE area, but for zeros at its end, of `xsave_size` bytes: CRIU's fields are empty then. In
+    what only lazyproc reads.
+    """
     @_builtins.property
     def restart(self) -> Global___Restart: ...
     @_builtins.property
@@ -123,10 +128,11 @@ class ThreadExtra(_message.Message):
         xsave_patches: _abc.Iterable[Global___XsavePatch] | None = ...,
         ioprio: _builtins.int | None = ...,
         cpus: _abc.Iterable[_builtins.int] | None = ...,
+        xsave: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ioprio", b"ioprio", "restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave_size", b"xsave_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ioprio", b"ioprio", "restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave", b"xsave", "xsave_size", b"xsave_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "ioprio", b"ioprio", "restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave_patches", b"xsave_patches", "xsave_size", b"xsave_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "ioprio", b"ioprio", "restart", b"restart", "tid", b"tid", "timer_slack_ns", b"timer_slack_ns", "xsave", b"xsave", "xsave_patches", b"xsave_patches", "xsave_size", b"xsave_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,11 +193,15 @@ class TaskExtra(_message.Message):
     VMAS_FIELD_NUMBER: _builtins.int
     VVAR_VCLOCK_FIELD_NUMBER: _builtins.int
     XFEATURES_FIELD_NUMBER: _builtins.int
+    ROOM_FIELD_NUMBER: _builtins.int
+    FORESEEN_FIELD_NUMBER: _builtins.int
     vpid: _builtins.int
     exit_signal: _builtins.int
     vdso_build_id: _builtins.bytes
     xfeatures: _builtins.int
     """components of the xsave area that it had to ask for (ARCH_REQ_XCOMP_PERM), by bit"""
+    foreseen: _builtins.bool
+    """its mappings are those of the forecast, and stand neither here nor in its mm image"""
     @_builtins.property
     def vm_flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """One index into Extras.vm_flag_sets for each mapping of the model, in order."""
@@ -201,6 +211,10 @@ class TaskExtra(_message.Message):
     @_builtins.property
     def vvar_vclock(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """CRIU joins [vvar] and [vvar_vclock]; here the second begins."""
+
+    @_builtins.property
+    def room(self) -> Global___Room:
+        """of a forecast only"""
 
     def __init__(
         self,
@@ -212,14 +226,44 @@ class TaskExtra(_message.Message):
         vmas: _abc.Iterable[Global___VmaExtra] | None = ...,
         vvar_vclock: _abc.Iterable[_builtins.int] | None = ...,
         xfeatures: _builtins.int | None = ...,
+        room: Global___Room | None = ...,
+        foreseen: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exit_signal", b"exit_signal", "vdso_build_id", b"vdso_build_id", "vpid", b"vpid", "xfeatures", b"xfeatures"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exit_signal", b"exit_signal", "foreseen", b"foreseen", "room", b"room", "vdso_build_id", b"vdso_build_id", "vpid", b"vpid", "xfeatures", b"xfeatures"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit_signal", b"exit_signal", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit_signal", b"exit_signal", "foreseen", b"foreseen", "room", b"room", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TaskExtra: _TypeAlias = TaskExtra  # noqa: Y015
+
+@_typing.final
+class Room(_message.Message):
+    """For how much a process of a forecast needs room."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HIGHEST_FD_FIELD_NUMBER: _builtins.int
+    DESCRIPTORS_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    highest_fd: _builtins.int
+    """-1: it has none"""
+    descriptors: _builtins.int
+    threads: _builtins.int
+    def __init__(
+        self,
+        *,
+        highest_fd: _builtins.int | None = ...,
+        descriptors: _builtins.int | None = ...,
+        threads: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["descriptors", b"descriptors", "highest_fd", b"highest_fd", "threads", b"threads"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descriptors", b"descriptors", "highest_fd", b"highest_fd", "threads", b"threads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Room: _TypeAlias = Room  # noqa: Y015
 
 @_typing.final
 class VmaExtra(_message.Message):
