@@ -9,7 +9,7 @@ import pytest
 from benchmarks.answers import Answers
 from benchmarks.measure import Goal, Samples
 from benchmarks.svg import Axis, Line, chart, linear, logarithmic, nines
-from benchmarks.table import policy_table, replaced
+from benchmarks.table import DOCUMENT, TABLES, policy_table, replaced
 
 MS = 1_000_000
 
@@ -28,6 +28,11 @@ def test_a_table_takes_the_place_of_the_old_one() -> None:
     assert replaced(text, "goals", iter(["| new |"])) == f"before\n{begin}| new |\n{end}after\n"
     with pytest.raises(ValueError, match="unpack"):
         replaced("no marks", "goals", iter([]))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_each_table_has_its_place(name: str) -> None:
+    assert replaced(DOCUMENT.read_text(), name, iter(["| new |"])).count("| new |") == 1
 
 
 def test_the_policies_stand_below_each_other() -> None:
