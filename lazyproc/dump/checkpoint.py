@@ -57,7 +57,7 @@ def checkpoint(
         with frozen_tree(pid, asleep=asleep) as tree:
             listener(StateChanged("frozen", frozen_at))
             with dumped(tree, tcp_close=tcp_close) as dump, dump_pages(dump) as pages:
-                whole = dump.whole()
+                whole = dump.for_images()
                 images = to_images(whole)
                 written = write_pages(draft, whole, pages)
                 draft.write(images)
