@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.explain import explain
-from lazyproc.dump.freeze import frozen_tree
+from lazyproc.dump.freeze import FREEZE_MS, frozen_tree
 from lazyproc.dump.gather import dumped
 from lazyproc.dump.source import dump_pages
 from lazyproc.errors import CannotBeDone
@@ -37,14 +38,25 @@ class CheckpointReport:
 
 
 def checkpoint(
-    pid: int, directory: Path, *, leave_running: bool, tcp_close: bool, listener: Listener
+    pid: int,
+    directory: Path,
+    *,
+    leave_running: bool,
+    tcp_close: bool,
+    listener: Listener,
+    leave_stopped: bool = False,
+    timeout_ms: int = FREEZE_MS,
+    last: Callable[[], object] = lambda: None,
 ) -> CheckpointReport:
-    """Freeze the tree under `pid`, write it to `directory`, and end it unless `leave_running`.
+    """Freeze the tree under `pid`, write it to `directory`, and end it unless `leave_running`, or `leave_stopped` as
+    by SIGSTOP. It is frozen within `timeout_ms`, or left alone. `last` is called when all is written and the tree
+    stands still; what it raises is an error like any other.
 
     On any error the tree runs on as before and the folder is not left looking whole. Raises CannotBeDone with all
     obstacles, ImageError (a full disk), NoSuchProcess, PermissionDenied, TraceeError.
     """
     started = time.monotonic()
+    leave_running |= leave_stopped
     obstacles = explain(pid, tcp_close=tcp_close, listener=listener)
     if obstacles:
         raise CannotBeDone(obstacles)
@@ -54,7 +66,7 @@ def checkpoint(
         draft = unfinished.enter_context(filled(folder, early=not leave_running))
         asleep = observed_sleeps(pid)
         frozen_at = time.monotonic()
-        with frozen_tree(pid, asleep=asleep) as tree:
+        with frozen_tree(pid, asleep=asleep, timeout_ms=timeout_ms) as tree:
             listener(StateChanged("frozen", frozen_at))
             with dumped(tree, tcp_close=tcp_close) as dump, dump_pages(dump) as pages:
                 whole = dump.whole()
@@ -64,6 +76,9 @@ def checkpoint(
                 if not leave_running:
                     draft.sync()
                 dump.demand_idle_rings()
+                last()
+                if leave_stopped:
+                    tree.stop()
                 if not leave_running:
                     unfinished.close()  # from here on the images stay, whatever becomes of this host
                     with deaf():

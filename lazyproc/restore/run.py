@@ -15,7 +15,7 @@ from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.kernel.cgroup import remove
-from lazyproc.model import Checkpoint, Extent, MemoryObject
+from lazyproc.model import Checkpoint, Extent, MemoryObject, TaskState
 from lazyproc.pages.images import ImagePages
 from lazyproc.restore.lazy import finish, introduce
 from lazyproc.restore.lazytree import LazyTree
@@ -126,8 +126,12 @@ def restore(
     cgroup: str | None = None,
     trace: Path | str | None = None,
     record: Path | str | None = None,
+    stopped: bool = False,
+    ready: Callable[[int], object] = lambda pid: None,
 ) -> Iterator[Restored]:
-    """Restore the tree in `directory`; it runs when the context is entered. Without `bulk` only what is touched comes.
+    """Restore the tree in `directory`; it runs when the context is entered, or is `stopped` as by SIGSTOP. Without
+    `bulk` only what is touched comes. `ready` is called with the root's pid when the tree is complete and has
+    not run; when it raises, the tree is ended.
 
     The tree is in a cgroup of its own, or in `cgroup`, a path as in /proc/PID/cgroup, which is made when it is missing.
     Faults, which only a lazy restore has, are written to `trace` and to `record` (docs/trace.md). With the policy
@@ -145,6 +149,8 @@ def restore(
         raise UsageError("only a lazy restore has faults to trace", where=str(files[0]), remedy="add --lazy")
     folder = Folder(directory)
     checkpoint = from_images(folder.read())
+    if stopped:
+        checkpoint = all_stopped(checkpoint)
     chosen = known or _recorded(policy, checkpoint)
     with ExitStack() as stack:
         start_recording = stack.enter_context(_recording(files, listener)) if files else None
@@ -160,6 +166,7 @@ def restore(
                 if chosen.first and bulk:  # the tree will want them at once, and no map is needed
                     pager.wait_plan(PLACE_S)
             remains = tree.lazy_tree
+            ready(tree.root_pid)
             with _said_to_run(tree):
                 tree.release()
                 if start_recording is not None and pager is not None:
@@ -172,6 +179,15 @@ def restore(
                         follow(pager, chosen.reaction())
         memory = tree.checkpoint.memory
         yield Restored(remains, started, pager, _plan=lambda: chosen.order(_lazy(memory)))
+
+
+def all_stopped(checkpoint: Checkpoint) -> Checkpoint:
+    """The same tree with every process stopped."""
+    tasks = (
+        replace(task, state=TaskState.STOPPED) if task.state is TaskState.ALIVE else task
+        for task in checkpoint.tasks
+    )
+    return replace(checkpoint, tasks=tuple(tasks))
 
 
 @contextmanager

@@ -39,7 +39,8 @@ from lazyproc.restore.users import Users
 from lazyproc.uffd.device import demand_for_tasks
 from lazyproc.uffd.pager import Pager
 
-Pidns = Literal["auto", "host", "new"]
+# "same": as it was dumped, a root that was pid 1 in a new one, any other here
+Pidns = Literal["auto", "host", "new", "same"]
 
 
 @dataclass(slots=True)
@@ -121,6 +122,8 @@ def _started(pid: int) -> int:
 
 def wants_new_pidns(pidns: Pidns, numbers: Iterable[int]) -> bool:
     """Whether a tree with these numbers gets a pid namespace: also when one of them is 1, or plainly taken here."""
+    if pidns == "same":
+        return 1 in numbers
     return pidns == "new" or (pidns == "auto" and any(map(is_taken, numbers)))
 
 
@@ -185,7 +188,7 @@ def built_tree(
                 _built(checkpoint, source, clock, listener, pager, birth, users, known)
             )
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
-            if pidns == "host":
+            if pidns in ("host", "same"):
                 raise
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
             tree = stack.enter_context(
