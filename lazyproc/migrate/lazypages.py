@@ -1,0 +1,249 @@
+"""`lazy_pages`: `criu restore --lazy-pages` builds a tree, and its missing pages are brought by a keeper, a pager and a
+guard, as those of a tree of our own making are (keeper.py).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from lazyproc.errors import ConnectionLost, LazyprocError, Parked, ProtocolError
+from lazyproc.events import Event, Listener, StateChanged, ignore
+from lazyproc.images.lazy import LazyMemory
+from lazyproc.kernel import family
+from lazyproc.kernel.deaf import ignore_interrupts
+from lazyproc.migrate.apart import Client, result, stream, unplug
+from lazyproc.migrate.arrival import Wishes
+from lazyproc.migrate.crew import say
+from lazyproc.migrate.journal import ARRIVING, DESTINATION, Journal, forget_old
+from lazyproc.migrate.keeper import LIVING, NAME, Keeper
+from lazyproc.migrate.paging import Preferences
+from lazyproc.migrate.place import Place
+from lazyproc.migrate.supply import Supply
+from lazyproc.pages.peer import Trust
+from lazyproc.pages.private import PrivatePages, object_of
+from lazyproc.pages.transport import Session
+from lazyproc.restore.ending import end_tree
+from lazyproc.restore.handed import Door, GaveUp, Handed, Restorer, accepted, has_finished
+from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts
+from lazyproc.uffd.pager import Pager
+from lazyproc.uffd.policy import named
+
+
+def lazy_pages(
+    directory: Path,
+    *,
+    work_dir: Path | None = None,
+    policy: str = "sequential",
+    ready: Callable[[], object] = lambda: None,
+    listener: Listener = ignore,
+) -> Mapping[str, object]:
+    """What CRIU's own `lazy-pages` does: bring the memory of one tree that `criu restore --lazy-pages` restores from
+    the images in `directory`; the report when all of it has come.
+
+    CRIU finds us by lazy-pages.socket in `work_dir` (its --work-dir; the folder of the images when absent). `ready` is
+    called when it can. Who works on it are other processes; from the first instruction of the tree on they go on
+    without us. Raises ImageError, CannotListen, UsageError (no such policy), LazyprocError when the restore fails, and
+    then nothing of it runs; Parked when we are interrupted later, or all who worked on it are gone.
+    """
+    named(policy)
+    forget_old()
+    images = Path(os.path.abspath(directory))
+    supply = Supply(str(images), criu=True)
+    with PrivatePages(images) as pages:
+        pages.segments()
+        memory, identity = pages.memory, pages.identity()
+    wishes = Wishes(lazy=True, policy=policy, bulk=True, max_rate=0, traced=False, release=False)
+    session, place = Session.new(), Place("", Trust())
+    facts = {
+        "token": session.token,  # nobody's: there is no other side
+        "peer": str(images),
+        "images": str(images),
+        "criu": True,
+        "identity": identity,
+        "supply": supply.facts(),
+        "wishes": wishes.fields(),
+        **place.facts(),
+    }
+    ours, theirs = stream()
+    with closing(Door(work_dir or images)) as door, ours:
+        ready()
+
+        def run() -> None:
+            ours.close()
+            unplug()
+            journal = Journal(session.id, DESTINATION, facts)
+            keeper = LazyPagesKeeper(session, journal, place, Client(theirs), Preferences())
+            keeper.take_over(door, memory)
+
+        with theirs:
+            family.daemon(run, NAME)
+        door.disown()
+        return _awaited(ours, session.id, listener)
+
+
+def _awaited(stream: socket.socket, session: str, listener: Listener) -> Mapping[str, object]:
+    runs = False
+
+    def hear(event: Event) -> None:
+        nonlocal runs
+        runs |= isinstance(event, StateChanged) and event.state == "running"
+        listener(event)
+
+    try:
+        lost = f"see lazyproc sessions, and lazyproc resume {session}"
+        report: Mapping[str, object] = result(stream, hear, lost=lost)
+        return report
+    except KeyboardInterrupt:
+        if not runs:
+            raise
+        raise Parked(
+            "its memory goes on coming without this command", where=f"session {session}", remedy=lost
+        ) from None
+
+
+class LazyPagesKeeper(Keeper):
+    """Of a tree that CRIU restores: until that is finished its record says ARRIVING."""
+
+    _living = (*LIVING, ARRIVING)
+
+    def take_over(self, door: Door, memory: Sequence[LazyMemory]) -> None:
+        """From the first connection to the last page."""
+        tables = Pager()  # its threads run in the pager; here its tables are filled
+        self._pager = self._new_pager()
+        self._guard = self._new_guard()
+        try:
+            self._clients.first.stop_without_it()
+            expected = {each.vpid: each.ranges is not None for each in memory}
+            with closing(door):
+                restorer = accepted(door, expected, self._clients.tell)
+            tree = _filled(tables, restorer, memory)
+            connection, pidfd = restorer.detach()
+            self._journal.write(
+                ARRIVING,
+                durable=False,
+                tree=to_facts(tree),
+                ledger=tables.ledger,
+                restorer=[connection, pidfd],
+            )
+        except (LazyprocError, OSError, KeyboardInterrupt) as error:
+            if isinstance(error, GaveUp):
+                end_tree(_tree_of(error.handed))
+            self._fail(error)
+            return
+        self._committed = True
+        self._note_outlived()
+        self._note_crew()
+        say(self._near, "serve", None)
+        self._watch()
+
+    def _fail(self, error: BaseException) -> None:
+        self._clients.failed(error if isinstance(error, LazyprocError) else LazyprocError(_words(error)))
+        self._journal.remove()
+        self._dismiss()
+
+    @property
+    def _is_arriving(self) -> bool:
+        return self._journal.facts.get("state") == ARRIVING
+
+    def _watch(self) -> None:
+        try:
+            if self._is_arriving:
+                self._clients.first.stop_without_it()
+            super()._watch()
+        except KeyboardInterrupt as error:
+            if self._ends_the_restore():
+                end_tree(from_facts(self._journal.facts["tree"]))
+                self._fail(error)
+            else:
+                super()._watch()
+
+    def _ends_the_restore(self) -> bool:
+        """Whether the restore has been kept from finishing; else it just has. What is sent after the shutdown fails."""
+        with _connection(self._journal.facts["restorer"][0]) as connection:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+            try:
+                return not has_finished(connection)
+            except (ConnectionLost, ProtocolError):
+                return True
+
+    def _others(self) -> list[int]:
+        if not self._is_arriving:
+            return super()._others()
+        return [fd for fd in self._journal.facts["restorer"] if fd >= 0]
+
+    def _attend(self, ready: set[int]) -> bool:
+        if not self._is_arriving:
+            return super()._attend(ready)
+        connection, pidfd = self._journal.facts["restorer"]
+        try:
+            with _connection(connection) as its:
+                finished = has_finished(its)
+            if not finished and pidfd in ready:
+                raise ConnectionLost("it has ended")
+        except (ConnectionLost, ProtocolError) as error:
+            tree = from_facts(self._journal.facts["tree"])
+            end_tree(tree)
+            self._clients.failed(GaveUp(str(error), ()))
+            self._journal.remove()
+            return False
+        if finished:
+            self._let_run()
+        return True
+
+    def _let_run(self) -> None:
+        """The word is taken when it is on record: who comes after us finds one or the other."""
+        ignore_interrupts()
+        restorer = self._journal.facts["restorer"]
+        self._journal.note("running", self._clients.tell, {"restorer": []})
+        for fd in restorer:
+            if fd >= 0:
+                os.close(fd)
+        say(self._near, "run", None)
+        self._clients.tell(StateChanged("running", time.monotonic()))
+
+
+def _filled(tables: Pager, restorer: Restorer, memory: Sequence[LazyMemory]) -> LazyTree:
+    """The tree, when the pager knows of its memory; the userfaultfds are the pager's then."""
+    alive = []
+    for each in memory:
+        if each.ranges is not None:
+            handed = restorer.handed.pop(each.vpid)
+            alive.append(handed)
+            space = tables.add_space(handed.userfaultfd, handed.vpid, handed.pid)
+            tables.add_regions(space, _rows(each))
+    return _tree_of(alive)
+
+
+def _rows(memory: LazyMemory) -> array[int]:
+    """As the pager takes regions."""
+    key, rows = object_of(memory).key, array("Q")
+    for start, end in memory.ranges or ():
+        rows.extend((start, end - start, key, start))
+    return rows
+
+
+def _tree_of(handed: Sequence[Handed]) -> LazyTree:
+    tasks = tuple(LazyTask(each.vpid, each.pid, each.started, -1, -1, -1) for each in handed)
+    root = tasks[0] if tasks else LazyTask(0, 0, 0, -1, -1, -1)
+    return LazyTree(root.pid, root.vpid, 0, tasks, (), (), 0)
+
+
+@contextmanager
+def _connection(fd: int) -> Iterator[socket.socket]:
+    """A descriptor that stays open."""
+    borrowed = socket.socket(fileno=fd)
+    try:
+        yield borrowed
+    finally:
+        borrowed.detach()
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or "interrupted"
