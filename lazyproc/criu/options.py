@@ -38,7 +38,8 @@ class Kind(enum.Enum):
 class Option:
     """`words` end the sentence "--name: ..." for who reads the table, and for a refusal say why and the way out.
 
-    `argument` is the name of its value, in brackets when it can be left out. With `values` any other is refused.
+    `argument` is the name of its value, in brackets when it can be left out. With `values` any other is refused. What
+    differs between commands has a row for each of them.
     """
 
     name: str
@@ -264,16 +265,13 @@ OPTIONS = (
     # Pages
     Option(
         "lazy-pages",
-        REFUSED,
-        (DUMP, RESTORE, PAGE_SERVER),
-        "is not built yet; `lazyproc restore --lazy` does it",
+        DOES,
+        (RESTORE,),
+        "the daemon behind lazy-pages.socket brings pages when they are touched",
     ),
+    Option("lazy-pages", REFUSED, (DUMP, PAGE_SERVER), "a dump is not lazy yet; `lazyproc serve PID` is"),
     Option(
-        "page-server",
-        REFUSED,
-        (DUMP, LAZY_PAGES),
-        "is not built yet; `lazyproc serve` does it",
-        negatable=True,
+        "page-server", REFUSED, (DUMP, LAZY_PAGES), "is not built yet; see `lazyproc serve`", negatable=True
     ),
     Option("address", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "where a page server is", "IP"),
     Option("port", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "the same", "NUM"),
@@ -318,6 +316,11 @@ def lookup(name: str) -> tuple[Option, bool] | None:
         return names[name]
     found = [names[full] for full in names if full.startswith(name)]
     return found[0] if len(found) == 1 else None
+
+
+def row(name: str, command: str) -> Option | None:
+    """What becomes of an option in this command; None where it has no meaning."""
+    return next((option for option in OPTIONS if option.name == name and command in option.commands), None)
 
 
 def short(letter: str) -> Option | None:

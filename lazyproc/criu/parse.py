@@ -17,6 +17,7 @@ from lazyproc.criu.options import (
     Kind,
     Option,
     lookup,
+    row,
     short,
 )
 from lazyproc.errors import UsageError
@@ -219,10 +220,8 @@ def _words(line: str) -> Iterator[str]:
 def refusals(given: Given) -> Iterator[str]:
     """One sentence for each option that cannot be honoured by this command."""
     for name, values in given.values.items():
-        option = _row(name)
-        if given.command not in option.commands:
-            continue
-        if option.values and all(value in option.values for value in values):
+        option = row(name, given.command)
+        if option is None or (option.values and all(value in option.values for value in values)):
             continue
         if option.kind is Kind.REFUSED or option.values:
             value = f" {values[-1]}" if values[-1] else ""
@@ -231,10 +230,4 @@ def refusals(given: Given) -> Iterator[str]:
 
 def idle(given: Given) -> Iterator[str]:
     """The options that have no meaning for this command; a configuration file is for all of them."""
-    return (name for name in given.values if given.command not in _row(name).commands)
-
-
-def _row(name: str) -> Option:
-    found = lookup(name)
-    assert found is not None, name
-    return found[0]
+    return (name for name in given.values if row(name, given.command) is None)

@@ -43,3 +43,18 @@ def write_pidfile(given: Given, pid: int) -> None:
             where=f"--pidfile {path}",
             remedy="remove it first",
         ) from None
+
+
+def say_ready(given: Given) -> None:
+    """A zero byte to --status-fd, which is closed then. Raises UsageError."""
+    fd = given.number("status-fd", -1)
+    if fd < 0:
+        return
+    try:
+        os.write(fd, b"\0")
+        os.close(fd)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        raise UsageError(
+            f"cannot be written ({reason})", where=f"--status-fd {fd}", remedy="give an open one"
+        ) from None

@@ -30,6 +30,7 @@ from lazyproc.pages.private import PrivatePages, object_of
 from lazyproc.pages.transport import Session
 from lazyproc.restore.ending import end_tree
 from lazyproc.restore.handed import Door, GaveUp, Handed, Restorer, accepted, has_finished
+from lazyproc.restore.handing import dialled as dialled
 from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts
 from lazyproc.uffd.pager import Pager
 from lazyproc.uffd.policy import named

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -33,6 +34,7 @@ def restore(
     record: Path | str | None = None,
     stopped: bool = False,
     ready: Callable[[int], object] = lambda pid: None,
+    lazy_pages: socket.socket | None = None,
 ) -> Iterator[Restored]:
     """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`."""
     with run.restore(
@@ -47,6 +49,7 @@ def restore(
         record=record,
         stopped=stopped,
         ready=ready,
+        lazy_pages=lazy_pages,
     ) as restored:
         if restored.pager is None:
             yield restored

@@ -121,6 +121,20 @@ def keep_userfaultfd(site: Site, pager: Pager) -> None:
         _move_out_of_the_way(site, fd, number)
 
 
+def lend_userfaultfd(site: Site) -> None:
+    """With the next run the task makes a userfaultfd, for `register`, and keeps it no longer than that."""
+    site.run_later(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)), check=_demand_lowest)
+    site.anchor = site.transport_fd + ABOVE_TRANSPORT
+    _move_out_of_the_way(site, 0, site.anchor)
+
+
+def take_back(sites: Iterable[Site]) -> None:
+    """The userfaultfds that were lent go from the tasks with their next run."""
+    for site in sites:
+        site.run_later(Call("close", (site.anchor,)))
+        site.anchor = -1
+
+
 def _move_out_of_the_way(site: Site, fd: int, number: int) -> None:
     """A descriptor gets a number above all that the program uses; `number` is the lowest free one there."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from lazyproc.images.files import Folder
 from lazyproc.kernel.cgroup import remove
 from lazyproc.model import Checkpoint, Extent, MemoryObject, TaskState
 from lazyproc.pages.images import ImagePages
+from lazyproc.restore.handing import hand_over, shared_at_once
 from lazyproc.restore.lazy import finish, introduce
 from lazyproc.restore.lazytree import LazyTree
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
@@ -128,10 +130,12 @@ def restore(
     record: Path | str | None = None,
     stopped: bool = False,
     ready: Callable[[int], object] = lambda pid: None,
+    lazy_pages: socket.socket | None = None,
 ) -> Iterator[Restored]:
     """Restore the tree in `directory`; it runs when the context is entered, or is `stopped` as by SIGSTOP. Without
     `bulk` only what is touched comes. `ready` is called with the root's pid when the tree is complete and has
-    not run; when it raises, the tree is ended.
+    not run; when it raises, the tree is ended. Private memory that can be lazy
+    is brought by the daemon of `criu lazy-pages`, or ours, behind the connection `lazy_pages`.
 
     The tree is in a cgroup of its own, or in `cgroup`, a path as in /proc/PID/cgroup, which is made when it is missing.
     Faults, which only a lazy restore has, are written to `trace` and to `record` (docs/trace.md). With the policy
@@ -149,6 +153,8 @@ def restore(
         raise UsageError("only a lazy restore has faults to trace", where=str(files[0]), remedy="add --lazy")
     folder = Folder(directory)
     checkpoint = from_images(folder.read())
+    if lazy_pages is not None:
+        checkpoint = shared_at_once(checkpoint)
     if stopped:
         checkpoint = all_stopped(checkpoint)
     chosen = known or _recorded(policy, checkpoint)
@@ -156,7 +162,10 @@ def restore(
         start_recording = stack.enter_context(_recording(files, listener)) if files else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
         pager = stack.enter_context(Pager(trace=bool(files))) if lazy else None
-        with built_tree(checkpoint, source, listener, pager=pager, pidns=pidns, cgroup=cgroup) as tree:
+        handed = lazy_pages is not None
+        with built_tree(
+            checkpoint, source, listener, pager=pager, handed=handed, pidns=pidns, cgroup=cgroup
+        ) as tree:
             stack.callback(remove, tree.lazy_tree.groups)  # in case it ends before us
             if pager is not None:
                 introduce(pager, tree, listener)
@@ -167,6 +176,8 @@ def restore(
                     pager.wait_plan(PLACE_S)
             remains = tree.lazy_tree
             ready(tree.root_pid)
+            if lazy_pages is not None:
+                hand_over(lazy_pages, tree)
             with _said_to_run(tree):
                 tree.release()
                 if start_recording is not None and pager is not None:

@@ -156,6 +156,7 @@ def built_tree(
     listener: Listener,
     *,
     pager: Pager | None,
+    handed: bool = False,
     pidns: Pidns,
     cgroup: str | None = None,
     users: Users | None = None,
@@ -165,18 +166,19 @@ def built_tree(
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
     `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
-    `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in
-    /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. `birth` is from
-    `expecting`, where there was time for that before. `known` is called as soon as it is known what will be needed to
-    complete the tree.
+    `lazy.introduce`, brings the others later, or the userfaultfds are to be `handed` to somebody who does. The tree is
+    in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Its files are opened with the rights of
+    `users`, otherwise with ours. `birth` is from `expecting`, where there was time for that before. `known` is called
+    as soon as it is known what will be needed to complete the tree.
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
     """
     clock = StepClock(listener, "restore: ")
-    if pager is not None:
+    lazy = handed or pager is not None
+    if lazy:
         demand_for_tasks()
-    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=pager is not None), listener)
+    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=lazy), listener)
     with ExitStack() as stack:
         label = checkpoint.root.vpid
         try:
@@ -185,14 +187,14 @@ def built_tree(
                 birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
             clock.done("arrange")
             tree = stack.enter_context(
-                _built(checkpoint, source, clock, listener, pager, birth, users, known)
+                _built(checkpoint, source, clock, listener, pager, handed, birth, users, known)
             )
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns in ("host", "same"):
                 raise
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
             tree = stack.enter_context(
-                _built(checkpoint, source, clock, listener, pager, birth, users, known)
+                _built(checkpoint, source, clock, listener, pager, handed, birth, users, known)
             )
         except (OSError, OverflowError) as error:
             raise RestoreError(
@@ -247,6 +249,7 @@ def _built(
     clock: StepClock,
     listener: Listener,
     pager: Pager | None,
+    handed: bool,
     birth: Birth,
     users: Users | None,
     known: Callable[[LazyTree], object],
@@ -265,18 +268,22 @@ def _built(
             files_and_objects(checkpoint, born, sites, listener, users or Users())
         )
         clock.done("files")
-        ranges = tuple(pages.lazy_ranges(checkpoint)) if pager is not None else ()
+        ranges = tuple(pages.lazy_ranges(checkpoint)) if handed or pager is not None else ()
         lazy = {r.vpid for r in ranges}
         for vpid, site in sites.items():  # one after the other: see Site.receive_later
             memory.move_in(site)
             memory.map_all(site, checkpoint, files, shared)
-            if pager is not None and vpid in lazy:
+            if handed:
+                pages.lend_userfaultfd(site)
+            elif pager is not None and vpid in lazy:
                 pages.keep_userfaultfd(site, pager)
             site.run()
             memory.check_vdso(site)
         objects.mark_removed(checkpoint)
         clock.done("memory map")
         userfaultfds = pages.register(sites, ranges, stack)
+        if handed:
+            pages.take_back(sites.values())
         pages.fill(sites, checkpoint, source, userfaultfds, shared)
         seal_memfds(checkpoint, shared)
         clock.done("eager pages")
