@@ -144,6 +144,9 @@ class Thread:
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
+DROPPABLE = "dp"  # VmFlags of MAP_DROPPABLE memory
+
+
 class VmaKind(enum.Enum):
     """What lies behind a mapping."""
 
@@ -179,8 +182,10 @@ class Vma:
 
     @property
     def may_be_lazy(self) -> bool:
-        """Whether pages of its own may come after the process runs. What mlock(2) holds must be there before."""
-        return self.kind is VmaKind.ANON and "lo" not in self.vm_flags
+        """Whether pages of its own may come after the process runs. What mlock(2) holds must be there before; what
+        the kernel may drop at any time (MAP_DROPPABLE) does not come at all.
+        """
+        return self.kind is VmaKind.ANON and "lo" not in self.vm_flags and DROPPABLE not in self.vm_flags
 
 
 class ObjectKind(enum.IntEnum):
@@ -565,6 +570,7 @@ class Task:
     oom_score_adj: int = 0
     loginuid: int = 0xFFFFFFFF
     child_subreaper: bool = False
+    membarriers: int = 0  # membarrier(2) commands it has registered for, by bit
     xfeatures: int = 0  # components of the xsave area that it had to ask for (ARCH_REQ_XCOMP_PERM), by bit
     cgroups: Mapping[str, str] = field(default_factory=dict)  # controllers ("" is v2) -> path
 

@@ -303,6 +303,7 @@ class _TaskReader:
             oom_score_adj=tc.oom_score_adj,
             loginuid=tc.loginuid if tc.HasField("loginuid") else _NO_LOGINUID,
             child_subreaper=tc.child_subreaper,
+            membarriers=tc.membarrier_registration_mask,
             xfeatures=extra.xfeatures,
         )  # fmt: skip
         # The threads that CRIU writes down for a zombie are not initialized memory of its own.

@@ -79,6 +79,7 @@ SYS = {
     "seccomp": 317,
     "userfaultfd": 323,
     "mlock2": 325,
+    "membarrier": 324,
     "rseq": 334,
     "clone3": 435,
     "close_range": 436,

@@ -370,7 +370,7 @@ def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> N
 
 
 def _give_state(site: Site, inherited: Inherited, listener: Listener) -> None:
-    """Everything but registers. Credentials come late (what precedes needs privileges), seccomp after them."""
+    """Everything but registers. Credentials come late: what precedes needs privileges."""
     task = site.task
     state.set_from_outside(task, site.pid, listener)
     for thread in task.threads:
@@ -380,12 +380,20 @@ def _give_state(site: Site, inherited: Inherited, listener: Listener) -> None:
 
 
 def _run_in_threads(site: Site, inherited: Inherited) -> None:
-    """The threads' own state, all threads at the same time, and what is left of the process's; then filters, which
-    would forbid what came before.
+    """The threads' own state, all threads at the same time, and what is left of the process's. Filters would forbid
+    it: they are suspended.
     """
     task, bench = site.task, site.bench
     pairs = [(site.threads[thread.tid], thread) for thread in task.threads]
-    programs = [(t, list(state.thread_calls(thread, bench, inherited))) for t, thread in pairs]
+    if any(thread.seccomp_mode for thread in task.threads):
+        options = ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_SUSPEND_SECCOMP
+        for tracee, _ in pairs:
+            tracee.set_options(options)
+    shared = state.shared_filters(task.threads, inherited)
+    if shared:
+        common = task.leader.seccomp[:shared]
+        bench.run(site.leader, list(state.filter_calls(common, bench, state.SECCOMP_FILTER_FLAG_TSYNC)))
+    programs = [(t, list(state.thread_calls(thread, bench, inherited, shared))) for t, thread in pairs]
     assert task.mm is not None
     programs[0][1].extend(
         (
@@ -396,11 +404,7 @@ def _run_in_threads(site: Site, inherited: Inherited) -> None:
     )
     bench.run_all(programs)
     for tracee, thread in pairs:
-        if thread.seccomp_mode:
-            tracee.set_options(
-                ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_SUSPEND_SECCOMP
-            )
-        late = [*state.seccomp_calls(thread, bench), *state.pending_calls(site.task, thread, bench)]
+        late = [*state.seccomp_calls(thread, bench, inherited), *state.pending_calls(task, thread, bench)]
         if late:
             bench.run(tracee, late)
 

@@ -443,6 +443,7 @@ def living(
         oom_score_adj=draw(st.integers(-1000, 1000)),
         loginuid=draw(u32),
         child_subreaper=draw(st.booleans()),
+        membarriers=draw(st.integers(0, 0x1FF)),
         xfeatures=draw(st.sampled_from([0, 1 << 18])),
         cgroups=draw(st.dictionaries(names, paths, max_size=2)),
     )  # fmt: skip
