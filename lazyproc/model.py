@@ -603,6 +603,7 @@ class Checkpoint:
     memory: Mapping[MemoryObject, Sequence[Extent]]
     clocks: Clocks
     hostname: str = ""
+    held: str = ""  # the netfilter session that holds back its packets where it was dumped; "" none
 
     @property
     def root(self) -> Task:

@@ -25,6 +25,7 @@ def run(given: Given, log: Log) -> None:
         leave_running="leave-running" in given,
         leave_stopped="leave-stopped" in given,
         tcp_close="tcp-close" in given,
+        keep_connections="tcp-established" in given,
         timeout_ms=1000 * given.number("timeout", TIMEOUT_S),
         last=partial(scripts.run, given, log, "post-dump"),
         listener=log,

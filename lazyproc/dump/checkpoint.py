@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.explain import explain
-from lazyproc.dump.freeze import FREEZE_MS, frozen_tree
-from lazyproc.dump.gather import dumped
+from lazyproc.dump.freeze import FREEZE_MS, FrozenTree, frozen_tree
+from lazyproc.dump.gather import Dump, dumped
 from lazyproc.dump.source import dump_pages
+from lazyproc.dump.tcp import silence
 from lazyproc.errors import CannotBeDone
 from lazyproc.events import Listener, StateChanged, StepDone
-from lazyproc.facts import dataclass
+from lazyproc.facts import dataclass, replace
 from lazyproc.images.convert import to_images
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
 from lazyproc.kernel.deaf import deaf
+from lazyproc.kernel.netfilter import DUMPED, Hold
 from lazyproc.model import PAGE
 from lazyproc.pages.images import write_pages
 
@@ -45,12 +48,14 @@ def checkpoint(
     tcp_close: bool,
     listener: Listener,
     leave_stopped: bool = False,
+    keep_connections: bool = False,
     timeout_ms: int = FREEZE_MS,
     last: Callable[[], object] = lambda: None,
 ) -> CheckpointReport:
     """Freeze the tree under `pid`, write it to `directory`, and end it unless `leave_running`, or `leave_stopped` as
-    by SIGSTOP. It is frozen within `timeout_ms`, or left alone. `last` is called when all is written and the tree
-    stands still; what it raises is an error like any other.
+    by SIGSTOP. With `keep_connections` the peers of its TCP connections are told nothing of its end, and the packets of
+    these connections are held back until it is restored; nft is needed then. It is frozen within `timeout_ms`, or left
+    alone. `last` is called when all is written and the tree stands still; what it raises is an error like any other.
 
     On any error the tree runs on as before and the folder is not left looking whole. Raises CannotBeDone with all
     obstacles, ImageError (a full disk), NoSuchProcess, PermissionDenied, TraceeError.
@@ -68,8 +73,15 @@ def checkpoint(
         frozen_at = time.monotonic()
         with frozen_tree(pid, asleep=asleep, timeout_ms=timeout_ms) as tree:
             listener(StateChanged("frozen", frozen_at))
-            with dumped(tree, tcp_close=tcp_close) as dump, dump_pages(dump) as pages:
+            hold = Hold(f"{DUMPED}{os.urandom(8).hex()}") if keep_connections else None
+            with (
+                hold or nullcontext(),
+                dumped(tree, tcp_close=tcp_close, hold=hold.add if hold else None) as dump,
+                dump_pages(dump) as pages,
+            ):
                 whole = dump.whole()
+                if hold is not None and dump.outside and not leave_running:
+                    whole = replace(whole, held=hold.session)
                 images = to_images(whole)
                 written = write_pages(draft, whole, pages)
                 draft.write(images)
@@ -82,8 +94,7 @@ def checkpoint(
                 if not leave_running:
                     unfinished.close()  # from here on the images stay, whatever becomes of this host
                     with deaf():
-                        tree.kill()
-                        dump.remove_segments()
+                        _end(tree, dump, hold)
         thawed = time.monotonic()
     now = time.monotonic()
     listener(StepDone("checkpoint", now, now - started))
@@ -97,3 +108,12 @@ def checkpoint(
         total_ms=(now - started) * 1e3,
         bytes=written * PAGE + sum(map(len, images.values())),
     )
+
+
+def _end(tree: FrozenTree, dump: Dump, hold: Hold | None) -> None:
+    """With `hold` the peers of its connections hear nothing of it."""
+    if hold is not None:
+        hold.keep_only(dump.outside)
+        silence(dump.connections)
+    tree.kill()
+    dump.remove_segments()

@@ -72,6 +72,7 @@ class Dump:
     object_fds: Mapping[int, int]
     connections: Sequence[socket.socket]  # TCP, to be silenced once the other side has them
     given_up: Sequence[socket.socket]  # TCP that the other side does not get, to be hung up
+    outside: Sequence[Flow]  # the packets of those connections that lead out of the tree
 
     def demand_idle_rings(self) -> None:
         """Right before the hand-over: an AIO request may have been completed while the tree was frozen, which neither
@@ -177,7 +178,9 @@ def dumped(
         segments = tuple(_segments(checkpoint, pids, objects.fds))
         sockets = gathered.sockets
         steps.done("objects")
-        yield Dump(checkpoint, segments, pids, objects.fds, sockets.connections(), sockets.given_up())
+        outside = [flow for flow in sockets.early_flows() if flow.remote]
+        connections, given_up = sockets.connections(), sockets.given_up()
+        yield Dump(checkpoint, segments, pids, objects.fds, connections, given_up, outside)
 
 
 def _one_task(

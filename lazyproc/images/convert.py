@@ -78,6 +78,8 @@ def to_images(
     writer, extras = ImageWriter(), own.Extras(version=VERSION)
     extras.realtime_ns = checkpoint.clocks.realtime_ns
     extras.hostname = to_bytes(checkpoint.hostname)
+    if checkpoint.held:
+        extras.held = to_bytes(checkpoint.held)
     cgroups, seccomp = tasks.CgroupTable(), threads.SeccompTable()
     files = FileWriter(checkpoint, writer, extras)
     _write_inventory(writer, cgroups.add(checkpoint.root.cgroups))
@@ -245,6 +247,7 @@ def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
         memory=_read_memory(images, found, shared.objects),
         clocks=_read_clocks(images, extras),
         hostname=to_text(extras.message.hostname, EXTRAS),
+        held=to_text(extras.message.held, EXTRAS),
     )
 
 

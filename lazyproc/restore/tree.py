@@ -20,7 +20,7 @@ from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
-from lazyproc.kernel.netfilter import Hold
+from lazyproc.kernel.netfilter import DUMPED, Hold, release_session
 from lazyproc.kernel.nursery import TRANSPORT_FD, Nursery, nursery
 from lazyproc.kernel.remote import Call, step
 from lazyproc.model import Checkpoint, Clocks, Mm, Task, TaskState, VmaKind
@@ -89,6 +89,8 @@ class BuiltTree:
             last_first.callback(self._made.close)
             last_first.callback(self._sockets.leave_repair)
             last_first.callback(self._hold.release)
+            if self.checkpoint.held.startswith(DUMPED):
+                last_first.callback(release_session, self.checkpoint.held)
 
     def _tracees(self) -> list[ptrace.Tracee]:
         return [tracee for site in self.sites.values() for tracee in site.threads.values()]

@@ -490,5 +490,6 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
         contents=pools.contents,
         memory={obj: runs for obj, runs in memory.items() if runs},
         clocks=Clocks(draw(nanoseconds), draw(nanoseconds), draw(nanoseconds)),
+        held=draw(st.sampled_from(["", "dump_0123456789abcdef"])),
         hostname=draw(names),
     )
