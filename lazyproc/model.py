@@ -280,6 +280,26 @@ class Owner:
     euid: int = 0
 
 
+class LockKind(enum.IntEnum):
+    """As CRIU numbers them (the kernel's FL_*)."""
+
+    POSIX = 1  # fcntl(2) F_SETLK, of the process
+    FLOCK = 2  # flock(2), of the open file description
+    LEASE = 32  # fcntl(2) F_SETLEASE, of the open file description
+    OFD = 1024  # fcntl(2) F_OFD_SETLK, of the open file description
+
+
+@dataclass(frozen=True, slots=True)
+class FileLock:
+    """Held through descriptor `fd`. `start` and `length` in bytes, 0: up to the end; POSIX and OFD only."""
+
+    fd: int
+    kind: LockKind
+    exclusive: bool
+    start: int = 0
+    length: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class FileContent:
     """A file whose content travels: deleted, or on a tmpfs. `data` holds (offset, bytes) of everything not a hole."""
@@ -570,6 +590,7 @@ class Task:
     oom_score_adj: int = 0
     loginuid: int = 0xFFFFFFFF
     child_subreaper: bool = False
+    locks: tuple[FileLock, ...] = ()  # those of an open file description with the first task that has it
     membarriers: int = 0  # membarrier(2) commands it has registered for, by bit
     xfeatures: int = 0  # components of the xsave area that it had to ask for (ARCH_REQ_XCOMP_PERM), by bit
     cgroups: Mapping[str, str] = field(default_factory=dict)  # controllers ("" is v2) -> path

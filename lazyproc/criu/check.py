@@ -31,7 +31,7 @@ FEATURES = (
     Feature("tun", lacks="tun interfaces are refused"),
     Feature("tun_ns", lacks="tun interfaces are refused"),
     Feature("userns", lacks=_NAMESPACES),
-    Feature("fdinfo_lock", lacks="file locks are refused"),
+    Feature("fdinfo_lock"),
     Feature("seccomp_suspend"),
     Feature("seccomp_filters"),
     Feature("loginuid", lacks="login uids are not set"),

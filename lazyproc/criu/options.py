@@ -166,7 +166,14 @@ OPTIONS = (
     Option(
         "ghost-fiemap", ALWAYS, (DUMP,), "holes are found with SEEK_DATA, which says the same", negatable=True
     ),
-    Option("file-locks", PERMITS, _CR, "file locks: refused", short="l", negatable=True),
+    Option(
+        "file-locks",
+        PERMITS,
+        _CR,
+        "file locks and leases: taken again",
+        short="l",
+        negatable=True,
+    ),
     Option(
         "evasive-devices", ALWAYS, (DUMP,), "a device is opened by the path that leads to it", negatable=True
     ),

@@ -12,6 +12,7 @@ from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.explain import explain
 from lazyproc.dump.freeze import FREEZE_MS, FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
+from lazyproc.dump.permits import ALL, Permits
 from lazyproc.dump.source import dump_pages
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import CannotBeDone
@@ -49,6 +50,7 @@ def checkpoint(
     listener: Listener,
     leave_stopped: bool = False,
     keep_connections: bool = False,
+    permits: Permits = ALL,
     timeout_ms: int = FREEZE_MS,
     last: Callable[[], object] = lambda: None,
 ) -> CheckpointReport:
@@ -56,13 +58,14 @@ def checkpoint(
     by SIGSTOP. With `keep_connections` the peers of its TCP connections are told nothing of its end, and the packets of
     these connections are held back until it is restored; nft is needed then. It is frozen within `timeout_ms`, or left
     alone. `last` is called when all is written and the tree stands still; what it raises is an error like any other.
+    What the `permits` do not have is an obstacle.
 
     On any error the tree runs on as before and the folder is not left looking whole. Raises CannotBeDone with all
     obstacles, ImageError (a full disk), NoSuchProcess, PermissionDenied, TraceeError.
     """
     started = time.monotonic()
     leave_running |= leave_stopped
-    obstacles = explain(pid, tcp_close=tcp_close, listener=listener)
+    obstacles = explain(pid, tcp_close=tcp_close, permits=permits, listener=listener)
     if obstacles:
         raise CannotBeDone(obstacles)
     folder = Folder(directory)
@@ -76,7 +79,7 @@ def checkpoint(
             hold = Hold(f"{DUMPED}{os.urandom(8).hex()}") if keep_connections else None
             with (
                 hold or nullcontext(),
-                dumped(tree, tcp_close=tcp_close, hold=hold.add if hold else None) as dump,
+                dumped(tree, tcp_close=tcp_close, permits=permits, hold=hold.add if hold else None) as dump,
                 dump_pages(dump) as pages,
             ):
                 whole = dump.whole()

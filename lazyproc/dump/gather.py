@@ -22,6 +22,7 @@ from lazyproc.dump.memory import (
     shared_extents,
     with_guards,
 )
+from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.question import Question, ask
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.space import NOTHING, Seen, space_now
@@ -127,6 +128,7 @@ def dumped(
     *,
     seen: Seen = NOTHING,
     tcp_close: bool = False,
+    permits: Permits = MOVED,
     hold: Callable[[Sequence[Flow]], None] | None = None,
     steps: Steps | None = None,
 ) -> Iterator[Dump]:
@@ -144,7 +146,7 @@ def dumped(
     }
     refs = [TaskRef(task.pid, tids[task.pid], task.pidfd) for task in alive]
     with ExitStack() as stack:
-        gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold, seen=seen.files)
+        gathered = gather_descriptors(refs, tcp_close=tcp_close, permits=permits, hold=hold, seen=seen.files)
         stack.enter_context(gathered.sockets)
         steps.done("descriptors")
         objects = Objects(stack)
@@ -215,6 +217,7 @@ def _one_task(
         mm=mm,
         fs=Fs(cwd, root, frozen.stopped[0].status.umask or 0),
         descriptors=gathered.descriptors[task.vpid],
+        locks=tuple(registry.locks.get(task.vpid, ())),
     )
     extents = eager_extents(pid, mm.vmas, pages)
     steps.done("pagemap")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import replace
-from lazyproc.images import check, memory, tasks, threads
+from lazyproc.images import check, locks, memory, tasks, threads
 from lazyproc.images.contents import read_contents, write_contents
 from lazyproc.images.extras import VERSION, Extras, read_extras
 from lazyproc.images.files import (
@@ -99,6 +99,7 @@ def to_images(
             _write_alive(task, number, files, writer)
         if task.mm is not None:
             memory.write_mm(task, task.mm, behind, writer, extra, sets, known.get(id(task.mm.vmas)))
+    locks.write(checkpoint.tasks, writer)
     if cgroups.message.sets:
         writer.add(CGROUP, cgroups.message)
     writer.add(SECCOMP, seccomp.message)
@@ -282,6 +283,7 @@ class _TaskReader:
         self._memfd_files = files.memfd_files()
         self._cgroups = tasks.read_cgroups(_only(images, CGROUP, pb.cgroup_entry))
         self._seccomp = _only(images, SECCOMP, pb.seccomp_entry)
+        self._locks = locks.read(images)
         self._owners: dict[tuple[str, int], int] = {}
         self.access: dict[int, int] = {}
 
@@ -335,6 +337,7 @@ class _TaskReader:
             posix_timers=tasks.read_posix_timers(leader.tc.timers),
             limits=tasks.read_limits(leader.tc.rlimits),
             cgroups=self._cgroups.get(cgroups, {}),
+            locks=self._locks.get(task.vpid, ()),
         )
 
     def _read_descriptors(self, vpid: int) -> tuple[Descriptor, ...]:

@@ -51,12 +51,12 @@ MAGICS = {
     "seccomp": 0x64413049,
     "cgroup": 0x59383330,
     "timens": 0x43114433,
+    "filelocks": 0x54323616,
     "lazyproc": 0x50505A4C,  # "LZPP": ours
     "lazyproc-sums": 0x53505A4C,  # "LZPS"
 }
 # What CRIU may write and lazyproc has no model for; see refuse_foreign in convert.py.
 FOREIGN_MAGICS = {
-    "filelocks": 0x54323616,
     "tty-info": 0x59453036,
     "ipcns-shm": 0x46283044,
     "mountpoints": 0x55563928,

@@ -40,6 +40,7 @@ SYS = {
     "socketpair": 53,
     "wait4": 61,
     "fcntl": 72,
+    "flock": 73,
     "fchdir": 81,
     "umask": 95,
     "setpgid": 109,

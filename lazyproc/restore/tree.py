@@ -365,6 +365,7 @@ def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> N
         Call("close", (cwd,)),
         Call("close", (root,)),
         Call("close", (site.transport_fd,)),
+        *descriptors.lock_calls(task, bench),
         *state.flag_calls(task),
         *state.timer_create_calls(task, bench),
         Call("set_tid_address", (task.leader.clear_child_tid,)),
