@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Channel, Door, listen
+from lazyproc.pages.transport import Caller, Door, listen
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Released, Running
 
 DOOR_S = 0.2
@@ -108,19 +108,18 @@ def _server_of(pages: ImagePages) -> PageServer:
     return PageServer((s.key, s.start, s.end, s.fd, s.offset) for s in pages.segments())
 
 
-def _criu_clients(pages: ImagePages, listener: Listener) -> Callable[[Channel], object]:
+def _criu_clients(pages: ImagePages, listener: Listener) -> Caller:
     """Begins to answer a lazy-pages daemon of CRIU."""
     shelf = Shelf(pages, pages.extents())
 
-    def serve_one(channel: Channel) -> None:
-        try:
-            answer(channel.socket, channel.peer, shelf, lambda *_: None)
-        except LazyprocError as error:
-            listener(Note(f"ended a connection: {error}"))
-        finally:
-            channel.close()
+    def serve_one(sock: socket.socket, where: str) -> None:
+        with sock:
+            try:
+                answer(sock, where, shelf, lambda *_: None)
+            except LazyprocError as error:
+                listener(Note(f"ended a connection: {error}"))
 
-    return lambda channel: threading.Thread(target=serve_one, args=(channel,), daemon=True).start()
+    return lambda sock, where: threading.Thread(target=serve_one, args=(sock, where), daemon=True).start()
 
 
 class _Client:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from lazyproc.errors import ConnectionLost, ProtocolError
@@ -100,17 +100,9 @@ def _give(
     count = len(pages) // PAGE
     delivered(get.dst_id, get.vaddr, count)
     header = connection.send(Message(Command.ADD_F, count, get.vaddr, get.dst_id, Flag.PRESENT))
-    _send(sock, [memoryview(header), memoryview(pages)])
-
-
-def _send(sock: socket.socket, parts: Sequence[memoryview]) -> None:
-    """All of it, without a copy."""
-    while parts:
-        sent = sock.sendmsg(parts)
-        while parts and sent >= len(parts[0]):
-            sent, parts = sent - len(parts[0]), parts[1:]
-        if sent:
-            parts = [parts[0][sent:], *parts[1:]]
+    # In TLS each message begins a record: CRIU waits for the socket, and does not see what GnuTLS has read ahead.
+    sock.sendall(header, socket.MSG_MORE) if type(sock) is socket.socket else sock.sendall(header)
+    sock.sendall(pages)
 
 
 @contextmanager

@@ -183,6 +183,11 @@ class Greeting:
     def close(self) -> None:
         (self._far or self.sock).close()
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether the stranger has said that he is lazyproc."""
+        return self._far is not None and self._far.selected_alpn_protocol() == PROTOCOL
+
     def step(self) -> ssl.SSLSocket | None:
         """The secured socket when the handshake is over. Raises PermissionDenied, Plain, ConnectionLost."""
         import ssl
@@ -194,7 +199,7 @@ class Greeting:
                     self.sock, server_side=True, suppress_ragged_eofs=False, do_handshake_on_connect=False
                 )
             self._far.do_handshake()
-            if not self._criu or self._far.selected_alpn_protocol() == PROTOCOL:
+            if self.is_ours or not self._criu:
                 self._far.send(LET_IN)  # the first byte finds room
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError) as error:
             self.wants_write = isinstance(error, ssl.SSLWantWriteError)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import ParamSpec, Self, TypeVar
+from typing import ParamSpec, Self, TypeAlias, TypeVar
 
 from lazyproc import events
 from lazyproc.errors import (
@@ -363,7 +363,7 @@ def listen(
     *,
     trust: Trust,
     report: events.Listener = events.ignore,
-    criu: Callable[[Channel], object] | None = None,
+    criu: Caller | None = None,
 ) -> Door:
     """A Door at HOST:PORT; port 0 takes a free one. `criu` gets each connection that does not begin as ours do,
     before a byte of it is read. Raises UsageError for the address or the files of `trust`, CannotListen.
@@ -396,6 +396,10 @@ _BIND = {
 }
 
 
+# A client of CRIU's, let in, of whom no byte has been read: its blocking socket and its name.
+Caller: TypeAlias = Callable[[socket.socket, str], object]
+
+
 class Door:
     """Lets peers in: checks who they are, waits for their HELLO, and hands them out. A context manager.
 
@@ -409,7 +413,7 @@ class Door:
         side: Party,
         trust: Trust,
         report: events.Listener,
-        criu: Callable[[Channel], object] | None = None,
+        criu: Caller | None = None,
     ) -> None:
         self._sock = sock
         self._criu = criu
@@ -504,10 +508,14 @@ class Door:
                 wanted = selectors.EVENT_WRITE if greeting.wants_write else selectors.EVENT_READ
                 self._selector.modify(greeting, wanted)
                 return
-            from lazyproc.pages.relay import relayed
-
             self._forget(greeting)
             behind = Behind.look(far)
+            if self._criu is not None and not greeting.is_ours:
+                far.setblocking(True)
+                self._criu(far, behind.peer)
+                return
+            from lazyproc.pages.relay import relayed
+
             self._await(Channel(relayed(far), self._side, behind=behind))
         except (LazyprocError, OSError) as error:
             self._report(events.Note(f"refused a connection: {error}"))
@@ -531,7 +539,7 @@ class Door:
         try:
             if self._criu is not None and channel.is_foreign():
                 self._forget(channel)
-                self._criu(channel)
+                self._criu(channel.socket, channel.peer)
                 return False
             if not isinstance(channel.receive(0), Hello):
                 return False

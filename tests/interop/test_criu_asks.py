@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lazyproc.hosts import Pair
+from lazyproc.keys import make_keys
 from tests.faults.hostile import Listener, listening
 from tests.interop.criu_hosts import Criu, criu, restored_by_criu, run_criu, running_there
 from tests.live.moving import INSECURE
@@ -66,3 +67,20 @@ def test_pages_of_images(pair: Pair, dumped: Dumped) -> None:
         daemon.finish()
         os.kill(pid, signal.SIGTERM)
         dumped.watch.wait_ended()
+
+
+def test_over_tls(pair: Pair, dumped: Dumped) -> None:
+    """From the first byte, each end with its certificate; a client without one gets nothing."""
+    hosts = str(pair.source.address), str(pair.destination.address)
+    ours, theirs = make_keys(pair.shared / "keys", hosts, days=9)
+    options = ("--tls-cert", ours.cert, "--tls-key", ours.key, "--tls-ca", ours.ca)
+    with listening(pair.source, "serve", "-D", dumped.images, *options) as server:
+        with server.dial_from(pair.destination)() as stranger:
+            stranger.sendall(bytes.fromhex("07000000") + bytes(60))
+            assert stranger.recv(100) == b""
+        tls = ("--tls", "--tls-cert", theirs.cert, "--tls-key", theirs.key, "--tls-cacert", theirs.ca)
+        with restoring_lazily(pair, dumped.images, server, *tls) as (pid, daemon):
+            dumped.watch.wait_beats()
+            daemon.finish()
+            os.kill(pid, signal.SIGTERM)
+            dumped.watch.wait_ended()
