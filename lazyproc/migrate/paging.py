@@ -111,8 +111,10 @@ class Paging:
                 drain.acknowledge()
             if not pager.map_known:
                 pager.plan(blocks(policy.first))
-            alone = self._goes_alone(drain, Supply.of(facts.get("supply") or {}), stack)
-            bulk, max_rate = wishes.bulk or alone, 0 if alone else wishes.max_rate
+            supply = Supply.of(facts.get("supply") or {})
+            alone = self._goes_alone(drain, supply, stack)
+            hurries = alone and not supply.criu  # the source is given up
+            bulk, max_rate = wishes.bulk or hurries, 0 if hurries else wishes.max_rate
             if facts["state"] == ARRIVING:
                 pager.start(bulk=False, max_rate=max_rate)
                 if not self._await_the_run():
