@@ -8,8 +8,8 @@ import os
 import socket
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from lazyproc.errors import ConnectionLost, LazyprocError, Parked, ProtocolError
@@ -22,7 +22,7 @@ from lazyproc.migrate.apart import Client, result, stream, unplug
 from lazyproc.migrate.arrival import Wishes
 from lazyproc.migrate.beforehand import Beforehand
 from lazyproc.migrate.crew import say
-from lazyproc.migrate.journal import ARRIVING, DESTINATION, Journal, forget_old
+from lazyproc.migrate.journal import ARRIVING, DESTINATION, Journal, forget_old, records
 from lazyproc.migrate.keeper import LIVING, NAME, Keeper
 from lazyproc.migrate.paging import Preferences
 from lazyproc.migrate.place import Place
@@ -32,7 +32,16 @@ from lazyproc.pages.private import PrivatePages, object_of
 from lazyproc.pages.transport import Session
 from lazyproc.restore.anchoring import anchor
 from lazyproc.restore.ending import end_tree
-from lazyproc.restore.handed import Door, GaveUp, Handed, Restorer, accepted, has_finished
+from lazyproc.restore.handed import (
+    Door,
+    GaveUp,
+    Handed,
+    Restorer,
+    accepted,
+    borrowed,
+    forestall,
+    has_finished,
+)
 from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts
 from lazyproc.restore.pages import ABOVE_TRANSPORT
 from lazyproc.uffd.pager import Pager
@@ -103,8 +112,8 @@ def _awaited(stream: socket.socket, session: str, listener: Listener) -> Mapping
         runs |= isinstance(event, StateChanged) and event.state == "running"
         listener(event)
 
+    lost = f"see lazyproc sessions, and lazyproc resume {session}"
     try:
-        lost = f"see lazyproc sessions, and lazyproc resume {session}"
         report: Mapping[str, object] = result(stream, hear, lost=lost)
         return report
     except KeyboardInterrupt:
@@ -112,6 +121,12 @@ def _awaited(stream: socket.socket, session: str, listener: Listener) -> Mapping
             raise
         raise Parked(
             "its memory goes on coming without this command", where=f"session {session}", remedy=lost
+        ) from None
+    except Parked:
+        if runs or any(record.session == session and record.state == "running" for record in records()):
+            raise
+        raise LazyprocError(
+            "who was to bring the memory was killed before the tree ran, and it never will", where=NAME
         ) from None
 
 
@@ -123,6 +138,7 @@ class LazyPagesKeeper(Keeper):
     def take_over(self, door: Door, pages: PrivatePages, beforehand: Beforehand) -> None:
         """From the first connection to the last page."""
         self._beforehand = beforehand
+        self._entrance = door
         tables = Pager()  # its threads run in the pager; here its tables are filled
         self._pager = self._new_pager()
         self._guard = self._new_guard()
@@ -145,6 +161,11 @@ class LazyPagesKeeper(Keeper):
         say(self._near, "serve", None)
         self._watch()
 
+    def _take_back(self) -> None:
+        """The keeper was killed before everything was handed over. The restore fails when we have ended as well."""
+        self._entrance.close()
+        self._clients.failed(LazyprocError("the keeper was killed before the restore", where=NAME))
+
     def _fail(self, error: BaseException) -> None:
         self._clients.failed(error if isinstance(error, LazyprocError) else LazyprocError(_words(error)))
         self._journal.remove()
@@ -160,21 +181,11 @@ class LazyPagesKeeper(Keeper):
                 self._clients.first.stop_without_it()
             super()._watch()
         except KeyboardInterrupt as error:
-            if self._ends_the_restore():
+            if forestall(self._journal.facts["restorer"][0]):
                 end_tree(from_facts(self._journal.facts["tree"]))
                 self._fail(error)
             else:
                 super()._watch()
-
-    def _ends_the_restore(self) -> bool:
-        """Whether the restore has been kept from finishing; else it just has. What is sent after the shutdown fails."""
-        with _connection(self._journal.facts["restorer"][0]) as connection:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)
-            try:
-                return not has_finished(connection)
-            except (ConnectionLost, ProtocolError):
-                return True
 
     # --- the restore ---
 
@@ -194,7 +205,7 @@ class LazyPagesKeeper(Keeper):
             return super()._attend(ready)
         connection, pidfd = self._journal.facts["restorer"]
         try:
-            with _connection(connection) as its:
+            with borrowed(connection) as its:
                 finished = has_finished(its)
             self._place_beforehand()
             if not finished and pidfd in ready:
@@ -276,16 +287,6 @@ def _tree_of(handed: Sequence[Handed], lowest: int, cradle: int) -> LazyTree:
     tasks = tuple(LazyTask(each.vpid, each.pid, each.started, *numbers) for each in handed)
     root = tasks[0] if tasks else LazyTask(0, 0, 0, -1, -1, -1)
     return LazyTree(root.pid, root.vpid, 0, tasks, (), (), cradle)
-
-
-@contextmanager
-def _connection(fd: int) -> Iterator[socket.socket]:
-    """A descriptor that stays open."""
-    borrowed = socket.socket(fileno=fd)
-    try:
-        yield borrowed
-    finally:
-        borrowed.detach()
 
 
 def _words(error: BaseException) -> str:

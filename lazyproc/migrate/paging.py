@@ -27,6 +27,7 @@ from lazyproc.migrate.link import ROLES, Link, Redial
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
 from lazyproc.pages.transport import Channel, Declined, Session
+from lazyproc.restore.handed import forestall
 from lazyproc.restore.lazy import note_removals
 from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts
 from lazyproc.trace import Clock, TraceFile
@@ -141,13 +142,15 @@ class Paging:
 
     def _await_the_run(self) -> bool:
         """A tree that somebody else restores: he may touch its memory meanwhile, and may still be about to register it,
-        so nothing else is put there before the tree runs. False when nobody is left who could tell.
+        so nothing else is put there before the tree runs. False when it never will.
         """
-        while True:
-            if any(kind == "run" for kind, _ in heard(self._keeper, LOOK_S, 1)):
-                return True
+        while not any(kind == "run" for kind, _ in heard(self._keeper, LOOK_S, 1)):
             if not self._is_kept():
-                return False
+                if forestall(self._journal.facts["restorer"][0]):
+                    return False
+                amend(self._journal, {"state": "running"}, self._clients.tell)
+                return True
+        return True
 
     # --- links ---
 

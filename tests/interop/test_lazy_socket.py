@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,30 @@ def root() -> None:
     require_root()
 
 
+def keepers(state: Path) -> list[int]:
+    """By their environment, which is the command's."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            wanted = f"XDG_STATE_HOME={state}".encode()
+            if (folder / "comm").read_text() == "lazyproc-keeper\n" and wanted in (
+                folder / "environ"
+            ).read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
 def descriptors(pid: int) -> list[str]:
     folder = f"/proc/{pid}/fd"
     return [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
+
+
+def when_restored(tmp_path: Path, deed: str) -> tuple[str, str]:
+    """Options with which CRIU does this when every process is there and none runs yet."""
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ] || {deed}\n')
+    script.chmod(0o755)
+    return "--action-script", str(script)
 
 
 def test_threads_whose_memory_comes_later(tmp_path: Path) -> None:
@@ -93,6 +115,79 @@ def test_one_who_works_on_it_is_killed(tmp_path: Path, name: str) -> None:
             report[f"pages_{way}"] for way in ("zero", "eager", "urgent", "bulk", "dropped")
         )
         cargo.stop_and_verify()
+
+
+@pytest.mark.parametrize("names", [("pager",), ("keeper",), ("guard",), ("keeper", "pager")])
+def test_they_are_killed_while_it_is_restored(tmp_path: Path, names: tuple[str, ...]) -> None:
+    reached, go_on = tmp_path / "reached", tmp_path / "go-on"
+    os.mkfifo(reached)
+    os.mkfifo(go_on)
+    with dumped(*CARGO, directory=tmp_path) as cargo:
+        with lazy_pages(cargo.images, *SLOW, directory=tmp_path) as pager:
+            restore = cargo.restore(
+                *when_restored(tmp_path, f"{{ echo > {reached}; read answer < {go_on}; }}")
+            )
+            reached.read_text()
+            pager.wait_state("arriving")
+            old = {name: pager.helper(name) for name in names}
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in old.values():
+                    os.kill(pid, number)
+            wait_until(
+                lambda: all(pager.helper(name) != pid for name, pid in old.items()), "they are replaced"
+            )
+            go_on.write_text("go on\n")
+            assert restore.wait() == 0, cargo.log("restore")
+            pager.wait_state("running")
+            cargo.watch.wait_beats()
+            pager.finish()
+        cargo.stop_and_verify()
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_the_pager_is_left_alone_while_it_is_restored(tmp_path: Path, finishes: bool) -> None:
+    """Who was killed can no longer say whether the tree runs."""
+    reached, go_on = tmp_path / "reached", tmp_path / "go-on"
+    os.mkfifo(reached)
+    os.mkfifo(go_on)
+    with dumped(*CARGO, directory=tmp_path) as cargo:
+        before = cargo.watch.read()
+        with lazy_pages(cargo.images, *SLOW, directory=tmp_path) as pager:
+            restore = cargo.restore(
+                *when_restored(tmp_path, f"{{ echo > {reached}; read answer < {go_on}; }}")
+            )
+            reached.read_text()
+            pager.wait_state("arriving")
+            helpers = {name: pager.helper(name) for name in ("guard", "keeper", "pager")}
+            for pid in helpers.values():
+                os.kill(pid, signal.SIGSTOP)
+            if finishes:
+                go_on.write_text("go on\n")
+                assert restore.wait() == 0
+            for name in ("guard", "keeper"):
+                os.kill(helpers[name], signal.SIGKILL)
+                wait_until(lambda name=name: gone(helpers[name]), f"the {name} is dead")  # type: ignore[misc]
+            os.kill(helpers["pager"], signal.SIGCONT)
+            if finishes:
+                cargo.watch.wait_beats()
+                pager.finish()
+                cargo.stop_and_verify()
+                return
+            assert pager.finish(expected=1)
+            go_on.write_text("go on\n")
+            assert restore.wait() != 0
+        wait_until(lambda: gone(cargo.pid), "nothing of it is left")
+        assert cargo.watch.read() == before
+
+
+def test_the_keeper_is_killed_before_a_restore(tmp_path: Path) -> None:
+    with dumped(*CARGO, directory=tmp_path) as cargo:
+        with lazy_pages(cargo.images, directory=tmp_path) as pager:
+            wait_until(lambda: len(keepers(pager.state)) == 1, "there is a keeper")
+            (keeper,) = keepers(pager.state)
+            os.kill(keeper, signal.SIGKILL)
+            assert "was killed" in pager.finish(expected=1)["error"]
+        assert cargo.restore().wait() != 0
 
 
 def test_all_who_work_on_it_are_killed(tmp_path: Path) -> None:
@@ -151,13 +246,10 @@ def test_a_restore_that_fails_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("deed", ["exit 1", "kill -9 $PPID"])
 def test_a_restore_that_fails_late(tmp_path: Path, deed: str) -> None:
     """When every process is there: CRIU ends them, or is killed and leaves them behind."""
-    script = tmp_path / "script"
-    script.write_text(f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ] || {deed}\n')
-    script.chmod(0o755)
     with dumped(*CARGO, directory=tmp_path) as cargo:
         before = cargo.watch.read()
         with lazy_pages(cargo.images, directory=tmp_path) as pager:
-            assert cargo.restore("--action-script", str(script)).wait() != 0
+            assert cargo.restore(*when_restored(tmp_path, deed)).wait() != 0
             assert "the restore failed" in pager.finish(expected=1)["error"]
         wait_until(lambda: gone(cargo.pid), "nothing of it is left")
         assert cargo.watch.read() == before
@@ -229,3 +321,16 @@ def test_the_word_that_all_is_restored_never_comes(tmp_path: Path, end: str) -> 
             caller.close()
         assert "the restore failed" in pager.finish(expected=1)["error"]
         assert not pager.record()
+
+
+# --- trees ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_tree_with_zombies_and_a_stopped_child(tmp_path: Path) -> None:
+    with dumped("tree", directory=tmp_path) as cargo:
+        with lazy_pages(cargo.images, "--max-rate", "1000000", directory=tmp_path) as pager:
+            cargo.restored()
+            pager.wait_anchored()
+            cargo.watch.wait_beats()
+            pager.finish()
+        cargo.stop_and_verify()
