@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lazyproc.dump.checkpoint import checkpoint as checkpoint
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.explain import explain as explain
+    from lazyproc.migrate.lazypages import lazy_pages as lazy_pages
     from lazyproc.migrate.local import restore as restore
     from lazyproc.migrate.server import serve as serve
     from lazyproc.migrate.sessions import abort as abort
@@ -26,6 +27,7 @@ _MODULES = {
     "Tls": "lazyproc.pages.tls",
     "checkpoint": "lazyproc.dump.checkpoint",
     "explain": "lazyproc.migrate.explain",
+    "lazy_pages": "lazyproc.migrate.lazypages",
     "read_trace": "lazyproc.trace",
     "receive": "lazyproc.migrate.destination",
     "resume": "lazyproc.migrate.sessions",
@@ -42,6 +44,7 @@ __all__ = [
     "checkpoint",
     "errors",
     "explain",
+    "lazy_pages",
     "migrate",
     "read_trace",
     "receive",
