@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_directory, add_json, add_policy, command
+from lazyproc.cli.options import Commands, add_directory, add_json, add_pace, add_policy, command
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def add(commands: Commands) -> None:
         metavar="DIR",
         help="where lazy-pages.socket is made, as criu's --work-dir says (default: the folder of the images)",
     )
+    add_pace(parser)
     add_policy(parser)
     add_json(parser)
     parser.set_defaults(when_interrupted="interrupted; nothing has been restored")
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         Path(args.directory),
         work_dir=Path(args.work_dir) if args.work_dir else None,
         policy=args.policy,
+        bulk=not args.no_bulk,
+        max_rate=args.max_rate,
         ready=lambda: listener(Note("waiting for `criu restore --lazy-pages`")),
         listener=listener,
     )

@@ -6,7 +6,7 @@ import mmap
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lazyproc.dump import aio
@@ -235,7 +235,7 @@ def eager_pages(mm: Mm, threads: Iterable[Thread], memory: Memory) -> frozenset[
         if thread.rseq:
             wanted |= {thread.rseq.addr, thread.rseq.addr + thread.rseq.size - 1}
         if thread.robust_list:
-            wanted |= {thread.robust_list, *_held_futexes(thread.robust_list, memory)}
+            wanted |= {thread.robust_list, *held_futexes(thread.robust_list, memory.read)}
         if thread.restart:  # the call is made once more before the pager works: what it reads must be there
             wanted |= {registers.di, registers.si, registers.r10}
     for start, end in ((mm.arg_start, mm.arg_end), (mm.env_start, mm.env_end)):
@@ -243,16 +243,18 @@ def eager_pages(mm: Mm, threads: Iterable[Thread], memory: Memory) -> frozenset[
     return frozenset(addr & -PAGE for addr in wanted)
 
 
-def _held_futexes(head: int, memory: Memory) -> set[int]:
-    """Addresses of the robust futexes a thread holds (kernel/futex/core.c, exit_robust_list)."""
-    first, offset, pending = ROBUST_HEAD.unpack(memory.read(head, ROBUST_HEAD.size))
+def held_futexes(head: int, read: Callable[[int, int], bytes]) -> set[int]:
+    """Addresses of the robust futexes a thread holds (kernel/futex/core.c, exit_robust_list). `read(address, length)`
+    gives its memory.
+    """
+    first, offset, pending = ROBUST_HEAD.unpack(read(head, ROBUST_HEAD.size))
     found = {pending, pending + offset} if pending else set()
     entry = first & ~1
     for _ in range(ROBUST_LIMIT):
         if entry == head or not entry:
             break
         found |= {entry, entry + offset}
-        entry = struct.unpack("<Q", memory.read(entry, 8))[0] & ~1
+        entry = struct.unpack("<Q", read(entry, 8))[0] & ~1
     return found
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import dataclass
-from lazyproc.images.files import record, records
+from lazyproc.images.files import kind_of, record, records
+from lazyproc.images.pb import files_pb2 as fdinfo
 from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.model import Extent
 
@@ -28,6 +30,11 @@ class LazyMemory:
 
     vpid: int
     ranges: Ranges | None
+
+    def covers(self, addr: int) -> bool:
+        ranges = self.ranges or ()
+        at = bisect_right(ranges, addr, key=_start) - 1
+        return at >= 0 and addr < ranges[at][1]
 
     def demand_covers(self, lazy: Sequence[Extent]) -> None:
         """Raises ImageError for a page that is marked lazy and lies outside: nobody would bring it."""
@@ -51,6 +58,44 @@ def lazy_memory(images: Mapping[str, bytes]) -> tuple[LazyMemory, ...]:
     if not found:
         raise ImageError("has no process", where=PSTREE, remedy="name a folder that `criu dump` has filled")
     return found
+
+
+class Places(NamedTuple):
+    """Where a thread has what the kernel touches on its behalf; 0: nothing there."""
+
+    clear_child_tid: int
+    robust_list: int
+    rseq: int
+    rseq_size: int
+    fs_base: int
+    sp: int
+
+
+def places(images: Mapping[str, bytes]) -> Iterator[tuple[int, Places]]:
+    """Of every thread that lives, with the number of its process."""
+    for entry, _ in records(images, PSTREE, pb.pstree_entry):
+        for tid in entry.threads if f"mm-{entry.pid}.img" in images else ():
+            core = record(images, f"core-{tid}.img", pb.core_entry)
+            info, rest = core.thread_info, core.thread_core
+            yield (
+                entry.pid,
+                Places(
+                    info.clear_tid_addr,
+                    rest.futex_rla,
+                    rest.rseq_entry.rseq_abi_pointer,
+                    rest.rseq_entry.rseq_abi_size,
+                    info.gpregs.fs_base,
+                    info.gpregs.sp,
+                ),
+            )
+
+
+def highest_descriptor(images: Mapping[str, bytes]) -> int:
+    """The highest number that a process of the tree has open, -1 when there is none."""
+    tables = [name for name in images if kind_of(name) == "fdinfo"]
+    return max(
+        (entry.fd for name in tables for entry, _ in records(images, name, fdinfo.fdinfo_entry)), default=-1
+    )
 
 
 def _ranges(images: Mapping[str, bytes], vpid: int) -> Ranges | None:

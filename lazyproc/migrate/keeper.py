@@ -215,7 +215,7 @@ class Keeper:
         self._note_crew()
         while True:
             watched = [self._near.fileno(), self._desk.fileno(), self._pager.pidfd, self._guard.pidfd]
-            ready = readable([*watched, *self._others()], WATCH_S)
+            ready = readable([*watched, *self._others()], self._patience())
             alive = self._pager.alive()  # what it said before its end is there by now
             if self._heard_the_end():
                 break
@@ -235,6 +235,10 @@ class Keeper:
     def _others(self) -> list[int]:
         """What else is watched."""
         return [self._door.fileno()] if self._door else []
+
+    def _patience(self) -> float:
+        """Seconds until the next look at what nobody tells."""
+        return WATCH_S
 
     def _attend(self, _ready: set[int]) -> bool:
         """See to it. False: there is nothing left to keep."""

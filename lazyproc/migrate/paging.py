@@ -27,6 +27,7 @@ from lazyproc.migrate.link import ROLES, Link, Redial
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
 from lazyproc.pages.transport import Channel, Declined, Session
+from lazyproc.restore.handed import forestall
 from lazyproc.restore.lazy import note_removals
 from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts
 from lazyproc.trace import Clock, TraceFile
@@ -111,8 +112,10 @@ class Paging:
                 drain.acknowledge()
             if not pager.map_known:
                 pager.plan(blocks(policy.first))
-            alone = self._goes_alone(drain, Supply.of(facts.get("supply") or {}), stack)
-            bulk, max_rate = wishes.bulk or alone, 0 if alone else wishes.max_rate
+            supply = Supply.of(facts.get("supply") or {})
+            alone = self._goes_alone(drain, supply, stack)
+            hurries = alone and not supply.criu  # the source is given up
+            bulk, max_rate = wishes.bulk or hurries, 0 if hurries else wishes.max_rate
             if facts["state"] == ARRIVING:
                 pager.start(bulk=False, max_rate=max_rate)
                 if not self._await_the_run():
@@ -139,13 +142,15 @@ class Paging:
 
     def _await_the_run(self) -> bool:
         """A tree that somebody else restores: he may touch its memory meanwhile, and may still be about to register it,
-        so nothing else is put there before the tree runs. False when nobody is left who could tell.
+        so nothing else is put there before the tree runs. False when it never will.
         """
-        while True:
-            if any(kind == "run" for kind, _ in heard(self._keeper, LOOK_S, 1)):
-                return True
+        while not any(kind == "run" for kind, _ in heard(self._keeper, LOOK_S, 1)):
             if not self._is_kept():
-                return False
+                if forestall(self._journal.facts["restorer"][0]):
+                    return False
+                amend(self._journal, {"state": "running"}, self._clients.tell)
+                return True
+        return True
 
     # --- links ---
 

@@ -14,8 +14,8 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lazyproc.errors import (
@@ -298,3 +298,26 @@ def has_finished(connection: socket.socket) -> bool:
     if data != _WORD.pack(FINISHED):
         raise ProtocolError(f"sent {data.hex()} where the end of the restore is due")
     return True
+
+
+def forestall(connection: int) -> bool:
+    """Keep the restorer behind this descriptor from finishing; False when it just has. What it says from now on fails,
+    and so does the restore.
+    """
+    with borrowed(connection) as its:
+        with suppress(OSError):
+            its.shutdown(socket.SHUT_RD)
+        try:
+            return not has_finished(its)
+        except (ConnectionLost, ProtocolError):
+            return True
+
+
+@contextmanager
+def borrowed(fd: int) -> Iterator[socket.socket]:
+    """A descriptor that stays open."""
+    its = socket.socket(fileno=fd)
+    try:
+        yield its
+    finally:
+        its.detach()

@@ -115,7 +115,7 @@ def keep_userfaultfd(site: Site, pager: Pager) -> None:
     site.run_later(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)), check=_demand_lowest)
     lowest = site.transport_fd + ABOVE_TRANSPORT
     site.anchor, site.ledger, site.cradle = range(lowest, lowest + 3)
-    with _readable(pager.ledger) as ledger:
+    with read_only(pager.ledger) as ledger:
         site.receive_later([ledger, pager.cradle], [1, 2])
     for fd, number in enumerate((site.anchor, site.ledger, site.cradle)):
         _move_out_of_the_way(site, fd, number)
@@ -168,7 +168,7 @@ def register(sites: Mapping[int, Site], ranges: Sequence[LazyRange], stack: Exit
 
 
 @contextmanager
-def _readable(ledger: int) -> Iterator[int]:
+def read_only(ledger: int) -> Iterator[int]:
     """The ledger once more, for reading only; its mode keeps the task's user from opening it again for writing."""
     os.fchmod(ledger, 0o600)
     fd = os.open(f"/proc/self/fd/{ledger}", os.O_RDONLY | os.O_CLOEXEC)

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lazyproc.images.files import Folder
+from lazyproc.images.lazy import lazy_memory
+from lazyproc.restore.lazytree import ANCHORS, anchor_holders, from_facts
 from tests import peer
 from tests.live.programs import Program, Watch, running, wait_until
 
@@ -58,17 +61,33 @@ class Dumped:
 @contextmanager
 def dumped(name: str, *arguments: object, directory: Path) -> Iterator[Dumped]:
     """A self-checking program, dumped; what was restored of it is killed at the end."""
-    images = directory / "images"
-    images.mkdir()
     with running(name, *arguments, directory=directory) as program:
-        made = Dumped(images, program.pid, program.watch)
-        dump = made.criu("dump", "--tree", str(program.pid))
-        assert dump.wait(DEADLINE_S) == 0, made.log("dump")
+        made = _dump(program, directory)
         program.process.wait()
+        for each in lazy_memory(
+            Folder(made.images).read()
+        ):  # orphans are ours, and keep their numbers until then
+            with suppress(ChildProcessError):
+                os.waitpid(each.vpid, 0)
     try:
         yield made
     finally:
         _end(made.pid)
+
+
+@contextmanager
+def dumped_and_running(name: str, *arguments: object, directory: Path) -> Iterator[Dumped]:
+    """The same, and it runs on."""
+    with running(name, *arguments, directory=directory) as program:
+        yield _dump(program, directory, "--leave-running")
+
+
+def _dump(program: Program, directory: Path, *options: str) -> Dumped:
+    images = directory / "images"
+    images.mkdir()
+    made = Dumped(images, program.pid, program.watch)
+    assert made.criu("dump", "--tree", str(program.pid), *options).wait(DEADLINE_S) == 0, made.log("dump")
+    return made
 
 
 def _end(pid: int) -> None:
@@ -107,6 +126,19 @@ class LazyPages:
         wait_until(lambda: self.record().get("state") == state, f"the session is {state}")
         return self.record()
 
+    def helper(self, name: str) -> int:
+        wait_until(lambda: f"{name}_pid" in self.record(), f"there is a {name}")
+        pid: int = self.record()[f"{name}_pid"]
+        return pid
+
+    def wait_anchored(self) -> None:
+        """Its processes hold their memory themselves."""
+        wait_until(lambda: self.record().get("due") == [], "the anchors are there")
+        tree = from_facts(self.record()["tree"])
+        for name in ANCHORS:
+            holders = [pid for pid, _ in anchor_holders(tree, name)]
+            assert {task.pid for task in tree.tasks} <= set(holders), name
+
 
 def environment(state: Path) -> dict[str, str]:
     return {**os.environ, "XDG_STATE_HOME": str(state)}
@@ -134,11 +166,12 @@ def lazy_pages(images: Path, *options: str, directory: Path) -> Iterator[LazyPag
 
 
 @contextmanager
-def connected(images: Path) -> Iterator[socket.socket]:
+def connected(images: Path, *, uid: int = 0) -> Iterator[socket.socket]:
     """As a restorer connects."""
     with contextlib.chdir(images), socket.socket(socket.AF_UNIX) as caller:
-        caller.connect(NAME)
+        os.seteuid(uid)
+        try:
+            caller.connect(NAME)
+        finally:
+            os.seteuid(0)
         yield caller
-
-
-__all__ = ["Dumped", "LazyPages", "Program", "connected", "dumped", "environment", "lazy_pages"]
