@@ -21,6 +21,7 @@ from lazyproc.dump.memory import (
     shared_extents,
     with_guards,
 )
+from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.question import Question, ask
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.space import NOTHING, Seen, space_now
@@ -73,6 +74,7 @@ class Dump:
     object_fds: Mapping[int, int]
     connections: Sequence[socket.socket]  # TCP, to be silenced once the other side has them
     given_up: Sequence[socket.socket]  # TCP that the other side does not get, to be hung up
+    outside: Sequence[Flow]  # the packets of those connections that lead out of the tree
 
     def demand_idle_rings(self) -> None:
         """Right before the hand-over: an AIO request may have been completed while the tree was frozen, which neither
@@ -142,6 +144,7 @@ def dumped(
     *,
     seen: Seen = NOTHING,
     tcp_close: bool = False,
+    permits: Permits = MOVED,
     hold: Callable[[Sequence[Flow]], None] | None = None,
     steps: Steps | None = None,
 ) -> Iterator[Dump]:
@@ -159,7 +162,7 @@ def dumped(
     }
     refs = [TaskRef(task.pid, tids[task.pid], task.pidfd) for task in alive]
     with ExitStack() as stack:
-        gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold, seen=seen.files)
+        gathered = gather_descriptors(refs, tcp_close=tcp_close, permits=permits, hold=hold, seen=seen.files)
         stack.enter_context(gathered.sockets)
         steps.done("descriptors")
         objects = Objects(stack)
@@ -193,7 +196,9 @@ def dumped(
         segments = tuple(_segments(checkpoint, pids, objects.fds))
         sockets = gathered.sockets
         steps.done("objects")
-        yield Dump(checkpoint, segments, pids, objects.fds, sockets.connections(), sockets.given_up())
+        outside = [flow for flow in sockets.early_flows() if flow.remote]
+        connections, given_up = sockets.connections(), sockets.given_up()
+        yield Dump(checkpoint, segments, pids, objects.fds, connections, given_up, outside)
 
 
 def _one_task(
@@ -228,6 +233,7 @@ def _one_task(
         mm=mm,
         fs=Fs(cwd, root, frozen.stopped[0].status.umask or 0),
         descriptors=gathered.descriptors[task.vpid],
+        locks=tuple(registry.locks.get(task.vpid, ())),
     )
     extents = eager_extents(pid, mm.vmas, pages)
     steps.done("pagemap")

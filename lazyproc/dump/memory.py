@@ -15,7 +15,7 @@ from lazyproc.facts import replace
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel import tracee as ptrace
-from lazyproc.model import PAGE, Extent, Vma, VmaKind
+from lazyproc.model import DROPPABLE, PAGE, Extent, Vma, VmaKind
 
 # VmFlags of mappings that cannot be moved, Documentation/filesystems/proc.rst
 REFUSED_FLAGS = {
@@ -31,7 +31,7 @@ REFUSED_FLAGS = {
     "sl": ("is sealed by mseal(2)", "start the program without sealing"),
 }
 SPECIAL = {"[vdso]": VmaKind.VDSO, "[vvar]": VmaKind.VVAR, "[vvar_vclock]": VmaKind.VVAR_VCLOCK}
-MAP_GROWSDOWN, MAP_NORESERVE = 0x100, 0x4000  # Python 3.11 knows neither
+MAP_GROWSDOWN, MAP_NORESERVE, MAP_DROPPABLE = 0x100, 0x4000, 0x8  # Python 3.11 knows none
 ANON_NAME = "[anon:"
 
 
@@ -71,6 +71,8 @@ def vma_of(smaps: proc.SmapsEntry) -> Vma:
     flags |= mmap.MAP_ANONYMOUS if kind is VmaKind.ANON else 0
     flags |= MAP_GROWSDOWN if "gd" in smaps.vm_flags else 0
     flags |= MAP_NORESERVE if "nr" in smaps.vm_flags else 0
+    if DROPPABLE in smaps.vm_flags:
+        flags += MAP_DROPPABLE - mmap.MAP_PRIVATE
     return Vma(
         start=entry.start,
         end=entry.end,

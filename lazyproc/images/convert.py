@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import replace
-from lazyproc.images import check, foreign, memory, tasks, threads
+from lazyproc.images import check, foreign, locks, memory, tasks, threads
 from lazyproc.images.contents import read_contents, write_contents
 from lazyproc.images.extras import VERSION, Extras, read_extras
 from lazyproc.images.files import (
@@ -75,6 +75,8 @@ def to_images(
     writer, extras = ImageWriter(), own.Extras(version=VERSION)
     extras.realtime_ns = checkpoint.clocks.realtime_ns
     extras.hostname = to_bytes(checkpoint.hostname)
+    if checkpoint.held:
+        extras.held = to_bytes(checkpoint.held)
     cgroups, seccomp = tasks.CgroupTable(), threads.SeccompTable()
     files = FileWriter(checkpoint, writer, extras)
     _write_inventory(writer, cgroups.add(checkpoint.root.cgroups))
@@ -94,6 +96,7 @@ def to_images(
             _write_alive(task, number, files, writer)
         if task.mm is not None:
             memory.write_mm(task, task.mm, behind, writer, extra, sets, known.get(id(task.mm.vmas)))
+    locks.write(checkpoint.tasks, writer)
     if cgroups.message.sets:
         writer.add(CGROUP, cgroups.message)
     writer.add(SECCOMP, seccomp.message)
@@ -242,6 +245,7 @@ def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
         memory=_read_memory(images, found, shared.objects),
         clocks=_read_clocks(images, extras),
         hostname=to_text(extras.message.hostname, EXTRAS),
+        held=to_text(extras.message.held, EXTRAS),
     )
 
 
@@ -264,6 +268,7 @@ class _TaskReader:
         self._memfd_files = files.memfd_files()
         self._cgroups = tasks.read_cgroups(_only(images, CGROUP, pb.cgroup_entry))
         self._seccomp = _only(images, SECCOMP, pb.seccomp_entry)
+        self._locks = locks.read(images)
         self._owners: dict[tuple[str, int], int] = {}
         self.access: dict[int, int] = {}
 
@@ -288,6 +293,7 @@ class _TaskReader:
             oom_score_adj=tc.oom_score_adj,
             loginuid=tc.loginuid if tc.HasField("loginuid") else _NO_LOGINUID,
             child_subreaper=tc.child_subreaper,
+            membarriers=tc.membarrier_registration_mask,
             xfeatures=extra.xfeatures,
         )  # fmt: skip
         # The threads that CRIU writes down for a zombie are not initialized memory of its own.
@@ -316,6 +322,7 @@ class _TaskReader:
             posix_timers=tasks.read_posix_timers(leader.tc.timers),
             limits=tasks.read_limits(leader.tc.rlimits),
             cgroups=self._cgroups.get(cgroups, {}),
+            locks=self._locks.get(task.vpid, ()),
         )
 
     def _read_descriptors(self, vpid: int) -> tuple[Descriptor, ...]:

@@ -52,6 +52,7 @@ MAGICS = {
     "seccomp": 0x64413049,
     "cgroup": 0x59383330,
     "timens": 0x43114433,
+    "filelocks": 0x54323616,
     "lazyproc": 0x50505A4C,  # "LZPP": ours
     "lazyproc-sums": 0x53505A4C,  # "LZPS"
 }

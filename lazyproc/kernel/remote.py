@@ -290,10 +290,12 @@ class Stub:
     state: State
     addr: int
 
-    def call(self, name: str, *args: int) -> None:
+    def call(self, name: str, *args: int) -> int:
+        """What it returns. Raises TraceeError when it fails."""
         result = step(self.tracee, arch.calling(self.state.registers, self.addr, SYS[name], args))
         if -4096 < result < 0:
             raise _call_failed(self.tracee, name, args, result)
+        return result
 
 
 @contextmanager

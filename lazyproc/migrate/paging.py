@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from pathlib import Path
 from typing import Any
 
 from lazyproc.errors import LazyprocError, Parked
@@ -23,11 +22,12 @@ from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.arrival import Wishes
 from lazyproc.migrate.crew import Clients, Member, amend, heard, say
 from lazyproc.migrate.drain import Drain
-from lazyproc.migrate.journal import Journal
+from lazyproc.migrate.journal import ARRIVING, Journal
 from lazyproc.migrate.link import ROLES, Link, Redial
 from lazyproc.migrate.place import Place
-from lazyproc.migrate.supply import Supply, image_pages
+from lazyproc.migrate.supply import Supply
 from lazyproc.pages.transport import Channel, Declined, Session
+from lazyproc.restore.handed import forestall
 from lazyproc.restore.lazy import note_removals
 from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts
 from lazyproc.trace import Clock, TraceFile
@@ -112,8 +112,18 @@ class Paging:
                 drain.acknowledge()
             if not pager.map_known:
                 pager.plan(blocks(policy.first))
-            alone = self._goes_alone(drain, Supply.of(facts.get("supply") or {}), stack)
-            pager.start(bulk=wishes.bulk or alone, max_rate=0 if alone else wishes.max_rate)
+            supply = Supply.of(facts.get("supply") or {})
+            alone = self._goes_alone(drain, supply, stack)
+            hurries = alone and not supply.criu  # the source is given up
+            bulk, max_rate = wishes.bulk or hurries, 0 if hurries else wishes.max_rate
+            if facts["state"] == ARRIVING:
+                pager.start(bulk=False, max_rate=max_rate)
+                if not self._await_the_run():
+                    return
+                if bulk:
+                    pager.start_bulk()
+            else:
+                pager.start(bulk=bulk, max_rate=max_rate)
             if self._bring(drain, self._redial(drain)):
                 self._close(drain)
 
@@ -122,12 +132,24 @@ class Paging:
         if not supply:
             return False
         try:
-            images = stack.enter_context(image_pages(Path(supply.images))) if supply.images else None
+            images = stack.enter_context(supply.pages()) if supply.images else None
             drain.go_alone(images, poison=supply.poison)
         except (LazyprocError, OSError) as error:
             self._clients.failed(error)
             self._have_noted({"supply": {}})
             return False
+        return True
+
+    def _await_the_run(self) -> bool:
+        """A tree that somebody else restores: he may touch its memory meanwhile, and may still be about to register it,
+        so nothing else is put there before the tree runs. False when it never will.
+        """
+        while not any(kind == "run" for kind, _ in heard(self._keeper, LOOK_S, 1)):
+            if not self._is_kept():
+                if forestall(self._journal.facts["restorer"][0]):
+                    return False
+                amend(self._journal, {"state": "running"}, self._clients.tell)
+                return True
         return True
 
     # --- links ---
@@ -140,6 +162,8 @@ class Paging:
 
     def _take_links(self, drain: Drain, redial: Redial | None) -> None:
         for kind, fds in heard(self._keeper, 0 if drain.linked else STEP_S):
+            if kind == "run":  # said to one before us as well
+                continue
             link = self._duplicated(fds)
             drain.take(link) if kind == "take" else drain.attach(link)
         if redial is not None and not drain.linked:

@@ -27,7 +27,7 @@ def eager_pages(mm: Mm, threads: Iterable[Thread], read: Read) -> frozenset[int]
         if thread.rseq:
             wanted |= {thread.rseq.addr, thread.rseq.addr + thread.rseq.size - 1}
         if thread.robust_list:
-            wanted |= {thread.robust_list, *_held_futexes(thread.robust_list, read)}
+            wanted |= {thread.robust_list, *held_futexes(thread.robust_list, read)}
         if thread.restart:  # the call is made once more before the pager works: what it reads must be there
             wanted |= {registers.di, registers.si, registers.r10}
     for start, end in ((mm.arg_start, mm.arg_end), (mm.env_start, mm.env_end)):
@@ -35,7 +35,7 @@ def eager_pages(mm: Mm, threads: Iterable[Thread], read: Read) -> frozenset[int]
     return frozenset(addr & -PAGE for addr in wanted)
 
 
-def _held_futexes(head: int, read: Read) -> set[int]:
+def held_futexes(head: int, read: Read) -> set[int]:
     """Addresses of the robust futexes a thread holds (kernel/futex/core.c, exit_robust_list)."""
     first, offset, pending = ROBUST_HEAD.unpack(read(head, ROBUST_HEAD.size))
     found = {pending, pending + offset} if pending else set()

@@ -117,10 +117,24 @@ def keep_userfaultfd(site: Site, pager: Pager) -> None:
     site.run_later(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)), check=_demand_lowest)
     lowest = site.transport_fd + ABOVE_TRANSPORT
     site.anchor, site.ledger, site.cradle = range(lowest, lowest + 3)
-    with _readable(pager.ledger) as ledger:
+    with read_only(pager.ledger) as ledger:
         site.receive_later([ledger, pager.cradle], [1, 2])
     for fd, number in enumerate((site.anchor, site.ledger, site.cradle)):
         _move_out_of_the_way(site, fd, number)
+
+
+def lend_userfaultfd(site: Site) -> None:
+    """With the next run the task makes a userfaultfd, for `register`, and keeps it no longer than that."""
+    site.run_later(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)), check=_demand_lowest)
+    site.anchor = site.transport_fd + ABOVE_TRANSPORT
+    _move_out_of_the_way(site, 0, site.anchor)
+
+
+def take_back(sites: Iterable[Site]) -> None:
+    """The userfaultfds that were lent go from the tasks with their next run."""
+    for site in sites:
+        site.run_later(Call("close", (site.anchor,)))
+        site.anchor = -1
 
 
 def _move_out_of_the_way(site: Site, fd: int, number: int) -> None:
@@ -156,7 +170,7 @@ def register(sites: Mapping[int, Site], ranges: Sequence[LazyRange], stack: Exit
 
 
 @contextmanager
-def _readable(ledger: int) -> Iterator[int]:
+def read_only(ledger: int) -> Iterator[int]:
     """The ledger once more, for reading only; its mode keeps the task's user from opening it again for writing."""
     os.fchmod(ledger, 0o600)
     fd = os.open(f"/proc/self/fd/{ledger}", os.O_RDONLY | os.O_CLOEXEC)

@@ -447,6 +447,7 @@ def living(
         oom_score_adj=draw(st.integers(-1000, 1000)),
         loginuid=draw(u32),
         child_subreaper=draw(st.booleans()),
+        membarriers=draw(st.integers(0, 0x1FF)),
         xfeatures=draw(st.sampled_from([0, 1 << 18])),
         cgroups=draw(st.dictionaries(names, paths, max_size=2)),
     )  # fmt: skip
@@ -493,5 +494,6 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
         contents=pools.contents,
         memory={obj: runs for obj, runs in memory.items() if runs},
         clocks=Clocks(draw(nanoseconds), draw(nanoseconds), draw(nanoseconds)),
+        held=draw(st.sampled_from(["", "dump_0123456789abcdef"])),
         hostname=draw(names),
     )

@@ -38,9 +38,12 @@ class Extras(_message.Message):
     SHARED_FIELD_NUMBER: _builtins.int
     CONTENTS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     realtime_ns: _builtins.int
     hostname: _builtins.bytes
+    held: _builtins.bytes
+    """Under which name the packets of its connections are held back where it was dumped (kernel/netfilter.py)."""
     @_builtins.property
     def vm_flag_sets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """The distinct sets of two-letter VmFlags, words separated by spaces; TaskExtra.vm_flags points in here."""
@@ -78,10 +81,11 @@ class Extras(_message.Message):
         shared: _abc.Iterable[Global___SharedExtra] | None = ...,
         contents: _abc.Iterable[Global___ContentExtra] | None = ...,
         images: _abc.Iterable[_builtins.bytes] | None = ...,
+        held: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hostname", b"hostname", "realtime_ns", b"realtime_ns", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "hostname", b"hostname", "realtime_ns", b"realtime_ns", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contents", b"contents", "files", b"files", "hostname", b"hostname", "images", b"images", "packets", b"packets", "pipes", b"pipes", "realtime_ns", b"realtime_ns", "shared", b"shared", "tasks", b"tasks", "threads", b"threads", "version", b"version", "vm_flag_sets", b"vm_flag_sets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contents", b"contents", "files", b"files", "held", b"held", "hostname", b"hostname", "images", b"images", "packets", b"packets", "pipes", b"pipes", "realtime_ns", b"realtime_ns", "shared", b"shared", "tasks", b"tasks", "threads", b"threads", "version", b"version", "vm_flag_sets", b"vm_flag_sets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
