@@ -349,6 +349,12 @@ class Folder:
                 where=str(link),
                 remedy="put the folders of one process next to each other, and make the link anew: ../NAME",
             )
+        if not parent.is_dir():
+            raise ImageError(
+                f"the folder with the pages of the pre-dump before is missing: {os.readlink(link)}",
+                where=str(link),
+                remedy="copy the folders of all pre-dumps, next to each other",
+            )
         return Folder(parent)
 
     def remove(self, name: str) -> None:

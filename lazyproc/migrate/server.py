@@ -11,7 +11,7 @@ from pathlib import Path
 from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.images.convert import from_images, memory_objects, to_images
-from lazyproc.images.files import Folder, pack
+from lazyproc.images.files import EXTRAS, Folder, pack
 from lazyproc.migrate.asking import obstacles_there
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.prepare import Offer, vdso_build_id
@@ -26,6 +26,7 @@ from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Caller, Door, listen
+from lazyproc.restore.crius import fitted
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Released, Running
 
 DOOR_S = 0.2
@@ -86,7 +87,8 @@ def _way(link: Link, door: Door, trust: Trust) -> Way:
 def serve_folder(directory: Path, address: str, order: Order, *, trust: Trust, listener: Listener) -> None:
     """Serve the images in `directory` to any number of clients at once, ours and CRIU's, until interrupted."""
     folder = Folder(directory)
-    checkpoint = from_images(folder.read())
+    images = folder.read()
+    checkpoint = from_images(images)
     gathering = Gathering()
     with (
         ImagePages(folder, memory_objects(checkpoint)) as pages,
@@ -95,6 +97,8 @@ def serve_folder(directory: Path, address: str, order: Order, *, trust: Trust, l
         ) as door,
         closing(gathering),
     ):
+        if EXTRAS not in images:
+            checkpoint = fitted(checkpoint, pages)
         _server_of(pages).stop()  # what is wrong with it is said now, and not to the first client
         listener(Note(f"listening on port {door.port}"))
         while True:

@@ -7,30 +7,46 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from lazyproc.facts import replace
+from lazyproc.kernel import elf
 from lazyproc.kernel.netfilter import Flow, Hold
-from lazyproc.model import PAGE, Checkpoint, InetSocket, MemoryObject, ObjectKind
+from lazyproc.model import PAGE, Checkpoint, Extent, InetSocket, MemoryObject, Mm, ObjectKind, VmaKind
 from lazyproc.pages import PageSource
 from lazyproc.pages.eager import Read, eager_pages
 from lazyproc.restore.aio import demand_fetched
 from lazyproc.restore.sockets import flows_to_hold
-from lazyproc.runs import Extents
+from lazyproc.runs import IN_PARENT, LAZY, Extents
 
 _END = 1 << 64
+_PARENT_IS_LAZY = bytes(kind | LAZY * bool(kind & IN_PARENT) for kind in range(256))
 
 
 def fitted(checkpoint: Checkpoint, source: PageSource) -> Checkpoint:
-    """The checkpoint with the pages eager that our restore needs at once: CRIU's is another program and needs others.
+    """The checkpoint with the pages eager that our restore needs at once (CRIU is another program and needs others),
+    and with the build id of the vdso, of which CRIU writes all pages.
 
     Raises RestoreError for what CRIU carries over in an AIO ring and we do not.
     """
-    memory = dict(checkpoint.memory)
+    memory, tasks = dict(checkpoint.memory), []
     for task in checkpoint.tasks:
         obj = MemoryObject(ObjectKind.TASK, task.vpid)
         if task.mm is not None and obj in memory:
             read = _reader(source, obj)
             demand_fetched(task.vpid, task.mm.vmas, read)
-            memory[obj] = _eager_at(Extents.of(memory[obj]), eager_pages(task.mm, task.threads, read))
-    return replace(checkpoint, memory=memory)
+            memory[obj] = _eager_at(_lazy_in_parents(memory[obj]), eager_pages(task.mm, task.threads, read))
+            task = replace(task, mm=replace(task.mm, vdso_build_id=_vdso_build_id(task.mm, read)))
+        tasks.append(task)
+    return replace(checkpoint, tasks=tuple(tasks), memory=memory)
+
+
+def _vdso_build_id(mm: Mm, read: Read) -> bytes:
+    vdso = next((vma for vma in mm.vmas if vma.kind is VmaKind.VDSO), None)
+    return elf.build_id(read(vdso.start, vdso.length)) if vdso else b""
+
+
+def _lazy_in_parents(memory: Iterable[Extent]) -> Extents:
+    """CRIU marks no page as lazy whose content is in a parent."""
+    extents = Extents.of(memory)
+    return Extents(extents.addrs, extents.counts, extents.kinds.translate(_PARENT_IS_LAZY))
 
 
 def _eager_at(extents: Extents, pages: Iterable[int]) -> Extents:
