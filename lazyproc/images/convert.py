@@ -52,6 +52,7 @@ CGROUP = "cgroup.img"
 SECCOMP = "seccomp.img"
 TIMENS = "timens-0.img"
 _IMG_VERSION = 2  # CRTOOLS_IMAGES_V1_1
+_COMPRESSED_VERSION = 3  # CRTOOLS_IMAGES_V1_2 of CRIU's development branch: pages may be compressed
 _NETWORK_LOCK_SKIP = 2  # lazyproc leaves no firewall rule behind for CRIU to take away
 _NAMESPACES = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup", "time")
 _OWN_NAMESPACES = ("net", "ipc", "uts", "mnt", "user", "cgroup")  # which a restore by lazyproc does not build
@@ -215,7 +216,7 @@ def from_images(images: Mapping[str, bytes]) -> Checkpoint:
 def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
     check_sums(images)
     inventory = record(images, INVENTORY, pb.inventory_entry)
-    if inventory.img_version != _IMG_VERSION or not inventory.fdinfo_per_id:
+    if inventory.img_version not in (_IMG_VERSION, _COMPRESSED_VERSION) or not inventory.fdinfo_per_id:
         raise ImageError(
             f"images of version {inventory.img_version}",
             where=INVENTORY,

@@ -153,24 +153,38 @@ class ImageReader:
 
     def message(self, kind: type[M]) -> M:
         """The next record."""
-        data = self.raw(_U32.unpack(self.raw(4))[0])
+        data = self.record()
+        message = self.parsed(kind, data)
+        if self._strict:
+            self.demand_known(message, data)
+        return message
+
+    def record(self) -> bytes:
+        """The bytes of the next record."""
+        return self.raw(_U32.unpack(self.raw(4))[0])
+
+    def parsed(self, kind: type[M], data: bytes) -> M:
+        """The message in the bytes of the last record."""
         try:
             message = kind.FromString(data)
         except DecodeError:
             raise self.error(f"garbled {kind.DESCRIPTOR.name}") from None
         if not message.IsInitialized():
             raise self.error(f"{kind.DESCRIPTOR.name} lacks a required field")
-        if self._strict and (field := _discarded(message, data)):
+        return message
+
+    def demand_known(self, message: Message, data: bytes) -> None:
+        """Raise ImageError for an unknown field of the message, which `data` was."""
+        if field := unknown_field(message, data):
             raise ImageError(
                 f"{field} is not known to this lazyproc: a newer CRIU wrote it",
                 where=self.name,
                 remedy="restore it with that criu",
             )
-        return message
 
 
-def _discarded(message: Message, data: bytes) -> str:
-    """The first unknown field of the message, "" when there is none. They are gone from it then."""
+def unknown_field(message: Message, data: bytes) -> str:
+    """The first unknown field of the message, which `data` was, "" when there is none. They are gone from it then."""
     size = message.ByteSize()
     message.DiscardUnknownFields()
     return "" if message.ByteSize() == size else next(_unknown(type(message).FromString(data)))

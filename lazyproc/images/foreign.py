@@ -26,6 +26,7 @@ _WORDS = {
 }
 # They say how to check the host, or how the dump went.
 _NO_STATE = ("cpuinfo", "irmap-cache")
+_REGIONS = 2  # inventory_entry.compress; what the entries of a pagemap say decides
 _IPTABLES, _NFTABLES = 0, 1  # inventory_entry.network_lock_method
 
 
@@ -36,6 +37,8 @@ def refuse(images: Mapping[str, bytes], inventory: pb.inventory_entry) -> None:
         if not kind_of(name) and len(data) > _HEADER and stem not in _NO_STATE:
             what = _WORDS.get(stem, "an image of a kind that is not known")
             raise _refused(f"holds {what}, which lazyproc does not restore", name)
+    if inventory.compress > _REGIONS:
+        raise _refused(f"its pages are compressed in the unknown way {inventory.compress}", INVENTORY)
     for plugin in inventory.plugins_entry.plugins:
         raise _refused(f"CRIU's plugin {plugin} took part in the dump", INVENTORY)
 
