@@ -27,6 +27,7 @@ _WORDS = {
 # They say how to check the host, or how the dump went.
 _NO_STATE = ("cpuinfo", "irmap-cache")
 _REGIONS = 2  # inventory_entry.compress; what the entries of a pagemap say decides
+_TABLE_NAME = 31  # bytes that CRIU has room for, the family included (criu/netfilter.c)
 _IPTABLES, _NFTABLES = 0, 1  # inventory_entry.network_lock_method
 
 
@@ -52,7 +53,7 @@ def network_lock(images: Mapping[str, bytes]) -> str | None:
         return None
     if inventory.network_lock_method == _NFTABLES:
         root = record(images, "pstree.img", pb.pstree_entry).pid
-        return f"inet CRIU-{inventory.dump_criu_run_id or root}"
+        return f"inet CRIU-{inventory.dump_criu_run_id or root}"[:_TABLE_NAME]
     return "" if inventory.network_lock_method == _IPTABLES else None
 
 
