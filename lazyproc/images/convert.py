@@ -78,7 +78,7 @@ def to_images(
     extras.hostname = to_bytes(checkpoint.hostname)
     if checkpoint.held:
         extras.held = to_bytes(checkpoint.held)
-    cgroups, seccomp = tasks.CgroupTable(), threads.SeccompTable()
+    cgroups, seccomp = tasks.CgroupTable(), threads.SeccompTable(shared=_threads_share_filters(checkpoint))
     files = FileWriter(checkpoint, writer, extras)
     _write_inventory(writer, cgroups.add(checkpoint.root.cgroups))
     files.write_files()
@@ -173,12 +173,20 @@ def _write_cores(
         writer.add(f"core-{task.vpid}.img", core)
     for index, thread in enumerate(task.threads):
         core = pb.core_entry()
-        threads.write_thread(thread, core, extras.threads.add(tid=thread.tid), seccomp)
+        extra = extras.threads.add(tid=thread.tid)
+        threads.write_thread(thread, core, extra, seccomp, leads=not index)
         if cgroup_set:
             core.thread_core.cg_set = cgroup_set
         if not index:
             tasks.write_task(task, core)
         writer.add(f"core-{thread.tid}.img", core)
+
+
+def _threads_share_filters(checkpoint: Checkpoint) -> bool:
+    return all(
+        len({(thread.seccomp_mode, thread.seccomp) for thread in task.threads}) < 2
+        for task in checkpoint.tasks
+    )
 
 
 def _write_alive(task: Task, number: int, files: FileWriter, writer: ImageWriter) -> None:
@@ -308,12 +316,13 @@ class _TaskReader:
         descriptors = self._read_descriptors(task.vpid)
         mm, fs = self._read_mm(task.vpid), record(self._images, f"fs-{task.vpid}.img", pb.fs_entry)
         cgroups = tasks.cgroup_set(leader)
+        read = [
+            threads.read_thread(tid, core, self._extras, self._seccomp, f"core-{tid}.img")
+            for tid, core in zip(tids, cores, strict=True)
+        ]
         return replace(
             task,
-            threads=tuple(
-                threads.read_thread(tid, core, self._extras, self._seccomp, f"core-{tid}.img")
-                for tid, core in zip(tids, cores, strict=True)
-            ),
+            threads=threads.with_leaders_filters(read, leader, self._seccomp),
             mm=mm,
             fs=Fs(fs.cwd_id, fs.root_id, fs.umask),
             descriptors=descriptors,

@@ -16,6 +16,7 @@ from lazyproc.images.files import ImageWriter, garbled, record, records, to_byte
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.model import (
+    DROPPABLE,
     Mm,
     OpenFile,
     SharedKind,
@@ -61,13 +62,19 @@ _KNOWN = (
 )  # fmt: skip
 
 _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_GROWSDOWN, _MAP_LOCKED = 0x2, 0x20, 0x100, 0x2000
-_MAP_NORESERVE, _MAP_HUGETLB = 0x4000, 0x40000
+_MAP_NORESERVE, _MAP_HUGETLB, _MAP_DROPPABLE = 0x4000, 0x40000, 0x8
 _PROT_WRITE = 2
 _O_ACCMODE, _O_RDWR = 3, 2
 _S_IFREG = 0o100000
 # VmFlags of proc_pid_smaps(5) that CRIU keeps: as the number of an advice to madvise(2), or as a MAP_ flag.
 _ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
-_MAP_FLAGS = {"gd": _MAP_GROWSDOWN, "lo": _MAP_LOCKED, "nr": _MAP_NORESERVE, "ht": _MAP_HUGETLB}
+_MAP_FLAGS = {
+    "gd": _MAP_GROWSDOWN,
+    "lo": _MAP_LOCKED,
+    "nr": _MAP_NORESERVE,
+    "ht": _MAP_HUGETLB,
+    DROPPABLE: _MAP_DROPPABLE,
+}
 
 # CRIU's own: it maps what is no file with these flags and no descriptor, and locks memory by them (criu/mem.c).
 _CRIUS_FLAGS = {

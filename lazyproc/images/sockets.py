@@ -299,6 +299,8 @@ def write_inet(
         entry.opts.so_bound_dev = to_bytes(socket.interface)
     if socket.tcp is not None:
         _write_tcp(f"tcp-stream-{socket.inode:x}.img", socket.tcp, writer)
+        if socket.tcp.unsent:
+            extra.tcp_unsent = socket.tcp.unsent
 
 
 def _words(address: bytes) -> tuple[int, ...]:
@@ -312,7 +314,7 @@ def _write_tcp(name: str, tcp: TcpState, writer: ImageWriter) -> None:
         inq_seq=tcp.recv_seq,
         outq_len=len(tcp.send_queue),
         outq_seq=tcp.send_seq,
-        unsq_len=tcp.unsent,
+        unsq_len=0,
         opt_mask=tcp.options,
         mss_clamp=tcp.mss,
         snd_wscale=tcp.send_wscale,
@@ -354,7 +356,7 @@ def read_inet(
         options=read_options((entry.opts, entry.ip_opts, entry.tcp_opts), extra),
         v6only=entry.v6only,
         interface=to_text(entry.opts.so_bound_dev.rstrip(b"\0"), where),
-        tcp=_read_tcp(open_image(images, name)) if name in images else None,
+        tcp=_read_tcp(open_image(images, name), extra) if name in images else None,
         queue=queue,
     )
     if socket.tcp is not None or entry.proto != _TCP or entry.state not in _CONNECTED or EXTRAS in images:
@@ -370,7 +372,7 @@ def _given_up(socket: InetSocket) -> InetSocket:
     return replace(socket, state=_CLOSE, remote=None, shutdown=_BOTH, tcp=nothing)
 
 
-def _read_tcp(reader: ImageReader) -> TcpState:
+def _read_tcp(reader: ImageReader, extra: own.FileExtra) -> TcpState:
     entry = reader.message(pb.tcp_stream_entry)
     window = b""
     if entry.HasField("snd_wnd"):
@@ -379,14 +381,15 @@ def _read_tcp(reader: ImageReader) -> TcpState:
         )
     received = reader.raw(entry.inq_len)
     sent = reader.raw(entry.outq_len)
-    if entry.unsq_len > entry.outq_len:
-        raise reader.error(f"{entry.unsq_len} bytes unsent of {entry.outq_len}")
+    unsent = extra.tcp_unsent or entry.unsq_len
+    if unsent > entry.outq_len:
+        raise reader.error(f"{unsent} bytes unsent of {entry.outq_len}")
     return TcpState(
         send_seq=entry.outq_seq,
         recv_seq=entry.inq_seq,
         send_queue=sent,
         recv_queue=received,
-        unsent=entry.unsq_len,
+        unsent=unsent,
         mss=entry.mss_clamp,
         options=entry.opt_mask,
         send_wscale=entry.snd_wscale,

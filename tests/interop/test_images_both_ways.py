@@ -30,8 +30,16 @@ from tests.live.programs import wait_until
 from tests.needs import require, require_root
 
 MIXED = ("mixed", "16", "3", "100")
-# tree: zombies, stopped children, sessions; aio_ring: what only CRIU reads of our pages, and only we of its
-CARGO = [MIXED, ("threads",), ("tree",), ("aio_ring",), ("shared_anon",), ("memory_static",)]
+# tree: zombies, sessions; aio_ring: what only CRIU reads of our pages; small_state: filters of all threads
+CARGO = [
+    MIXED,
+    ("threads",),
+    ("tree",),
+    ("aio_ring",),
+    ("shared_anon",),
+    ("memory_static",),
+    ("small_state",),
+]
 IDS = [words[0] for words in CARGO]
 WAYS = [False, True]
 

@@ -275,6 +275,7 @@ class FileExtra(_message.Message):
     BUILD_ID_FIELD_NUMBER: _builtins.int
     SEMAPHORE_FIELD_NUMBER: _builtins.int
     EPOLL_FILES_FIELD_NUMBER: _builtins.int
+    TCP_UNSENT_FIELD_NUMBER: _builtins.int
     EPOLL_FDS_FIELD_NUMBER: _builtins.int
     UNIX_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
@@ -287,6 +288,8 @@ class FileExtra(_message.Message):
     build_id: _builtins.bytes
     """whose length is no multiple of four"""
     semaphore: _builtins.bool
+    tcp_unsent: _builtins.int
+    """Of unsent bytes CRIU is told that they were sent: it would send them before their other end is there again."""
     @_builtins.property
     def epoll_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """the watched file of each target, in order"""
@@ -312,13 +315,14 @@ class FileExtra(_message.Message):
         build_id: _builtins.bytes | None = ...,
         semaphore: _builtins.bool | None = ...,
         epoll_files: _abc.Iterable[_builtins.int] | None = ...,
+        tcp_unsent: _builtins.int | None = ...,
         epoll_fds: _abc.Iterable[_builtins.int] | None = ...,
         unix: Global___UnixExtra | None = ...,
         options: Global___OptionsExtra | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "unix", b"unix"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "epoll_fds", b"epoll_fds", "epoll_files", b"epoll_files", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "unix", b"unix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "epoll_fds", b"epoll_fds", "epoll_files", b"epoll_files", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
