@@ -55,7 +55,7 @@ FEATURES = (
     Feature("nftables", "nftables"),
     Feature("has_ipt_legacy", lacks="iptables is not used"),
     Feature("pidfd_store", lacks="there is no dump in steps yet"),
-    Feature("ns_pid", lacks=_NAMESPACES),
+    Feature("ns_pid"),
     Feature("apparmor_stacking", lacks="security labels are not set"),
     Feature("network_lock_nftables", "nftables"),
     Feature("sockopt_buf_lock"),

@@ -216,7 +216,9 @@ OPTIONS = (
         "established TCP connections: moved, with their address",
         negatable=True,
     ),
-    Option("tcp-close", DOES, _CR, "they are closed instead", negatable=True),
+    Option(
+        "tcp-close", DOES, _CR, "they are closed instead; by a dump those with the outside", negatable=True
+    ),
     Option(
         "skip-in-flight",
         REFUSED,

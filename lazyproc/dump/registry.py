@@ -99,6 +99,7 @@ class Registry:
     seen: Mapping[FileSeen, RegularFile] = field(default_factory=dict)  # before the freeze
     looked: dict[FileSeen, RegularFile] = field(default_factory=dict)  # whose content does not travel
     queue: deque[Place] = field(default_factory=deque)
+    unread: bool = False  # a message that was not looked at waits in a socket, perhaps with descriptors
     objects: Numbers = field(default_factory=Numbers)  # SharedMemory, by Inode
     pipe_numbers: Numbers = field(default_factory=Numbers)  # by Inode
     content_numbers: Numbers = field(default_factory=Numbers)  # by Inode

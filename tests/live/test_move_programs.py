@@ -25,7 +25,7 @@ ARGUMENTS = {
     "timers": ("5000",),
 }
 # Their mappings, descriptors and processes come and go.
-RESTLESS = ("fork_lazy", "sleeps", "small_state", "sock_queues", "threads")
+RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")
 PROTECTING = ("memory_static",)  # changes the protection of its mappings all the time
 REFUSED = ("file_locks",)  # between hosts; as images they move
 PROGRAMS = sorted({path.stem for path in SOURCES.glob("*.c")} - {*REFUSED})
