@@ -92,9 +92,13 @@ class ImagePages:
         The descriptors belong to this object and are open until close(). Raises ImageError for a page that is only at
         a page server.
         """
+        for obj, held in self._objects.items():
+            _demand_here(obj, held.pagemap.elsewhere())
+        return self._segments()
+
+    def _segments(self) -> Segments:
         rows = array("Q")
         for obj, held in sorted(self._objects.items(), key=lambda item: item[0].key):
-            _demand_here(obj, held.pagemap.elsewhere())
             rows += held.rows(obj.key)
         return Segments(rows)
 

@@ -166,6 +166,26 @@ def lazy_pages(images: Path, *options: str, directory: Path) -> Iterator[LazyPag
 
 
 @contextmanager
+def serving(
+    target: Path | int, *, directory: Path, port: int = 0
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`lazyproc serve` of a folder or of a process, and its port."""
+    log = directory / f"serve-{port}.log"
+    command = [sys.executable, "-m", "lazyproc.cli.main", "serve", "--log-file", str(log)]
+    command += ["-D", str(target)] if isinstance(target, Path) else [str(target)]
+    process = subprocess.Popen(
+        [*command, "--listen", f"127.0.0.1:{port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=environment(directory / "state"),
+    )  # fmt: skip
+    try:
+        wait_until(lambda: log.exists() and "listening on port" in log.read_text(), "it serves")
+        yield process, int(log.read_text().partition("listening on port ")[2].split()[0])
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
 def connected(images: Path, *, uid: int = 0) -> Iterator[socket.socket]:
     """As a restorer connects."""
     with contextlib.chdir(images), socket.socket(socket.AF_UNIX) as caller:
