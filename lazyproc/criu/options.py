@@ -278,10 +278,10 @@ OPTIONS = (
         (RESTORE,),
         "the daemon behind lazy-pages.socket brings pages when they are touched",
     ),
-    Option("lazy-pages", REFUSED, (DUMP, PAGE_SERVER), "a dump is not lazy yet; `lazyproc serve PID` is"),
-    Option(
-        "page-server", REFUSED, (DUMP, LAZY_PAGES), "is not built yet; see `lazyproc serve`", negatable=True
-    ),
+    Option("lazy-pages", DOES, (PAGE_SERVER,), "the images are given to a lazy-pages daemon, ours or CRIU's"),
+    Option("lazy-pages", REFUSED, (DUMP,), "a dump is not lazy yet; `lazyproc serve PID` is"),
+    Option("page-server", DOES, (LAZY_PAGES,), "what the images lack comes from there", negatable=True),
+    Option("page-server", REFUSED, (DUMP,), "is not built yet; copy the folder", negatable=True),
     Option("address", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "where a page server is", "IP"),
     Option("port", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "the same", "NUM"),
     Option(
