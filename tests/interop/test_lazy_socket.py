@@ -357,7 +357,7 @@ def refuses(images: Path, port: int) -> str:
 @pytest.mark.parametrize("killed", [False, True])
 def test_pages_come_from_a_server_of_images(tmp_path: Path, killed: bool) -> None:
     """An empty folder becomes one that CRIU restores from; a server that is lost is called again."""
-    with dumped(*CARGO, directory=tmp_path) as cargo, ExitStack() as stack:
+    with dumped("memory_random", 16, 2, 20000, directory=tmp_path) as cargo, ExitStack() as stack:
         full, cargo.images = cargo.images, tmp_path / "fetched"
         server, port = stack.enter_context(serving(full, directory=tmp_path))
         cargo.images.mkdir()
@@ -367,6 +367,7 @@ def test_pages_come_from_a_server_of_images(tmp_path: Path, killed: bool) -> Non
             assert fetched < sum(path.stat().st_size for path in full.glob("pages-*")) / 2
             cargo.restored()
             pager.wait_state("running")
+            cargo.watch.wait_beats(1)
             if killed:
                 server.kill()
                 server.wait()
