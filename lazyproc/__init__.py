@@ -6,6 +6,7 @@ TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from lazyproc import errors as errors
     from lazyproc.dump.checkpoint import checkpoint as checkpoint
+    from lazyproc.dump.permits import Permits as Permits
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.explain import explain as explain
     from lazyproc.migrate.lazypages import lazy_pages as lazy_pages
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "LazyRegion": "lazyproc.uffd.region",
     "abort": "lazyproc.migrate.sessions",
+    "Permits": "lazyproc.dump.permits",
     "Restored": "lazyproc.restore.run",
     "Tls": "lazyproc.pages.tls",
     "checkpoint": "lazyproc.dump.checkpoint",
@@ -38,6 +40,7 @@ _PACKAGES = ("errors", "migrate", "restore")  # the last two are callable, see c
 
 __all__ = [
     "LazyRegion",
+    "Permits",
     "Restored",
     "Tls",
     "abort",

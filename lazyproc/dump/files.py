@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from fcntl import F_GET_SEALS, fcntl
 
 from lazyproc.dump.look import Look, attempt
+from lazyproc.dump.permits import CONTENT_LIMIT
 from lazyproc.dump.registry import Refused, Registry, file_seen
 from lazyproc.facts import replace
 from lazyproc.kernel import elf, fds
@@ -22,7 +23,6 @@ from lazyproc.model import FileContent, MemFd, OpenFile, Owner, RegularFile, Sha
 
 LINKS = ("exe", "cwd", "root")  # of a process; before what it maps: numbers are the same in each look
 DELETED = " (deleted)"
-CONTENT_LIMIT = 256 << 20  # bytes of one file that may travel while the tree stands still
 
 # Character devices that are the same on every host (Documentation/admin-guide/devices.txt).
 COMMON_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
@@ -163,10 +163,11 @@ def _content(registry: Registry, path: str, status: os.stat_result, taken: int) 
     number, _ = registry.content_numbers.of((status.st_dev, status.st_ino))
     if number in registry.contents:
         return number
-    if status.st_blocks * 512 > CONTENT_LIMIT:
+    limit = CONTENT_LIMIT if path else min(CONTENT_LIMIT, registry.permits.ghost_limit)
+    if status.st_blocks * 512 > limit:
         raise Refused(
-            f"{path or 'the deleted file'} has {status.st_blocks >> 11} MiB that would have to travel with "
-            f"the process, and {CONTENT_LIMIT >> 20} MiB is the limit",
+            f"{path or 'the deleted file'} has {status.st_blocks / 2048:g} MiB that would have to travel with "
+            f"the process, and {limit / (1 << 20):g} MiB is the limit",
             "keep it on a file system that both hosts have",
         )
     content = FileContent(

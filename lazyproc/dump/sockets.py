@@ -56,6 +56,9 @@ _PROTOCOLS = {
     IPPROTO_MPTCP: ("a Multipath TCP socket, whose state cannot be read", "let the program use plain TCP"),
 }
 _ONLY_ROOT = Refused("is a socket that only root may look into", "run as root (CAP_NET_ADMIN)")
+_NOT_PERMITTED = Refused(
+    "is an established TCP connection, which was not asked for", "say that they are to be kept, or closed"
+)
 _UNIX_TYPES = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
 
 
@@ -197,6 +200,8 @@ class SocketTable:
 
     def _resource(self, taken: _Taken, known: _Known) -> UnixSocket | InetSocket:
         queue, ends = taken.queue or (), taken.ends
+        if ends is not None and ends.is_connection and not self._is_permitted(ends):
+            raise _NOT_PERMITTED
         values = read_options(taken.sock, connected=ends is not None and ends.is_connection)
         options = SocketOptions(
             values | ({(SOL_SOCKET, SO_ATTACH_FILTER): taken.filter} if taken.filter else {})
@@ -229,6 +234,9 @@ class SocketTable:
     def _is_given_up(self, ends: Ends) -> bool:
         """TCP with the outside; a listening socket with everything that waits there."""
         return self.tcp_close and ends.protocol == socket.IPPROTO_TCP and not self._is_inside(ends)
+
+    def _is_permitted(self, connection: Ends) -> bool:
+        return self.registry.permits.connections or self._is_given_up(connection)
 
     def _bound(self) -> list[Ends]:
         return [taken.ends for taken in self._taken.values() if taken.ends and taken.ends.local[1]]

@@ -12,18 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import replace
-from lazyproc.images import check, memory, tasks, threads
+from lazyproc.images import check, foreign, locks, memory, tasks, threads
 from lazyproc.images.contents import read_contents, write_contents
 from lazyproc.images.extras import VERSION, Extras, read_extras
 from lazyproc.images.files import (
     EXTRAS,
-    FOREIGN_MAGICS,
     INVENTORY,
-    ImageReader,
     ImageWriter,
     M,
     garbled,
-    kind_of,
     open_image,
     record,
     records,
@@ -57,7 +54,7 @@ TIMENS = "timens-0.img"
 _IMG_VERSION = 2  # CRTOOLS_IMAGES_V1_1
 _NETWORK_LOCK_SKIP = 2  # lazyproc leaves no firewall rule behind for CRIU to take away
 _NAMESPACES = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup", "time")
-_OWN_NAMESPACES = ("net", "ipc", "uts", "mnt", "user")  # which a restore by lazyproc does not build
+_OWN_NAMESPACES = ("net", "ipc", "uts", "mnt", "user", "cgroup")  # which a restore by lazyproc does not build
 _NO_LOGINUID = 0xFFFFFFFF
 
 
@@ -78,6 +75,8 @@ def to_images(
     writer, extras = ImageWriter(), own.Extras(version=VERSION)
     extras.realtime_ns = checkpoint.clocks.realtime_ns
     extras.hostname = to_bytes(checkpoint.hostname)
+    if checkpoint.held:
+        extras.held = to_bytes(checkpoint.held)
     cgroups, seccomp = tasks.CgroupTable(), threads.SeccompTable()
     files = FileWriter(checkpoint, writer, extras)
     _write_inventory(writer, cgroups.add(checkpoint.root.cgroups))
@@ -97,6 +96,7 @@ def to_images(
             _write_alive(task, number, files, writer)
         if task.mm is not None:
             memory.write_mm(task, task.mm, behind, writer, extra, sets, known.get(id(task.mm.vmas)))
+    locks.write(checkpoint.tasks, writer)
     if cgroups.message.sets:
         writer.add(CGROUP, cgroups.message)
     writer.add(SECCOMP, seccomp.message)
@@ -221,7 +221,7 @@ def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
             where=INVENTORY,
             remedy="take the checkpoint with CRIU >= 3",
         )
-    _refuse_foreign(images)
+    foreign.refuse(images, inventory)
     extras = read_extras(images)
     for name in extras.message.images:
         open_image(images, to_text(name, EXTRAS))
@@ -245,19 +245,8 @@ def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
         memory=_read_memory(images, found, shared.objects),
         clocks=_read_clocks(images, extras),
         hostname=to_text(extras.message.hostname, EXTRAS),
+        held=to_text(extras.message.held, EXTRAS),
     )
-
-
-def _refuse_foreign(images: Mapping[str, bytes]) -> None:
-    """What CRIU carries and lazyproc has no model for must not be lost in silence."""
-    for name, data in images.items():
-        kind = kind_of(name)
-        if kind in FOREIGN_MAGICS and ImageReader(name, data).more:
-            raise ImageError(
-                f"the checkpoint has {kind}, which lazyproc does not restore",
-                where=name,
-                remedy="restore it with criu",
-            )
 
 
 class _TaskReader:
@@ -279,6 +268,7 @@ class _TaskReader:
         self._memfd_files = files.memfd_files()
         self._cgroups = tasks.read_cgroups(_only(images, CGROUP, pb.cgroup_entry))
         self._seccomp = _only(images, SECCOMP, pb.seccomp_entry)
+        self._locks = locks.read(images)
         self._owners: dict[tuple[str, int], int] = {}
         self.access: dict[int, int] = {}
 
@@ -303,6 +293,7 @@ class _TaskReader:
             oom_score_adj=tc.oom_score_adj,
             loginuid=tc.loginuid if tc.HasField("loginuid") else _NO_LOGINUID,
             child_subreaper=tc.child_subreaper,
+            membarriers=tc.membarrier_registration_mask,
             xfeatures=extra.xfeatures,
         )  # fmt: skip
         # The threads that CRIU writes down for a zombie are not initialized memory of its own.
@@ -331,6 +322,7 @@ class _TaskReader:
             posix_timers=tasks.read_posix_timers(leader.tc.timers),
             limits=tasks.read_limits(leader.tc.rlimits),
             cgroups=self._cgroups.get(cgroups, {}),
+            locks=self._locks.get(task.vpid, ()),
         )
 
     def _read_descriptors(self, vpid: int) -> tuple[Descriptor, ...]:

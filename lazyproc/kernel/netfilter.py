@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, Self
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PREFIX = "lazyproc_"
 KEEP = b"keep\n"
+DUMPED = "dump_"  # how the sessions of checkpoints begin
 MARK = 0x6C70  # SO_MARK of packets that the restore itself injects; they pass
 _BEFORE_CONNTRACK = -350  # NF_IP_PRI_RAW is -300: a packet held back leaves no conntrack entry either
 End = tuple[bytes, int]  # packed address, port
@@ -109,7 +110,7 @@ class Hold:
     """A growing set of flows that are held back until `release`, or the end of the context."""
 
     def __init__(self, session: str) -> None:
-        self._session = session
+        self.session = session
         self._flows: frozenset[Flow] = frozenset()
         self._sweeper: subprocess.Popen[bytes] | None = None
 
@@ -124,8 +125,8 @@ class Hold:
         wanted = self._flows.union(flows)
         if wanted != self._flows:
             if self._sweeper is None:
-                self._sweeper = _sweeper(PREFIX + self._session)
-            hold(self._session, wanted)
+                self._sweeper = _sweeper(PREFIX + self.session)
+            hold(self.session, wanted)
             self._flows = wanted
 
     def keep(self) -> None:
@@ -133,6 +134,13 @@ class Hold:
         if self._sweeper is not None:
             self._sweeper.communicate(KEEP)
             self._sweeper = None
+
+    def keep_only(self, flows: Sequence[Flow]) -> None:
+        """The same for these; all others come through again."""
+        if flows:
+            hold(self.session, flows)
+            self.keep()
+            self.forget()
 
     def forget(self) -> None:
         """What is kept is somebody else's to release."""
@@ -143,7 +151,7 @@ class Hold:
         if self._sweeper is not None:
             self._sweeper.communicate()
         elif self._flows:
-            release(PREFIX + self._session)
+            release(PREFIX + self.session)
         self._sweeper, self._flows = None, frozenset()
 
 

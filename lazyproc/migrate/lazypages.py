@@ -47,6 +47,7 @@ from lazyproc.restore.handed import (
     forestall,
     has_finished,
 )
+from lazyproc.restore.handing import dialled as dialled
 from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts
 from lazyproc.restore.pages import ABOVE_TRANSPORT
 from lazyproc.uffd.pager import Pager

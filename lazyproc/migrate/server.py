@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from contextlib import closing
@@ -10,7 +11,7 @@ from pathlib import Path
 from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.images.convert import from_images, memory_objects, to_images
-from lazyproc.images.files import Folder, pack
+from lazyproc.images.files import EXTRAS, Folder, pack
 from lazyproc.migrate.asking import obstacles_there
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.prepare import Offer, vdso_build_id
@@ -18,12 +19,14 @@ from lazyproc.migrate.source import BUILD_S, Order, Way, comes_back, look, moved
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.model import Checkpoint
 from lazyproc.pages.bundle import NAME, pack_bundle
+from lazyproc.pages.criu_server import Shelf, answer
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Door, listen
+from lazyproc.pages.transport import Caller, Door, listen
+from lazyproc.restore.crius import fitted
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Released, Running
 
 DOOR_S = 0.2
@@ -82,15 +85,20 @@ def _way(link: Link, door: Door, trust: Trust) -> Way:
 
 
 def serve_folder(directory: Path, address: str, order: Order, *, trust: Trust, listener: Listener) -> None:
-    """Serve the images in `directory` to any number of clients, at the same time, until interrupted."""
+    """Serve the images in `directory` to any number of clients at once, ours and CRIU's, until interrupted."""
     folder = Folder(directory)
-    checkpoint = from_images(folder.read())
+    images = folder.read()
+    checkpoint = from_images(images)
     gathering = Gathering()
     with (
         ImagePages(folder, memory_objects(checkpoint)) as pages,
-        listen(address, Party.SOURCE, trust=trust, report=listener) as door,
+        listen(
+            address, Party.SOURCE, trust=trust, report=listener, criu=_criu_clients(pages, listener)
+        ) as door,
         closing(gathering),
     ):
+        if EXTRAS not in images:
+            checkpoint = fitted(checkpoint, pages)
         _server_of(pages).stop()  # what is wrong with it is said now, and not to the first client
         listener(Note(f"listening on port {door.port}"))
         while True:
@@ -102,6 +110,20 @@ def serve_folder(directory: Path, address: str, order: Order, *, trust: Trust, l
 
 def _server_of(pages: ImagePages) -> PageServer:
     return PageServer((s.key, s.start, s.end, s.fd, s.offset) for s in pages.segments())
+
+
+def _criu_clients(pages: ImagePages, listener: Listener) -> Caller:
+    """Begins to answer a lazy-pages daemon of CRIU."""
+    shelf = Shelf(pages, pages.extents())
+
+    def serve_one(sock: socket.socket, where: str) -> None:
+        with sock:
+            try:
+                answer(sock, where, shelf, lambda *_: None)
+            except LazyprocError as error:
+                listener(Note(f"ended a connection: {error}"))
+
+    return lambda sock, where: threading.Thread(target=serve_one, args=(sock, where), daemon=True).start()
 
 
 class _Client:

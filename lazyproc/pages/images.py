@@ -134,7 +134,7 @@ class ImagePages:
         for folder in chain:
             if layers and not os.path.lexists(folder.path / name):
                 break  # the object is younger than that pre-dump
-            layers.append(read_pagemap(ImageReader(name, folder.contents(name))))
+            layers.append(read_pagemap(ImageReader(name, folder.contents(name), strict=True)))
             fds.append(self._open_pages(folder, f"pages-{layers[-1].pages_id}.img", layers[-1].size))
         return _Object(layers[0], locate(layers), tuple(fds))
 

@@ -20,7 +20,7 @@ from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
-from lazyproc.kernel.netfilter import Hold
+from lazyproc.kernel.netfilter import DUMPED, Hold, release_session
 from lazyproc.kernel.nursery import TRANSPORT_FD, Nursery, nursery
 from lazyproc.kernel.remote import Call, step
 from lazyproc.model import Checkpoint, Clocks, Mm, Task, TaskState, VmaKind
@@ -39,7 +39,8 @@ from lazyproc.restore.users import Users
 from lazyproc.uffd.device import demand_for_tasks
 from lazyproc.uffd.pager import Pager
 
-Pidns = Literal["auto", "host", "new"]
+# "same": as it was dumped, a root that was pid 1 in a new one, any other here
+Pidns = Literal["auto", "host", "new", "same"]
 
 
 @dataclass(slots=True)
@@ -88,6 +89,8 @@ class BuiltTree:
             last_first.callback(self._made.close)
             last_first.callback(self._sockets.leave_repair)
             last_first.callback(self._hold.release)
+            if self.checkpoint.held.startswith(DUMPED):
+                last_first.callback(release_session, self.checkpoint.held)
 
     def _tracees(self) -> list[ptrace.Tracee]:
         return [tracee for site in self.sites.values() for tracee in site.threads.values()]
@@ -121,6 +124,8 @@ def _started(pid: int) -> int:
 
 def wants_new_pidns(pidns: Pidns, numbers: Iterable[int]) -> bool:
     """Whether a tree with these numbers gets a pid namespace: also when one of them is 1, or plainly taken here."""
+    if pidns == "same":
+        return 1 in numbers
     return pidns == "new" or (pidns == "auto" and any(map(is_taken, numbers)))
 
 
@@ -153,6 +158,7 @@ def built_tree(
     listener: Listener,
     *,
     pager: Pager | None,
+    handed: bool = False,
     pidns: Pidns,
     cgroup: str | None = None,
     users: Users | None = None,
@@ -162,18 +168,19 @@ def built_tree(
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
     `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
-    `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in
-    /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. `birth` is from
-    `expecting`, where there was time for that before. `known` is called as soon as it is known what will be needed to
-    complete the tree.
+    `lazy.introduce`, brings the others later, or the userfaultfds are to be `handed` to somebody who does. The tree is
+    in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Its files are opened with the rights of
+    `users`, otherwise with ours. `birth` is from `expecting`, where there was time for that before. `known` is called
+    as soon as it is known what will be needed to complete the tree.
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
     """
     clock = StepClock(listener, "restore: ")
-    if pager is not None:
+    lazy = handed or pager is not None
+    if lazy:
         demand_for_tasks()
-    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=pager is not None), listener)
+    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=lazy), listener)
     with ExitStack() as stack:
         label = checkpoint.root.vpid
         try:
@@ -182,14 +189,14 @@ def built_tree(
                 birth = stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
             clock.done("arrange")
             tree = stack.enter_context(
-                _built(checkpoint, source, clock, listener, pager, birth, users, known)
+                _built(checkpoint, source, clock, listener, pager, handed, birth, users, known)
             )
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
-            if pidns == "host":
+            if pidns in ("host", "same"):
                 raise
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
             tree = stack.enter_context(
-                _built(checkpoint, source, clock, listener, pager, birth, users, known)
+                _built(checkpoint, source, clock, listener, pager, handed, birth, users, known)
             )
         except (OSError, OverflowError) as error:
             raise RestoreError(
@@ -244,6 +251,7 @@ def _built(
     clock: StepClock,
     listener: Listener,
     pager: Pager | None,
+    handed: bool,
     birth: Birth,
     users: Users | None,
     known: Callable[[LazyTree], object],
@@ -262,18 +270,22 @@ def _built(
             files_and_objects(checkpoint, born, sites, listener, users or Users())
         )
         clock.done("files")
-        ranges = tuple(pages.lazy_ranges(checkpoint)) if pager is not None else ()
+        ranges = tuple(pages.lazy_ranges(checkpoint)) if handed or pager is not None else ()
         lazy = {r.vpid for r in ranges}
         for vpid, site in sites.items():  # one after the other: see Site.receive_later
             memory.move_in(site)
             memory.map_all(site, checkpoint, files, shared)
-            if pager is not None and vpid in lazy:
+            if handed:
+                pages.lend_userfaultfd(site)
+            elif pager is not None and vpid in lazy:
                 pages.keep_userfaultfd(site, pager)
             site.run()
             memory.check_vdso(site)
         objects.mark_removed(checkpoint)
         clock.done("memory map")
         userfaultfds = pages.register(sites, ranges, stack)
+        if handed:
+            pages.take_back(sites.values())
         pages.fill(sites, checkpoint, source, userfaultfds, shared)
         seal_memfds(checkpoint, shared)
         clock.done("eager pages")
@@ -353,6 +365,7 @@ def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> N
         Call("close", (cwd,)),
         Call("close", (root,)),
         Call("close", (site.transport_fd,)),
+        *descriptors.lock_calls(task, bench),
         *state.flag_calls(task),
         *state.timer_create_calls(task, bench),
         Call("set_tid_address", (task.leader.clear_child_tid,)),
@@ -360,7 +373,7 @@ def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> N
 
 
 def _give_state(site: Site, inherited: Inherited, listener: Listener) -> None:
-    """Everything but registers. Credentials come late (what precedes needs privileges), seccomp after them."""
+    """Everything but registers. Credentials come late: what precedes needs privileges."""
     task = site.task
     state.set_from_outside(task, site.pid, listener)
     for thread in task.threads:
@@ -370,12 +383,20 @@ def _give_state(site: Site, inherited: Inherited, listener: Listener) -> None:
 
 
 def _run_in_threads(site: Site, inherited: Inherited) -> None:
-    """The threads' own state, all threads at the same time, and what is left of the process's; then filters, which
-    would forbid what came before.
+    """The threads' own state, all threads at the same time, and what is left of the process's. Filters would forbid
+    it: they are suspended.
     """
     task, bench = site.task, site.bench
     pairs = [(site.threads[thread.tid], thread) for thread in task.threads]
-    programs = [(t, list(state.thread_calls(thread, bench, inherited))) for t, thread in pairs]
+    if any(thread.seccomp_mode for thread in task.threads):
+        options = ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_SUSPEND_SECCOMP
+        for tracee, _ in pairs:
+            tracee.set_options(options)
+    shared = state.shared_filters(task.threads, inherited)
+    if shared:
+        common = task.leader.seccomp[:shared]
+        bench.run(site.leader, list(state.filter_calls(common, bench, state.SECCOMP_FILTER_FLAG_TSYNC)))
+    programs = [(t, list(state.thread_calls(thread, bench, inherited, shared))) for t, thread in pairs]
     assert task.mm is not None
     programs[0][1].extend(
         (
@@ -386,11 +407,7 @@ def _run_in_threads(site: Site, inherited: Inherited) -> None:
     )
     bench.run_all(programs)
     for tracee, thread in pairs:
-        if thread.seccomp_mode:
-            tracee.set_options(
-                ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_SUSPEND_SECCOMP
-            )
-        late = [*state.seccomp_calls(thread, bench), *state.pending_calls(site.task, thread, bench)]
+        late = [*state.seccomp_calls(thread, bench, inherited), *state.pending_calls(task, thread, bench)]
         if late:
             bench.run(tracee, late)
 
