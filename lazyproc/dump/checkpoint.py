@@ -82,7 +82,7 @@ def checkpoint(
                 dumped(tree, tcp_close=tcp_close, permits=permits, hold=hold.add if hold else None) as dump,
                 dump_pages(dump) as pages,
             ):
-                whole = dump.whole()
+                whole = dump.for_images()
                 if hold is not None and dump.outside and not leave_running:
                     whole = replace(whole, held=hold.session)
                 images = to_images(whole)

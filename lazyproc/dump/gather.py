@@ -16,7 +16,6 @@ from lazyproc.dump.freeze import FrozenTask, FrozenTree
 from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, rings_of, settled
 from lazyproc.dump.memory import (
     eager_extents,
-    eager_pages,
     lazy_extents,
     runs_of,
     shared_extents,
@@ -47,7 +46,9 @@ from lazyproc.model import (
     SigAction,
     Task,
     Thread,
+    VmaKind,
 )
+from lazyproc.pages.eager import eager_pages
 from lazyproc.steps import Steps
 
 
@@ -114,8 +115,23 @@ class Dump:
                 found[obj] = shared_extents(self.object_fds[number], shared.size, lazy=True)
         return found
 
+    def for_images(self) -> Checkpoint:
+        """The checkpoint with all its pages listed, and those that only CRIU reads: the symbols of the old vdso, and
+        the heads of AIO rings.
+        """
+        whole = self.whole()
+        memory = dict(whole.memory)
+        for task in whole.tasks:
+            obj = MemoryObject(ObjectKind.TASK, task.vpid)
+            read = [
+                vma for vma in (task.mm.vmas if task.mm else ()) if vma.kind in (VmaKind.VDSO, VmaKind.AIO)
+            ]
+            more = (Extent(vma.start, vma.length // PAGE, lazy=False) for vma in read)
+            memory[obj] = tuple(sorted((*memory.get(obj, ()), *more), key=lambda extent: extent.addr))
+        return replace(whole, memory=memory)
+
     def whole(self) -> Checkpoint:
-        """The checkpoint with all its pages listed, for images."""
+        """The checkpoint with all its pages listed."""
         memory = dict(self.checkpoint.memory)
         for obj, extents in self.lazy_extents().items():
             memory[obj] = tuple(sorted((*memory.get(obj, ()), *extents), key=lambda extent: extent.addr))
@@ -211,7 +227,7 @@ def _one_task(
         if space is not before or pid in seen.guarded:
             mm = replace(mm, vmas=with_guards(pid, mm.vmas))
         steps.done("memory")
-        pages = eager_pages(mm, threads, memory)
+        pages = eager_pages(mm, threads, memory.read)
     task = replace(
         task,
         mm=mm,

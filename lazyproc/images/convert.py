@@ -12,18 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import replace
-from lazyproc.images import check, locks, memory, tasks, threads
+from lazyproc.images import check, foreign, locks, memory, tasks, threads
 from lazyproc.images.contents import read_contents, write_contents
 from lazyproc.images.extras import VERSION, Extras, read_extras
 from lazyproc.images.files import (
     EXTRAS,
-    FOREIGN_MAGICS,
     INVENTORY,
-    ImageReader,
     ImageWriter,
     M,
     garbled,
-    kind_of,
     open_image,
     record,
     records,
@@ -57,7 +54,7 @@ TIMENS = "timens-0.img"
 _IMG_VERSION = 2  # CRTOOLS_IMAGES_V1_1
 _NETWORK_LOCK_SKIP = 2  # lazyproc leaves no firewall rule behind for CRIU to take away
 _NAMESPACES = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup", "time")
-_OWN_NAMESPACES = ("net", "ipc", "uts", "mnt", "user")  # which a restore by lazyproc does not build
+_OWN_NAMESPACES = ("net", "ipc", "uts", "mnt", "user", "cgroup")  # which a restore by lazyproc does not build
 _NO_LOGINUID = 0xFFFFFFFF
 
 
@@ -224,7 +221,7 @@ def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
             where=INVENTORY,
             remedy="take the checkpoint with CRIU >= 3",
         )
-    _refuse_foreign(images)
+    foreign.refuse(images, inventory)
     extras = read_extras(images)
     for name in extras.message.images:
         open_image(images, to_text(name, EXTRAS))
@@ -250,18 +247,6 @@ def _from_images(images: Mapping[str, bytes]) -> Checkpoint:
         hostname=to_text(extras.message.hostname, EXTRAS),
         held=to_text(extras.message.held, EXTRAS),
     )
-
-
-def _refuse_foreign(images: Mapping[str, bytes]) -> None:
-    """What CRIU carries and lazyproc has no model for must not be lost in silence."""
-    for name, data in images.items():
-        kind = kind_of(name)
-        if kind in FOREIGN_MAGICS and ImageReader(name, data).more:
-            raise ImageError(
-                f"the checkpoint has {kind}, which lazyproc does not restore",
-                where=name,
-                remedy="restore it with criu",
-            )
 
 
 class _TaskReader:

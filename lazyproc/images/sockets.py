@@ -9,16 +9,34 @@ from typing import NamedTuple
 from google.protobuf.message import Message
 
 from lazyproc.errors import ImageError
+from lazyproc.facts import replace
 from lazyproc.images.extras import Extras
-from lazyproc.images.files import FILES, ImageReader, ImageWriter, garbled, records, to_bytes, to_text
+from lazyproc.images.files import (
+    EXTRAS,
+    FILES,
+    INVENTORY,
+    ImageReader,
+    ImageWriter,
+    garbled,
+    open_image,
+    record,
+    records,
+    to_bytes,
+    to_text,
+)
 from lazyproc.images.pb import files_pb2 as pb
 from lazyproc.images.pb import lazyproc_pb2 as own
+from lazyproc.images.pb import process_pb2 as process
 from lazyproc.model import InetSocket, OpenFile, Packet, SocketOptions, TcpState, UnixSocket
 
 QUEUES = "sk-queues.img"
 _SCM_RIGHTS = 1
 _ESTABLISHED, _LISTEN = 1, 10
 _SOCK_DGRAM = 2
+_CLOSE, _CONNECTED = 7, (1, 4, 5, 8, 9, 11)  # TCP_* of include/net/tcp_states.h
+_BOTH = 3  # directions shut down
+_TCP, _UDP = 6, 17
+_PROTOCOLS = ((1, _TCP), (2, _UDP))  # by SOCK_STREAM, SOCK_DGRAM
 _WORDS = {2: 1, 10: 4}  # AF_INET, AF_INET6: 32-bit words of an address
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -315,9 +333,15 @@ def read_inet(
     words = _WORDS.get(entry.family)
     if words is None or len(entry.src_addr) != words or len(entry.dst_addr) not in (0, words):
         raise garbled(where, f"addresses of family {entry.family}")
+    if EXTRAS not in images and (entry.type, entry.proto) not in _PROTOCOLS:
+        raise ImageError(
+            f"a socket of type {entry.type} and protocol {entry.proto}, which is neither TCP nor UDP",
+            where=where,
+            remedy="restore it with criu",
+        )
     remote = struct.pack(f"<{len(entry.dst_addr)}I", *entry.dst_addr), entry.dst_port
     name = f"tcp-stream-{entry.ino:x}.img"
-    return InetSocket(
+    socket = InetSocket(
         inode=entry.ino,
         family=entry.family,
         type=entry.type,
@@ -330,9 +354,20 @@ def read_inet(
         options=read_options((entry.opts, entry.ip_opts, entry.tcp_opts), extra),
         v6only=entry.v6only,
         interface=to_text(entry.opts.so_bound_dev.rstrip(b"\0"), where),
-        tcp=_read_tcp(ImageReader(name, images[name])) if name in images else None,
+        tcp=_read_tcp(open_image(images, name)) if name in images else None,
         queue=queue,
     )
+    if socket.tcp is not None or entry.proto != _TCP or entry.state not in _CONNECTED or EXTRAS in images:
+        return socket
+    if not record(images, INVENTORY, process.inventory_entry).tcp_close:
+        raise garbled(where, f"its connection is missing: {name}")
+    return _given_up(socket)
+
+
+def _given_up(socket: InetSocket) -> InetSocket:
+    """A connection that has ended, in which nothing is unread."""
+    nothing = TcpState(0, 0, b"", b"", 0, 0, 0, 0, 0, 0, b"")
+    return replace(socket, state=_CLOSE, remote=None, shutdown=_BOTH, tcp=nothing)
 
 
 def _read_tcp(reader: ImageReader) -> TcpState:

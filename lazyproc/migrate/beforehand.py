@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from lazyproc.dump.memory import held_futexes
 from lazyproc.images.lazy import Places, places
 from lazyproc.model import PAGE, MemoryObject
 from lazyproc.pages import PageSource
+from lazyproc.pages.eager import held_futexes
 from lazyproc.pages.private import PrivatePages, object_of
 from lazyproc.uffd.device import Outcome, Userfaultfd
 

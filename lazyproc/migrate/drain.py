@@ -137,7 +137,7 @@ class Drain:
         """These images say where there are pages, and have some of them; the others come over a link. Before the pager
         is started.
         """
-        self._pager.serve_segments(source.local_segments())
+        self._pager.serve_segments(source.segments_here())
         self._apply(source.extents())
 
     def record(self, file: TraceFile | None, *, tell: bool) -> None:

@@ -288,10 +288,16 @@ class LazyPagesKeeper(Keeper):
         """Not after the pager has begun to take them away: it waits until that is on record."""
         facts, due = self._journal.facts, self._due
         tree = from_facts(facts["tree"])
-        over = "whole" in facts or time.time() > facts["since"] + ANCHOR_S
-        left, failed = ({}, []) if over else anchor(tree, due, facts["ledger"], facts["cradle"])
-        for error in failed:
-            self._clients.tell(Note(f"{error}; its memory is lost if all who bring it are killed at once"))
+        left, failed = due, []
+        if "whole" in facts:
+            left = {}
+        elif time.time() > facts["since"] + ANCHOR_S:
+            left, failed = {}, [f"pid {tree.tasks[index].pid}: is traced" for index in due]
+        else:
+            left, errors = anchor(tree, due, facts["ledger"], facts["cradle"])
+            failed = list(map(str, errors))
+        for why in failed:
+            self._clients.tell(Note(f"{why}; its memory is lost if all who bring it are killed at once"))
         if left != due:
             self._journal.note(str(facts["state"]), self._clients.tell, {"due": [*left.items()]})
             for index in due.keys() - left.keys():

@@ -12,7 +12,7 @@ from pathlib import Path
 from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.images.convert import from_images, memory_objects, to_images
-from lazyproc.images.files import Folder, pack
+from lazyproc.images.files import EXTRAS, Folder, pack
 from lazyproc.migrate.asking import obstacles_there
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.prepare import Offer, vdso_build_id
@@ -27,6 +27,7 @@ from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Caller, Door, listen
+from lazyproc.restore.crius import fitted
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Released, Running
 
 DOOR_S = 0.2
@@ -103,7 +104,8 @@ def serve_folder(
     """
     served = threading.Event()
     folder = Folder(directory)
-    checkpoint = from_images(folder.read())
+    images = folder.read()
+    checkpoint = from_images(images)
     gathering = Gathering()
     with (
         ImagePages(folder, memory_objects(checkpoint)) as pages,
@@ -112,6 +114,8 @@ def serve_folder(
         ) as door,
         closing(gathering),
     ):
+        if EXTRAS not in images:
+            checkpoint = fitted(checkpoint, pages)
         _server_of(pages).stop()  # what is wrong with it is said now, and not to the first client
         listener(Note(f"listening on port {door.port}"))
         ready()

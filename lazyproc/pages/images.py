@@ -94,13 +94,19 @@ class ImagePages:
         """
         for obj, held in self._objects.items():
             _demand_here(obj, held.pagemap.elsewhere())
-        return self._segments()
+        return self.segments_here()
 
-    def _segments(self) -> Segments:
+    def segments_here(self) -> Segments:
+        """The same, without what is only at a page server."""
         rows = array("Q")
         for obj, held in sorted(self._objects.items(), key=lambda item: item[0].key):
             rows += held.rows(obj.key)
         return Segments(rows)
+
+    def pagemaps(self) -> Iterator[tuple[MemoryObject, Pagemap]]:
+        """The newest of every object."""
+        for obj, held in self._objects.items():
+            yield obj, held.pagemap
 
     def read(self, obj: MemoryObject, addr: int, count: int) -> bytes:
         """See PageSource. Raises ImageError for a page that is only at a page server."""
@@ -128,7 +134,7 @@ class ImagePages:
         for folder in chain:
             if layers and not os.path.lexists(folder.path / name):
                 break  # the object is younger than that pre-dump
-            layers.append(read_pagemap(ImageReader(name, folder.contents(name))))
+            layers.append(read_pagemap(ImageReader(name, folder.contents(name), strict=True)))
             fds.append(self._open_pages(folder, f"pages-{layers[-1].pages_id}.img", layers[-1].size))
         return _Object(layers[0], locate(layers), tuple(fds))
 

@@ -12,7 +12,6 @@ from lazyproc.images.pagemap import merge, to_extents
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
 from lazyproc.pages import PageSource
 from lazyproc.pages.images import ImagePages
-from lazyproc.runs import Extents, Segments
 
 
 class PrivatePages(ImagePages):
@@ -24,8 +23,10 @@ class PrivatePages(ImagePages):
         self.memory: tuple[LazyMemory, ...] = lazy_memory(self.images)
         super().__init__(folder, [object_of(each) for each in self.memory if each.ranges is not None])
         try:
+            self._pagemaps = dict(self.pagemaps())
             for each in self.memory:
-                each.demand_covers(self._marked(object_of(each)).where(lazy=True))
+                if each.ranges is not None:
+                    each.demand_covers(to_extents(self._pagemaps[object_of(each)]).where(lazy=True))
         except BaseException:
             self.close()
             raise
@@ -35,20 +36,14 @@ class PrivatePages(ImagePages):
         not taken for zeros.
         """
         return {
-            obj: merge(
-                Extent(entry.addr, (entry.end - entry.addr) // PAGE, lazy=True) for entry in held.pagemap
-            )
-            for obj, held in self._objects.items()
+            obj: merge(Extent(entry.addr, (entry.end - entry.addr) // PAGE, lazy=True) for entry in pagemap)
+            for obj, pagemap in self.pagemaps()
         }
-
-    def local_segments(self) -> Segments:
-        """As `segments`, without those that are at a page server only."""
-        return self._segments()
 
     def lacks(self, obj: MemoryObject, addr: int) -> bool:
         """Whether the page is at a page server only."""
-        held = self._objects.get(obj)
-        return held is not None and held.pagemap.elsewhere(addr, addr + PAGE) is not None
+        pagemap = self._pagemaps.get(obj)
+        return pagemap is not None and pagemap.elsewhere(addr, addr + PAGE) is not None
 
     def identity(self) -> dict[str, list[int]]:
         """As lazyproc.migrate.identity has it, of processes that nobody here could restore."""
@@ -59,10 +54,6 @@ class PrivatePages(ImagePages):
             ]
             for each in self.memory
         }
-
-    def _marked(self, obj: MemoryObject) -> Extents:
-        held = self._objects.get(obj)
-        return Extents.of(()) if held is None else to_extents(held.pagemap)
 
 
 class WithServer:

@@ -37,6 +37,7 @@ from lazyproc.restore.contents import ghost, make_named_contents
 from lazyproc.restore.users import Users
 from lazyproc.restore.workshop import OpenPath, Workshop, finish, probe, reopen, words
 
+_MEMORY_DEVICES = 1  # MEM_MAJOR of the kernel's include/uapi/linux/major.h
 Recipe = Callable[[Workshop, OpenFile, Any], int]  # the last one: the file's resource, of the recipe's kind
 
 
@@ -133,7 +134,7 @@ class FoundFile:
 def objection(need: FileNeed, found: FoundFile) -> tuple[str, str] | None:
     """What is wrong with the file that is here, and the remedy; None when it will do. Pure."""
     same_kind = st.S_IFMT(found.mode) == st.S_IFMT(need.mode)
-    if not same_kind or (st.S_ISCHR(found.mode) and found.rdev != need.rdev):
+    if not same_kind or (st.S_ISCHR(found.mode) and not _same_device(need.rdev, found.rdev)):
         return "is another kind of file on this host", "put the same kind of file there"
     if need.build_id and found.build_id != need.build_id:
         return (
@@ -146,6 +147,11 @@ def objection(need: FileNeed, found: FoundFile) -> tuple[str, str] | None:
             "copy the same file to this host",
         )
     return None
+
+
+def _same_device(needed: int, found: int) -> bool:
+    """CRIU does not write down which device it was (0): it dumps memory devices only, /dev/null and the like."""
+    return found == needed if needed else os.major(found) == _MEMORY_DEVICES
 
 
 # By what changes with a file's content: they are read before a tree is stopped for us, and asked for again after that.

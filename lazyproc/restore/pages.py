@@ -17,6 +17,7 @@ from lazyproc.kernel.remote import Call
 from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.model import PAGE, Checkpoint, Extent, MemoryObject, ObjectKind, Vma, VmaKind
 from lazyproc.pages import PageSource
+from lazyproc.restore.memory import VDSO_KINDS
 from lazyproc.restore.site import Site
 from lazyproc.runs import Extents
 from lazyproc.uffd.device import Outcome, Userfaultfd
@@ -28,6 +29,7 @@ PIECE = 256  # pages read and written at a time: 1 MiB
 ZERO_PAGE = bytes(PAGE)
 ATTEMPTS = 16
 ADDRESS_LIMIT = 1 << 64
+_MADE_ANEW = (*VDSO_KINDS, VmaKind.AIO)
 
 
 class LazyRange(NamedTuple):
@@ -47,8 +49,8 @@ class LazyRange(NamedTuple):
 def arranged(checkpoint: Checkpoint, *, lazy: bool) -> Checkpoint:
     """The checkpoint with extents that end where a mapping ends, lazy only in memory that can be.
 
-    Images join neighbours of different mappings, and CRIU marks pages lazy by another rule than ours. Raises
-    ImageError for a page that lies in no mapping.
+    Images join neighbours of different mappings, CRIU marks pages lazy by another rule than ours, and the kernel
+    makes vdso and AIO rings anew. Raises ImageError for a page that lies in no mapping.
     """
     mappings = {task.vpid: task.mm.vmas for task in checkpoint.tasks if task.mm}
     memory = {}
@@ -70,7 +72,7 @@ def _cut(extents: Extents, vmas: Sequence[Vma], lazy: bool, where: str) -> Itera
         if reaches > at or (first < len(starts) and starts[first] < vma.start):
             _demand_none(extents.within(at, vma.start), where)
         last = bisect_left(starts, vma.end, first)
-        if last > first or reaches > vma.start:
+        if (last > first or reaches > vma.start) and vma.kind not in _MADE_ANEW:
             inside = extents.within(vma.start, vma.end)
             yield inside if lazy and vma.may_be_lazy else inside.as_eager()
         at, first = vma.end, last

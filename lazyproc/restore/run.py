@@ -14,11 +14,13 @@ from lazyproc.errors import LostAfterCommit, Parked, UsageError
 from lazyproc.events import Listener, StateChanged
 from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
-from lazyproc.images.files import Folder
+from lazyproc.images.files import EXTRAS, Folder
+from lazyproc.images.foreign import network_lock
 from lazyproc.kernel.cgroup import remove
 from lazyproc.kernel.sockopt import TCP_CLOSE
 from lazyproc.model import Checkpoint, Extent, InetSocket, MemoryObject, TaskState
 from lazyproc.pages.images import ImagePages
+from lazyproc.restore.crius import fitted, taken_over
 from lazyproc.restore.handing import hand_over, shared_at_once
 from lazyproc.restore.lazy import finish, introduce
 from lazyproc.restore.lazytree import LazyTree
@@ -155,7 +157,8 @@ def restore(
     if files and not lazy:
         raise UsageError("only a lazy restore has faults to trace", where=str(files[0]), remedy="add --lazy")
     folder = Folder(directory)
-    checkpoint = from_images(folder.read())
+    images = folder.read()
+    checkpoint = from_images(images)
     if lazy_pages is not None:
         checkpoint = shared_at_once(checkpoint)
     if tcp_close:
@@ -166,11 +169,16 @@ def restore(
     with ExitStack() as stack:
         start_recording = stack.enter_context(_recording(files, listener)) if files else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
+        if EXTRAS not in images:
+            checkpoint = fitted(checkpoint, source)
         pager = stack.enter_context(Pager(trace=bool(files))) if lazy else None
         handed = lazy_pages is not None
-        with built_tree(
-            checkpoint, source, listener, pager=pager, handed=handed, pidns=pidns, cgroup=cgroup
-        ) as tree:
+        with (
+            taken_over(checkpoint, network_lock(images)) as let_go,
+            built_tree(
+                checkpoint, source, listener, pager=pager, handed=handed, pidns=pidns, cgroup=cgroup
+            ) as tree,
+        ):
             stack.callback(remove, tree.lazy_tree.groups)  # in case it ends before us
             if pager is not None:
                 introduce(pager, tree, listener)
@@ -184,6 +192,7 @@ def restore(
             if lazy_pages is not None:
                 hand_over(lazy_pages, tree)
             with _said_to_run(tree):
+                let_go()
                 tree.release()
                 if start_recording is not None and pager is not None:
                     start_recording(pager)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lazyproc.dump.checkpoint import checkpoint
+from lazyproc.events import ignore
 from lazyproc.images.files import Folder
 from lazyproc.images.lazy import lazy_memory
 from lazyproc.restore.lazytree import ANCHORS, anchor_holders, from_facts
@@ -59,10 +61,14 @@ class Dumped:
 
 
 @contextmanager
-def dumped(name: str, *arguments: object, directory: Path) -> Iterator[Dumped]:
+def dumped(name: str, *arguments: object, directory: Path, by_criu: bool = True) -> Iterator[Dumped]:
     """A self-checking program, dumped; what was restored of it is killed at the end."""
     with running(name, *arguments, directory=directory) as program:
-        made = _dump(program, directory)
+        if by_criu:
+            made = _dump(program, directory)
+        else:
+            made = Dumped(directory / "images", program.pid, program.watch)
+            checkpoint(program.pid, made.images, leave_running=False, tcp_close=False, listener=ignore)
         program.process.wait()
         for each in lazy_memory(
             Folder(made.images).read()

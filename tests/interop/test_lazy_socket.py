@@ -32,6 +32,7 @@ from tests.needs import require_root
 pytestmark = pytest.mark.usefixtures("root")
 SLOW = ("--max-rate", "3000000")
 CARGO = ("memory_random", 16, 2, 1000)
+SLOW_CARGO = ("memory_random", 16, 2, 20000)  # after a second it has not touched everything
 ANCHORED = ("anon_inode:[userfaultfd]", "/memfd:lazyproc-ledger (deleted)")
 
 
@@ -191,9 +192,27 @@ def test_the_keeper_is_killed_before_a_restore(tmp_path: Path) -> None:
         assert cargo.restore().wait() != 0
 
 
-def test_all_who_work_on_it_are_killed(tmp_path: Path) -> None:
-    with dumped(*CARGO, directory=tmp_path) as cargo:
-        with lazy_pages(cargo.images, *SLOW, directory=tmp_path) as pager:
+def test_images_of_lazyproc_and_a_process_without_privileges(tmp_path: Path) -> None:
+    with (
+        dumped("trap_lazy", "fork", 65534, directory=tmp_path, by_criu=False) as cargo,
+        lazy_pages(cargo.images, "--no-bulk", directory=tmp_path) as pager,
+    ):
+        cargo.restored()
+        pager.wait_anchored()
+        cargo.watch.wait_beats()
+        cargo.stop_and_verify()
+        assert pager.finish()["ended"]
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_all_who_work_on_it_are_killed(tmp_path: Path, served: bool) -> None:
+    with dumped(*SLOW_CARGO, directory=tmp_path) as cargo, ExitStack() as stack:
+        options: tuple[str, ...] = SLOW
+        if served:
+            _, port = stack.enter_context(serving(cargo.images, directory=tmp_path))
+            options, cargo.images = (*SLOW, "--from", f"127.0.0.1:{port}"), tmp_path / "fetched"
+            cargo.images.mkdir()
+        with lazy_pages(cargo.images, *options, directory=tmp_path) as pager:
             cargo.restored()
             record = pager.wait_state("running")
             pager.wait_anchored()
@@ -357,7 +376,7 @@ def refuses(images: Path, port: int) -> str:
 @pytest.mark.parametrize("killed", [False, True])
 def test_pages_come_from_a_server_of_images(tmp_path: Path, killed: bool) -> None:
     """An empty folder becomes one that CRIU restores from; a server that is lost is called again."""
-    with dumped(*CARGO, directory=tmp_path) as cargo, ExitStack() as stack:
+    with dumped(*SLOW_CARGO, directory=tmp_path) as cargo, ExitStack() as stack:
         full, cargo.images = cargo.images, tmp_path / "fetched"
         server, port = stack.enter_context(serving(full, directory=tmp_path))
         cargo.images.mkdir()
@@ -367,6 +386,7 @@ def test_pages_come_from_a_server_of_images(tmp_path: Path, killed: bool) -> Non
             assert fetched < sum(path.stat().st_size for path in full.glob("pages-*")) / 2
             cargo.restored()
             pager.wait_state("running")
+            cargo.watch.wait_beats(1)
             if killed:
                 server.kill()
                 server.wait()

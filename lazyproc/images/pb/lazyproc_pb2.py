@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lazyproc/images/pb/lazyproc.proto\x12\x0flazyproc.images\"\xb2\x03\n\x06\x45xtras\x12\x0f\n\x07version\x18\x01 \x02(\r\x12\x13\n\x0brealtime_ns\x18\x02 \x01(\x03\x12\x10\n\x08hostname\x18\x03 \x01(\x0c\x12\x14\n\x0cvm_flag_sets\x18\x04 \x03(\x0c\x12-\n\x07threads\x18\x05 \x03(\x0b\x32\x1c.lazyproc.images.ThreadExtra\x12)\n\x05tasks\x18\x06 \x03(\x0b\x32\x1a.lazyproc.images.TaskExtra\x12)\n\x05\x66iles\x18\x07 \x03(\x0b\x32\x1a.lazyproc.images.FileExtra\x12)\n\x05pipes\x18\x08 \x03(\x0b\x32\x1a.lazyproc.images.PipeExtra\x12-\n\x07packets\x18\t \x03(\x0b\x32\x1c.lazyproc.images.PacketExtra\x12,\n\x06shared\x18\n \x03(\x0b\x32\x1c.lazyproc.images.SharedExtra\x12/\n\x08\x63ontents\x18\x0b \x03(\x0b\x32\x1d.lazyproc.images.ContentExtra\x12\x0e\n\x06images\x18\x0c \x03(\x0c\x12\x0c\n\x04held\x18\r \x01(\x0c\"\xc7\x01\n\x0bThreadExtra\x12\x0b\n\x03tid\x18\x01 \x02(\r\x12\x16\n\x0etimer_slack_ns\x18\x02 \x01(\x04\x12)\n\x07restart\x18\x03 \x01(\x0b\x32\x18.lazyproc.images.Restart\x12\x12\n\nxsave_size\x18\x04 \x01(\r\x12\x32\n\rxsave_patches\x18\x05 \x03(\x0b\x32\x1b.lazyproc.images.XsavePatch\x12\x0e\n\x06ioprio\x18\x06 \x01(\r\x12\x10\n\x04\x63pus\x18\x07 \x03(\rB\x02\x10\x01\"+\n\x07Restart\x12\n\n\x02nr\x18\x01 \x02(\r\x12\x14\n\x0cremaining_ns\x18\x02 \x02(\x04\"*\n\nXsavePatch\x12\x0e\n\x06offset\x18\x01 \x02(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x02(\x0c\"\xb4\x01\n\tTaskExtra\x12\x0c\n\x04vpid\x18\x01 \x02(\r\x12\x17\n\x0b\x65xit_signal\x18\x02 \x01(\r:\x02\x31\x37\x12\x15\n\rvdso_build_id\x18\x03 \x01(\x0c\x12\x14\n\x08vm_flags\x18\x04 \x03(\rB\x02\x10\x01\x12\'\n\x04vmas\x18\x05 \x03(\x0b\x32\x19.lazyproc.images.VmaExtra\x12\x17\n\x0bvvar_vclock\x18\x06 \x03(\x04\x42\x02\x10\x01\x12\x11\n\txfeatures\x18\x07 \x01(\x04\"O\n\x08VmaExtra\x12\r\n\x05index\x18\x01 \x02(\r\x12\x0c\n\x04name\x18\x02 \x01(\x0c\x12\x12\n\nhuge_pages\x18\x03 \x01(\r\x12\x12\n\x06guards\x18\x04 \x03(\x04\x42\x02\x10\x01\"\xf1\x01\n\tFileExtra\x12\n\n\x02id\x18\x01 \x02(\r\x12\x10\n\x08mtime_ns\x18\x02 \x01(\x12\x12\x0c\n\x04rdev\x18\x03 \x01(\x04\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x12\n\ncontent_id\x18\x05 \x01(\r\x12\x10\n\x08\x62uild_id\x18\x06 \x01(\x0c\x12\x11\n\tsemaphore\x18\x07 \x01(\x08\x12\x17\n\x0b\x65poll_files\x18\x08 \x03(\rB\x02\x10\x01\x12(\n\x04unix\x18\t \x01(\x0b\x32\x1a.lazyproc.images.UnixExtra\x12.\n\x07options\x18\n \x01(\x0b\x32\x1d.lazyproc.images.OptionsExtra\"\x88\x01\n\tUnixExtra\x12\x12\n\nbound_here\x18\x01 \x01(\x08\x12\x13\n\x07pending\x18\x02 \x03(\rB\x02\x10\x01\x12\x0c\n\x04peer\x18\x03 \x01(\r\x12\x0c\n\x04path\x18\x04 \x01(\x0c\x12\x36\n\x10peer_credentials\x18\x05 \x01(\x0b\x32\x1c.lazyproc.images.Credentials\"<\n\x0cOptionsExtra\x12,\n\x06values\x18\x01 \x03(\x0b\x32\x1c.lazyproc.images.OptionExtra\"9\n\x0bOptionExtra\x12\r\n\x05level\x18\x01 \x02(\r\x12\x0c\n\x04name\x18\x02 \x02(\r\x12\r\n\x05value\x18\x03 \x02(\x0c\",\n\tPipeExtra\x12\n\n\x02id\x18\x01 \x02(\r\x12\x13\n\x07packets\x18\x02 \x03(\rB\x02\x10\x01\"p\n\x0bPacketExtra\x12\x0f\n\x07\x66ile_id\x18\x01 \x02(\r\x12\r\n\x05index\x18\x02 \x02(\r\x12\x0e\n\x06sender\x18\x03 \x01(\x0c\x12\x31\n\x0b\x63redentials\x18\x04 \x01(\x0b\x32\x1c.lazyproc.images.Credentials\"4\n\x0b\x43redentials\x12\x0b\n\x03pid\x18\x01 \x02(\r\x12\x0b\n\x03uid\x18\x02 \x02(\r\x12\x0b\n\x03gid\x18\x03 \x02(\r\"a\n\x0bSharedExtra\x12\n\n\x02id\x18\x01 \x02(\r\x12\x12\n\x04lazy\x18\x02 \x01(\x08:\x04true\x12\r\n\x05memfd\x18\x03 \x01(\x08\x12#\n\x04sysv\x18\x04 \x01(\x0b\x32\x15.lazyproc.images.SysV\"X\n\x04SysV\x12\x0b\n\x03key\x18\x01 \x02(\x05\x12\r\n\x05shmid\x18\x02 \x02(\r\x12\x0c\n\x04size\x18\x03 \x02(\x04\x12\x0c\n\x04mode\x18\x04 \x02(\r\x12\x0b\n\x03uid\x18\x05 \x02(\r\x12\x0b\n\x03gid\x18\x06 \x02(\r\"Z\n\x0c\x43ontentExtra\x12\n\n\x02id\x18\x01 \x02(\r\x12\x0c\n\x04path\x18\x02 \x01(\x0c\x12\x10\n\x08\x61time_ns\x18\x03 \x01(\x12\x12\x10\n\x08mtime_ns\x18\x04 \x01(\x12\x12\x0c\n\x04rdev\x18\x05 \x01(\x04\",\n\x04Sums\x12$\n\x06images\x18\x01 \x03(\x0b\x32\x14.lazyproc.images.Sum\"\"\n\x03Sum\x12\x0c\n\x04name\x18\x01 \x02(\x0c\x12\r\n\x05\x63rc32\x18\x02 \x02(\x07')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lazyproc/images/pb/lazyproc.proto\x12\x0flazyproc.images\"\xb2\x03\n\x06\x45xtras\x12\x0f\n\x07version\x18\x01 \x02(\r\x12\x13\n\x0brealtime_ns\x18\x02 \x01(\x03\x12\x10\n\x08hostname\x18\x03 \x01(\x0c\x12\x14\n\x0cvm_flag_sets\x18\x04 \x03(\x0c\x12-\n\x07threads\x18\x05 \x03(\x0b\x32\x1c.lazyproc.images.ThreadExtra\x12)\n\x05tasks\x18\x06 \x03(\x0b\x32\x1a.lazyproc.images.TaskExtra\x12)\n\x05\x66iles\x18\x07 \x03(\x0b\x32\x1a.lazyproc.images.FileExtra\x12)\n\x05pipes\x18\x08 \x03(\x0b\x32\x1a.lazyproc.images.PipeExtra\x12-\n\x07packets\x18\t \x03(\x0b\x32\x1c.lazyproc.images.PacketExtra\x12,\n\x06shared\x18\n \x03(\x0b\x32\x1c.lazyproc.images.SharedExtra\x12/\n\x08\x63ontents\x18\x0b \x03(\x0b\x32\x1d.lazyproc.images.ContentExtra\x12\x0e\n\x06images\x18\x0c \x03(\x0c\x12\x0c\n\x04held\x18\r \x01(\x0c\"\xc7\x01\n\x0bThreadExtra\x12\x0b\n\x03tid\x18\x01 \x02(\r\x12\x16\n\x0etimer_slack_ns\x18\x02 \x01(\x04\x12)\n\x07restart\x18\x03 \x01(\x0b\x32\x18.lazyproc.images.Restart\x12\x12\n\nxsave_size\x18\x04 \x01(\r\x12\x32\n\rxsave_patches\x18\x05 \x03(\x0b\x32\x1b.lazyproc.images.XsavePatch\x12\x0e\n\x06ioprio\x18\x06 \x01(\r\x12\x10\n\x04\x63pus\x18\x07 \x03(\rB\x02\x10\x01\"+\n\x07Restart\x12\n\n\x02nr\x18\x01 \x02(\r\x12\x14\n\x0cremaining_ns\x18\x02 \x02(\x04\"*\n\nXsavePatch\x12\x0e\n\x06offset\x18\x01 \x02(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x02(\x0c\"\xc6\x01\n\tTaskExtra\x12\x0c\n\x04vpid\x18\x01 \x02(\r\x12\x17\n\x0b\x65xit_signal\x18\x02 \x01(\r:\x02\x31\x37\x12\x15\n\rvdso_build_id\x18\x03 \x01(\x0c\x12\x14\n\x08vm_flags\x18\x04 \x03(\rB\x02\x10\x01\x12\'\n\x04vmas\x18\x05 \x03(\x0b\x32\x19.lazyproc.images.VmaExtra\x12\x17\n\x0bvvar_vclock\x18\x06 \x03(\x04\x42\x02\x10\x01\x12\x11\n\txfeatures\x18\x07 \x01(\x04\x12\x10\n\x04\x61uxv\x18\x08 \x03(\x04\x42\x02\x10\x01\"O\n\x08VmaExtra\x12\r\n\x05index\x18\x01 \x02(\r\x12\x0c\n\x04name\x18\x02 \x01(\x0c\x12\x12\n\nhuge_pages\x18\x03 \x01(\r\x12\x12\n\x06guards\x18\x04 \x03(\x04\x42\x02\x10\x01\"\x88\x02\n\tFileExtra\x12\n\n\x02id\x18\x01 \x02(\r\x12\x10\n\x08mtime_ns\x18\x02 \x01(\x12\x12\x0c\n\x04rdev\x18\x03 \x01(\x04\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x12\n\ncontent_id\x18\x05 \x01(\r\x12\x10\n\x08\x62uild_id\x18\x06 \x01(\x0c\x12\x11\n\tsemaphore\x18\x07 \x01(\x08\x12\x17\n\x0b\x65poll_files\x18\x08 \x03(\rB\x02\x10\x01\x12\x15\n\tepoll_fds\x18\x0b \x03(\rB\x02\x10\x01\x12(\n\x04unix\x18\t \x01(\x0b\x32\x1a.lazyproc.images.UnixExtra\x12.\n\x07options\x18\n \x01(\x0b\x32\x1d.lazyproc.images.OptionsExtra\"\x88\x01\n\tUnixExtra\x12\x12\n\nbound_here\x18\x01 \x01(\x08\x12\x13\n\x07pending\x18\x02 \x03(\rB\x02\x10\x01\x12\x0c\n\x04peer\x18\x03 \x01(\r\x12\x0c\n\x04path\x18\x04 \x01(\x0c\x12\x36\n\x10peer_credentials\x18\x05 \x01(\x0b\x32\x1c.lazyproc.images.Credentials\"<\n\x0cOptionsExtra\x12,\n\x06values\x18\x01 \x03(\x0b\x32\x1c.lazyproc.images.OptionExtra\"9\n\x0bOptionExtra\x12\r\n\x05level\x18\x01 \x02(\r\x12\x0c\n\x04name\x18\x02 \x02(\r\x12\r\n\x05value\x18\x03 \x02(\x0c\",\n\tPipeExtra\x12\n\n\x02id\x18\x01 \x02(\r\x12\x13\n\x07packets\x18\x02 \x03(\rB\x02\x10\x01\"p\n\x0bPacketExtra\x12\x0f\n\x07\x66ile_id\x18\x01 \x02(\r\x12\r\n\x05index\x18\x02 \x02(\r\x12\x0e\n\x06sender\x18\x03 \x01(\x0c\x12\x31\n\x0b\x63redentials\x18\x04 \x01(\x0b\x32\x1c.lazyproc.images.Credentials\"4\n\x0b\x43redentials\x12\x0b\n\x03pid\x18\x01 \x02(\r\x12\x0b\n\x03uid\x18\x02 \x02(\r\x12\x0b\n\x03gid\x18\x03 \x02(\r\"a\n\x0bSharedExtra\x12\n\n\x02id\x18\x01 \x02(\r\x12\x12\n\x04lazy\x18\x02 \x01(\x08:\x04true\x12\r\n\x05memfd\x18\x03 \x01(\x08\x12#\n\x04sysv\x18\x04 \x01(\x0b\x32\x15.lazyproc.images.SysV\"X\n\x04SysV\x12\x0b\n\x03key\x18\x01 \x02(\x05\x12\r\n\x05shmid\x18\x02 \x02(\r\x12\x0c\n\x04size\x18\x03 \x02(\x04\x12\x0c\n\x04mode\x18\x04 \x02(\r\x12\x0b\n\x03uid\x18\x05 \x02(\r\x12\x0b\n\x03gid\x18\x06 \x02(\r\"Z\n\x0c\x43ontentExtra\x12\n\n\x02id\x18\x01 \x02(\r\x12\x0c\n\x04path\x18\x02 \x01(\x0c\x12\x10\n\x08\x61time_ns\x18\x03 \x01(\x12\x12\x10\n\x08mtime_ns\x18\x04 \x01(\x12\x12\x0c\n\x04rdev\x18\x05 \x01(\x04\",\n\x04Sums\x12$\n\x06images\x18\x01 \x03(\x0b\x32\x14.lazyproc.images.Sum\"\"\n\x03Sum\x12\x0c\n\x04name\x18\x01 \x02(\x0c\x12\r\n\x05\x63rc32\x18\x02 \x02(\x07')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,10 +37,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKEXTRA'].fields_by_name['vm_flags']._serialized_options = b'\020\001'
   _globals['_TASKEXTRA'].fields_by_name['vvar_vclock']._loaded_options = None
   _globals['_TASKEXTRA'].fields_by_name['vvar_vclock']._serialized_options = b'\020\001'
+  _globals['_TASKEXTRA'].fields_by_name['auxv']._loaded_options = None
+  _globals['_TASKEXTRA'].fields_by_name['auxv']._serialized_options = b'\020\001'
   _globals['_VMAEXTRA'].fields_by_name['guards']._loaded_options = None
   _globals['_VMAEXTRA'].fields_by_name['guards']._serialized_options = b'\020\001'
   _globals['_FILEEXTRA'].fields_by_name['epoll_files']._loaded_options = None
   _globals['_FILEEXTRA'].fields_by_name['epoll_files']._serialized_options = b'\020\001'
+  _globals['_FILEEXTRA'].fields_by_name['epoll_fds']._loaded_options = None
+  _globals['_FILEEXTRA'].fields_by_name['epoll_fds']._serialized_options = b'\020\001'
   _globals['_UNIXEXTRA'].fields_by_name['pending']._loaded_options = None
   _globals['_UNIXEXTRA'].fields_by_name['pending']._serialized_options = b'\020\001'
   _globals['_PIPEEXTRA'].fields_by_name['packets']._loaded_options = None
@@ -54,31 +58,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_XSAVEPATCH']._serialized_start=738
   _globals['_XSAVEPATCH']._serialized_end=780
   _globals['_TASKEXTRA']._serialized_start=783
-  _globals['_TASKEXTRA']._serialized_end=963
-  _globals['_VMAEXTRA']._serialized_start=965
-  _globals['_VMAEXTRA']._serialized_end=1044
-  _globals['_FILEEXTRA']._serialized_start=1047
-  _globals['_FILEEXTRA']._serialized_end=1288
-  _globals['_UNIXEXTRA']._serialized_start=1291
-  _globals['_UNIXEXTRA']._serialized_end=1427
-  _globals['_OPTIONSEXTRA']._serialized_start=1429
-  _globals['_OPTIONSEXTRA']._serialized_end=1489
-  _globals['_OPTIONEXTRA']._serialized_start=1491
-  _globals['_OPTIONEXTRA']._serialized_end=1548
-  _globals['_PIPEEXTRA']._serialized_start=1550
-  _globals['_PIPEEXTRA']._serialized_end=1594
-  _globals['_PACKETEXTRA']._serialized_start=1596
-  _globals['_PACKETEXTRA']._serialized_end=1708
-  _globals['_CREDENTIALS']._serialized_start=1710
-  _globals['_CREDENTIALS']._serialized_end=1762
-  _globals['_SHAREDEXTRA']._serialized_start=1764
-  _globals['_SHAREDEXTRA']._serialized_end=1861
-  _globals['_SYSV']._serialized_start=1863
-  _globals['_SYSV']._serialized_end=1951
-  _globals['_CONTENTEXTRA']._serialized_start=1953
-  _globals['_CONTENTEXTRA']._serialized_end=2043
-  _globals['_SUMS']._serialized_start=2045
-  _globals['_SUMS']._serialized_end=2089
-  _globals['_SUM']._serialized_start=2091
-  _globals['_SUM']._serialized_end=2125
+  _globals['_TASKEXTRA']._serialized_end=981
+  _globals['_VMAEXTRA']._serialized_start=983
+  _globals['_VMAEXTRA']._serialized_end=1062
+  _globals['_FILEEXTRA']._serialized_start=1065
+  _globals['_FILEEXTRA']._serialized_end=1329
+  _globals['_UNIXEXTRA']._serialized_start=1332
+  _globals['_UNIXEXTRA']._serialized_end=1468
+  _globals['_OPTIONSEXTRA']._serialized_start=1470
+  _globals['_OPTIONSEXTRA']._serialized_end=1530
+  _globals['_OPTIONEXTRA']._serialized_start=1532
+  _globals['_OPTIONEXTRA']._serialized_end=1589
+  _globals['_PIPEEXTRA']._serialized_start=1591
+  _globals['_PIPEEXTRA']._serialized_end=1635
+  _globals['_PACKETEXTRA']._serialized_start=1637
+  _globals['_PACKETEXTRA']._serialized_end=1749
+  _globals['_CREDENTIALS']._serialized_start=1751
+  _globals['_CREDENTIALS']._serialized_end=1803
+  _globals['_SHAREDEXTRA']._serialized_start=1805
+  _globals['_SHAREDEXTRA']._serialized_end=1902
+  _globals['_SYSV']._serialized_start=1904
+  _globals['_SYSV']._serialized_end=1992
+  _globals['_CONTENTEXTRA']._serialized_start=1994
+  _globals['_CONTENTEXTRA']._serialized_end=2084
+  _globals['_SUMS']._serialized_start=2086
+  _globals['_SUMS']._serialized_end=2130
+  _globals['_SUM']._serialized_start=2132
+  _globals['_SUM']._serialized_end=2166
 # @@protoc_insertion_point(module_scope)

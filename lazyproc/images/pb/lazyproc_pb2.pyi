@@ -191,6 +191,7 @@ class TaskExtra(_message.Message):
     VMAS_FIELD_NUMBER: _builtins.int
     VVAR_VCLOCK_FIELD_NUMBER: _builtins.int
     XFEATURES_FIELD_NUMBER: _builtins.int
+    AUXV_FIELD_NUMBER: _builtins.int
     vpid: _builtins.int
     exit_signal: _builtins.int
     vdso_build_id: _builtins.bytes
@@ -206,6 +207,10 @@ class TaskExtra(_message.Message):
     def vvar_vclock(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """CRIU joins [vvar] and [vvar_vclock]; here the second begins."""
 
+    @_builtins.property
+    def auxv(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """the whole of it, when CRIU has no room for that"""
+
     def __init__(
         self,
         *,
@@ -216,10 +221,11 @@ class TaskExtra(_message.Message):
         vmas: _abc.Iterable[Global___VmaExtra] | None = ...,
         vvar_vclock: _abc.Iterable[_builtins.int] | None = ...,
         xfeatures: _builtins.int | None = ...,
+        auxv: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exit_signal", b"exit_signal", "vdso_build_id", b"vdso_build_id", "vpid", b"vpid", "xfeatures", b"xfeatures"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit_signal", b"exit_signal", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auxv", b"auxv", "exit_signal", b"exit_signal", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -269,6 +275,7 @@ class FileExtra(_message.Message):
     BUILD_ID_FIELD_NUMBER: _builtins.int
     SEMAPHORE_FIELD_NUMBER: _builtins.int
     EPOLL_FILES_FIELD_NUMBER: _builtins.int
+    EPOLL_FDS_FIELD_NUMBER: _builtins.int
     UNIX_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
@@ -283,6 +290,10 @@ class FileExtra(_message.Message):
     @_builtins.property
     def epoll_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """the watched file of each target, in order"""
+
+    @_builtins.property
+    def epoll_fds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """the number it was added by, where CRIU must have another"""
 
     @_builtins.property
     def unix(self) -> Global___UnixExtra: ...
@@ -301,12 +312,13 @@ class FileExtra(_message.Message):
         build_id: _builtins.bytes | None = ...,
         semaphore: _builtins.bool | None = ...,
         epoll_files: _abc.Iterable[_builtins.int] | None = ...,
+        epoll_fds: _abc.Iterable[_builtins.int] | None = ...,
         unix: Global___UnixExtra | None = ...,
         options: Global___OptionsExtra | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "unix", b"unix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "epoll_files", b"epoll_files", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "unix", b"unix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "epoll_fds", b"epoll_fds", "epoll_files", b"epoll_files", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "unix", b"unix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
