@@ -307,7 +307,7 @@ def _built(
         sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
         clock.done("state")
         for site in reversed(sites.values()):  # a parent learns of its children's stops before its own end
-            _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
+            _finish(site, sites.get(site.task.ppid), checkpoint)
         clock.done("registers")
         yield BuiltTree(checkpoint, born, sites, userfaultfds, ranges, lazy_tree, sockets, made, hold)
 
@@ -412,16 +412,16 @@ def _run_in_threads(site: Site, inherited: Inherited) -> None:
             bench.run(tracee, late)
 
 
-def _finish(site: Site, parent: Site | None, clocks: Clocks) -> None:
+def _finish(site: Site, parent: Site | None, checkpoint: Checkpoint) -> None:
     """Timers run, sleeps are resumed, the bench goes, who was stopped stops, and every thread gets its registers."""
     task = site.task
     start = list(state.timer_start_calls(task, site.bench))
     if start:
         site.run(*start)
-    resumed = restarts.resume(site, clocks)
+    resumed = restarts.resume(site, checkpoint.clocks)
     _unmap_bench(site, task)
     if task.state is TaskState.STOPPED:
-        stop(site, parent)
+        stop(site, parent, checkpoint.tasks)
     ptrace.dress(
         [(site.threads[t.tid], resumed.get(t.tid, t.registers), t.xsave, t.blocked) for t in task.threads]
     )
