@@ -57,7 +57,7 @@ class Option:
 
     @property
     def optional(self) -> bool:
-        return self.argument.startswith("[")
+        return self.argument.startswith("[") and self.argument.endswith("]")
 
 
 DOES, ALWAYS, PERMITS, REFUSED = Kind
@@ -262,7 +262,7 @@ OPTIONS = (
         "[MODE]",
         values=("ignore",),
     ),
-    Option("cgroup-root", REFUSED, (RESTORE,), "see --manage-cgroups", "[CONTROLLER:]PATH"),
+    Option("cgroup-root", REFUSED, _CR, "see --manage-cgroups", "[CONTROLLER:]PATH"),
     Option("cgroup-props", REFUSED, _CR, "see --manage-cgroups", "TEXT"),
     Option("cgroup-props-file", REFUSED, _CR, "see --manage-cgroups", "FILE"),
     Option("cgroup-dump-controller", REFUSED, (DUMP,), "see --manage-cgroups", "NAME"),

@@ -174,6 +174,11 @@ class Registry:
             return None
         return status.ns_pid[-1] if status.tgid in {task.pid for task in self.tasks} else None
 
+    def number_of_dead(self, pid: int) -> int:
+        """What a process that has ended was called in the tree's pid namespace; 0 where that cannot be known."""
+        ours = all(task.pid == task.vpid for task in self.tasks)
+        return pid if ours and not os.path.exists(f"/proc/{pid}") else 0
+
     def inside(self, path: str) -> str:
         """A path of ours (what readlink of /proc/PID/fd gives) as seen from the tree's root directory."""
         self._root = self._root or os.readlink(f"/proc/{self.tasks[0].pid}/root")

@@ -7,8 +7,8 @@ import os
 import resource
 import signal
 import struct
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from lazyproc.errors import PidTaken, RestoreError
 from lazyproc.kernel import arch_x86_64 as arch
@@ -103,6 +103,17 @@ class Maker:
                     self._exit(self.sites.pop(vpid), 0)
                     self.sites[member].run(Call("wait4", (vpid, 0, WALL, 0)))
         return self.sites
+
+    @contextmanager
+    def standing_in(self, vpid: int) -> Iterator[Site]:
+        """A process with the number of one that has ended, for as long as it takes. Raises PidTaken."""
+        root = self.sites[self.checkpoint.root.vpid]
+        site = self._fork(_stand_in(vpid, root.task.vpid), root.task.vpid)
+        try:
+            yield site
+        finally:
+            self._exit(site, 0)
+            root.run(Call("wait4", (vpid, 0, WALL, 0)))
 
     def _fork(self, task: Task, parent: int) -> Site:
         if parent:

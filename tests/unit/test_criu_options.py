@@ -56,6 +56,7 @@ def test_the_document_has_the_table() -> None:
         (["--tre", "7"], "tree", ("7",)),
         (["-Rt7"], "leave-running", ("",)),
         (["--external", "a", "--external", "b"], "external", ("a", "b")),
+        (["--cgroup-root", "a:/b"], "cgroup-root", ("a:/b",)),
         (["-x"], "ext-unix-sk", ("",)),
         (["-x12,13"], "ext-unix-sk", ("12,13",)),
         (["-verbosity=0"], "verbosity", ("0",)),
