@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 
 from lazyproc.criu.log import ERROR, INFO, WARNING, Log
@@ -19,8 +20,10 @@ class Feature:
     name: str
     probe: str = ""
     lacks: str = ""
+    program: str = ""  # that has to be there
 
 
+PROGRAMS = "/usr/sbin:/sbin:/usr/bin:/bin"
 _NAMESPACES = "namespaces are not dumped"
 
 FEATURES = (
@@ -53,9 +56,9 @@ FEATURES = (
     Feature("clone3_set_tid", "choose pids"),
     Feature("newifindex", lacks=_NAMESPACES),
     Feature("nftables", "nftables"),
-    Feature("has_ipt_legacy", lacks="iptables is not used"),
+    Feature("has_ipt_legacy", program="iptables-legacy"),
     Feature("pidfd_store", lacks="there is no dump in steps yet"),
-    Feature("ns_pid", lacks=_NAMESPACES),
+    Feature("ns_pid"),
     Feature("apparmor_stacking", lacks="security labels are not set"),
     Feature("network_lock_nftables", "nftables"),
     Feature("sockopt_buf_lock"),
@@ -88,6 +91,8 @@ def why_not(feature: Feature) -> str:
     """ "" when the host has it, and lazyproc a use for it."""
     if feature.lacks:
         return f"{feature.name}: {feature.lacks}"
+    if feature.program and shutil.which(feature.program, path=PROGRAMS) is None:
+        return f"{feature.name}: {feature.program} is not installed"
     if feature.probe:
         try:
             _probes()[feature.probe]()

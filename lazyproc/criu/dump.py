@@ -40,7 +40,7 @@ def run(given: Given, log: Log) -> None:
 
 def _permits(given: Given) -> lazyproc.Permits:
     return lazyproc.Permits(
-        connections="tcp-established" in given,
+        connections="tcp-established" in given or "tcp-close" in given,
         locks="file-locks" in given,
         led_from_outside="shell-job" in given,
         ghost_limit=_size(given.last("ghost-limit", "1M")),

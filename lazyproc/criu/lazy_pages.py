@@ -17,5 +17,11 @@ def run(given: Given, log: Log) -> None:
         places.write_pidfile(given, os.getpid())
         places.say_ready(given)
 
-    report = lazyproc.lazy_pages(places.images(given), work_dir=places.work(given), ready=ready, listener=log)
+    report = lazyproc.lazy_pages(
+        places.images(given),
+        peer=places.peer(given) if "page-server" in given else None,
+        work_dir=places.work(given),
+        ready=ready,
+        listener=log,
+    )
     log.write(INFO, f"all pages are there: {dict(report)}")

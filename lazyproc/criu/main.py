@@ -67,6 +67,7 @@ _MODULES: Mapping[str, str] = {
     options.CHECK: "check",
     options.DUMP: "dump",
     options.RESTORE: "restore",
+    options.PAGE_SERVER: "page_server",
     options.LAZY_PAGES: "lazy_pages",
 }
 

@@ -57,7 +57,7 @@ class Option:
 
     @property
     def optional(self) -> bool:
-        return self.argument.startswith("[")
+        return self.argument.startswith("[") and self.argument.endswith("]")
 
 
 DOES, ALWAYS, PERMITS, REFUSED = Kind
@@ -216,7 +216,9 @@ OPTIONS = (
         "established TCP connections: moved, with their address",
         negatable=True,
     ),
-    Option("tcp-close", DOES, _CR, "they are closed instead", negatable=True),
+    Option(
+        "tcp-close", DOES, _CR, "they are closed instead; by a dump those with the outside", negatable=True
+    ),
     Option(
         "skip-in-flight",
         REFUSED,
@@ -260,7 +262,7 @@ OPTIONS = (
         "[MODE]",
         values=("ignore",),
     ),
-    Option("cgroup-root", REFUSED, (RESTORE,), "see --manage-cgroups", "[CONTROLLER:]PATH"),
+    Option("cgroup-root", REFUSED, _CR, "see --manage-cgroups", "[CONTROLLER:]PATH"),
     Option("cgroup-props", REFUSED, _CR, "see --manage-cgroups", "TEXT"),
     Option("cgroup-props-file", REFUSED, _CR, "see --manage-cgroups", "FILE"),
     Option("cgroup-dump-controller", REFUSED, (DUMP,), "see --manage-cgroups", "NAME"),
@@ -276,10 +278,10 @@ OPTIONS = (
         (RESTORE,),
         "the daemon behind lazy-pages.socket brings pages when they are touched",
     ),
-    Option("lazy-pages", REFUSED, (DUMP, PAGE_SERVER), "a dump is not lazy yet; `lazyproc serve PID` is"),
-    Option(
-        "page-server", REFUSED, (DUMP, LAZY_PAGES), "is not built yet; see `lazyproc serve`", negatable=True
-    ),
+    Option("lazy-pages", DOES, (PAGE_SERVER,), "the images are given to a lazy-pages daemon, ours or CRIU's"),
+    Option("lazy-pages", REFUSED, (DUMP,), "a dump is not lazy yet; `lazyproc serve PID` is"),
+    Option("page-server", DOES, (LAZY_PAGES,), "what the images lack comes from there", negatable=True),
+    Option("page-server", REFUSED, (DUMP,), "is not built yet; copy the folder", negatable=True),
     Option("address", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "where a page server is", "IP"),
     Option("port", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "the same", "NUM"),
     Option(

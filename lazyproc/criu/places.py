@@ -58,3 +58,11 @@ def say_ready(given: Given) -> None:
         raise UsageError(
             f"cannot be written ({reason})", where=f"--status-fd {fd}", remedy="give an open one"
         ) from None
+
+
+def peer(given: Given) -> str:
+    """HOST:PORT of a page server. Raises UsageError."""
+    host, port = given.last("address", "127.0.0.1"), given.number("port", 0)
+    if not port:
+        raise UsageError("is not given", where="--port", remedy="name the port of the page server")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

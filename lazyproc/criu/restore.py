@@ -46,6 +46,7 @@ def _restored(
         stopped="leave-stopped" in given,
         ready=ready,
         lazy_pages=daemon,
+        tcp_close="tcp-close" in given,
         listener=log,
     )
 

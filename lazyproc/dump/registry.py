@@ -99,6 +99,7 @@ class Registry:
     seen: Mapping[FileSeen, RegularFile] = field(default_factory=dict)  # before the freeze
     looked: dict[FileSeen, RegularFile] = field(default_factory=dict)  # whose content does not travel
     queue: deque[Place] = field(default_factory=deque)
+    unread: bool = False  # a message that was not looked at waits in a socket, perhaps with descriptors
     objects: Numbers = field(default_factory=Numbers)  # SharedMemory, by Inode
     pipe_numbers: Numbers = field(default_factory=Numbers)  # by Inode
     content_numbers: Numbers = field(default_factory=Numbers)  # by Inode
@@ -172,6 +173,11 @@ class Registry:
         except NoSuchProcess:
             return None
         return status.ns_pid[-1] if status.tgid in {task.pid for task in self.tasks} else None
+
+    def number_of_dead(self, pid: int) -> int:
+        """What a process that has ended was called in the tree's pid namespace; 0 where that cannot be known."""
+        ours = all(task.pid == task.vpid for task in self.tasks)
+        return pid if ours and not os.path.exists(f"/proc/{pid}") else 0
 
     def inside(self, path: str) -> str:
         """A path of ours (what readlink of /proc/PID/fd gives) as seen from the tree's root directory."""

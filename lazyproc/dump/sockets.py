@@ -200,6 +200,7 @@ class SocketTable:
 
     def _resource(self, taken: _Taken, known: _Known) -> UnixSocket | InetSocket:
         queue, ends = taken.queue or (), taken.ends
+        self.registry.unread |= taken.queue is None and ends is None and _holds_data(taken.sock)
         if ends is not None and ends.is_connection and not self._is_permitted(ends):
             raise _NOT_PERMITTED
         values = read_options(taken.sock, connected=ends is not None and ends.is_connection)
@@ -255,6 +256,12 @@ class SocketTable:
 
     def _refuse(self, place: Place, refused: Refused) -> None:
         self.registry.refuse(place.pid, f"fd {place.fd}", refused)
+
+
+def _holds_data(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return any(events & select.POLLIN for _fd, events in poll.poll(0))
 
 
 def _has_queue(sock: socket.socket) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 
 from lazyproc.images.lazy import Places, places
 from lazyproc.model import PAGE, MemoryObject
+from lazyproc.pages import PageSource
 from lazyproc.pages.eager import held_futexes
 from lazyproc.pages.private import PrivatePages, object_of
 from lazyproc.uffd.device import Outcome, Userfaultfd
@@ -22,15 +23,15 @@ ZERO_PAGE = bytes(PAGE)
 class Beforehand:
     """They are put there through the userfaultfds, behind the pager's back: it finds them there."""
 
-    def __init__(self, pages: PrivatePages) -> None:
-        """`pages` has to stay open until all are in place. Raises ImageError."""
-        self._pages = pages
+    def __init__(self, pages: PrivatePages, source: PageSource) -> None:
+        """Their contents come from `source`, now. Raises what that raises."""
         memory = {each.vpid: each for each in pages.memory}
-        wanted: dict[int, set[int]] = defaultdict(set)
+        self._left: dict[MemoryObject, dict[int, bytes]] = defaultdict(dict)
         for vpid, thread in places(pages.images):
-            read = partial(_read, pages, object_of(memory[vpid]))
-            wanted[vpid] |= {addr & -PAGE for addr in _touched(thread, read) if memory[vpid].covers(addr)}
-        self._left = {object_of(memory[vpid]): sorted(addrs) for vpid, addrs in wanted.items() if addrs}
+            obj = object_of(memory[vpid])
+            for addr in _touched(thread, partial(_read, source, obj)):
+                if memory[vpid].covers(addr):
+                    self._left[obj][addr & -PAGE] = source.read(obj, addr & -PAGE, 1)
 
     @property
     def pending(self) -> bool:
@@ -38,17 +39,18 @@ class Beforehand:
 
     def place(self, userfaultfds: Mapping[int, int]) -> None:
         """As many as can be: until its memory is registered a process has room for none. Raises OSError."""
-        left = {}
-        for obj, addrs in self._left.items():
+        for obj, pages in list(self._left.items()):
             device = Userfaultfd.from_fd(userfaultfds[obj.id])
-            if rest := [addr for addr in addrs if not self._placed(device, obj, addr)]:
-                left[obj] = rest
-        self._left = left
+            left = {addr: data for addr, data in pages.items() if not _placed(device, addr, data)}
+            if left:
+                self._left[obj] = left
+            else:
+                del self._left[obj]
 
-    def _placed(self, device: Userfaultfd, obj: MemoryObject, addr: int) -> bool:
-        data = self._pages.read(obj, addr, 1)
-        done = device.zeropage(addr, PAGE) if data == ZERO_PAGE else device.copy(addr, data)
-        return done.outcome in (Outcome.INSTALLED, Outcome.PRESENT)
+
+def _placed(device: Userfaultfd, addr: int, data: bytes) -> bool:
+    done = device.zeropage(addr, PAGE) if data == ZERO_PAGE else device.copy(addr, data)
+    return done.outcome in (Outcome.INSTALLED, Outcome.PRESENT)
 
 
 def _touched(thread: Places, read: Callable[[int, int], bytes]) -> set[int]:
@@ -60,8 +62,8 @@ def _touched(thread: Places, read: Callable[[int, int], bytes]) -> set[int]:
     return found
 
 
-def _read(pages: PrivatePages, obj: MemoryObject, addr: int, length: int) -> bytes:
+def _read(source: PageSource, obj: MemoryObject, addr: int, length: int) -> bytes:
     """What is there, and zeros for what is nowhere."""
     start = addr & -PAGE
     count = (addr + length - start + PAGE - 1) // PAGE
-    return pages.read(obj, start, count)[addr - start : addr - start + length]
+    return source.read(obj, start, count)[addr - start : addr - start + length]

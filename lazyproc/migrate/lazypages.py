@@ -9,11 +9,13 @@ import socket
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from lazyproc.errors import ConnectionLost, LazyprocError, Parked, ProtocolError
 from lazyproc.events import Event, Listener, Note, StateChanged, ignore
+from lazyproc.images.convert import from_images
+from lazyproc.images.files import Folder
 from lazyproc.images.lazy import LazyMemory, highest_descriptor
 from lazyproc.kernel import family
 from lazyproc.kernel.deaf import ignore_interrupts
@@ -22,13 +24,16 @@ from lazyproc.migrate.apart import Client, result, stream, unplug
 from lazyproc.migrate.arrival import Wishes
 from lazyproc.migrate.beforehand import Beforehand
 from lazyproc.migrate.crew import say
+from lazyproc.migrate.identity import identity
+from lazyproc.migrate.images_server import demand_same, fill, offered
 from lazyproc.migrate.journal import ARRIVING, DESTINATION, Journal, forget_old, records
 from lazyproc.migrate.keeper import LIVING, NAME, Keeper
 from lazyproc.migrate.paging import Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.private import PrivatePages, object_of
+from lazyproc.pages.private import PrivatePages, WithServer, object_of
+from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Session
 from lazyproc.restore.anchoring import anchor
 from lazyproc.restore.ending import end_tree
@@ -55,6 +60,9 @@ LOOK_S = 0.005
 def lazy_pages(
     directory: Path,
     *,
+    peer: str | None = None,
+    insecure: bool = False,
+    tls: Tls | None = None,
     work_dir: Path | None = None,
     policy: str = "sequential",
     bulk: bool = True,
@@ -65,31 +73,34 @@ def lazy_pages(
     """What CRIU's own `lazy-pages` does: bring the memory of one tree that `criu restore --lazy-pages` restores from
     the images in `directory`; the report when all of it has come.
 
-    CRIU finds us by lazy-pages.socket in `work_dir` (its --work-dir; the folder of the images when absent). `ready` is
-    called when it can. Without `bulk` only what is touched comes; `max_rate` are bytes a second of what nobody waits
-    for (0: no limit). Who works on it are other processes; from the first instruction of the tree on they go on
-    without us. Raises ImageError, CannotListen, UsageError (no such policy), LazyprocError when the restore fails, and
-    then nothing of it runs; Parked when we are interrupted later, or all who worked on it are gone.
+    What these images lack comes from `lazyproc serve -D` at `peer` (HOST:PORT); an empty folder is filled from there
+    first. CRIU finds us by lazy-pages.socket in `work_dir` (its --work-dir; the folder of the images when absent).
+    `ready` is called when it can. Without `bulk` only what is touched comes; `max_rate` are bytes a second of what
+    nobody waits for (0: no limit).
+
+    Who works on it are other processes; from the first instruction of the tree on they go on without us. Raises
+    ImageError, CannotListen, UsageError, what `peer` leads to, LazyprocError when the restore fails, and then nothing
+    of it runs; Parked when we are interrupted later, or all who worked on it are gone.
     """
     named(policy)
     forget_old()
     images = Path(os.path.abspath(directory))
-    supply = Supply(str(images), criu=True)
     wishes = Wishes(lazy=True, policy=policy, bulk=bulk, max_rate=max_rate, traced=False, release=False)
-    session, place = Session.new(), Place("", Trust())
+    session, place = Session.new(), Place(peer or "", Trust(insecure, tls=tls), dials=peer is not None)
     facts = {
-        "token": session.token,  # nobody's: there is no other side
-        "peer": str(images),
-        "images": str(images),
+        "token": session.token,  # nobody's: there is no other side, or one that knows no sessions
+        "peer": peer or str(images),
         "criu": True,
-        "supply": supply.facts(),
+        "folder": str(images),
         "wishes": wishes.fields(),
         **place.facts(),
     }
     ours, theirs = stream()
-    with PrivatePages(images) as pages, closing(Door(work_dir or images)) as door, ours:
-        pages.segments()
-        beforehand = Beforehand(pages)
+    with ExitStack() as stack:
+        stack.enter_context(ours)
+        pages, beforehand = _opened(images, place, facts)
+        stack.enter_context(pages)
+        door = stack.enter_context(closing(Door(work_dir or images)))
         ready()
 
         def run() -> None:
@@ -103,6 +114,35 @@ def lazy_pages(
             family.daemon(run, NAME)
         door.disown()
         return _awaited(ours, session.id, listener)
+
+
+def _opened(images: Path, place: Place, facts: dict[str, object]) -> tuple[PrivatePages, Beforehand]:
+    """The images, and the pages that have to be there first; where the others are goes into `facts`."""
+    with ExitStack() as failed:
+        if place.dials:
+            pages, beforehand = _from_server(images, place, facts, failed)
+        else:
+            facts["images"] = str(images)
+            facts["supply"] = Supply(str(images), criu=True).facts()
+            pages = failed.enter_context(PrivatePages(images))
+            pages.segments()
+            beforehand = Beforehand(pages, pages)
+        failed.pop_all()
+        return pages, beforehand
+
+
+def _from_server(
+    images: Path, place: Place, facts: dict[str, object], failed: ExitStack
+) -> tuple[PrivatePages, Beforehand]:
+    link, checkpoint, there = offered(place.address, place.trust)
+    with closing(link):
+        facts["offered"] = theirs = identity(checkpoint, there)
+        if not Folder(images).images():
+            fill(images, checkpoint, there)
+        pages = failed.enter_context(PrivatePages(images))
+        source = WithServer(pages, there)
+        demand_same(identity(from_images(pages.images), source), theirs, place.address)
+        return pages, Beforehand(pages, source)
 
 
 def _awaited(stream: socket.socket, session: str, listener: Listener) -> Mapping[str, object]:
@@ -248,10 +288,16 @@ class LazyPagesKeeper(Keeper):
         """Not after the pager has begun to take them away: it waits until that is on record."""
         facts, due = self._journal.facts, self._due
         tree = from_facts(facts["tree"])
-        over = "whole" in facts or time.time() > facts["since"] + ANCHOR_S
-        left, failed = ({}, []) if over else anchor(tree, due, facts["ledger"], facts["cradle"])
-        for error in failed:
-            self._clients.tell(Note(f"{error}; its memory is lost if all who bring it are killed at once"))
+        left, failed = due, []
+        if "whole" in facts:
+            left = {}
+        elif time.time() > facts["since"] + ANCHOR_S:
+            left, failed = {}, [f"pid {tree.tasks[index].pid}: is traced" for index in due]
+        else:
+            left, errors = anchor(tree, due, facts["ledger"], facts["cradle"])
+            failed = list(map(str, errors))
+        for why in failed:
+            self._clients.tell(Note(f"{why}; its memory is lost if all who bring it are killed at once"))
         if left != due:
             self._journal.note(str(facts["state"]), self._clients.tell, {"due": [*left.items()]})
             for index in due.keys() - left.keys():

@@ -35,6 +35,7 @@ def restore(
     stopped: bool = False,
     ready: Callable[[int], object] = lambda pid: None,
     lazy_pages: socket.socket | None = None,
+    tcp_close: bool = False,
 ) -> Iterator[Restored]:
     """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`."""
     with run.restore(
@@ -50,6 +51,7 @@ def restore(
         stopped=stopped,
         ready=ready,
         lazy_pages=lazy_pages,
+        tcp_close=tcp_close,
     ) as restored:
         if restored.pager is None:
             yield restored

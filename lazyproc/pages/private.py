@@ -1,4 +1,4 @@
-"""The pages that `criu restore --lazy-pages` leaves out, in a folder of images."""
+"""The pages that `criu restore --lazy-pages` leaves out, in a folder of images; some may be at a page server only."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from lazyproc.facts import replace
 from lazyproc.images.files import Folder
 from lazyproc.images.lazy import LazyMemory, lazy_memory
-from lazyproc.model import Extent, MemoryObject, ObjectKind
+from lazyproc.images.pagemap import merge, to_extents
+from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
+from lazyproc.pages import PageSource
 from lazyproc.pages.images import ImagePages
-from lazyproc.runs import Extents
 
 
 class PrivatePages(ImagePages):
@@ -23,35 +23,56 @@ class PrivatePages(ImagePages):
         self.memory: tuple[LazyMemory, ...] = lazy_memory(self.images)
         super().__init__(folder, [object_of(each) for each in self.memory if each.ranges is not None])
         try:
-            found = super().extents()
+            self._pagemaps = dict(self.pagemaps())
             for each in self.memory:
-                each.demand_covers(Extents.of(found.get(object_of(each), ())).where(lazy=True))
+                if each.ranges is not None:
+                    each.demand_covers(to_extents(self._pagemaps[object_of(each)]).where(lazy=True))
         except BaseException:
             self.close()
             raise
 
     def extents(self) -> Mapping[MemoryObject, tuple[Extent, ...]]:
-        """All lazy: what the restorer has put in place itself is found there, and what it has not is not taken for
-        zeros.
+        """All lazy, wherever they are: what the restorer has put in place itself is found there, and what it has not is
+        not taken for zeros.
         """
         return {
-            obj: tuple(replace(extent, lazy=True) for extent in runs)
-            for obj, runs in super().extents().items()
+            obj: merge(Extent(entry.addr, (entry.end - entry.addr) // PAGE, lazy=True) for entry in pagemap)
+            for obj, pagemap in self.pagemaps()
         }
+
+    def lacks(self, obj: MemoryObject, addr: int) -> bool:
+        """Whether the page is at a page server only."""
+        pagemap = self._pagemaps.get(obj)
+        return pagemap is not None and pagemap.elsewhere(addr, addr + PAGE) is not None
 
     def identity(self) -> dict[str, list[int]]:
         """As lazyproc.migrate.identity has it, of processes that nobody here could restore."""
         return {
             str(each.vpid): [
-                _sum(each.vpid, self.images.get(f"{kind}-{each.vpid}.img", b"")) for kind in ("mm", "core")
+                zlib.crc32(self.images.get(f"{kind}-{each.vpid}.img", b""), each.vpid)
+                for kind in ("mm", "core")
             ]
             for each in self.memory
         }
 
 
+class WithServer:
+    """A PageSource, page by page: what `here` lacks comes from `there`."""
+
+    def __init__(self, here: PrivatePages, there: PageSource) -> None:
+        self._here = here
+        self._there = there
+
+    def extents(self) -> Mapping[MemoryObject, tuple[Extent, ...]]:
+        return self._here.extents()
+
+    def read(self, obj: MemoryObject, addr: int, count: int) -> bytes:
+        """See PageSource.read."""
+        pages = (addr + page * PAGE for page in range(count))
+        return b"".join(
+            (self._there if self._here.lacks(obj, at) else self._here).read(obj, at, 1) for at in pages
+        )
+
+
 def object_of(memory: LazyMemory) -> MemoryObject:
     return MemoryObject(ObjectKind.TASK, memory.vpid)
-
-
-def _sum(vpid: int, image: bytes) -> int:
-    return zlib.crc32(image, vpid)

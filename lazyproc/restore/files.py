@@ -85,7 +85,8 @@ def make_regular(workshop: Workshop, file: OpenFile, resource: RegularFile) -> i
     """A file, directory or device by its path; or a deleted file made from its content."""
     content = workshop.checkpoint.contents.get(resource.content_id)
     if content and not content.path:
-        return reopen(ghost(workshop, content.id, resource.path), file.flags)
+        found = ghost(workshop, content.id, resource.path)
+        return os.dup(found) if file.flags & os.O_PATH else reopen(found, file.flags)
     need = file_need(resource, file.flags, sized=file.id in workshop.mapped)
     with probe(workshop.open_path, need.path) as found:
         check_file(need, found)

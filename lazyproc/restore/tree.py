@@ -261,13 +261,14 @@ def _built(
         offsets, is_root = timens_text(checkpoint.clocks), checkpoint.root.vpid == 1
         born.make_ready(_free_number(checkpoint), offsets, is_root=is_root)
         clock.done("nursery")
-        sites = Maker(born, checkpoint, stack).make()
+        maker = Maker(born, checkpoint, stack)
+        sites = maker.make()
         clock.done("processes")
         hold = stack.enter_context(Hold(f"to_{born.pid}"))
         hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
         made = stack.enter_context(ExitStack())
         files, shared, sockets = made.enter_context(
-            files_and_objects(checkpoint, born, sites, listener, users or Users())
+            files_and_objects(checkpoint, born, maker, listener, users or Users())
         )
         clock.done("files")
         ranges = tuple(pages.lazy_ranges(checkpoint)) if handed or pager is not None else ()
@@ -307,7 +308,7 @@ def _built(
         sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
         clock.done("state")
         for site in reversed(sites.values()):  # a parent learns of its children's stops before its own end
-            _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
+            _finish(site, sites.get(site.task.ppid), checkpoint)
         clock.done("registers")
         yield BuiltTree(checkpoint, born, sites, userfaultfds, ranges, lazy_tree, sockets, made, hold)
 
@@ -316,14 +317,14 @@ def _built(
 def files_and_objects(
     checkpoint: Checkpoint,
     birth: Nursery,
-    sites: Mapping[int, Site],
+    maker: Maker,
     listener: Listener,
     users: Users,
 ) -> Iterator[tuple[Mapping[int, int], Mapping[int, int], MadeSockets]]:
     """Everything the tasks will open or map, as descriptors of ours: by OpenFile id and by SharedMemory id.
 
-    The tasks (`sites`) call what shows who called it. Ours are closed before the tree runs: a pipe end held by us
-    would never let its reader see the end.
+    The tasks that `maker` has made call what shows who called it. Ours are closed before the tree runs: a pipe end held
+    by us would never let its reader see the end.
     """
     root = f"/proc/{birth.pid}/root"
 
@@ -336,7 +337,7 @@ def files_and_objects(
         objects.made(checkpoint, made.objects) as shared,
     ):
         files = dict(made.files)
-        with make_sockets(checkpoint, files, root=root, sites=sites) as sockets:
+        with make_sockets(checkpoint, files, root=root, maker=maker) as sockets:
             add_orphans(checkpoint, files)
             yield files, shared, sockets
 
@@ -412,16 +413,16 @@ def _run_in_threads(site: Site, inherited: Inherited) -> None:
             bench.run(tracee, late)
 
 
-def _finish(site: Site, parent: Site | None, clocks: Clocks) -> None:
+def _finish(site: Site, parent: Site | None, checkpoint: Checkpoint) -> None:
     """Timers run, sleeps are resumed, the bench goes, who was stopped stops, and every thread gets its registers."""
     task = site.task
     start = list(state.timer_start_calls(task, site.bench))
     if start:
         site.run(*start)
-    resumed = restarts.resume(site, clocks)
+    resumed = restarts.resume(site, checkpoint.clocks)
     _unmap_bench(site, task)
     if task.state is TaskState.STOPPED:
-        stop(site, parent)
+        stop(site, parent, checkpoint.tasks)
     ptrace.dress(
         [(site.threads[t.tid], resumed.get(t.tid, t.registers), t.xsave, t.blocked) for t in task.threads]
     )

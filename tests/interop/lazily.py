@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lazyproc.dump.checkpoint import checkpoint
+from lazyproc.events import ignore
 from lazyproc.images.files import Folder
 from lazyproc.images.lazy import lazy_memory
 from lazyproc.restore.lazytree import ANCHORS, anchor_holders, from_facts
@@ -59,10 +61,14 @@ class Dumped:
 
 
 @contextmanager
-def dumped(name: str, *arguments: object, directory: Path) -> Iterator[Dumped]:
+def dumped(name: str, *arguments: object, directory: Path, by_criu: bool = True) -> Iterator[Dumped]:
     """A self-checking program, dumped; what was restored of it is killed at the end."""
     with running(name, *arguments, directory=directory) as program:
-        made = _dump(program, directory)
+        if by_criu:
+            made = _dump(program, directory)
+        else:
+            made = Dumped(directory / "images", program.pid, program.watch)
+            checkpoint(program.pid, made.images, leave_running=False, tcp_close=False, listener=ignore)
         program.process.wait()
         for each in lazy_memory(
             Folder(made.images).read()
@@ -163,6 +169,26 @@ def lazy_pages(images: Path, *options: str, directory: Path) -> Iterator[LazyPag
                 os.kill(it.record()[f"{name}_pid"], signal.SIGKILL)
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def serving(
+    target: Path | int, *, directory: Path, port: int = 0
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`lazyproc serve` of a folder or of a process, and its port."""
+    log = directory / f"serve-{port}.log"
+    command = [sys.executable, "-m", "lazyproc.cli.main", "serve", "--log-file", str(log)]
+    command += ["-D", str(target)] if isinstance(target, Path) else [str(target)]
+    process = subprocess.Popen(
+        [*command, "--listen", f"127.0.0.1:{port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=environment(directory / "state"),
+    )  # fmt: skip
+    try:
+        wait_until(lambda: log.exists() and "listening on port" in log.read_text(), "it serves")
+        yield process, int(log.read_text().partition("listening on port ")[2].split()[0])
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextmanager

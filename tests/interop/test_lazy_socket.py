@@ -10,7 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from tests.interop.lazily import (
     dumped_and_running,
     environment,
     lazy_pages,
+    serving,
 )
 from tests.live.programs import wait_until
 from tests.needs import require_root
@@ -31,6 +32,7 @@ from tests.needs import require_root
 pytestmark = pytest.mark.usefixtures("root")
 SLOW = ("--max-rate", "3000000")
 CARGO = ("memory_random", 16, 2, 1000)
+SLOW_CARGO = ("memory_random", 16, 2, 20000)  # after a second it has not touched everything
 ANCHORED = ("anon_inode:[userfaultfd]", "/memfd:lazyproc-ledger (deleted)")
 
 
@@ -190,9 +192,27 @@ def test_the_keeper_is_killed_before_a_restore(tmp_path: Path) -> None:
         assert cargo.restore().wait() != 0
 
 
-def test_all_who_work_on_it_are_killed(tmp_path: Path) -> None:
-    with dumped(*CARGO, directory=tmp_path) as cargo:
-        with lazy_pages(cargo.images, *SLOW, directory=tmp_path) as pager:
+def test_images_of_lazyproc_and_a_process_without_privileges(tmp_path: Path) -> None:
+    with (
+        dumped("trap_lazy", "fork", 65534, directory=tmp_path, by_criu=False) as cargo,
+        lazy_pages(cargo.images, "--no-bulk", directory=tmp_path) as pager,
+    ):
+        cargo.restored()
+        pager.wait_anchored()
+        cargo.watch.wait_beats()
+        cargo.stop_and_verify()
+        assert pager.finish()["ended"]
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_all_who_work_on_it_are_killed(tmp_path: Path, served: bool) -> None:
+    with dumped(*SLOW_CARGO, directory=tmp_path) as cargo, ExitStack() as stack:
+        options: tuple[str, ...] = SLOW
+        if served:
+            _, port = stack.enter_context(serving(cargo.images, directory=tmp_path))
+            options, cargo.images = (*SLOW, "--from", f"127.0.0.1:{port}"), tmp_path / "fetched"
+            cargo.images.mkdir()
+        with lazy_pages(cargo.images, *options, directory=tmp_path) as pager:
             cargo.restored()
             record = pager.wait_state("running")
             pager.wait_anchored()
@@ -334,3 +354,66 @@ def test_a_tree_with_zombies_and_a_stopped_child(tmp_path: Path) -> None:
             cargo.watch.wait_beats()
             pager.finish()
         cargo.stop_and_verify()
+
+
+# --- pages that are elsewhere ---------------------------------------------------------------------------------------
+
+
+def refuses(images: Path, port: int) -> str:
+    """What the command says."""
+    words = ["lazy-pages", "-D", str(images), "--from", f"127.0.0.1:{port}"]
+    refused = subprocess.run(
+        [sys.executable, "-m", "lazyproc.cli.main", *words],
+        env=environment(images.parent / "state"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert refused.returncode == 2, refused.stderr
+    return refused.stderr
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_pages_come_from_a_server_of_images(tmp_path: Path, killed: bool) -> None:
+    """An empty folder becomes one that CRIU restores from; a server that is lost is called again."""
+    with dumped(*SLOW_CARGO, directory=tmp_path) as cargo, ExitStack() as stack:
+        full, cargo.images = cargo.images, tmp_path / "fetched"
+        server, port = stack.enter_context(serving(full, directory=tmp_path))
+        cargo.images.mkdir()
+        options = ("--from", f"127.0.0.1:{port}", *SLOW)
+        with lazy_pages(cargo.images, *options, directory=tmp_path) as pager:
+            fetched = sum(path.stat().st_size for path in cargo.images.glob("pages-*"))
+            assert fetched < sum(path.stat().st_size for path in full.glob("pages-*")) / 2
+            cargo.restored()
+            pager.wait_state("running")
+            cargo.watch.wait_beats(1)
+            if killed:
+                server.kill()
+                server.wait()
+                stack.enter_context(serving(full, directory=tmp_path, port=port))
+            cargo.watch.wait_beats()
+            report = pager.finish()
+        assert report["pages_total"] > 3000
+        assert ("reconnecting" in pager.log.read_text()) == killed
+        cargo.stop_and_verify()
+
+
+def test_the_server_has_other_images(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with (
+        dumped(*CARGO, directory=tmp_path / "one") as cargo,
+        dumped(*CARGO, directory=tmp_path / "two") as other,
+    ):
+        with serving(other.images, directory=tmp_path) as (_, port):
+            refused = refuses(cargo.images, port)
+        assert "another checkpoint" in refused
+
+
+def test_a_process_that_runs_is_no_source(tmp_path: Path) -> None:
+    """It runs on, not even frozen."""
+    with dumped_and_running(*CARGO, directory=tmp_path) as cargo:
+        with serving(cargo.pid, directory=tmp_path) as (_, port):
+            refused = refuses(cargo.images, port)
+            cargo.watch.wait_beats()
+        assert "serve -D" in refused

@@ -76,7 +76,9 @@ int main(int argc, char **argv)
     open_at(PARTS, paths[1], argv[1], "parts");
     open_at(LEASED, paths[2], argv[1], "leased");
     MUST(close(LEASED));
-    MUST(dup2(open(paths[2], O_RDONLY | O_CLOEXEC), LEASED));
+    EXPECT(3, open(paths[2], O_RDONLY | O_CLOEXEC)); /* a lease for reading wants nobody who writes */
+    MUST(dup2(3, LEASED));
+    MUST(close(3));
     child = fork_child();
     if (child == 0) {
         MUST(close(WHOLE));

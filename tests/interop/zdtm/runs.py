@@ -14,9 +14,8 @@ PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 # How the run went wrong. WRONG is what must not be: it was restored, and is not what it was.
 REFUSED, UNRESTORED, WRONG, UNSTARTED, BROKEN = "refused", "not restored", "wrong", "not started", "broken"
 MODES = {"plain": (), "lazy": ("--lazy-pages",), "remote-lazy": ("--remote-lazy-pages",)}
-PROGRAMS = ("zdtm/static/", "zdtm/transition/")
 TIMEOUT_S = 150
-_STEP = re.compile(r"Test \S+ FAIL at (.*?)\s#+", re.DOTALL)
+_STEP = re.compile(r"Test \S+ FAIL at (.*?)[\s#]*$", re.MULTILINE)
 _SKIPPED = re.compile(r"Skipping \S+ \((.*)\)")
 _ERROR = re.compile(r"Error \([^)]*\): (.*?)'?$", re.MULTILINE)
 _COMPLAINT = re.compile(r"(?:ERR|FAIL|SKIP): .*")
@@ -54,7 +53,7 @@ class Bench:
         out = subprocess.run(
             [self.python, "zdtm.py", "list"], cwd=self.folder, capture_output=True, text=True, check=True
         )
-        return sorted(line.strip() for line in out.stdout.splitlines() if line.startswith(PROGRAMS))
+        return sorted(line.strip() for line in out.stdout.splitlines() if line.startswith("zdtm/"))
 
     def run(self, test: str, mode: str) -> Result:
         """In a container of its own (zdtm_ct): what is left of it is killed with it."""
