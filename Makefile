@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 CORES := $(wildcard lazyproc/*/_*.c lazyproc/*/_*.h lazyproc/*/_*_build.py)
 
-.PHONY: demo test test-fast test-long soak build bench check sanitize clean
+.PHONY: demo test test-fast test-long soak build bench check sanitize zdtm clean
 
 # The main job on this machine, between two hosts, verified.
 demo: build $(VENV)/.tools
@@ -29,6 +29,12 @@ build: $(VENV)/.cores
 
 bench: build $(VENV)/.tools
 	@$(BIN)/python -m benchmarks
+
+# CRIU's own tests with lazyproc-criu in its place, in a built tree of CRIU 4.2 (docs/criu.md).
+zdtm: build $(VENV)/.tools
+	@test -d "$(CRIU_TREE)/test/zdtm" || { echo "name a tree of CRIU 4.2: make zdtm CRIU_TREE=DIR" >&2; exit 1; }
+	@$(BIN)/python -m tests.interop.zdtm $(CRIU_TREE)
+	@$(BIN)/python -m tests.interop.zdtm.table
 
 check: build
 	@$(BIN)/ruff check -q

@@ -6,8 +6,10 @@ TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from lazyproc import errors as errors
     from lazyproc.dump.checkpoint import checkpoint as checkpoint
+    from lazyproc.dump.permits import Permits as Permits
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.explain import explain as explain
+    from lazyproc.migrate.lazypages import lazy_pages as lazy_pages
     from lazyproc.migrate.local import restore as restore
     from lazyproc.migrate.server import serve as serve
     from lazyproc.migrate.sessions import abort as abort
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
 _MODULES = {
     "LazyRegion": "lazyproc.uffd.region",
     "abort": "lazyproc.migrate.sessions",
+    "Permits": "lazyproc.dump.permits",
     "Restored": "lazyproc.restore.run",
     "Tls": "lazyproc.pages.tls",
     "checkpoint": "lazyproc.dump.checkpoint",
     "explain": "lazyproc.migrate.explain",
+    "lazy_pages": "lazyproc.migrate.lazypages",
     "read_trace": "lazyproc.trace",
     "receive": "lazyproc.migrate.destination",
     "resume": "lazyproc.migrate.sessions",
@@ -36,12 +40,14 @@ _PACKAGES = ("errors", "migrate", "restore")  # the last two are callable, see c
 
 __all__ = [
     "LazyRegion",
+    "Permits",
     "Restored",
     "Tls",
     "abort",
     "checkpoint",
     "errors",
     "explain",
+    "lazy_pages",
     "migrate",
     "read_trace",
     "receive",

@@ -144,6 +144,9 @@ class Thread:
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
+DROPPABLE = "dp"  # VmFlags of MAP_DROPPABLE memory
+
+
 class VmaKind(enum.Enum):
     """What lies behind a mapping."""
 
@@ -179,8 +182,10 @@ class Vma:
 
     @property
     def may_be_lazy(self) -> bool:
-        """Whether pages of its own may come after the process runs. What mlock(2) holds must be there before."""
-        return self.kind is VmaKind.ANON and "lo" not in self.vm_flags
+        """Whether pages of its own may come after the process runs. What mlock(2) holds must be there before; what
+        the kernel may drop at any time (MAP_DROPPABLE) does not come at all.
+        """
+        return self.kind is VmaKind.ANON and "lo" not in self.vm_flags and DROPPABLE not in self.vm_flags
 
 
 class ObjectKind(enum.IntEnum):
@@ -273,6 +278,26 @@ class Owner:
     signal: int = 0
     uid: int = 0
     euid: int = 0
+
+
+class LockKind(enum.IntEnum):
+    """As CRIU numbers them (the kernel's FL_*)."""
+
+    POSIX = 1  # fcntl(2) F_SETLK, of the process
+    FLOCK = 2  # flock(2), of the open file description
+    LEASE = 32  # fcntl(2) F_SETLEASE, of the open file description
+    OFD = 1024  # fcntl(2) F_OFD_SETLK, of the open file description
+
+
+@dataclass(frozen=True, slots=True)
+class FileLock:
+    """Held through descriptor `fd`. `start` and `length` in bytes, 0: up to the end; POSIX and OFD only."""
+
+    fd: int
+    kind: LockKind
+    exclusive: bool
+    start: int = 0
+    length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -565,6 +590,8 @@ class Task:
     oom_score_adj: int = 0
     loginuid: int = 0xFFFFFFFF
     child_subreaper: bool = False
+    locks: tuple[FileLock, ...] = ()  # those of an open file description with the first task that has it
+    membarriers: int = 0  # membarrier(2) commands it has registered for, by bit
     xfeatures: int = 0  # components of the xsave area that it had to ask for (ARCH_REQ_XCOMP_PERM), by bit
     cgroups: Mapping[str, str] = field(default_factory=dict)  # controllers ("" is v2) -> path
 
@@ -597,6 +624,7 @@ class Checkpoint:
     memory: Mapping[MemoryObject, Sequence[Extent]]
     clocks: Clocks
     hostname: str = ""
+    held: str = ""  # the netfilter session that holds back its packets where it was dumped; "" none
 
     @property
     def root(self) -> Task:

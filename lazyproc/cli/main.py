@@ -17,6 +17,7 @@ from lazyproc.cli import (
     demo,
     explain,
     keys,
+    lazy_pages,
     migrate,
     receive,
     restore,
@@ -43,12 +44,13 @@ COMMANDS = (
     sessions,
     resume,
     abort,
+    lazy_pages,
     show,
     keys,
     demo,
     stdio,
 )
-NAMES = tuple(module.__name__.rpartition(".")[2] for module in COMMANDS)
+NAMES = tuple(module.__name__.rpartition(".")[2].replace("_", "-") for module in COMMANDS)
 FAILED = 1
 EPILOG = (
     "exit codes: 0 done, 1 failed and the source runs as before, 2 wrong usage, 3 cannot be done (obstacles listed), "

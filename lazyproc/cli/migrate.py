@@ -8,6 +8,7 @@ from lazyproc.cli.options import (
     HOST_PORT,
     Commands,
     add_json,
+    add_pace,
     add_pid,
     add_policy,
     add_retry,
@@ -15,7 +16,6 @@ from lazyproc.cli.options import (
     add_trace,
     add_trust,
     command,
-    count,
     destination,
     tls_of,
 )
@@ -43,20 +43,13 @@ def add(commands: Commands) -> None:
         default="postcopy",
         help="postcopy: the memory follows while it runs there; stopcopy: all of it first (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-rate",
-        metavar="BYTES",
-        type=count,
-        default=0,
-        help="bring what nobody waits for no faster, a second",
-    )
     add_retry(parser)
     parser.add_argument(
         "--release",
         action="store_true",
         help="free the memory here while it arrives there, so that both together hold one copy",
     )
-    parser.add_argument("--no-bulk", action="store_true", help="bring only pages that are touched")
+    add_pace(parser)
     add_policy(parser)
     add_tcp_close(parser)
     add_trace(parser)

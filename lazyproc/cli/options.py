@@ -161,6 +161,17 @@ def add_own_policy(parser: argparse.ArgumentParser, otherwise: str) -> None:
     )
 
 
+def add_pace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-rate",
+        metavar="BYTES",
+        type=count,
+        default=0,
+        help="bring what nobody waits for no faster, a second",
+    )
+    parser.add_argument("--no-bulk", action="store_true", help="bring only pages that are touched")
+
+
 def add_tcp_close(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tcp-close", action="store_true", help="give up TCP connections to others; they are restored closed"

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.explain import explain
-from lazyproc.dump.freeze import frozen_tree
-from lazyproc.dump.gather import dumped
+from lazyproc.dump.freeze import FREEZE_MS, FrozenTree, frozen_tree
+from lazyproc.dump.gather import Dump, dumped
+from lazyproc.dump.permits import ALL, Permits
 from lazyproc.dump.source import dump_pages
+from lazyproc.dump.tcp import silence
 from lazyproc.errors import CannotBeDone
 from lazyproc.events import Listener, StateChanged, StepDone
-from lazyproc.facts import dataclass
+from lazyproc.facts import dataclass, replace
 from lazyproc.images.convert import to_images
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
 from lazyproc.kernel.deaf import deaf
+from lazyproc.kernel.netfilter import DUMPED, Hold
 from lazyproc.model import PAGE
 from lazyproc.pages.images import write_pages
 
@@ -37,15 +42,30 @@ class CheckpointReport:
 
 
 def checkpoint(
-    pid: int, directory: Path, *, leave_running: bool, tcp_close: bool, listener: Listener
+    pid: int,
+    directory: Path,
+    *,
+    leave_running: bool,
+    tcp_close: bool,
+    listener: Listener,
+    leave_stopped: bool = False,
+    keep_connections: bool = False,
+    permits: Permits = ALL,
+    timeout_ms: int = FREEZE_MS,
+    last: Callable[[], object] = lambda: None,
 ) -> CheckpointReport:
-    """Freeze the tree under `pid`, write it to `directory`, and end it unless `leave_running`.
+    """Freeze the tree under `pid`, write it to `directory`, and end it unless `leave_running`, or `leave_stopped` as
+    by SIGSTOP. With `keep_connections` the peers of its TCP connections are told nothing of its end, and the packets of
+    these connections are held back until it is restored; nft is needed then. It is frozen within `timeout_ms`, or left
+    alone. `last` is called when all is written and the tree stands still; what it raises is an error like any other.
+    What the `permits` do not have is an obstacle.
 
     On any error the tree runs on as before and the folder is not left looking whole. Raises CannotBeDone with all
     obstacles, ImageError (a full disk), NoSuchProcess, PermissionDenied, TraceeError.
     """
     started = time.monotonic()
-    obstacles = explain(pid, tcp_close=tcp_close, listener=listener)
+    leave_running |= leave_stopped
+    obstacles = explain(pid, tcp_close=tcp_close, permits=permits, listener=listener)
     if obstacles:
         raise CannotBeDone(obstacles)
     folder = Folder(directory)
@@ -54,21 +74,30 @@ def checkpoint(
         draft = unfinished.enter_context(filled(folder, early=not leave_running))
         asleep = observed_sleeps(pid)
         frozen_at = time.monotonic()
-        with frozen_tree(pid, asleep=asleep) as tree:
+        with frozen_tree(pid, asleep=asleep, timeout_ms=timeout_ms) as tree:
             listener(StateChanged("frozen", frozen_at))
-            with dumped(tree, tcp_close=tcp_close) as dump, dump_pages(dump) as pages:
-                whole = dump.whole()
+            hold = Hold(f"{DUMPED}{os.urandom(8).hex()}") if keep_connections else None
+            with (
+                hold or nullcontext(),
+                dumped(tree, tcp_close=tcp_close, permits=permits, hold=hold.add if hold else None) as dump,
+                dump_pages(dump) as pages,
+            ):
+                whole = dump.for_images()
+                if hold is not None and dump.outside and not leave_running:
+                    whole = replace(whole, held=hold.session)
                 images = to_images(whole)
                 written = write_pages(draft, whole, pages)
                 draft.write(images)
                 if not leave_running:
                     draft.sync()
                 dump.demand_idle_rings()
+                last()
+                if leave_stopped:
+                    tree.stop()
                 if not leave_running:
                     unfinished.close()  # from here on the images stay, whatever becomes of this host
                     with deaf():
-                        tree.kill()
-                        dump.remove_segments()
+                        _end(tree, dump, hold)
         thawed = time.monotonic()
     now = time.monotonic()
     listener(StepDone("checkpoint", now, now - started))
@@ -82,3 +111,12 @@ def checkpoint(
         total_ms=(now - started) * 1e3,
         bytes=written * PAGE + sum(map(len, images.values())),
     )
+
+
+def _end(tree: FrozenTree, dump: Dump, hold: Hold | None) -> None:
+    """With `hold` the peers of its connections hear nothing of it."""
+    if hold is not None:
+        hold.keep_only(dump.outside)
+        silence(dump.connections)
+    tree.kill()
+    dump.remove_segments()

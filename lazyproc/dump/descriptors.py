@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from lazyproc.dump import anon, files, pipes
+from lazyproc.dump.locks import note_locks, refuse_locks
 from lazyproc.dump.look import Look, attempt, look_at, unless_closed
+from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.refusals import refusal
 from lazyproc.dump.registry import FileSeen, Refused, Registry, TaskRef
 from lazyproc.dump.sockets import SocketTable
@@ -20,7 +22,7 @@ from lazyproc.errors import NoSuchProcess, Obstacle
 from lazyproc.facts import dataclass
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.netfilter import Flow
-from lazyproc.kernel.proc_fdinfo import LockInfo, fdinfo
+from lazyproc.kernel.proc_fdinfo import fdinfo
 from lazyproc.kernel.sys import KCMP_FILES, kcmp
 from lazyproc.model import (
     Descriptor,
@@ -56,6 +58,7 @@ def gather_descriptors(
     tasks: Sequence[TaskRef],
     *,
     tcp_close: bool = False,
+    permits: Permits = MOVED,
     hold: Callable[[Sequence[Flow]], None] | None = None,
     seen: Mapping[FileSeen, RegularFile] = {},
 ) -> Gathered:
@@ -65,7 +68,7 @@ def gather_descriptors(
     What cannot be dumped is
     in `obstacles`. Raises NoSuchProcess when a process is gone.
     """
-    registry = Registry(tuple(tasks), seen=seen)
+    registry = Registry(tuple(tasks), permits=permits, seen=seen)
     sockets = SocketTable(registry, tcp_close)
     try:
         looks: dict[int, Look] = {}
@@ -125,6 +128,7 @@ def _table(registry: Registry, task: TaskRef, looks: dict[int, Look]) -> tuple[D
             info = fdinfo(proc.read(task.pid, f"fdinfo/{fd}"))
             if is_new:
                 looks[file_id] = Look(task.pid, fd, os.readlink(f"/proc/{task.pid}/fd/{fd}"), info)
+            note_locks(registry, task.vpid, fd, info.locks, first=is_new)
             rows.append(Descriptor(fd, file_id, info.flags & os.O_CLOEXEC != 0))
     return tuple(rows)
 
@@ -155,7 +159,7 @@ def _describe(registry: Registry, number: int, look: Look, resource: Resource | 
     with attempt(registry, look.pid, f"fd {look.fd}"), registry.taken(look.pid, look.fd) as taken:
         if not registry.contents_wanted and os.readlink(f"/proc/self/fd/{taken}") != look.link:
             return  # a running process has closed it and opened another file under its number
-        _refuse_locks(look.info.locks)
+        refuse_locks(registry, look)
         if resource is None:
             resource = _gatherer(look, os.fstat(taken))(registry, look, taken)
         flags = look.info.flags & ~os.O_CLOEXEC
@@ -173,14 +177,6 @@ def _add_sockets(registry: Registry, sockets: SocketTable, looks: dict[int, Look
             if look.link.startswith(SOCKET_LINK):
                 with registry.taken(place.pid, place.fd) as taken:
                     sockets.add(place, taken)
-
-
-def _refuse_locks(locks: Sequence[LockInfo]) -> None:
-    if locks:
-        raise Refused(
-            f"it holds a file lock ({locks[0].kind} {locks[0].mode}), which cannot be kept through a move",
-            "let the program release the lock before the move",
-        )
 
 
 def _owner(registry: Registry, look: Look, taken: int) -> Owner:

@@ -14,6 +14,7 @@ from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.descriptors import look_at_descriptors
 from lazyproc.dump.memory import has_guards, refused_mappings
 from lazyproc.dump.needs import needs_of
+from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.registry import Refused, Registry, TaskRef
 from lazyproc.dump.space import NOTHING, Seen, Space, space_before
 from lazyproc.dump.supervisor import warnings
@@ -32,14 +33,16 @@ BORROWED = ("mnt", "net", "ipc", "uts", "cgroup")
 FOR_CHILDREN = "_for_children"
 
 
-def explain(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -> tuple[Obstacle, ...]:
+def explain(
+    pid: int, *, tcp_close: bool = False, permits: Permits = MOVED, listener: Listener = ignore
+) -> tuple[Obstacle, ...]:
     """Everything that would stop a checkpoint or a move of the tree under `pid`; empty when nothing would.
 
     It only reads, within milliseconds, and the tree runs on: what a process does afterwards is not in it. What the
     user should know and nothing can be done about goes to `listener` as Note. Raises NoSuchProcess, UsageError (the
     number of a thread), PermissionDenied, HostLacks.
     """
-    return examine(pid, tcp_close=tcp_close, listener=listener).obstacles
+    return examine(pid, tcp_close=tcp_close, permits=permits, listener=listener).obstacles
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,9 @@ class Examined:
     seen: Seen
 
 
-def examine(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -> Examined:
+def examine(
+    pid: int, *, tcp_close: bool = False, permits: Permits = MOVED, listener: Listener = ignore
+) -> Examined:
     """See `explain`."""
     facts = survey(pid)
     host.pagemap_scan()
@@ -60,10 +65,11 @@ def examine(pid: int, *, tcp_close: bool = False, listener: Listener = ignore) -
         listener(Note(text))
     alive = {process.pid: process for process in facts.processes if process.alive}
     guarded = frozenset(_guarded(alive.values()))
-    of_resources, wanted, seen = _resources(facts, tcp_close, guarded)
+    of_resources, wanted, seen = _resources(facts, tcp_close, permits, guarded)
     guards = tuple(Wanted(FeatureNeed("guard regions"), pid, "process") for pid in sorted(guarded)[:1])
     smaps = {pid: process.smaps for pid, process in alive.items()}
-    return Examined((*obstacles(facts), *of_resources), (*wanted, *guards), smaps, seen)
+    of_tree = (*obstacles(facts), *(() if permits.led_from_outside else _led_from_outside(facts)))
+    return Examined((*of_tree, *of_resources), (*wanted, *guards), smaps, seen)
 
 
 def _guarded(processes: Iterable[ProcessFacts]) -> Iterator[int]:
@@ -168,11 +174,7 @@ def _of_thread(process: ProcessFacts, thread: ThreadFacts) -> Iterator[Obstacle]
 
 def notes(facts: TreeFacts) -> Iterator[str]:
     """What changes with a move and is no obstacle. Pure."""
-    pids = {process.pid for process in facts.processes}
-    for process in filter(lambda process: process.alive, facts.processes):
-        for what, number in (("process group", process.stat.pgrp), ("session", process.stat.session)):
-            if number not in pids:
-                yield f"pid {process.pid}: the leader of its {what} ({number or 'unknown here'}) is not in the tree"
+    yield from (f"pid {each.pid}: {each.why}" for each in _led_from_outside(facts))
     apart = [n for n in BORROWED if facts.root.namespaces.get(n) not in (None, facts.our_namespaces[n])]
     if apart:
         yield (
@@ -181,6 +183,18 @@ def notes(facts: TreeFacts) -> Iterator[str]:
         )
     yield from _note_of_copies(facts)
     yield from warnings(facts.root.pid, facts.supervisor)
+
+
+def _led_from_outside(facts: TreeFacts) -> Iterator[Obstacle]:
+    """As obstacles, for those who do not want it."""
+    pids = {process.pid for process in facts.processes}
+    for process in filter(lambda process: process.alive, facts.processes):
+        for what, number in (("process group", process.stat.pgrp), ("session", process.stat.session)):
+            if number not in pids:
+                why = f"the leader of its {what} ({number or 'unknown here'}) is not in the tree"
+                yield Obstacle(
+                    process.pid, "process", why, "start it with setsid, or say that it is a job of a shell"
+                )
 
 
 def _note_of_copies(facts: TreeFacts) -> Iterator[str]:
@@ -193,7 +207,7 @@ def _note_of_copies(facts: TreeFacts) -> Iterator[str]:
 
 
 def _resources(
-    facts: TreeFacts, tcp_close: bool, guarded: frozenset[int]
+    facts: TreeFacts, tcp_close: bool, permits: Permits, guarded: frozenset[int]
 ) -> tuple[list[Obstacle], tuple[Wanted, ...], Seen]:
     """Descriptors and mappings, by the rules of the dump itself."""
     with ExitStack() as stack:
@@ -207,7 +221,7 @@ def _resources(
                 refs.append(TaskRef(process.pid, process.vpid, pidfd))
         if not refs:
             return [], (), NOTHING
-        registry = Registry(tuple(refs), contents_wanted=False)
+        registry = Registry(tuple(refs), contents_wanted=False, permits=permits)
         for process in facts.processes:
             refused_mappings(registry, process.pid, process.smaps)
             registry.obstacles.extend(_unfetched(process))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from fcntl import F_GET_SEALS, fcntl
 
 from lazyproc.dump.look import Look, attempt
+from lazyproc.dump.permits import CONTENT_LIMIT
 from lazyproc.dump.registry import Refused, Registry, file_seen
 from lazyproc.facts import replace
 from lazyproc.kernel import elf, fds
@@ -22,13 +23,14 @@ from lazyproc.model import FileContent, MemFd, OpenFile, Owner, RegularFile, Sha
 
 LINKS = ("exe", "cwd", "root")  # of a process; before what it maps: numbers are the same in each look
 DELETED = " (deleted)"
-CONTENT_LIMIT = 256 << 20  # bytes of one file that may travel while the tree stands still
 
 # Character devices that are the same on every host (Documentation/admin-guide/devices.txt).
 COMMON_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
 _TERMINAL_REMEDY = "start the program with input and output redirected: setsid prog </dev/null >log 2>&1"
 _TERMINAL_MAJORS = {4, 5, *range(136, 144)}  # ttys, /dev/tty and ptmx, pts
 F_SEAL_FUTURE_WRITE = 0x10  # include/uapi/linux/fcntl.h; the fcntl module has it since Python 3.13
+
+_GHOSTS = (st.S_IFREG, st.S_IFDIR, st.S_IFLNK, st.S_IFCHR)  # what can be removed and travel all the same
 
 _DEVICE_WORDS = {
     (10, 200): ("is a tun/tap interface of this host", "close it before the move and open it anew after it"),
@@ -71,7 +73,7 @@ def refuse_device(path: str, rdev: int) -> None:
 def _path_resource(registry: Registry, link: str, taken: int) -> RegularFile:
     status = os.fstat(taken)
     file_system = fds.file_system(taken)
-    _refuse_kernel_file(registry.inside(link), file_system, status)
+    _refuse_kernel_file(registry, registry.inside(link), file_system, status)
     path, present = _locate(registry, link, status)
     resource = RegularFile(
         path=path,
@@ -100,7 +102,7 @@ def _movable(status: os.stat_result) -> bool:
     return st.S_ISREG(status.st_mode) or st.S_ISDIR(status.st_mode) or st.S_ISFIFO(status.st_mode)
 
 
-def _refuse_kernel_file(path: str, file_system: int, status: os.stat_result) -> None:
+def _refuse_kernel_file(registry: Registry, path: str, file_system: int, status: os.stat_result) -> None:
     """Files that are views of this host's kernel and not of a disk."""
     if file_system in _FILE_SYSTEM_WORDS:
         why, remedy = _FILE_SYSTEM_WORDS[file_system]
@@ -109,9 +111,16 @@ def _refuse_kernel_file(path: str, file_system: int, status: os.stat_result) -> 
         raise Refused(
             f"{path} is a handle on shared anonymous memory", "let the program close it before the move"
         )
-    process = path.startswith("/proc/") and path.split("/")[2].isdigit()
-    if file_system == fds.PROC_SUPER_MAGIC and process:
+    if file_system == fds.PROC_SUPER_MAGIC and not _is_of_tree(registry, path):
         raise Refused(f"{path} describes a process of this host", "let the program close it before the move")
+
+
+def _is_of_tree(registry: Registry, path: str) -> bool:
+    """Whether an entry of /proc is there again when the tree is: threads are made later than files are opened."""
+    _, _, name, *rest = path.split("/", 3)
+    if not path.startswith("/proc/") or not name.isdigit():
+        return True
+    return int(name) in {task.vpid for task in registry.tasks} and not "".join(rest).startswith("task/")
 
 
 def _locate(registry: Registry, link: str, status: os.stat_result) -> tuple[str, bool]:
@@ -123,9 +132,12 @@ def _locate(registry: Registry, link: str, status: os.stat_result) -> tuple[str,
     if _is_at(registry, path, status):  # its old name was given to it again
         return path, True
     if status.st_nlink == 0:
-        if st.S_ISREG(status.st_mode):
+        if st.S_IFMT(status.st_mode) in _GHOSTS:
             return path, False
-        raise Refused(f"{path} was removed and is no regular file", "let the program close it or leave it")
+        raise Refused(
+            f"{path} was removed and is of a kind that cannot be made again",
+            "let the program close it or leave it",
+        )
     if other := _other_link(registry, path, status):
         return other, True
     raise Refused(
@@ -163,10 +175,11 @@ def _content(registry: Registry, path: str, status: os.stat_result, taken: int) 
     number, _ = registry.content_numbers.of((status.st_dev, status.st_ino))
     if number in registry.contents:
         return number
-    if status.st_blocks * 512 > CONTENT_LIMIT:
+    limit = CONTENT_LIMIT if path else min(CONTENT_LIMIT, registry.permits.ghost_limit)
+    if status.st_blocks * 512 > limit:
         raise Refused(
-            f"{path or 'the deleted file'} has {status.st_blocks >> 11} MiB that would have to travel with "
-            f"the process, and {CONTENT_LIMIT >> 20} MiB is the limit",
+            f"{path or 'the deleted file'} has {status.st_blocks / 2048:g} MiB that would have to travel with "
+            f"the process, and {limit / (1 << 20):g} MiB is the limit",
             "keep it on a file system that both hosts have",
         )
     content = FileContent(
@@ -182,6 +195,8 @@ def _content(registry: Registry, path: str, status: os.stat_result, taken: int) 
     )
     if registry.contents_wanted and st.S_ISREG(status.st_mode):
         content = replace(content, data=tuple(_read_data(taken, status.st_size)))
+    elif st.S_ISLNK(status.st_mode):
+        content = replace(content, data=((0, os.fsencode(os.readlink("", dir_fd=taken))),))
     registry.contents[number] = content
     return number
 

@@ -54,6 +54,12 @@ class FrozenTree:
         for task in self.tasks.values():
             yield from task.threads
 
+    def stop(self) -> None:
+        """Leave it stopped, as SIGSTOP does, once it is let go."""
+        for task in self.tasks.values():
+            if not task.zombie:
+                os.kill(task.pid, signal.SIGSTOP)
+
     def kill(self) -> None:
         """End the whole tree."""
         for task in self.tasks.values():

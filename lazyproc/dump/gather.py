@@ -16,12 +16,12 @@ from lazyproc.dump.freeze import FrozenTask, FrozenTree
 from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, rings_of, settled
 from lazyproc.dump.memory import (
     eager_extents,
-    eager_pages,
     lazy_extents,
     runs_of,
     shared_extents,
     with_guards,
 )
+from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.question import Question, ask
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.space import NOTHING, Seen, space_now
@@ -46,7 +46,9 @@ from lazyproc.model import (
     SigAction,
     Task,
     Thread,
+    VmaKind,
 )
+from lazyproc.pages.eager import eager_pages
 from lazyproc.steps import Steps
 
 
@@ -72,6 +74,7 @@ class Dump:
     object_fds: Mapping[int, int]
     connections: Sequence[socket.socket]  # TCP, to be silenced once the other side has them
     given_up: Sequence[socket.socket]  # TCP that the other side does not get, to be hung up
+    outside: Sequence[Flow]  # the packets of those connections that lead out of the tree
 
     def demand_idle_rings(self) -> None:
         """Right before the hand-over: an AIO request may have been completed while the tree was frozen, which neither
@@ -112,8 +115,23 @@ class Dump:
                 found[obj] = shared_extents(self.object_fds[number], shared.size, lazy=True)
         return found
 
+    def for_images(self) -> Checkpoint:
+        """The checkpoint with all its pages listed, and those that only CRIU reads: the symbols of the old vdso, and
+        the heads of AIO rings.
+        """
+        whole = self.whole()
+        memory = dict(whole.memory)
+        for task in whole.tasks:
+            obj = MemoryObject(ObjectKind.TASK, task.vpid)
+            read = [
+                vma for vma in (task.mm.vmas if task.mm else ()) if vma.kind in (VmaKind.VDSO, VmaKind.AIO)
+            ]
+            more = (Extent(vma.start, vma.length // PAGE, lazy=False) for vma in read)
+            memory[obj] = tuple(sorted((*memory.get(obj, ()), *more), key=lambda extent: extent.addr))
+        return replace(whole, memory=memory)
+
     def whole(self) -> Checkpoint:
-        """The checkpoint with all its pages listed, for images."""
+        """The checkpoint with all its pages listed."""
         memory = dict(self.checkpoint.memory)
         for obj, extents in self.lazy_extents().items():
             memory[obj] = tuple(sorted((*memory.get(obj, ()), *extents), key=lambda extent: extent.addr))
@@ -126,6 +144,7 @@ def dumped(
     *,
     seen: Seen = NOTHING,
     tcp_close: bool = False,
+    permits: Permits = MOVED,
     hold: Callable[[Sequence[Flow]], None] | None = None,
     steps: Steps | None = None,
 ) -> Iterator[Dump]:
@@ -143,7 +162,7 @@ def dumped(
     }
     refs = [TaskRef(task.pid, tids[task.pid], task.pidfd) for task in alive]
     with ExitStack() as stack:
-        gathered = gather_descriptors(refs, tcp_close=tcp_close, hold=hold, seen=seen.files)
+        gathered = gather_descriptors(refs, tcp_close=tcp_close, permits=permits, hold=hold, seen=seen.files)
         stack.enter_context(gathered.sockets)
         steps.done("descriptors")
         objects = Objects(stack)
@@ -177,7 +196,9 @@ def dumped(
         segments = tuple(_segments(checkpoint, pids, objects.fds))
         sockets = gathered.sockets
         steps.done("objects")
-        yield Dump(checkpoint, segments, pids, objects.fds, sockets.connections(), sockets.given_up())
+        outside = [flow for flow in sockets.early_flows() if flow.remote]
+        connections, given_up = sockets.connections(), sockets.given_up()
+        yield Dump(checkpoint, segments, pids, objects.fds, connections, given_up, outside)
 
 
 def _one_task(
@@ -206,12 +227,13 @@ def _one_task(
         if space is not before or pid in seen.guarded:
             mm = replace(mm, vmas=with_guards(pid, mm.vmas))
         steps.done("memory")
-        pages = eager_pages(mm, threads, memory)
+        pages = eager_pages(mm, threads, memory.read)
     task = replace(
         task,
         mm=mm,
         fs=Fs(cwd, root, frozen.stopped[0].status.umask or 0),
         descriptors=gathered.descriptors[task.vpid],
+        locks=tuple(registry.locks.get(task.vpid, ())),
     )
     extents = eager_extents(pid, mm.vmas, pages)
     steps.done("pagemap")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,10 @@ from lazyproc.dump import aio
 from lazyproc.dump.registry import Refused, Registry
 from lazyproc.errors import NoSuchProcess
 from lazyproc.facts import replace
-from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel import tracee as ptrace
-from lazyproc.kernel.tracee import Memory
-from lazyproc.model import PAGE, Extent, Mm, Thread, Vma, VmaKind
+from lazyproc.model import DROPPABLE, PAGE, Extent, Vma, VmaKind
 
 # VmFlags of mappings that cannot be moved, Documentation/filesystems/proc.rst
 REFUSED_FLAGS = {
@@ -34,10 +31,8 @@ REFUSED_FLAGS = {
     "sl": ("is sealed by mseal(2)", "start the program without sealing"),
 }
 SPECIAL = {"[vdso]": VmaKind.VDSO, "[vvar]": VmaKind.VVAR, "[vvar_vclock]": VmaKind.VVAR_VCLOCK}
-MAP_GROWSDOWN, MAP_NORESERVE = 0x100, 0x4000  # Python 3.11 knows neither
+MAP_GROWSDOWN, MAP_NORESERVE, MAP_DROPPABLE = 0x100, 0x4000, 0x8  # Python 3.11 knows none
 ANON_NAME = "[anon:"
-ROBUST_HEAD = struct.Struct("<QqQ")  # struct robust_list_head: next, futex_offset, pending
-ROBUST_LIMIT = 2048  # ROBUST_LIST_LIMIT, include/uapi/linux/futex.h
 
 
 def kind_of(entry: proc.MapsEntry) -> VmaKind:
@@ -76,6 +71,8 @@ def vma_of(smaps: proc.SmapsEntry) -> Vma:
     flags |= mmap.MAP_ANONYMOUS if kind is VmaKind.ANON else 0
     flags |= MAP_GROWSDOWN if "gd" in smaps.vm_flags else 0
     flags |= MAP_NORESERVE if "nr" in smaps.vm_flags else 0
+    if DROPPABLE in smaps.vm_flags:
+        flags += MAP_DROPPABLE - mmap.MAP_PRIVATE
     return Vma(
         start=entry.start,
         end=entry.end,
@@ -218,40 +215,6 @@ def shared_extents(fd: int, size: int, *, lazy: bool) -> tuple[Extent, ...]:
         found.append(Extent(start, -(-(end - start) // PAGE), lazy=lazy))
         offset = end
     return tuple(found)
-
-
-def eager_pages(mm: Mm, threads: Iterable[Thread], memory: Memory) -> frozenset[int]:
-    """Pages that the kernel touches on a thread's behalf where it cannot wait, or that others read at once.
-
-    A thread that ends while its tid, robust list or held futex page is missing gets no userfaultfd event, and its
-    joiner hangs; rseq writes on every return to user space; /proc/PID/cmdline reads the argument pages.
-    """
-    wanted: set[int] = set()
-    for thread in threads:
-        registers = thread.registers
-        wanted |= {registers.fs_base, registers.sp, registers.sp - arch.RED_ZONE, thread.clear_child_tid}
-        if thread.rseq:
-            wanted |= {thread.rseq.addr, thread.rseq.addr + thread.rseq.size - 1}
-        if thread.robust_list:
-            wanted |= {thread.robust_list, *_held_futexes(thread.robust_list, memory)}
-        if thread.restart:  # the call is made once more before the pager works: what it reads must be there
-            wanted |= {registers.di, registers.si, registers.r10}
-    for start, end in ((mm.arg_start, mm.arg_end), (mm.env_start, mm.env_end)):
-        wanted |= set(range(start & -PAGE, end, PAGE))
-    return frozenset(addr & -PAGE for addr in wanted)
-
-
-def _held_futexes(head: int, memory: Memory) -> set[int]:
-    """Addresses of the robust futexes a thread holds (kernel/futex/core.c, exit_robust_list)."""
-    first, offset, pending = ROBUST_HEAD.unpack(memory.read(head, ROBUST_HEAD.size))
-    found = {pending, pending + offset} if pending else set()
-    entry = first & ~1
-    for _ in range(ROBUST_LIMIT):
-        if entry == head or not entry:
-            break
-        found |= {entry, entry + offset}
-        entry = struct.unpack("<Q", memory.read(entry, 8))[0] & ~1
-    return found
 
 
 def refused_mappings(registry: Registry, pid: int, smaps: Sequence[proc.SmapsEntry]) -> None:

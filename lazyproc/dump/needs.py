@@ -130,13 +130,19 @@ def _of_files(
             case RegularFile(content_id=0) as regular:
                 # One that the tree itself may still write to can have another size by the time it is frozen.
                 sized = number in private and regular.path not in written
-                yield file_need(regular, file.flags, sized=sized), place
+                if not _comes_with_the_tree(regular.path):
+                    yield file_need(regular, file.flags, sized=sized), place
             case InetSocket() as inet:
                 for need in _of_inet(inet, connections):
                     yield need, place
             case _:
                 for need in _of_others(registry, file):
                     yield need, place
+
+
+def _comes_with_the_tree(path: str) -> bool:
+    """What describes a process of it is not there before it is; of others it has been refused."""
+    return path.startswith("/proc/") and path.split("/")[2].isdigit()
 
 
 def _descriptor(registry: Registry, number: int) -> Place:

@@ -119,7 +119,7 @@ def finish_pipes(registry: Registry, looks: Mapping[int, Look]) -> None:
     for number, pipe in ends.items():
         if any(look.info.flags & os.O_DIRECT for look in pipe.writing):
             _mark_single_packet(registry, number)
-        if not pipe.reading or not pipe.writing:
+        if (not pipe.reading or not pipe.writing) and not registry.unread:
             _refuse_shared(registry, (pipe.reading or pipe.writing)[0], bool(pipe.writing))
 
 

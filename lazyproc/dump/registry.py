@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.errors import NoSuchProcess, Obstacle
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import proc
 from lazyproc.kernel.fds import kcmp_epoll_target
 from lazyproc.kernel.sys import KCMP_FILE, kcmp, pidfd_getfd
-from lazyproc.model import FileContent, OpenFile, Pipe, RegularFile, SharedMemory
+from lazyproc.model import FileContent, FileLock, OpenFile, Pipe, RegularFile, SharedMemory
 
 Inode = tuple[int, int]  # st_dev, st_ino
 FileSeen = tuple[str, tuple[int, ...]]  # what a link led to, and the stat of the file: see `file_seen`
@@ -87,14 +88,18 @@ class Registry:
 
     tasks: tuple[TaskRef, ...]
     contents_wanted: bool = True
+    permits: Permits = MOVED
     files: dict[int, OpenFile] = field(default_factory=dict)
     pipes: dict[int, Pipe] = field(default_factory=dict)
     shared: dict[int, SharedMemory] = field(default_factory=dict)
     contents: dict[int, FileContent] = field(default_factory=dict)
+    locks: dict[int, list[FileLock]] = field(default_factory=dict)  # by vpid
+    locked: set[Hashable] = field(default_factory=set)  # process, file and range of its own locks
     obstacles: list[Obstacle] = field(default_factory=list)
     seen: Mapping[FileSeen, RegularFile] = field(default_factory=dict)  # before the freeze
     looked: dict[FileSeen, RegularFile] = field(default_factory=dict)  # whose content does not travel
     queue: deque[Place] = field(default_factory=deque)
+    unread: bool = False  # a message that was not looked at waits in a socket, perhaps with descriptors
     objects: Numbers = field(default_factory=Numbers)  # SharedMemory, by Inode
     pipe_numbers: Numbers = field(default_factory=Numbers)  # by Inode
     content_numbers: Numbers = field(default_factory=Numbers)  # by Inode
@@ -168,6 +173,11 @@ class Registry:
         except NoSuchProcess:
             return None
         return status.ns_pid[-1] if status.tgid in {task.pid for task in self.tasks} else None
+
+    def number_of_dead(self, pid: int) -> int:
+        """What a process that has ended was called in the tree's pid namespace; 0 where that cannot be known."""
+        ours = all(task.pid == task.vpid for task in self.tasks)
+        return pid if ours and not os.path.exists(f"/proc/{pid}") else 0
 
     def inside(self, path: str) -> str:
         """A path of ours (what readlink of /proc/PID/fd gives) as seen from the tree's root directory."""

@@ -56,6 +56,9 @@ _PROTOCOLS = {
     IPPROTO_MPTCP: ("a Multipath TCP socket, whose state cannot be read", "let the program use plain TCP"),
 }
 _ONLY_ROOT = Refused("is a socket that only root may look into", "run as root (CAP_NET_ADMIN)")
+_NOT_PERMITTED = Refused(
+    "is an established TCP connection, which was not asked for", "say that they are to be kept, or closed"
+)
 _UNIX_TYPES = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
 
 
@@ -197,6 +200,9 @@ class SocketTable:
 
     def _resource(self, taken: _Taken, known: _Known) -> UnixSocket | InetSocket:
         queue, ends = taken.queue or (), taken.ends
+        self.registry.unread |= taken.queue is None and ends is None and _holds_data(taken.sock)
+        if ends is not None and ends.is_connection and not self._is_permitted(ends):
+            raise _NOT_PERMITTED
         values = read_options(taken.sock, connected=ends is not None and ends.is_connection)
         options = SocketOptions(
             values | ({(SOL_SOCKET, SO_ATTACH_FILTER): taken.filter} if taken.filter else {})
@@ -230,6 +236,9 @@ class SocketTable:
         """TCP with the outside; a listening socket with everything that waits there."""
         return self.tcp_close and ends.protocol == socket.IPPROTO_TCP and not self._is_inside(ends)
 
+    def _is_permitted(self, connection: Ends) -> bool:
+        return self.registry.permits.connections or self._is_given_up(connection)
+
     def _bound(self) -> list[Ends]:
         return [taken.ends for taken in self._taken.values() if taken.ends and taken.ends.local[1]]
 
@@ -247,6 +256,12 @@ class SocketTable:
 
     def _refuse(self, place: Place, refused: Refused) -> None:
         self.registry.refuse(place.pid, f"fd {place.fd}", refused)
+
+
+def _holds_data(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return any(events & select.POLLIN for _fd, events in poll.poll(0))
 
 
 def _has_queue(sock: socket.socket) -> bool:

@@ -18,8 +18,9 @@ KERNEL_SIGACTION = struct.Struct("<QQQQ")  # handler, flags, restorer, mask
 ITIMERVAL = struct.Struct("<qqqq")  # interval s, us; value s, us
 ITIMERSPEC = struct.Struct("<qqqq")  # interval s, ns; value s, ns
 SIGEV_THREAD_ID = 4
+MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9  # include/uapi/linux/membarrier.h
 SIGKILL, SIGSTOP = 9, 19
-TASK_ANSWERS = 5  # of `process_questions`, for `gather_task`; the others are of the address space
+TASK_ANSWERS = 6  # of `process_questions`, for `gather_task`; the others are of the address space
 
 
 def process_questions(bench: Bench, timers: Sequence[proc.PosixTimerInfo]) -> list[Question[object]]:
@@ -30,6 +31,7 @@ def process_questions(bench: Bench, timers: Sequence[proc.PosixTimerInfo]) -> li
         _posix_timers(bench, timers),
         _flag(bench, PR_GET_CHILD_SUBREAPER),
         _permitted(bench),
+        _membarriers(),
         Question((Call("prctl", (PR_GET_DUMPABLE,)),), lambda results: results[0]),
         Question((Call("prctl", (PR_GET_THP_DISABLE,)),), lambda results: bool(results[0])),
         Question((Call("brk", (0,)),), lambda results: results[0]),
@@ -46,6 +48,12 @@ def _permitted(bench: Bench) -> Question[int]:
     addr = bench.room(8)
     calls = (Call("arch_prctl", (xfeatures.ARCH_GET_XCOMP_PERM, addr), may_fail=True),)
     return Question(calls, lambda _: int.from_bytes(bench.read(addr, 8), "little") & xfeatures.ON_REQUEST)
+
+
+def _membarriers() -> Question[int]:
+    """None where the kernel does not tell (before 6.3)."""
+    calls = (Call("membarrier", (MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0), may_fail=True),)
+    return Question(calls, lambda results: max(0, results[0]))
 
 
 def _sigactions(bench: Bench) -> Question[tuple[SigAction, ...]]:
@@ -120,7 +128,7 @@ def gather_task(
 ) -> Task:
     """The process-wide part of a Task; `ids` are vpid, ppid, pgid, sid, `tids` maps our tids to its own."""
     vpid, ppid, pgid, sid = ids
-    sigactions, itimers, timers, subreaper, permitted = answers[:TASK_ANSWERS]
+    sigactions, itimers, timers, subreaper, permitted, membarriers = answers[:TASK_ANSWERS]
     pid, leader = frozen.pid, frozen.threads[0]
     return Task(
         vpid=vpid,
@@ -145,6 +153,7 @@ def gather_task(
         loginuid=_loginuid(pid),
         child_subreaper=cast(bool, subreaper),
         xfeatures=cast(int, permitted),
+        membarriers=cast(int, membarriers),
         cgroups=proc.cgroup(proc.read(pid, "cgroup")),
     )
 

@@ -180,4 +180,4 @@ def _peer_credentials(registry: Registry, sock: socket.socket) -> tuple[int, int
     pid, uid, gid = _UCRED.unpack(sock.getsockopt(SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     if uid == 0xFFFFFFFF or uid == -1:  # a datagram socket that was connected by connect(2) has none
         return None
-    return (registry.vpid(pid) or 0) if pid else 0, uid, gid
+    return (registry.vpid(pid) or registry.number_of_dead(pid)) if pid else 0, uid, gid

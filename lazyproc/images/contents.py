@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from lazyproc.errors import ImageError
 from lazyproc.images.extras import Extras
-from lazyproc.images.files import ImageReader, ImageWriter, to_bytes, to_text
+from lazyproc.images.files import ImageReader, ImageWriter, open_image, to_bytes, to_text
 from lazyproc.images.pb import files_pb2 as pb
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.model import Checkpoint, FileContent, RegularFile
@@ -80,9 +80,7 @@ def read_contents(images: Mapping[str, bytes], extras: Extras) -> dict[int, File
     for name in images:
         if match := _GHOST.fullmatch(name):
             number = int(match[1], 16)
-            contents[number] = _read_ghost(
-                number, ImageReader(name, images[name]), extras.contents.get(number)
-            )
+            contents[number] = _read_ghost(number, open_image(images, name), extras.contents.get(number))
     return contents
 
 

@@ -13,19 +13,16 @@ from types import MappingProxyType
 
 from lazyproc.errors import ImageError
 from lazyproc.facts import replace
-from lazyproc.images import check, memory, tasks, threads
+from lazyproc.images import check, foreign, locks, memory, tasks, threads
 from lazyproc.images.contents import read_contents, write_contents
 from lazyproc.images.extras import VERSION, Extras, read_extras
 from lazyproc.images.files import (
     EXTRAS,
-    FOREIGN_MAGICS,
     INVENTORY,
-    ImageReader,
     ImageWriter,
     M,
     demand,
     garbled,
-    kind_of,
     open_image,
     record,
     records,
@@ -58,9 +55,10 @@ CGROUP = "cgroup.img"
 SECCOMP = "seccomp.img"
 TIMENS = "timens-0.img"
 _IMG_VERSION = 2  # CRTOOLS_IMAGES_V1_1
+_COMPRESSED_VERSION = 3  # CRTOOLS_IMAGES_V1_2 of CRIU's development branch: pages may be compressed
 _NETWORK_LOCK_SKIP = 2  # lazyproc leaves no firewall rule behind for CRIU to take away
 _NAMESPACES = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup", "time")
-_OWN_NAMESPACES = ("net", "ipc", "uts", "mnt", "user")  # which a restore by lazyproc does not build
+_OWN_NAMESPACES = ("net", "ipc", "uts", "mnt", "user", "cgroup")  # which a restore by lazyproc does not build
 _NO_LOGINUID = 0xFFFFFFFF
 
 
@@ -84,7 +82,9 @@ def to_images(
     writer, extras = ImageWriter(), own.Extras(version=VERSION)
     extras.realtime_ns = checkpoint.clocks.realtime_ns
     extras.hostname = to_bytes(checkpoint.hostname)
-    cgroups, seccomp = tasks.CgroupTable(), threads.SeccompTable()
+    if checkpoint.held:
+        extras.held = to_bytes(checkpoint.held)
+    cgroups, seccomp = tasks.CgroupTable(), threads.SeccompTable(shared=_threads_share_filters(checkpoint))
     files = FileWriter(checkpoint, writer, extras)
     _write_inventory(writer, cgroups.add(checkpoint.root.cgroups))
     files.write_files()
@@ -105,6 +105,7 @@ def to_images(
             mappings = known.get(id(task.mm.vmas))
             said = task.vpid in foreseen
             memory.write_mm(task, task.mm, behind, writer, extra, sets, mappings, foreseen=said)
+    locks.write(checkpoint.tasks, writer)
     if cgroups.message.sets:
         writer.add(CGROUP, cgroups.message)
     writer.add(SECCOMP, seccomp.message)
@@ -187,12 +188,19 @@ def _write_cores(
     for index, thread in enumerate(task.threads):
         core = pb.core_entry()
         extra = extras.threads.add(tid=thread.tid)
-        threads.write_thread(thread, core, extra, seccomp, for_criu=for_criu)
+        threads.write_thread(thread, core, extra, seccomp, leads=not index, for_criu=for_criu)
         if cgroup_set:
             core.thread_core.cg_set = cgroup_set
         if not index:
             tasks.write_task(task, core)
         writer.add(f"core-{thread.tid}.img", core)
+
+
+def _threads_share_filters(checkpoint: Checkpoint) -> bool:
+    return all(
+        len({(thread.seccomp_mode, thread.seccomp) for thread in task.threads}) < 2
+        for task in checkpoint.tasks
+    )
 
 
 def _write_alive(task: Task, number: int, files: FileWriter, writer: ImageWriter) -> None:
@@ -233,13 +241,13 @@ def from_images(
 def _from_images(images: Mapping[str, bytes], foreseen: Mapping[int, tuple[Vma, ...]]) -> Checkpoint:
     check_sums(images)
     inventory = record(images, INVENTORY, pb.inventory_entry)
-    if inventory.img_version != _IMG_VERSION or not inventory.fdinfo_per_id:
+    if inventory.img_version not in (_IMG_VERSION, _COMPRESSED_VERSION) or not inventory.fdinfo_per_id:
         raise ImageError(
             f"images of version {inventory.img_version}",
             where=INVENTORY,
             remedy="take the checkpoint with CRIU >= 3",
         )
-    _refuse_foreign(images)
+    foreign.refuse(images, inventory)
     extras = read_extras(images)
     for name in extras.message.images:
         demand(images, to_text(name, EXTRAS))
@@ -263,19 +271,8 @@ def _from_images(images: Mapping[str, bytes], foreseen: Mapping[int, tuple[Vma, 
         memory=_read_memory(images, found, shared.objects),
         clocks=_read_clocks(images, extras),
         hostname=to_text(extras.message.hostname, EXTRAS),
+        held=to_text(extras.message.held, EXTRAS),
     )
-
-
-def _refuse_foreign(images: Mapping[str, bytes]) -> None:
-    """What CRIU carries and lazyproc has no model for must not be lost in silence."""
-    for name, data in images.items():
-        kind = kind_of(name)
-        if kind in FOREIGN_MAGICS and ImageReader(name, data).more:
-            raise ImageError(
-                f"the checkpoint has {kind}, which lazyproc does not restore",
-                where=name,
-                remedy="restore it with criu",
-            )
 
 
 class _TaskReader:
@@ -299,6 +296,7 @@ class _TaskReader:
         self._memfd_files = files.memfd_files()
         self._cgroups = tasks.read_cgroups(_only(images, CGROUP, pb.cgroup_entry))
         self._seccomp = _only(images, SECCOMP, pb.seccomp_entry)
+        self._locks = locks.read(images)
         self._owners: dict[tuple[str, int], int] = {}
         self.access: dict[int, int] = {}
 
@@ -323,6 +321,7 @@ class _TaskReader:
             oom_score_adj=tc.oom_score_adj,
             loginuid=tc.loginuid if tc.HasField("loginuid") else _NO_LOGINUID,
             child_subreaper=tc.child_subreaper,
+            membarriers=tc.membarrier_registration_mask,
             xfeatures=extra.xfeatures,
         )  # fmt: skip
         # The threads that CRIU writes down for a zombie are not initialized memory of its own.
@@ -336,12 +335,13 @@ class _TaskReader:
         descriptors = self._read_descriptors(task.vpid)
         mm, fs = self._read_mm(task.vpid), record(self._images, f"fs-{task.vpid}.img", pb.fs_entry)
         cgroups = tasks.cgroup_set(leader)
+        read = [
+            threads.read_thread(tid, core, self._extras, self._seccomp, f"core-{tid}.img")
+            for tid, core in zip(tids, cores, strict=True)
+        ]
         return replace(
             task,
-            threads=tuple(
-                threads.read_thread(tid, core, self._extras, self._seccomp, f"core-{tid}.img")
-                for tid, core in zip(tids, cores, strict=True)
-            ),
+            threads=threads.with_leaders_filters(read, leader, self._seccomp),
             mm=mm,
             fs=Fs(fs.cwd_id, fs.root_id, fs.umask),
             descriptors=descriptors,
@@ -351,6 +351,7 @@ class _TaskReader:
             posix_timers=tasks.read_posix_timers(leader.tc.timers),
             limits=tasks.read_limits(leader.tc.rlimits),
             cgroups=self._cgroups.get(cgroups, {}),
+            locks=self._locks.get(task.vpid, ()),
         )
 
     def _read_descriptors(self, vpid: int) -> tuple[Descriptor, ...]:

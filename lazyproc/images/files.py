@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from lazyproc.errors import ImageError
 
@@ -51,24 +52,13 @@ MAGICS = {
     "seccomp": 0x64413049,
     "cgroup": 0x59383330,
     "timens": 0x43114433,
+    "filelocks": 0x54323616,
     "lazyproc": 0x50505A4C,  # "LZPP": ours
     "lazyproc-sums": 0x53505A4C,  # "LZPS"
 }
-# What CRIU may write and lazyproc has no model for; see refuse_foreign in convert.py.
-FOREIGN_MAGICS = {
-    "filelocks": 0x54323616,
-    "tty-info": 0x59453036,
-    "ipcns-shm": 0x46283044,
-    "mountpoints": 0x55563928,
-    "netns": 0x55933752,
-    "autofs": 0x49353943,
-    "bpfmap-file": 0x57506142,
-}
 
 _KIND = re.compile(
-    "("
-    + "|".join(sorted(map(re.escape, MAGICS | FOREIGN_MAGICS), key=len, reverse=True))
-    + r")(-[0-9a-f]+)?\.img"
+    "(" + "|".join(sorted(map(re.escape, MAGICS), key=len, reverse=True)) + r")(-[0-9a-f]+)?\.img"
 )
 _PAGES = re.compile(r"pages-[0-9]+\.img")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -81,6 +71,10 @@ def kind_of(name: str) -> str:
     """`core` for `core-17.img`; "" for what is none of the images named here (pages, logs, tarballs)."""
     match = _KIND.fullmatch(name)
     return match[1] if match else ("inventory" if name == INVENTORY else "")
+
+
+def _is_image(name: str) -> bool:
+    return name.endswith(".img") and not _PAGES.fullmatch(name)
 
 
 class ImageWriter:
@@ -115,14 +109,18 @@ class ImageWriter:
 
 
 class ImageReader:
-    """Reads one image from front to back. Whatever the bytes are, the only exception is ImageError."""
+    """Reads one image from front to back. Whatever the bytes are, the only exception is ImageError.
 
-    def __init__(self, name: str, data: bytes) -> None:
+    With `strict` a message may have no fields but those that are known: a newer CRIU means something by them.
+    """
+
+    def __init__(self, name: str, data: bytes, *, strict: bool = False) -> None:
         self.name = name
         self._data = data
         self._at = 0
+        self._strict = strict
         kind = kind_of(name)
-        magics = [INVENTORY_MAGIC] if kind == "inventory" else [COMMON_MAGIC, (MAGICS | FOREIGN_MAGICS)[kind]]
+        magics = [INVENTORY_MAGIC] if kind == "inventory" else [COMMON_MAGIC, MAGICS[kind]]
         for magic in magics:
             if _U32.unpack(self.raw(4))[0] != magic:
                 raise self.error("the magic number is not that of this kind of image")
@@ -155,7 +153,18 @@ class ImageReader:
 
     def message(self, kind: type[M]) -> M:
         """The next record."""
-        data = self.raw(_U32.unpack(self.raw(4))[0])
+        data = self.record()
+        message = self.parsed(kind, data)
+        if self._strict:
+            self.demand_known(message, data)
+        return message
+
+    def record(self) -> bytes:
+        """The bytes of the next record."""
+        return self.raw(_U32.unpack(self.raw(4))[0])
+
+    def parsed(self, kind: type[M], data: bytes) -> M:
+        """The message in the bytes of the last record."""
         try:
             message = kind.FromString(data)
         except DecodeError:
@@ -163,6 +172,32 @@ class ImageReader:
         if not message.IsInitialized():
             raise self.error(f"{kind.DESCRIPTOR.name} lacks a required field")
         return message
+
+    def demand_known(self, message: Message, data: bytes) -> None:
+        """Raise ImageError for an unknown field of the message, which `data` was."""
+        if field := unknown_field(message, data):
+            raise ImageError(
+                f"{field} is not known to this lazyproc: a newer CRIU wrote it",
+                where=self.name,
+                remedy="restore it with that criu",
+            )
+
+
+def unknown_field(message: Message, data: bytes) -> str:
+    """The first unknown field of the message, which `data` was, "" when there is none. They are gone from it then."""
+    size = message.ByteSize()
+    message.DiscardUnknownFields()
+    return "" if message.ByteSize() == size else next(_unknown(type(message).FromString(data)))
+
+
+def _unknown(message: Message) -> Iterator[str]:
+    unknown = UnknownFieldSet(message)
+    for index in range(len(unknown)):
+        yield f"field {unknown[index].field_number} of {message.DESCRIPTOR.name}"
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None:
+            for each in value if descriptor.is_repeated else (value,):
+                yield from _unknown(each)
 
 
 def demand(images: Mapping[str, bytes], name: str) -> bytes:
@@ -173,8 +208,8 @@ def demand(images: Mapping[str, bytes], name: str) -> bytes:
 
 
 def open_image(images: Mapping[str, bytes], name: str) -> ImageReader:
-    """The image `name`, which has to be there."""
-    return ImageReader(name, demand(images, name))
+    """The image `name`, which has to be there. Without lazyproc.img it is CRIU's, and read strictly."""
+    return ImageReader(name, demand(images, name), strict=EXTRAS not in images)
 
 
 def records(images: Mapping[str, bytes], name: str, kind: type[M]) -> Iterator[tuple[M, ImageReader]]:
@@ -183,7 +218,7 @@ def records(images: Mapping[str, bytes], name: str, kind: type[M]) -> Iterator[t
     An image that is not there has no records: CRIU writes none for what does not occur.
     """
     if name in images:
-        reader = ImageReader(name, images[name])
+        reader = open_image(images, name)
         while reader.more:
             yield reader.message(kind), reader
 
@@ -280,7 +315,7 @@ class Folder:
     def images(self) -> list[str]:
         """The names of all images, those of pages too."""
         try:
-            return [name for name in os.listdir(self.path) if kind_of(name) or _PAGES.fullmatch(name)]
+            return [name for name in os.listdir(self.path) if name.endswith(".img")]
         except OSError as error:
             raise self.failed(error, self.path) from None
 
@@ -298,9 +333,9 @@ class Folder:
         return fd
 
     def read(self) -> dict[str, bytes]:
-        """Every image but the pages. What has a name of no image (logs, tarballs) is none."""
+        """Every image but the pages, those of kinds that are not known too. What is named otherwise (logs) is none."""
         try:
-            names = sorted(entry.name for entry in os.scandir(self.path) if kind_of(entry.name))
+            names = sorted(entry.name for entry in os.scandir(self.path) if _is_image(entry.name))
         except OSError as error:
             raise self.failed(error, self.path) from None
         return {name: self.contents(name) for name in names}
@@ -327,6 +362,12 @@ class Folder:
                 f"leads out of {around}, to {os.readlink(link)}",
                 where=str(link),
                 remedy="put the folders of one process next to each other, and make the link anew: ../NAME",
+            )
+        if not parent.is_dir():
+            raise ImageError(
+                f"the folder with the pages of the pre-dump before is missing: {os.readlink(link)}",
+                where=str(link),
+                remedy="copy the folders of all pre-dumps, next to each other",
             )
         return Folder(parent)
 

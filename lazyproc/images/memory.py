@@ -7,7 +7,7 @@ writer makes such a file for every object, and the reader drops those that only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from lazyproc.errors import ImageError
@@ -17,6 +17,7 @@ from lazyproc.images.files import ImageWriter, garbled, record, records, to_byte
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.model import (
+    DROPPABLE,
     Mm,
     OpenFile,
     SharedKind,
@@ -61,13 +62,28 @@ _KNOWN = (
     | _ANON_PRIVATE | _SYSVIPC | _VVAR | _AIORING | _MEMFD
 )  # fmt: skip
 
-_MAP_PRIVATE, _MAP_GROWSDOWN, _MAP_LOCKED, _MAP_NORESERVE, _MAP_HUGETLB = 0x2, 0x100, 0x2000, 0x4000, 0x40000
+_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_GROWSDOWN, _MAP_LOCKED = 0x2, 0x20, 0x100, 0x2000
+_MAP_NORESERVE, _MAP_HUGETLB, _MAP_DROPPABLE = 0x4000, 0x40000, 0x8
 _PROT_WRITE = 2
 _O_ACCMODE, _O_RDWR = 3, 2
 _S_IFREG = 0o100000
 # VmFlags of proc_pid_smaps(5) that CRIU keeps: as the number of an advice to madvise(2), or as a MAP_ flag.
 _ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
-_MAP_FLAGS = {"gd": _MAP_GROWSDOWN, "lo": _MAP_LOCKED, "nr": _MAP_NORESERVE, "ht": _MAP_HUGETLB}
+_MAP_FLAGS = {
+    "gd": _MAP_GROWSDOWN,
+    "lo": _MAP_LOCKED,
+    "nr": _MAP_NORESERVE,
+    "ht": _MAP_HUGETLB,
+    DROPPABLE: _MAP_DROPPABLE,
+}
+
+# CRIU's own: it maps what is no file with these flags and no descriptor, and locks memory by them (criu/mem.c).
+_CRIUS_FLAGS = {
+    VmaKind.VDSO: _MAP_ANONYMOUS,
+    VmaKind.VVAR: _MAP_ANONYMOUS,
+    VmaKind.VVAR_VCLOCK: _MAP_ANONYMOUS,
+}
+_AUXV_WORDS = 44  # for which CRIU has room (criu/arch/x86/include/asm/types.h, AT_VECTOR_SIZE)
 
 _ANON_NAME = b"/dev/zero"  # CRIU's name of a memfd that stands for shared anonymous memory
 _MM_FIELDS = (
@@ -258,9 +274,15 @@ def write_mm(
         _write_mappings(mappings, entry, extra, sets)
     for name in _MM_FIELDS:
         setattr(entry, f"mm_{name}", getattr(mm, name))
-    entry.mm_saved_auxv.extend(mm.auxv)
+    _write_auxv(mm.auxv, entry, extra)
     extra.vdso_build_id = mm.vdso_build_id
     writer.add(f"mm-{task.vpid}.img", entry)
+
+
+def _write_auxv(auxv: Sequence[int], entry: pb.mm_entry, extra: own.TaskExtra) -> None:
+    entry.mm_saved_auxv.extend(auxv[:_AUXV_WORDS])
+    if len(auxv) > _AUXV_WORDS:
+        extra.auxv.extend(auxv)
 
 
 def _write_mappings(
@@ -296,8 +318,9 @@ def _continues(previous: Vma | None, vma: Vma) -> bool:
 
 def _write_vma(vma: Vma, advice: int, behind: Behind, mm: pb.mm_entry) -> None:
     entry = mm.vmas.add(
-        start=vma.start, end=vma.end, pgoff=vma.offset, prot=vma.prot, flags=vma.flags, fd=-1, shmid=0,
-        status=_REGULAR | _ANON_PRIVATE,
+        start=vma.start, end=vma.end, pgoff=vma.offset, prot=vma.prot,
+        flags=vma.flags | _CRIUS_FLAGS.get(vma.kind, 0) | _MAP_LOCKED * ("lo" in vma.vm_flags),
+        fd=-1, shmid=0, status=_REGULAR | _ANON_PRIVATE,
     )  # fmt: skip
     if advice:
         entry.madv = advice
@@ -348,7 +371,7 @@ def read_mm(
         raise garbled(name, "its mappings are said to be foreseen, and nobody has them")
     mm = Mm(
         **{field: getattr(entry, f"mm_{field}") for field in _MM_FIELDS},
-        auxv=tuple(entry.mm_saved_auxv),
+        auxv=tuple(extra.auxv or entry.mm_saved_auxv),
         exe_id=entry.exe_file_id,
         dumpable=entry.dumpable if entry.HasField("dumpable") else 1,
         thp_disabled=entry.thp_disabled,
@@ -392,7 +415,8 @@ def _read_vmas(
         if index in notes:
             label, huge_pages, guards = _noted(notes[index], label, name)
         yield Vma(
-            message.start, message.end, message.prot, message.flags, kind, message.pgoff, file_id, object_id,
+            message.start, message.end, message.prot, message.flags & ~(_CRIUS_FLAGS.get(kind, 0) | _MAP_LOCKED),
+            kind, message.pgoff, file_id, object_id,
             extras.vm_flags(extra.vm_flags[index]) if extra.vm_flags else _implied_flags(message),
             label, huge_pages, guards,
         )  # fmt: skip

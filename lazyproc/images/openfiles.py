@@ -120,7 +120,7 @@ class FileWriter:
                 if semaphore:
                     extra.semaphore = True
             case Epoll(targets):
-                _write_epoll(targets, entry.epfd, extra)
+                _write_epoll(targets, self._numbers_beside(file.id), entry.epfd, extra)
             case TimerFd() as timer:
                 _write_timerfd(timer, entry.tfd)
             case SignalFd(mask):
@@ -133,6 +133,14 @@ class FileWriter:
                     message.wd = watch.wd
                     message.f_handle.bytes = message.f_handle.type = 0
                     message.f_handle.path = to_bytes(watch.path)
+
+    def _numbers_beside(self, file_id: int) -> dict[int, int]:
+        """File ids by number in the descriptor table that CRIU restores an epoll set in: the first that has it."""
+        for task in self._checkpoint.tasks:
+            table = {item.fd: item.file_id for item in task.descriptors}
+            if file_id in table.values():
+                return table
+        return {}
 
     def _write_regular(
         self, file: OpenFile, regular: RegularFile, entry: pb.reg_file_entry, extra: own.FileExtra
@@ -194,11 +202,19 @@ def _write_owner(owner: Owner, entry: pb.fown_entry) -> None:
 
 
 def _write_epoll(
-    targets: Iterable[EpollTarget], entry: pb.eventpoll_file_entry, extra: own.FileExtra
+    targets: Iterable[EpollTarget],
+    beside: Mapping[int, int],
+    entry: pb.eventpoll_file_entry,
+    extra: own.FileExtra,
 ) -> None:
+    """CRIU adds a target by a number that must have its file then; the one that it was added by may be closed."""
     for target in targets:
-        entry.tfd.add(id=0, tfd=target.fd, events=target.events, data=target.data)
+        same = (fd for fd, file_id in beside.items() if file_id == target.file_id)
+        fd = target.fd if beside.get(target.fd) == target.file_id else next(same, target.fd)
+        entry.tfd.add(id=0, tfd=fd, events=target.events, data=target.data)
         extra.epoll_files.append(target.file_id)
+    if [target.fd for target in targets] != [message.tfd for message in entry.tfd]:
+        extra.epoll_fds.extend(target.fd for target in targets)
 
 
 def _write_timerfd(timer: TimerFd, entry: pb.timerfd_entry) -> None:

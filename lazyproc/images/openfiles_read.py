@@ -190,15 +190,15 @@ class FileReader:
 
 
 def _read_epoll(entry: pb.eventpoll_file_entry, extra: own.FileExtra) -> Epoll:
-    if extra.epoll_files and len(extra.epoll_files) != len(entry.tfd):
-        raise garbled(
-            FILES, f"epoll file {entry.id} has {len(entry.tfd)} targets, not {len(extra.epoll_files)}"
-        )
+    for said in (extra.epoll_files, extra.epoll_fds):
+        if said and len(said) != len(entry.tfd):
+            raise garbled(FILES, f"epoll file {entry.id} has {len(entry.tfd)} targets, not {len(said)}")
     watched = extra.epoll_files or [0] * len(entry.tfd)
+    numbers = extra.epoll_fds or [target.tfd for target in entry.tfd]
     return Epoll(
         tuple(
-            EpollTarget(target.tfd, file_id, target.events, target.data)
-            for target, file_id in zip(entry.tfd, watched, strict=True)
+            EpollTarget(fd, file_id, target.events, target.data)
+            for target, fd, file_id in zip(entry.tfd, numbers, watched, strict=True)
         )
     )
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from lazyproc.errors import ImageError
 from lazyproc.facts import dataclass, replace
 from lazyproc.images._pagemap import ffi, lib
-from lazyproc.images.files import ImageReader, ImageWriter
+from lazyproc.images.files import ImageReader, ImageWriter, unknown_field
+from lazyproc.images.packed import PE_PAYLOAD_ALIGNED, Packed, layout_of, pack
 from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.model import PAGE, Extent
 from lazyproc.runs import Extents
@@ -52,6 +53,7 @@ class Pagemap:
     ends: array[int]
     offsets: array[int]
     flags: bytes
+    packed: tuple[Packed, ...] | None = None  # where the present entries lie while they are compressed
 
     def __iter__(self) -> Iterator[Entry]:
         return self.between(0, _ADDRESS_LIMIT)
@@ -63,11 +65,16 @@ class Pagemap:
 
     @property
     def size(self) -> int:
-        """Bytes that the pages image must have."""
+        """Bytes that the pages image must have, when it is not compressed."""
         last = len(self.flags) - 1
         if last < 0:
             return 0
         return self.offsets[last] + bool(self.flags[last] & PE_PRESENT) * (self.ends[last] - self.addrs[last])
+
+    @property
+    def stored_size(self) -> int:
+        """Bytes that the pages image must have."""
+        return self.size if self.packed is None else max((item.end for item in self.packed), default=0)
 
     @property
     def is_complete(self) -> bool:
@@ -213,22 +220,48 @@ def _taken(column: Any, count: int) -> array[int]:
 
 def _read_messages(pages_id: int, reader: ImageReader) -> Pagemap:
     rows: list[Entry] = []
-    offset = end = 0
+    packed: list[Packed] = []
+    offset = end = stored = 0
     while reader.more:
-        message = reader.message(pb.pagemap_entry)
+        message = _message(reader)
         addr, count, flags = message.vaddr, message.nr_pages or message.compat_nr_pages, message.flags
         if not message.HasField("flags"):  # CRIU before 2.0 had only in_parent
             flags = PE_PARENT if message.in_parent else PE_PRESENT
         if not count or addr % PAGE or addr < end or addr + count * PAGE >= _ADDRESS_LIMIT:
             raise reader.error(f"pagemap entry of {count} pages at {addr:#x}")
-        if flags > _ALL_FLAGS:
+        if flags & ~PE_PAYLOAD_ALIGNED > _ALL_FLAGS:
             raise reader.error(f"pagemap entry with the unknown flags {flags:#x}")
         end = addr + count * PAGE
-        rows.append(Entry(addr, end, offset, flags))
+        rows.append(Entry(addr, end, offset, flags & _ALL_FLAGS))
+        layout = layout_of(message)
         if flags & PE_PRESENT:
             offset += count * PAGE
+            aligned = bool(flags & PE_PAYLOAD_ALIGNED)
+            packed.append(pack(layout, count, stored, aligned=aligned, reader=reader))
+            stored = packed[-1].end
+        elif layout.sizes or flags & PE_PAYLOAD_ALIGNED:
+            raise reader.error("a pagemap entry says where its pages lie, and has none")
     addrs, ends, offsets = (array("Q", (row[index] for row in rows)) for index in range(3))
-    return Pagemap(pages_id, addrs, ends, offsets, bytes(row.flags for row in rows))
+    as_they_are = stored == offset and all(item.sizes == (item.held * PAGE,) for item in packed)
+    return Pagemap(
+        pages_id,
+        addrs,
+        ends,
+        offsets,
+        bytes(row.flags for row in rows),
+        None if as_they_are else tuple(packed),
+    )
+
+
+def _message(reader: ImageReader) -> pb.pagemap_entry | pb.pagemap_entry_2895:
+    """The next entry. In the older layout of compressed pages fields 6 to 8 are none that the newer one has."""
+    data = reader.record()
+    message = reader.parsed(pb.pagemap_entry, data)
+    if not unknown_field(message, data):
+        return message
+    older = reader.parsed(pb.pagemap_entry_2895, data)
+    reader.demand_known(older, data)
+    return older
 
 
 def to_extents(pagemap: Pagemap) -> Extents:

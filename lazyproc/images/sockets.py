@@ -9,16 +9,34 @@ from typing import NamedTuple
 from google.protobuf.message import Message
 
 from lazyproc.errors import ImageError
+from lazyproc.facts import replace
 from lazyproc.images.extras import Extras
-from lazyproc.images.files import FILES, ImageReader, ImageWriter, garbled, records, to_bytes, to_text
+from lazyproc.images.files import (
+    EXTRAS,
+    FILES,
+    INVENTORY,
+    ImageReader,
+    ImageWriter,
+    garbled,
+    open_image,
+    record,
+    records,
+    to_bytes,
+    to_text,
+)
 from lazyproc.images.pb import files_pb2 as pb
 from lazyproc.images.pb import lazyproc_pb2 as own
+from lazyproc.images.pb import process_pb2 as process
 from lazyproc.model import InetSocket, OpenFile, Packet, SocketOptions, TcpState, UnixSocket
 
 QUEUES = "sk-queues.img"
 _SCM_RIGHTS = 1
 _ESTABLISHED, _LISTEN = 1, 10
 _SOCK_DGRAM = 2
+_CLOSE, _CONNECTED = 7, (1, 4, 5, 8, 9, 11)  # TCP_* of include/net/tcp_states.h
+_BOTH = 3  # directions shut down
+_TCP, _UDP = 6, 17
+_PROTOCOLS = ((1, _TCP), (2, _UDP))  # by SOCK_STREAM, SOCK_DGRAM
 _WORDS = {2: 1, 10: 4}  # AF_INET, AF_INET6: 32-bit words of an address
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -281,6 +299,8 @@ def write_inet(
         entry.opts.so_bound_dev = to_bytes(socket.interface)
     if socket.tcp is not None:
         _write_tcp(f"tcp-stream-{socket.inode:x}.img", socket.tcp, writer)
+        if socket.tcp.unsent:
+            extra.tcp_unsent = socket.tcp.unsent
 
 
 def _words(address: bytes) -> tuple[int, ...]:
@@ -294,7 +314,7 @@ def _write_tcp(name: str, tcp: TcpState, writer: ImageWriter) -> None:
         inq_seq=tcp.recv_seq,
         outq_len=len(tcp.send_queue),
         outq_seq=tcp.send_seq,
-        unsq_len=tcp.unsent,
+        unsq_len=0,
         opt_mask=tcp.options,
         mss_clamp=tcp.mss,
         snd_wscale=tcp.send_wscale,
@@ -315,9 +335,15 @@ def read_inet(
     words = _WORDS.get(entry.family)
     if words is None or len(entry.src_addr) != words or len(entry.dst_addr) not in (0, words):
         raise garbled(where, f"addresses of family {entry.family}")
+    if EXTRAS not in images and (entry.type, entry.proto) not in _PROTOCOLS:
+        raise ImageError(
+            f"a socket of type {entry.type} and protocol {entry.proto}, which is neither TCP nor UDP",
+            where=where,
+            remedy="restore it with criu",
+        )
     remote = struct.pack(f"<{len(entry.dst_addr)}I", *entry.dst_addr), entry.dst_port
     name = f"tcp-stream-{entry.ino:x}.img"
-    return InetSocket(
+    socket = InetSocket(
         inode=entry.ino,
         family=entry.family,
         type=entry.type,
@@ -330,12 +356,23 @@ def read_inet(
         options=read_options((entry.opts, entry.ip_opts, entry.tcp_opts), extra),
         v6only=entry.v6only,
         interface=to_text(entry.opts.so_bound_dev.rstrip(b"\0"), where),
-        tcp=_read_tcp(ImageReader(name, images[name])) if name in images else None,
+        tcp=_read_tcp(open_image(images, name), extra) if name in images else None,
         queue=queue,
     )
+    if socket.tcp is not None or entry.proto != _TCP or entry.state not in _CONNECTED or EXTRAS in images:
+        return socket
+    if not record(images, INVENTORY, process.inventory_entry).tcp_close:
+        raise garbled(where, f"its connection is missing: {name}")
+    return _given_up(socket)
 
 
-def _read_tcp(reader: ImageReader) -> TcpState:
+def _given_up(socket: InetSocket) -> InetSocket:
+    """A connection that has ended, in which nothing is unread."""
+    nothing = TcpState(0, 0, b"", b"", 0, 0, 0, 0, 0, 0, b"")
+    return replace(socket, state=_CLOSE, remote=None, shutdown=_BOTH, tcp=nothing)
+
+
+def _read_tcp(reader: ImageReader, extra: own.FileExtra) -> TcpState:
     entry = reader.message(pb.tcp_stream_entry)
     window = b""
     if entry.HasField("snd_wnd"):
@@ -344,14 +381,15 @@ def _read_tcp(reader: ImageReader) -> TcpState:
         )
     received = reader.raw(entry.inq_len)
     sent = reader.raw(entry.outq_len)
-    if entry.unsq_len > entry.outq_len:
-        raise reader.error(f"{entry.unsq_len} bytes unsent of {entry.outq_len}")
+    unsent = extra.tcp_unsent or entry.unsq_len
+    if unsent > entry.outq_len:
+        raise reader.error(f"{unsent} bytes unsent of {entry.outq_len}")
     return TcpState(
         send_seq=entry.outq_seq,
         recv_seq=entry.inq_seq,
         send_queue=sent,
         recv_queue=received,
-        unsent=entry.unsq_len,
+        unsent=unsent,
         mss=entry.mss_clamp,
         options=entry.opt_mask,
         send_wscale=entry.snd_wscale,

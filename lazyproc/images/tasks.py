@@ -69,6 +69,8 @@ def write_task(task: Task, core: pb.core_entry) -> None:
     entry.loginuid = task.loginuid
     entry.oom_score_adj = task.oom_score_adj
     entry.child_subreaper = task.child_subreaper
+    if task.membarriers:
+        entry.membarrier_registration_mask = task.membarriers
     if task.stop_signal:
         entry.stop_signo = task.stop_signal
     if task.state is TaskState.ZOMBIE:

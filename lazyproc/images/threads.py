@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 
 from lazyproc.errors import ImageError
+from lazyproc.facts import replace
 from lazyproc.images import xsave
 from lazyproc.images.extras import Extras
 from lazyproc.images.files import garbled, to_bytes, to_text
@@ -24,13 +25,20 @@ from lazyproc.model import (
 )
 
 _REGISTERS = operator.attrgetter(*Registers._fields)
+_FOR_ALL_THREADS = 1  # SECCOMP_FILTER_FLAG_TSYNC, which the kernel does not keep with a filter
 _DEFAULT_TIMER_SLACK_NS = 50_000  # prctl(2) PR_SET_TIMERSLACK: the default of init, which everybody inherits
 
 
 class SeccompTable:
-    """seccomp.img: filters of all threads; each names the one installed before it, so threads share tails."""
+    """seccomp.img: filters of all threads; each names the one installed before it, so threads share tails.
 
-    def __init__(self) -> None:
+    Of a process whose threads have the same filters CRIU writes those of the leader, and that all threads get them at
+    once: a filter can later be added to all of them only if they have the very same, not equal ones (criu/seccomp.c).
+    With `shared` all processes are of that kind.
+    """
+
+    def __init__(self, *, shared: bool = False) -> None:
+        self.shared = shared
         self.message = pb.seccomp_entry()
         self._index: dict[tuple[int | None, bytes, int], int] = {}
 
@@ -41,9 +49,25 @@ class SeccompTable:
             key = (last, item.program, item.flags)
             if key not in self._index:
                 self._index[key] = len(self.message.seccomp_filters)
-                self.message.seccomp_filters.add(filter=item.program, prev=last, flags=item.flags)
+                flags = item.flags | _FOR_ALL_THREADS * self.shared
+                self.message.seccomp_filters.add(filter=item.program, prev=last, flags=flags)
             last = self._index[key]
         return last
+
+
+def with_leaders_filters(
+    threads: Sequence[Thread], leader: pb.core_entry, message: pb.seccomp_entry
+) -> tuple[Thread, ...]:
+    """The threads, with the filters that were written down for all of them with the first."""
+    entry = leader.thread_core
+    filters = message.seccomp_filters
+    if not entry.HasField("seccomp_filter") or not filters[entry.seccomp_filter].flags & _FOR_ALL_THREADS:
+        return tuple(threads)
+    first = threads[0]
+    return tuple(
+        each if each.seccomp else replace(each, seccomp=first.seccomp, seccomp_mode=first.seccomp_mode)
+        for each in threads
+    )
 
 
 def seccomp_chain(message: pb.seccomp_entry, last: int) -> tuple[SeccompFilter, ...]:
@@ -55,7 +79,7 @@ def seccomp_chain(message: pb.seccomp_entry, last: int) -> tuple[SeccompFilter, 
         if index >= len(message.seccomp_filters) or len(filters) > len(message.seccomp_filters):
             raise garbled("seccomp.img", f"no chain of filters ends with number {last}")
         entry = message.seccomp_filters[index]
-        filters.append(SeccompFilter(entry.filter, entry.flags))
+        filters.append(SeccompFilter(entry.filter, entry.flags & ~_FOR_ALL_THREADS))
         index = entry.prev if entry.HasField("prev") else None
     return tuple(reversed(filters))
 
@@ -69,6 +93,7 @@ def write_thread(
     extra: own.ThreadExtra,
     seccomp: SeccompTable,
     *,
+    leads: bool,
     for_criu: bool = True,
 ) -> None:
     """Fills thread_info and thread_core of `core`, and what they cannot hold into `extra`."""
@@ -78,7 +103,7 @@ def write_thread(
     info.gpregs.MergeFrom(pb.user_x86_regs_entry(mode=pb.NATIVE, **thread.registers._asdict()))
     write_xsave = xsave.to_entry if for_criu else xsave.to_extra
     write_xsave(thread.xsave, info.fpregs, extra)
-    _write_thread_core(thread, core.thread_core, seccomp)
+    _write_thread_core(thread, core.thread_core, seccomp, leads)
     extra.timer_slack_ns = thread.timer_slack_ns
     extra.ioprio = thread.scheduling.ioprio
     extra.cpus.extend(thread.scheduling.cpus)
@@ -86,7 +111,9 @@ def write_thread(
         extra.restart.nr, extra.restart.remaining_ns = thread.restart.nr, thread.restart.remaining_ns
 
 
-def _write_thread_core(thread: Thread, entry: pb.thread_core_entry, seccomp: SeccompTable) -> None:
+def _write_thread_core(
+    thread: Thread, entry: pb.thread_core_entry, seccomp: SeccompTable, leads: bool
+) -> None:
     entry.comm = to_bytes(thread.comm)
     entry.futex_rla, entry.futex_rla_len = thread.robust_list, thread.robust_list_len
     entry.blk_sigset = thread.blocked
@@ -103,6 +130,8 @@ def _write_thread_core(thread: Thread, entry: pb.thread_core_entry, seccomp: Sec
         entry.rseq_entry.rseq_abi_pointer = thread.rseq.addr
         entry.rseq_entry.rseq_abi_size = thread.rseq.size
         entry.rseq_entry.signature = thread.rseq.signature
+    if thread.seccomp and seccomp.shared and not leads:
+        return
     entry.seccomp_mode = pb.seccomp_mode.ValueType(thread.seccomp_mode)
     newest = seccomp.add(thread.seccomp)
     if newest is not None:

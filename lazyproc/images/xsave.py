@@ -51,6 +51,9 @@ _INTEL = (
 )
 
 
+_CRIUS = 0b11 | sum(1 << part.bit for part in _INTEL)  # and the FXSAVE region: x87, SSE
+
+
 def _layout(area: bytes | bytearray) -> tuple[_Component, ...]:
     """Where the components of this area lie.
 
@@ -128,6 +131,12 @@ def _unused(enabled: int, length: int) -> pb.user_x86_xsave_entry:
 def from_entry(entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra | None, name: str) -> bytes:
     """The area. Without `extra` (an image of CRIU's) it ends with the last component; XCR0 is unknown."""
     if extra is None or not extra.HasField("xsave_size"):
+        if lost := entry.xsave.xstate_bv & ~_CRIUS:
+            raise ImageError(
+                f"the thread used components of the processor that CRIU does not save (xsave bits {lost:#x})",
+                where=name,
+                remedy="dump it with lazyproc",
+            )
         held = [part for part in _INTEL if getattr(entry.xsave, part.field)]
         size = held[-1].offset + held[-1].size if held else _HEADER + 64
         return bytes(_rebuild(entry, _INTEL, size, name))

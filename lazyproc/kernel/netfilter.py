@@ -20,6 +20,7 @@ from lazyproc.kernel.nftables import OUTPUT, PREROUTING, Change, Netfilter, new_
 
 PREFIX = "lazyproc_"
 KEPT = "_kept"
+DUMPED = "dump_"  # how the sessions of checkpoints begin
 MARK = 0x6C70  # SO_MARK of packets that the restore itself injects; they pass
 _BEFORE_CONNTRACK = -350  # NF_IP_PRI_RAW is -300: a packet held back leaves no conntrack entry either
 End = tuple[bytes, int]  # packed address, port
@@ -85,6 +86,7 @@ class Hold:
     def __init__(self, session: str) -> None:
         if not _SESSION.fullmatch(session):
             raise ValueError(f"{session!r} cannot be part of a table's name")
+        self.session = session
         self._table = PREFIX + session
         self._flows: frozenset[Flow] = frozenset()
         self._netfilter: Netfilter | None = None
@@ -113,6 +115,13 @@ class Hold:
         if self._netfilter is not None and self._flows:
             kept = drops(self._table + KEPT, self._flows, owned=False)
             self._netfilter.change((nftables.destroy(self._table + KEPT), *kept))
+
+    def keep_only(self, flows: Iterable[Flow]) -> None:
+        """The same for these of those that are held back; all others come through again."""
+        kept, self._flows = self._flows.intersection(flows), frozenset()
+        if self._netfilter is not None and kept:
+            rules = drops(self._table + KEPT, kept, owned=False)
+            self._netfilter.change((nftables.destroy(self._table), *rules))
 
     def forget(self) -> None:
         """What is kept is somebody else's to release."""

@@ -21,6 +21,7 @@ class LockInfo:
     inode: int
     start: int  # bytes
     end: int | None  # the last byte locked, None for the end of the file wherever that is
+    breaking: bool = False  # a lease that somebody waits for
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def _pair(line: bytes) -> tuple[bytes, bytes]:
 
 def _lock(line: bytes) -> LockInfo:
     """ "lock:\t1: POSIX  ADVISORY  WRITE 6102 fe:00:2146398 5 14"."""
-    _, _number, kind, _advisory, mode, pid, file, start, end = line.split()
+    _, _number, kind, state, mode, pid, file, start, end = line.split()
     major, minor, inode = file.split(b":")
     return LockInfo(
         kind=kind.decode("ascii"),
@@ -120,6 +121,7 @@ def _lock(line: bytes) -> LockInfo:
         inode=int(inode),
         start=int(start),
         end=None if end == b"EOF" else int(end),
+        breaking=state == b"BREAKING",
     )
 
 

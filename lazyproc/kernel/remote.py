@@ -290,10 +290,12 @@ class Stub:
     state: State
     addr: int
 
-    def call(self, name: str, *args: int) -> None:
+    def call(self, name: str, *args: int) -> int:
+        """What it returns. Raises TraceeError when it fails."""
         result = step(self.tracee, arch.calling(self.state.registers, self.addr, SYS[name], args))
         if -4096 < result < 0:
             raise _call_failed(self.tracee, name, args, result)
+        return result
 
 
 @contextmanager
@@ -332,7 +334,7 @@ def borrowed(
 
     On leaving everything is as it was: mapping gone, registers and masks back.
     """
-    _refuse_32bit(tracees, states)
+    refuse_32bit(tracees, states)
     code = len(BLOB) + -len(BLOB) % HOME_ALIGN + HOME_ROOM * len(tracees)
     code_size = (code + PAGE - 1) & -PAGE
     hole = find_hole([(m.start, m.end) for m in maps], code_size + size)
@@ -351,7 +353,8 @@ def borrowed(
             stub.call("munmap", hole, code_size + size)
 
 
-def _refuse_32bit(tracees: Sequence[Tracee], states: Sequence[State]) -> None:
+def refuse_32bit(tracees: Sequence[Tracee], states: Sequence[State]) -> None:
+    """Raises TraceeError for a thread that is in 32-bit code: our instructions mean something else there."""
     for tracee, state in zip(tracees, states, strict=True):
         if not arch.is_64bit(state.registers):
             raise TraceeError(

@@ -14,6 +14,7 @@ from lazyproc.migrate.link import Link
 from lazyproc.migrate.talk import Pulse
 from lazyproc.model import Extent, MemoryObject
 from lazyproc.pages.images import ImagePages
+from lazyproc.pages.private import PrivatePages
 from lazyproc.pages.remote import extents_of
 from lazyproc.restore.lazy import finish
 from lazyproc.restore.lazytree import LazyTree
@@ -131,6 +132,13 @@ class Drain:
         self._pager.alone(poison=poison)
         self._alone = True
         self.reason = "the source is given up"
+
+    def know(self, source: PrivatePages) -> None:
+        """These images say where there are pages, and have some of them; the others come over a link. Before the pager
+        is started.
+        """
+        self._pager.serve_segments(source.segments_here())
+        self._apply(source.extents())
 
     def record(self, file: TraceFile | None, *, tell: bool) -> None:
         """The faults into `file`; with `tell` the source gets them as well, while it can be reached."""

@@ -38,7 +38,7 @@ from lazyproc.wire.native import Hello, Party, Role
 
 NAME = "lazyproc-keeper"
 WATCH_S = 0.5
-LIVING = ("running", "drained", "poisoned")
+LIVING = ("running", "drained", "poisoned")  # states in which a tree goes on without the keeper
 MEMBERS = 100  # helpers that are killed so often are killed on purpose
 
 
@@ -138,6 +138,8 @@ def _awaited(stream: socket.socket, record: Record, listener: Listener) -> Mappi
 class Keeper:
     """Everything here is known to the guard as well, since that is a fork: it goes on with the same descriptors."""
 
+    _living: Sequence[str] = LIVING
+
     def __init__(
         self,
         session: Session,
@@ -213,8 +215,7 @@ class Keeper:
         self._note_crew()
         while True:
             watched = [self._near.fileno(), self._desk.fileno(), self._pager.pidfd, self._guard.pidfd]
-            watched += [self._door.fileno()] if self._door else []
-            ready = readable(watched, WATCH_S)
+            ready = readable([*watched, *self._others()], self._patience())
             alive = self._pager.alive()  # what it said before its end is there by now
             if self._heard_the_end():
                 break
@@ -227,8 +228,22 @@ class Keeper:
                 self._note_crew()
             if self._desk.fileno() in ready and (request := self._desk.next()) is not None:
                 self._serve(request)
-            self._attend_door()
+            if not self._attend(ready):
+                break
         self._dismiss()
+
+    def _others(self) -> list[int]:
+        """What else is watched."""
+        return [self._door.fileno()] if self._door else []
+
+    def _patience(self) -> float:
+        """Seconds until the next look at what nobody tells."""
+        return WATCH_S
+
+    def _attend(self, _ready: set[int]) -> bool:
+        """See to it. False: there is nothing left to keep."""
+        self._attend_door()
+        return True
 
     def _heard_the_end(self) -> bool:
         """Whether the pager has said that there is nothing left to do. What it says is for the journal."""
@@ -354,7 +369,7 @@ class Keeper:
         facts = self._journal.facts
         if self._outlived[0] and not facts:
             return  # it is over: the pager has removed the record
-        if facts.get("state") not in LIVING or not self._outlived[0]:
+        if facts.get("state") not in self._living or not self._outlived[0]:
             self._journal.facts = begun | facts
             self._take_back()
             return

@@ -137,6 +137,8 @@ class Chain:
 class Redial:
     """The destination calls again, for whoever has other things to do meanwhile."""
 
+    greeted = False  # who is called still has to learn that the tree runs here
+
     def __init__(self, target: str, trust: Trust, session: Session, listener: Listener) -> None:
         self._target = target
         self._trust = trust
@@ -149,7 +151,7 @@ class Redial:
         if time.monotonic() < self._next:
             return None
         try:
-            link = linked(self._target, Party.DESTINATION, self._trust, self._session, resume=True)
+            link = self._dial()
         except LazyprocError as error:
             self._next = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, LAST_PAUSE_S)
@@ -161,6 +163,9 @@ class Redial:
             return None
         self._pause, self._told = FIRST_PAUSE_S, ""
         return link
+
+    def _dial(self) -> Link:
+        return linked(self._target, Party.DESTINATION, self._trust, self._session, resume=True)
 
 
 class Gathering:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,10 @@ def restore(
     cgroup: str | None = None,
     trace: Path | str | None = None,
     record: Path | str | None = None,
+    stopped: bool = False,
+    ready: Callable[[int], object] = lambda pid: None,
+    lazy_pages: socket.socket | None = None,
+    tcp_close: bool = False,
 ) -> Iterator[Restored]:
     """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`."""
     with run.restore(
@@ -43,6 +48,10 @@ def restore(
         cgroup=cgroup,
         trace=trace,
         record=record,
+        stopped=stopped,
+        ready=ready,
+        lazy_pages=lazy_pages,
+        tcp_close=tcp_close,
     ) as restored:
         if restored.pager is None:
             yield restored

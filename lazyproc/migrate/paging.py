@@ -23,11 +23,14 @@ from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.arrival import Wishes
 from lazyproc.migrate.crew import Clients, Member, amend, heard, say
 from lazyproc.migrate.drain import Drain
-from lazyproc.migrate.journal import Journal
+from lazyproc.migrate.images_server import Refetch
+from lazyproc.migrate.journal import ARRIVING, Journal
 from lazyproc.migrate.link import ROLES, Link, Redial
 from lazyproc.migrate.place import Place
-from lazyproc.migrate.supply import Supply, image_pages
+from lazyproc.migrate.supply import Supply
+from lazyproc.pages.private import PrivatePages
 from lazyproc.pages.transport import Channel, Declined, Session
+from lazyproc.restore.handed import forestall
 from lazyproc.restore.lazy import note_removals
 from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts
 from lazyproc.trace import Clock, TraceFile
@@ -39,6 +42,7 @@ from lazyproc.wire.native import Hello, Party
 LOOK_S = 0.5
 STEP_S = 0.02
 NOTED_S = 0.001
+GOODBYE_S = 1.0
 RELEASE_S = 60.0  # the tree is complete: how long the source is waited for, to be told so
 
 
@@ -112,9 +116,22 @@ class Paging:
                 drain.acknowledge()
             if not pager.map_known:
                 pager.plan(blocks(policy.first))
-            alone = self._goes_alone(drain, Supply.of(facts.get("supply") or {}), stack)
-            pager.start(bulk=wishes.bulk or alone, max_rate=0 if alone else wishes.max_rate)
-            if self._bring(drain, self._redial(drain)):
+            supply = Supply.of(facts.get("supply") or {})
+            alone = self._goes_alone(drain, supply, stack)
+            if not alone and facts.get("criu"):
+                drain.know(stack.enter_context(PrivatePages(Path(facts["folder"]))))
+            redial = self._redial(drain)
+            hurries = alone and not supply.criu  # the source is given up
+            bulk, max_rate = wishes.bulk or hurries, 0 if hurries else wishes.max_rate
+            if facts["state"] == ARRIVING:
+                pager.start(bulk=False, max_rate=max_rate)
+                if not self._await_the_run(drain, redial):
+                    return
+                if bulk:
+                    pager.start_bulk()
+            else:
+                pager.start(bulk=bulk, max_rate=max_rate)
+            if self._bring(drain, redial):
                 self._close(drain)
 
     def _goes_alone(self, drain: Drain, supply: Supply, stack: ExitStack) -> bool:
@@ -122,12 +139,26 @@ class Paging:
         if not supply:
             return False
         try:
-            images = stack.enter_context(image_pages(Path(supply.images))) if supply.images else None
+            images = stack.enter_context(supply.pages()) if supply.images else None
             drain.go_alone(images, poison=supply.poison)
         except (LazyprocError, OSError) as error:
             self._clients.failed(error)
             self._have_noted({"supply": {}})
             return False
+        return True
+
+    def _await_the_run(self, drain: Drain, redial: Redial | None) -> bool:
+        """A tree that somebody else restores: he may touch its memory meanwhile, and may still be about to register it,
+        so nothing else is put there before the tree runs. False when it never will.
+        """
+        while not any(kind == "run" for kind, _ in heard(self._keeper, STEP_S, 1)):
+            if redial is not None:
+                self._call(drain, redial)
+            if self._is_alone():
+                if forestall(self._journal.facts["restorer"][0]):
+                    return False
+                amend(self._journal, {"state": "running"}, self._clients.tell)
+                return True
         return True
 
     # --- links ---
@@ -136,16 +167,25 @@ class Paging:
         """Where it is for us to call."""
         if not self._place.dials or drain.alone:
             return None
-        return Redial(self._place.address, self._place.trust, self._session, self._clients.tell)
+        where = (self._place.address, self._place.trust, self._session, self._clients.tell)
+        facts = self._journal.facts
+        return Refetch(*where, facts["offered"]) if facts.get("criu") else Redial(*where)
 
     def _take_links(self, drain: Drain, redial: Redial | None) -> None:
         for kind, fds in heard(self._keeper, 0 if drain.linked else STEP_S):
+            if kind == "run":  # said to one before us as well
+                continue
             link = self._duplicated(fds)
             drain.take(link) if kind == "take" else drain.attach(link)
-        if redial is not None and not drain.linked:
-            with suppress(Declined):  # it may know the session again when it is resumed there
-                if (called := redial.link()) is not None:
-                    drain.attach(called)
+        if redial is not None:
+            self._call(drain, redial)
+
+    def _call(self, drain: Drain, redial: Redial) -> None:
+        if drain.linked:
+            return
+        with suppress(Declined):  # it may know the session again when it is resumed there
+            if (called := redial.link()) is not None:
+                drain.take(called) if redial.greeted else drain.attach(called)
 
     def _rehearse(self) -> None:
         """What the first fault would have to wait for otherwise (docs/adr/0020-rehearsal.md): a pager without a
@@ -196,7 +236,7 @@ class Paging:
             if waits and self._is_alone():
                 return False
             if drain.report is not None and until == math.inf:
-                until = time.monotonic() + RELEASE_S
+                until = time.monotonic() + (GOODBYE_S if self._nobody_asks else RELEASE_S)
                 self._note_whole(drain)
             elif drain.reason != reason:
                 reason = drain.reason
@@ -223,12 +263,17 @@ class Paging:
     def _close(self, drain: Drain) -> None:
         """All is done; whoever is kept is dismissed by the keeper."""
         self._clients.done(drain.report)
-        nobody_asks = drain.released or not self._place.address
-        facts: dict[str, Any] = {} if nobody_asks else {"state": "drained", "report": drain.report}
+        over = drain.released or self._nobody_asks
+        facts: dict[str, Any] = {} if over else {"state": "drained", "report": drain.report}
         say(self._keeper, "over", facts)
         while self._is_kept():
             time.sleep(STEP_S)
         amend(self._journal, facts, self._clients.tell)
+
+    @property
+    def _nobody_asks(self) -> bool:
+        """How it ended: there is no source, or it has nothing to decide."""
+        return not self._place.address or bool(self._journal.facts.get("criu"))
 
     def _lacking(self, pages: int) -> Parked:
         """It stays as it was."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.images.convert import from_images, memory_objects, to_images
-from lazyproc.images.files import Folder, pack
+from lazyproc.images.files import EXTRAS, Folder, pack
 from lazyproc.migrate.asking import obstacles_there
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.prepare import Offer, vdso_build_id
@@ -18,12 +20,14 @@ from lazyproc.migrate.source import BUILD_S, Order, Way, comes_back, look, moved
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.model import Checkpoint
 from lazyproc.pages.bundle import NAME, pack_bundle
+from lazyproc.pages.criu_server import Shelf, answer
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Door, listen
+from lazyproc.pages.transport import Caller, Door, listen
+from lazyproc.restore.crius import fitted
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Released, Running
 
 DOOR_S = 0.2
@@ -36,14 +40,18 @@ def serve(
     *,
     insecure: bool,
     tls: Tls | None = None,
+    once: bool = False,
+    ready: Callable[[], object] = lambda: None,
     listener: Listener,
 ) -> None:
-    """A process tree by the pid of its root, or a folder of images; see `serve_process` and `serve_folder`."""
+    """A process tree by the pid of its root, or a folder of images; see `serve_process` and `serve_folder`, which has
+    `once` and `ready`.
+    """
     trust = Trust(insecure, tls=tls)
     if isinstance(target, int):
         serve_process(target, address, order, trust=trust, listener=listener)
     else:
-        serve_folder(target, address, order, trust=trust, listener=listener)
+        serve_folder(target, address, order, trust=trust, once=once, ready=ready, listener=listener)
 
 
 def serve_process(pid: int, address: str, order: Order, *, trust: Trust, listener: Listener) -> None:
@@ -81,27 +89,60 @@ def _way(link: Link, door: Door, trust: Trust) -> Way:
     return Way(link.session, lambda _: link, comes_back(door, link.session), facts)
 
 
-def serve_folder(directory: Path, address: str, order: Order, *, trust: Trust, listener: Listener) -> None:
-    """Serve the images in `directory` to any number of clients, at the same time, until interrupted."""
+def serve_folder(
+    directory: Path,
+    address: str,
+    order: Order,
+    *,
+    trust: Trust,
+    once: bool = False,
+    ready: Callable[[], object] = lambda: None,
+    listener: Listener,
+) -> None:
+    """Serve the images in `directory` to any number of clients at once, ours and CRIU's, until interrupted; or only
+    `once`, until one has said that it has all it wants. `ready` is called when clients may come.
+    """
+    served = threading.Event()
     folder = Folder(directory)
-    checkpoint = from_images(folder.read())
+    images = folder.read()
+    checkpoint = from_images(images)
     gathering = Gathering()
     with (
         ImagePages(folder, memory_objects(checkpoint)) as pages,
-        listen(address, Party.SOURCE, trust=trust, report=listener) as door,
+        listen(
+            address, Party.SOURCE, trust=trust, report=listener, criu=_criu_clients(pages, served, listener)
+        ) as door,
         closing(gathering),
     ):
+        if EXTRAS not in images:
+            checkpoint = fitted(checkpoint, pages)
         _server_of(pages).stop()  # what is wrong with it is said now, and not to the first client
         listener(Note(f"listening on port {door.port}"))
-        while True:
+        ready()
+        while not (once and served.is_set()):
             link = gathering.next(door, DOOR_S)
             if link is not None:
-                client = _Client(link, checkpoint, pages, order, listener)
+                client = _Client(link, checkpoint, pages, order, served, listener)
                 threading.Thread(target=client.run, daemon=True).start()
 
 
 def _server_of(pages: ImagePages) -> PageServer:
     return PageServer((s.key, s.start, s.end, s.fd, s.offset) for s in pages.segments())
+
+
+def _criu_clients(pages: ImagePages, served: threading.Event, listener: Listener) -> Caller:
+    """Begins to answer a lazy-pages daemon of CRIU."""
+    shelf = Shelf(pages, pages.extents())
+
+    def serve_one(sock: socket.socket, where: str) -> None:
+        with sock:
+            try:
+                if answer(sock, where, shelf, lambda *_: None):
+                    served.set()
+            except LazyprocError as error:
+                listener(Note(f"ended a connection: {error}"))
+
+    return lambda sock, where: threading.Thread(target=serve_one, args=(sock, where), daemon=True).start()
 
 
 class _Client:
@@ -113,8 +154,10 @@ class _Client:
         checkpoint: Checkpoint,
         pages: ImagePages,
         order: Order,
+        served: threading.Event,
         listener: Listener,
     ) -> None:
+        self._served = served
         self._link = link
         self._checkpoint = checkpoint
         self._pages = pages
@@ -125,6 +168,7 @@ class _Client:
         try:
             with _server_of(self._pages) as server:  # a server keeps count of all that it ever served
                 self._talk(server)
+            self._served.set()
         except LazyprocError as error:
             self._listener(Note(f"session {self._link.session.id}: {error}"))
         finally:

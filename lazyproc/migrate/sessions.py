@@ -100,7 +100,7 @@ def resume(
     what `migrate` raises.
     """
     record = find(session)
-    supply = Supply(str(directory.resolve()) if directory else "", poison)
+    supply = Supply(str(directory.resolve()) if directory else "", poison, record.facts.get("criu") is True)
     if supply:
         return _supply(record, supply, force, listener)
     _demand_orphaned(record)
@@ -118,7 +118,7 @@ def resume(
     from lazyproc.migrate.keeper import keep_on
 
     recorded = Supply.of(record.facts.get("supply") or {})
-    own = Supply(str(record.facts.get("images") or ""))  # of a lazy restore
+    own = Supply.of(record.facts)  # of a lazy restore, which has images
     return keep_on(record, recorded if record.state == "poisoned" else own, listener)
 
 

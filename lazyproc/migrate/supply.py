@@ -14,26 +14,48 @@ from lazyproc.images.files import Folder
 from lazyproc.migrate.identity import identity, is_same_moment, is_same_tree
 from lazyproc.migrate.journal import Record
 from lazyproc.pages.images import ImagePages
+from lazyproc.pages.private import PrivatePages
 from lazyproc.uffd.device import demand_poison
 
 
 @dataclass(frozen=True, slots=True)
 class Supply:
-    """`images`: an absolute path, or "". With `poison` what they lack is lost, and touching it is SIGBUS."""
+    """`images`: an absolute path, or "". With `poison` what they lack is lost, and touching it is SIGBUS. `criu`: CRIU
+    has restored the tree, and left out what is private.
+    """
 
     images: str = ""
     poison: bool = False
+    criu: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.images) or self.poison
 
     def facts(self) -> dict[str, object]:
         """For a journal."""
-        return {"images": self.images, "poison": self.poison}
+        return {"images": self.images, "poison": self.poison, "criu": self.criu}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Supply:
-        return cls(str(facts.get("images", "")), facts.get("poison") is True)
+        return cls(str(facts.get("images") or ""), facts.get("poison") is True, facts.get("criu") is True)
+
+    def pages(self, wanted: Mapping[str, list[int]] | None = None, *, force: bool = False) -> ImagePages:
+        """The pages of its images; with `wanted` only if they are of that tree. Raises ImageError, UsageError."""
+        directory = Path(self.images)
+        with ExitStack() as stack:
+            pages: ImagePages
+            if self.criu:
+                pages = private = stack.enter_context(PrivatePages(directory))
+                found = private.identity()
+            else:
+                folder = Folder(directory)
+                checkpoint = from_images(folder.read())
+                pages = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
+                found = identity(checkpoint, pages) if wanted is not None else {}
+            if wanted is not None:
+                _demand_same(found, wanted, directory, force=force)
+            stack.pop_all()
+        return pages
 
     def demand_fits(self, record: Record, *, force: bool) -> None:
         """Before anything is touched. Raises ImageError, UsageError (images of another process; `force` lets those of
@@ -42,22 +64,8 @@ class Supply:
         if self.poison:
             demand_poison()
         if self.images:
-            with image_pages(Path(self.images), record.facts.get("identity"), force=force):
+            with self.pages(record.facts.get("identity"), force=force):
                 pass
-
-
-def image_pages(
-    directory: Path, wanted: Mapping[str, list[int]] | None = None, *, force: bool = False
-) -> ImagePages:
-    """The pages there; with `wanted` only if they are of that tree. Raises ImageError, UsageError."""
-    folder = Folder(directory)
-    checkpoint = from_images(folder.read())
-    with ExitStack() as stack:
-        pages = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
-        if wanted is not None:
-            _demand_same(identity(checkpoint, pages), wanted, directory, force=force)
-        stack.pop_all()
-    return pages
 
 
 def _demand_same(

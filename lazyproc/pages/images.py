@@ -92,11 +92,21 @@ class ImagePages:
         The descriptors belong to this object and are open until close(). Raises ImageError for a page that is only at
         a page server.
         """
+        for obj, held in self._objects.items():
+            _demand_here(obj, held.pagemap.elsewhere())
+        return self.segments_here()
+
+    def segments_here(self) -> Segments:
+        """The same, without what is only at a page server."""
         rows = array("Q")
         for obj, held in sorted(self._objects.items(), key=lambda item: item[0].key):
-            _demand_here(obj, held.pagemap.elsewhere())
             rows += held.rows(obj.key)
         return Segments(rows)
+
+    def pagemaps(self) -> Iterator[tuple[MemoryObject, Pagemap]]:
+        """The newest of every object."""
+        for obj, held in self._objects.items():
+            yield obj, held.pagemap
 
     def read(self, obj: MemoryObject, addr: int, count: int) -> bytes:
         """See PageSource. Raises ImageError for a page that is only at a page server."""
@@ -125,23 +135,30 @@ class ImagePages:
             if layers and not os.path.lexists(folder.path / name):
                 break  # the object is younger than that pre-dump
             layers.append(read_pagemap(ImageReader(name, folder.contents(name))))
-            fds.append(self._open_pages(folder, f"pages-{layers[-1].pages_id}.img", layers[-1].size))
+            fds.append(self._open_pages(folder, layers[-1]))
         return _Object(layers[0], locate(layers), tuple(fds))
 
-    def _open_pages(self, folder: Folder, name: str, size: int) -> int:
-        """A descriptor of the pages image, which has to be at least `size` bytes long."""
+    def _open_pages(self, folder: Folder, pagemap: Pagemap) -> int:
+        """A descriptor of the pages image, which has to be long enough; of its pages in the plain, if compressed."""
+        name = f"pages-{pagemap.pages_id}.img"
         path = folder.path / name
-        if path not in self._fds:
-            self._fds[path] = folder.open(name, os.O_RDONLY)
-            self._stack.callback(os.close, self._fds[path])
-        held = os.fstat(self._fds[path]).st_size
-        if held < size:
+        if path in self._fds:
+            return self._fds[path]
+        fd = self._fds[path] = folder.open(name, os.O_RDONLY)
+        self._stack.callback(os.close, fd)
+        held = os.fstat(fd).st_size
+        if held < pagemap.stored_size:
             raise ImageError(
-                f"truncated: {size} bytes expected, {held} there",
+                f"truncated: {pagemap.stored_size} bytes expected, {held} there",
                 where=str(path),
                 remedy="copy the whole folder of the checkpoint",
             )
-        return self._fds[path]
+        if pagemap.packed is not None:
+            from lazyproc.pages.unpack import unpacked  # ctypes, tempfile: few images are compressed
+
+            fd = self._fds[path] = unpacked(folder, name, fd, pagemap.packed)
+            self._stack.callback(os.close, fd)
+        return fd
 
 
 def _demand_here(obj: MemoryObject, elsewhere: int | None) -> None:

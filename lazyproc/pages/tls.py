@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # In TLS 1.3 the dialler's handshake is over before its certificate has been looked at. This byte says that it was
 # taken; so a refusal comes here, with its reason, and not in the middle of the first frame.
 LET_IN = b"\n"
+# Who dials says in the handshake that it is lazyproc (ALPN, RFC 7301). CRIU says nothing, and fails for a byte that it
+# has not asked for.
+PROTOCOL = "lazyproc"
 HANDSHAKE_RECORD = 0x16  # RFC 8446, 5.1: ContentType of a ClientHello
 
 OPTIONS = "--tls-cert, --tls-key and --tls-ca"
@@ -55,7 +58,9 @@ def dialling(tls: Tls) -> ssl.SSLContext:
     """For who connects: the other end's certificate must be for the name it was called by. Raises UsageError."""
     import ssl
 
-    return _context(tls, ssl.PROTOCOL_TLS_CLIENT)
+    context = _context(tls, ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols([PROTOCOL])
+    return context
 
 
 def accepting(tls: Tls) -> ssl.SSLContext:
@@ -65,6 +70,7 @@ def accepting(tls: Tls) -> ssl.SSLContext:
     context = _context(tls, ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
     context.num_tickets = 0  # nothing is resumed: each connection proves anew who it is
+    context.set_alpn_protocols([PROTOCOL])
     return context
 
 
@@ -159,9 +165,12 @@ def secured(sock: socket.socket, tls: Tls, host: str, where: str) -> ssl.SSLSock
 class Greeting:
     """The acceptor's handshake with one stranger, a step whenever his socket is ready; slow ones delay nobody."""
 
-    def __init__(self, sock: socket.socket, tls: Tls, where: str) -> None:
-        """`sock` is not blocking; `where` is its peer. Raises UsageError for the files."""
+    def __init__(self, sock: socket.socket, tls: Tls, where: str, *, criu: bool = False) -> None:
+        """`sock` is not blocking; `where` is its peer. With `criu` who does not say that it is lazyproc gets no byte
+        unasked. Raises UsageError for the files.
+        """
         self.sock = sock
+        self._criu = criu
         self.wants_write = False
         self._context = accepting(tls)
         self._tls = tls
@@ -174,6 +183,11 @@ class Greeting:
     def close(self) -> None:
         (self._far or self.sock).close()
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether the stranger has said that he is lazyproc."""
+        return self._far is not None and self._far.selected_alpn_protocol() == PROTOCOL
+
     def step(self) -> ssl.SSLSocket | None:
         """The secured socket when the handshake is over. Raises PermissionDenied, Plain, ConnectionLost."""
         import ssl
@@ -185,7 +199,8 @@ class Greeting:
                     self.sock, server_side=True, suppress_ragged_eofs=False, do_handshake_on_connect=False
                 )
             self._far.do_handshake()
-            self._far.send(LET_IN)  # the first byte finds room
+            if self.is_ours or not self._criu:
+                self._far.send(LET_IN)  # the first byte finds room
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError) as error:
             self.wants_write = isinstance(error, ssl.SSLWantWriteError)
             return None

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import ParamSpec, Self, TypeVar
+from typing import ParamSpec, Self, TypeAlias, TypeVar
 
 from lazyproc import events
 from lazyproc.errors import (
@@ -30,11 +30,14 @@ from lazyproc.errors import (
 from lazyproc.facts import dataclass, field
 from lazyproc.pages.peer import Trust, peer_name
 from lazyproc.pages.tls import HANDSHAKE_RECORD, OPTIONS, Greeting, Plain, Tls, accepting, secured
+from lazyproc.wire.frame import Type
 from lazyproc.wire.native import VERSION, Abort, Connection, Event, Hello, Party, Ping, Pong, Role, Welcome
 
 SCHEME = "ssh://"
 HANDSHAKE_S = 5.0  # a stranger's time to say HELLO
 MAX_STRANGERS = 64  # at once; the oldest has to go
+# CRIU's daemon connects before the tree that it restores has touched a page, and is silent until then.
+SILENCE_S = 600.0
 STALL_S = 30  # a peer that takes or acknowledges nothing for so long is gone
 _READ = 4 << 20  # bytes in one recv(2)
 _STRANGERS_READ = 256 << 10
@@ -166,6 +169,13 @@ class Channel:
                 raise ConnectionLost("the peer has hung up within a page", where=self.peer)
             self._connection.take_pages(count or 0)
             view = view[count or 0 :]
+
+    def is_foreign(self) -> bool:
+        """Whether the first byte that has come, which stays where it is, is not ours."""
+        if not self._connection.between:
+            return False
+        first = self._attempt(self._sock.recv, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return first is not None and first != b"" and first[0] != Type.HELLO
 
     def welcome(self) -> None:
         """Answers the HELLO: the connection now serves what it was opened for."""
@@ -353,9 +363,16 @@ def connect(address: str, timeout: float) -> socket.socket:
 # --- who listens ----------------------------------------------------------------------------------------
 
 
-def listen(address: str, side: Party, *, trust: Trust, report: events.Listener = events.ignore) -> Door:
-    """A Door at HOST:PORT; port 0 takes a free one. Raises UsageError for the address or the files of `trust`,
-    CannotListen.
+def listen(
+    address: str,
+    side: Party,
+    *,
+    trust: Trust,
+    report: events.Listener = events.ignore,
+    criu: Caller | None = None,
+) -> Door:
+    """A Door at HOST:PORT; port 0 takes a free one. `criu` gets each connection that does not begin as ours do,
+    before a byte of it is read. Raises UsageError for the address or the files of `trust`, CannotListen.
     """
     host, port = parse_address(address)
     if trust.tls:
@@ -375,7 +392,7 @@ def listen(address: str, side: Party, *, trust: Trust, report: events.Listener =
         sock.close()
         what, remedy = _BIND.get(error.errno or 0, (str(error.strerror), ""))
         raise CannotListen(what, where=address, remedy=remedy) from None
-    return Door(sock, side, trust, report)
+    return Door(sock, side, trust, report, criu)
 
 
 _BIND = {
@@ -385,6 +402,10 @@ _BIND = {
 }
 
 
+# A client of CRIU's, let in, of whom no byte has been read: its blocking socket and its name.
+Caller: TypeAlias = Callable[[socket.socket, str], object]
+
+
 class Door:
     """Lets peers in: checks who they are, waits for their HELLO, and hands them out. A context manager.
 
@@ -392,12 +413,20 @@ class Door:
     nothing else. One thread at a time.
     """
 
-    def __init__(self, sock: socket.socket, side: Party, trust: Trust, report: events.Listener) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        side: Party,
+        trust: Trust,
+        report: events.Listener,
+        criu: Caller | None = None,
+    ) -> None:
         self._sock = sock
+        self._criu = criu
         self._side = side
         self._trust = trust
         self._report = report
-        # Until when they have to prove who they are, and then to say HELLO; oldest first.
+        # Until when they have to prove who they are, and then to say HELLO; in the order in which they came.
         self._strangers: dict[Channel | Greeting, float] = {}
         self._selector = selectors.EpollSelector()
         self._selector.register(sock, selectors.EVENT_READ)
@@ -446,7 +475,7 @@ class Door:
 
     def _patience(self, deadline: float | None) -> float | None:
         """Seconds until something has to be done that nobody wakes us for."""
-        limits = [*self._strangers.values()][:1] + ([] if deadline is None else [deadline])
+        limits = [*self._strangers.values()] + ([] if deadline is None else [deadline])
         return max(0.0, min(limits) - time.monotonic()) if limits else None
 
     def _let_in(self) -> None:
@@ -462,13 +491,15 @@ class Door:
             else:
                 sock.setblocking(False)
                 _tune(sock)
-                self._await(Greeting(sock, self._trust.tls, peer_name(sock)))
+                criu = self._criu is not None
+                self._await(Greeting(sock, self._trust.tls, peer_name(sock), criu=criu))
         except (PermissionDenied, UsageError, OSError) as error:
             sock.close()
             self._report(events.Note(f"refused a connection: {error}"))
 
     def _await(self, stranger: Channel | Greeting) -> None:
-        self._strangers[stranger] = time.monotonic() + HANDSHAKE_S
+        known = isinstance(stranger, Channel) and self._criu is not None
+        self._strangers[stranger] = time.monotonic() + (SILENCE_S if known else HANDSHAKE_S)
         self._selector.register(stranger, selectors.EVENT_READ)
         if len(self._strangers) > MAX_STRANGERS:
             self._forget(next(iter(self._strangers))).close()
@@ -483,10 +514,14 @@ class Door:
                 wanted = selectors.EVENT_WRITE if greeting.wants_write else selectors.EVENT_READ
                 self._selector.modify(greeting, wanted)
                 return
-            from lazyproc.pages.relay import relayed
-
             self._forget(greeting)
             behind = Behind.look(far)
+            if self._criu is not None and not greeting.is_ours:
+                far.setblocking(True)
+                self._criu(far, behind.peer)
+                return
+            from lazyproc.pages.relay import relayed
+
             self._await(Channel(relayed(far), self._side, behind=behind))
         except (LazyprocError, OSError) as error:
             self._report(events.Note(f"refused a connection: {error}"))
@@ -508,6 +543,10 @@ class Door:
         if channel not in self._strangers:  # made room in this very round
             return False
         try:
+            if self._criu is not None and channel.is_foreign():
+                self._forget(channel)
+                self._criu(channel.socket, channel.peer)
+                return False
             if not isinstance(channel.receive(0), Hello):
                 return False
             channel.check_version()

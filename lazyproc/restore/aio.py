@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lazyproc.errors import RestoreError
 from lazyproc.kernel.cpu import possible_cpus
@@ -15,6 +15,20 @@ from lazyproc.restore.site import Site
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 MAP_NORESERVE = 0x4000  # Python 3.11 does not know it
 HEADER = EVENT = 32  # bytes of struct aio_ring and of struct io_event, fs/aio.c
+HEAD_AND_TAIL = struct.Struct("<2I")
+HEAD_AT = 8  # in struct aio_ring
+
+
+def demand_fetched(vpid: int, vmas: Sequence[Vma], read: Callable[[int, int], bytes]) -> None:
+    """Raise RestoreError for a ring with completions that the program has not fetched: CRIU dumps those too."""
+    for ring in _rings(vmas):
+        head, tail = HEAD_AND_TAIL.unpack(read(ring.start + HEAD_AT, HEAD_AND_TAIL.size))
+        if head != tail:
+            raise RestoreError(
+                "is an AIO ring with completions that the program has not fetched",
+                where=f"pid {vpid}, mapping {ring.start:#x}-{ring.end:#x}",
+                remedy="restore it with criu",
+            )
 
 
 def reserve_calls(vmas: Sequence[Vma]) -> Iterator[Call]:

@@ -1,4 +1,4 @@
-"""Files whose content has travelled: deleted ones, and those of a tmpfs.
+"""Files whose content has travelled: deleted ones, directories and devices too, and those of a tmpfs.
 
 A deleted file is created under its old name and removed at once, so that /proc/PID/fd shows "<path>
 (deleted)" as before. Where that name is taken by now it gets a private name in the same directory, where the
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from lazyproc.errors import RestoreError
 from lazyproc.model import FileContent
-from lazyproc.restore.workshop import OpenPath, Workshop, reopen, words
+from lazyproc.restore.workshop import OpenPath, Workshop, words
 
 _HERE = "make room there, or give the path to the user who restores"
 
@@ -50,16 +50,14 @@ def _make_ghost(workshop: Workshop, content: FileContent, path: str) -> int:
     with _nearest(workshop, os.path.dirname(path)) as parent:
         name = os.path.basename(path)
         try:
-            fd = _new_file(parent, name)
+            _create(parent, name, content)
         except FileExistsError:
             name = f".{name[:200]}.{os.urandom(8).hex()}"
-            fd = _new_file(parent, name)
+            _create(parent, name, content)
         try:
-            _fill(fd, content)
-            return reopen(fd, os.O_PATH)  # no writer is left: an executable must not have one
+            return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         finally:
-            os.close(fd)
-            os.unlink(name, dir_fd=parent)
+            (os.rmdir if st.S_ISDIR(content.mode) else os.unlink)(name, dir_fd=parent)
 
 
 def _new_file(parent: int, name: str) -> int:
@@ -74,6 +72,13 @@ def _create(parent: int, name: str, content: FileContent) -> None:
         os.chmod(name, st.S_IMODE(content.mode), dir_fd=parent)
     elif st.S_ISFIFO(content.mode):
         os.mkfifo(name, 0o600, dir_fd=parent)
+        os.chown(name, content.uid, content.gid, dir_fd=parent, follow_symlinks=False)
+        os.chmod(name, st.S_IMODE(content.mode), dir_fd=parent)
+    elif st.S_ISLNK(content.mode):
+        os.symlink(b"".join(data for _, data in content.data), os.fsencode(name), dir_fd=parent)
+        os.chown(name, content.uid, content.gid, dir_fd=parent, follow_symlinks=False)
+    elif st.S_ISCHR(content.mode):
+        os.mknod(name, st.S_IFCHR | 0o600, content.rdev, dir_fd=parent)
         os.chown(name, content.uid, content.gid, dir_fd=parent, follow_symlinks=False)
         os.chmod(name, st.S_IMODE(content.mode), dir_fd=parent)
     else:

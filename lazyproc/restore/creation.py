@@ -7,8 +7,8 @@ import os
 import resource
 import signal
 import struct
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from lazyproc.errors import PidTaken, RestoreError
 from lazyproc.kernel import arch_x86_64 as arch
@@ -103,6 +103,17 @@ class Maker:
                     self.sites[member].run(Call("wait4", (vpid, 0, WALL, 0)))
         return self.sites
 
+    @contextmanager
+    def standing_in(self, vpid: int) -> Iterator[Site]:
+        """A process with the number of one that has ended, for as long as it takes. Raises PidTaken."""
+        root = next(iter(self.sites.values()))
+        site = self._fork(_stand_in(vpid, root.task.vpid), root.task.vpid)
+        try:
+            yield site
+        finally:
+            self._exit(site, 0)
+            root.run(Call("wait4", (vpid, 0, WALL, 0)))
+
     def _fork(self, task: Task, parent: int) -> Site:
         if parent:
             tracee, bench = self.sites[parent].leader, self.sites[parent].bench
@@ -164,21 +175,39 @@ def _swallow(parent: Site, sig: int) -> None:
     os.waitpid(parent.pid, WALL)
 
 
-def stop(site: Site, parent: Site | None) -> None:
-    """Stop a process as SIGSTOP does, for its parent (None: not in the tree) to see.
+def stop(site: Site, parent: Site | None, tasks: Sequence[Task]) -> None:
+    """Stop a process as it was stopped, for its parent (None: not in the tree) to see.
 
     No thread executes an instruction: the leader takes the signal before any other goes on, so that each one has to
     stop with it on its way out of the kernel (do_signal_stop, kernel/signal.c).
     """
+    number = stop_signal(site.task, tasks)
     for tracee in site.threads.values():
         tracee.set_blocked(arch.MASK64)
-    os.kill(site.pid, signal.SIGSTOP)
+    site.leader.set_blocked(arch.MASK64 & ~(1 << (number - 1)))
+    os.kill(site.pid, number)
     for thread in site.task.threads:
         tracee = site.threads[thread.tid]
         tracee.cont()
         tracee.wait_stop(STOP_MS)
     if parent is not None and signal.SIGCHLD not in pending_signals(parent.task):
         _swallow(parent, signal.SIGCHLD)
+
+
+def stop_signal(task: Task, tasks: Sequence[Task]) -> int:
+    """That which had stopped it, where that is sure to do so again; else SIGSTOP. Pure.
+
+    The kernel drops the others when a handler is set, or in an orphaned process group (get_signal, kernel/signal.c),
+    which it is not while a member has its parent in another group of the session.
+    """
+    parents = {each.vpid: each for each in tasks}
+    caught = any(action.signal == task.stop_signal and action.handler for action in task.sigactions)
+    watched = any(
+        member.pgid == task.pgid != parents[member.ppid].pgid and member.sid == parents[member.ppid].sid
+        for member in tasks
+        if member.ppid in parents and member.state is not TaskState.ZOMBIE
+    )
+    return task.stop_signal if task.stop_signal and watched and not caught else signal.SIGSTOP
 
 
 def make_threads(site: Site) -> None:

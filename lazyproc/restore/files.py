@@ -39,6 +39,7 @@ from lazyproc.restore.users import Users
 from lazyproc.restore.workshop import OpenPath, Workshop, finish, probe, reopen, words
 
 NONE_YET: Mapping[int, int] = MappingProxyType({})
+_MEMORY_DEVICES = 1  # MEM_MAJOR of the kernel's include/uapi/linux/major.h
 Recipe = Callable[[Workshop, OpenFile, Any], int]  # the last one: the file's resource, of the recipe's kind
 
 
@@ -92,7 +93,8 @@ def make_regular(workshop: Workshop, file: OpenFile, resource: RegularFile) -> i
     """A file, directory or device by its path; or a deleted file made from its content."""
     content = workshop.checkpoint.contents.get(resource.content_id)
     if content and not content.path:
-        return reopen(ghost(workshop, content.id, resource.path), file.flags)
+        found = ghost(workshop, content.id, resource.path)
+        return os.dup(found) if file.flags & os.O_PATH else reopen(found, file.flags)
     need = file_need(resource, file.flags, sized=file.id in workshop.mapped)
     with probe(workshop.open_path, need.path) as found:
         check_file(need, found)
@@ -140,7 +142,7 @@ class FoundFile:
 def objection(need: FileNeed, found: FoundFile) -> tuple[str, str] | None:
     """What is wrong with the file that is here, and the remedy; None when it will do. Pure."""
     same_kind = st.S_IFMT(found.mode) == st.S_IFMT(need.mode)
-    if not same_kind or (st.S_ISCHR(found.mode) and found.rdev != need.rdev):
+    if not same_kind or (st.S_ISCHR(found.mode) and not _same_device(need.rdev, found.rdev)):
         return "is another kind of file on this host", "put the same kind of file there"
     if need.build_id and found.build_id != need.build_id:
         return (
@@ -153,6 +155,11 @@ def objection(need: FileNeed, found: FoundFile) -> tuple[str, str] | None:
             "copy the same file to this host",
         )
     return None
+
+
+def _same_device(needed: int, found: int) -> bool:
+    """CRIU does not write down which device it was (0): it dumps memory devices only, /dev/null and the like."""
+    return found == needed if needed else os.major(found) == _MEMORY_DEVICES
 
 
 # By what changes with a file's content: they are read before a tree is stopped for us, and asked for again after that.

@@ -31,19 +31,25 @@ SLACK = Room(64, 64, 16)  # what a process may open and start between the foreca
 
 @dataclass(slots=True)
 class Groundwork:
-    """`sites` by vpid; `clocks` is a time namespace that they do not live in yet. Of the processes whose memory is
-    mapped it has the `ranges` and the `userfaultfds`. `files` by id are open already. All descriptors are ours.
+    """`maker` has the processes; `clocks` is a time namespace that they do not live in yet. Of the processes whose
+    memory is mapped it has the `ranges` and the `userfaultfds`. `files` by id are open already. All descriptors are
+    ours.
     """
 
     birth: Birth
     forecast: Forecast
     pager: Pager | None
-    sites: Mapping[int, Site]
+    handed: bool
+    maker: Maker
     clocks: int
     stack: ExitStack  # closes what it opens
     files: Mapping[int, int] = field(default=NONE_YET)
     ranges: dict[int, tuple[pages.LazyRange, ...]] = field(default_factory=dict)
     userfaultfds: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> Mapping[int, Site]:
+        return self.maker.sites
 
     def map_memory(
         self, shared: Mapping[int, SharedMemory], files: Mapping[int, int], objects: Mapping[int, int]
@@ -52,15 +58,19 @@ class Groundwork:
         for vpid, site in self.sites.items():  # one after the other: see Site.receive_later
             if site.task.mm is None or vpid in self.ranges:
                 continue
-            lazy = tuple(pages.lazy_ranges(site.task, shared)) if self.pager else ()
+            lazy = tuple(pages.lazy_ranges(site.task, shared)) if self.handed or self.pager else ()
             memory.move_in(site, _bench_size(site.task.mm, self.forecast.rooms[vpid]))
             memory.map_all(site, shared, files, objects)
-            if self.pager and lazy:
+            if self.handed:
+                pages.lend_userfaultfd(site)
+            elif self.pager and lazy:
                 pages.keep_userfaultfd(site, self.pager)
             site.run()
             memory.check_vdso(site)
-            if lazy:
+            if self.handed or lazy:
                 self.userfaultfds[vpid] = pages.register(site, lazy, self.stack)
+            if self.handed:
+                pages.take_back(site)
             self.ranges[vpid] = lazy
 
     def suits(self, checkpoint: Checkpoint) -> bool:
@@ -91,18 +101,22 @@ class Groundwork:
 
 
 @contextmanager
-def begun(forecast: Forecast, birth: Birth, pager: Pager | None) -> Iterator[Groundwork]:
+def begun(
+    forecast: Forecast, birth: Birth, pager: Pager | None, *, handed: bool = False
+) -> Iterator[Groundwork]:
     """The processes alone: forks of the nursery, in their sessions and groups, killed with it at the end unless they
-    were let go. Memory comes lazily by `pager`, or is there at once. Raises PidTaken, RestoreError, HostLacks.
+    were let go. Memory comes lazily by `pager` or by whom the userfaultfds are `handed` to, or is there at once. Raises
+    PidTaken, RestoreError, HostLacks.
     """
     nursery = birth.nursery
     with ExitStack() as stack, killed_at_end(nursery):
         nursery.move_transport(
             max(_free_number(forecast.rooms[task.vpid], task.mm) for task in forecast.tree.tasks)
         )
-        sites = Maker(nursery, forecast.tree.tasks, stack).make()
+        maker = Maker(nursery, forecast.tree.tasks, stack)
+        maker.make()
         clocks = stack.enter_context(nursery.new_clocks())
-        yield Groundwork(birth, forecast, pager, sites, clocks, stack)
+        yield Groundwork(birth, forecast, pager, handed, maker, clocks, stack)
 
 
 @contextmanager

@@ -79,10 +79,22 @@ def from_facts(facts: Mapping[str, Any]) -> LazyTree:
 
 
 def members(tree: LazyTree) -> list[int]:
-    """Every process of it that lives, parents before their children. Orphans are the nursery's."""
-    return descendants(
-        [tree.nursery_pid, *(task.pid for task in tree.tasks if proc.lives(task.pid, task.started))]
-    )
+    """Every process of it that lives, parents before their children. Orphans are the nursery's; without one they are
+    known by the cradle.
+    """
+    living = [task.pid for task in tree.tasks if proc.lives(task.pid, task.started)]
+    if tree.nursery_pid:
+        return descendants([tree.nursery_pid, *living])
+    return descendants([*living, *_with_cradle(tree)])
+
+
+def _with_cradle(tree: LazyTree) -> Iterator[int]:
+    link = ANCHORS["cradle"].format(tree.cradle)
+    numbers = {task.cradle for task in tree.tasks if tree.cradle}
+    for name in os.listdir("/proc") if numbers else ():
+        with suppress(OSError):
+            if name.isdecimal() and any(os.readlink(f"/proc/{name}/fd/{fd}") == link for fd in numbers):
+                yield int(name)
 
 
 def anchor_holders(tree: LazyTree, name: str) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,8 @@ def make_objects(workshop: Workshop) -> None:
     for memory in workshop.checkpoint.shared.values():
         if memory.kind is SharedKind.MEMFD:
             with words(f"memfd {memory.name}", "cannot be created", "free some memory"):
-                workshop.objects[memory.id] = workshop.keep(_make_object(memory))
+                fd = workshop.objects[memory.id] = workshop.keep(_make_object(memory))
+                workshop.originals[SharedMemory, memory.id, os.O_RDWR] = fd
 
 
 def _make_object(memory: SharedMemory) -> int:
@@ -30,7 +31,12 @@ def _make_object(memory: SharedMemory) -> int:
 
 
 def make_memfd(workshop: Workshop, file: OpenFile, resource: MemFd) -> int:
-    return reopen(workshop.objects[resource.object_id], file.flags)
+    """What memfd_create(2) gave does not count as a writer, which would keep it from being executed (ETXTBSY). Its
+    pages are still to come through it, and pwrite(2) would append them where O_APPEND is set.
+    """
+    memory = workshop.checkpoint.shared[resource.object_id]
+    original = None if file.flags & os.O_APPEND else workshop.original(memory, file.flags)
+    return os.dup(original) if original is not None else reopen(workshop.objects[memory.id], file.flags)
 
 
 def finish_memfd(fd: int, memory: SharedMemory) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lazyproc.errors import RestoreError, TraceeError
 from lazyproc.kernel import arch_x86_64 as arch
+from lazyproc.kernel import elf
 from lazyproc.kernel.nursery import DATA, DATA_SIZE, TEXT
 from lazyproc.kernel.remote import BLOB, MAP_FIXED_NOREPLACE, Bench, Call, find_hole
 from lazyproc.model import PAGE, Mm, SharedKind, SharedMemory, Vma, VmaKind
@@ -128,19 +129,31 @@ def _vdso_calls(mm: Mm) -> Iterator[Call]:
 
 
 def check_vdso(site: Site) -> None:
-    """The address given to ARCH_MAP_VDSO_64 is a hint: what is not exactly there is an error."""
-    for vma in site.task.mm.vmas if site.task.mm else ():
-        if vma.kind is VmaKind.VDSO and not _is_elf(site, vma.start):
+    """The address given to ARCH_MAP_VDSO_64 is a hint: what is not exactly there is an error. And the C library knows
+    where its functions are from the program's start: another build has them elsewhere.
+    """
+    mm = site.task.mm
+    for vma in mm.vmas if mm else ():
+        if mm is None or vma.kind is not VmaKind.VDSO:
+            continue
+        found = _vdso_at(site, vma)
+        if found[:4] != b"\x7fELF":
             raise RestoreError(
                 "the vdso could not be put at its old address", where=f"{vma.start:#x}", remedy="report it"
             )
+        if mm.vdso_build_id and elf.build_id(found) != mm.vdso_build_id:
+            raise RestoreError(
+                "this host's kernel has another vdso",
+                where=f"pid {site.task.vpid}",
+                remedy="boot the same kernel build as where it was dumped, or restore it with criu",
+            )
 
 
-def _is_elf(site: Site, addr: int) -> bool:
+def _vdso_at(site: Site, vma: Vma) -> bytes:
     try:
-        return site.memory.read(addr, 4) == b"\x7fELF"
+        return site.memory.read(vma.start, vma.length)
     except TraceeError:  # nothing is mapped there
-        return False
+        return b""
 
 
 def _name_calls(mm: Mm, bench: Bench) -> Iterator[Call]:

@@ -28,6 +28,7 @@ from lazyproc.model import (
     VmaKind,
 )
 from lazyproc.pages import PageSource
+from lazyproc.restore.memory import VDSO_KINDS
 from lazyproc.restore.site import Site
 from lazyproc.runs import Extents
 from lazyproc.uffd.device import Outcome, Userfaultfd
@@ -39,6 +40,7 @@ PIECE = 256  # pages read and written at a time: 1 MiB
 ZERO_PAGE = bytes(PAGE)
 ATTEMPTS = 16
 ADDRESS_LIMIT = 1 << 64
+_MADE_ANEW = (*VDSO_KINDS, VmaKind.AIO)
 
 
 class LazyRange(NamedTuple):
@@ -58,8 +60,8 @@ class LazyRange(NamedTuple):
 def arranged(checkpoint: Checkpoint, *, lazy: bool) -> Checkpoint:
     """The checkpoint with extents that end where a mapping ends, lazy only in memory that can be.
 
-    Images join neighbours of different mappings, and CRIU marks pages lazy by another rule than ours. Raises
-    ImageError for a page that lies in no mapping.
+    Images join neighbours of different mappings, CRIU marks pages lazy by another rule than ours, and the kernel
+    makes vdso and AIO rings anew. Raises ImageError for a page that lies in no mapping.
     """
     mappings = {task.vpid: task.mm.vmas for task in checkpoint.tasks if task.mm}
     memory = {}
@@ -81,7 +83,7 @@ def _cut(extents: Extents, vmas: Sequence[Vma], lazy: bool, where: str) -> Itera
         if reaches > at or (first < len(starts) and starts[first] < vma.start):
             _demand_none(extents.within(at, vma.start), where)
         last = bisect_left(starts, vma.end, first)
-        if last > first or reaches > vma.start:
+        if (last > first or reaches > vma.start) and vma.kind not in _MADE_ANEW:
             inside = extents.within(vma.start, vma.end)
             yield inside if lazy and vma.may_be_lazy else inside.as_eager()
         at, first = vma.end, last
@@ -125,10 +127,23 @@ def keep_userfaultfd(site: Site, pager: Pager) -> None:
     site.run_later(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)), check=_demand_lowest)
     lowest = site.transport_fd + ABOVE_TRANSPORT
     site.anchor, site.ledger, site.cradle = range(lowest, lowest + 3)
-    with _readable(pager.ledger) as ledger:
+    with read_only(pager.ledger) as ledger:
         site.receive_later([ledger, pager.cradle], [1, 2])
     for fd, number in enumerate((site.anchor, site.ledger, site.cradle)):
         _move_out_of_the_way(site, fd, number)
+
+
+def lend_userfaultfd(site: Site) -> None:
+    """With the next run the task makes a userfaultfd, for `register`, and keeps it no longer than that."""
+    site.run_later(Call("userfaultfd", (O_NONBLOCK_CLOEXEC,)), check=_demand_lowest)
+    site.anchor = site.transport_fd + ABOVE_TRANSPORT
+    _move_out_of_the_way(site, 0, site.anchor)
+
+
+def take_back(site: Site) -> None:
+    """The userfaultfd that was lent goes from the task with its next run."""
+    site.run_later(Call("close", (site.anchor,)))
+    site.anchor = -1
 
 
 def _move_out_of_the_way(site: Site, fd: int, number: int) -> None:
@@ -160,7 +175,7 @@ def register(site: Site, ranges: Iterable[LazyRange], stack: ExitStack) -> int:
 
 
 @contextmanager
-def _readable(ledger: int) -> Iterator[int]:
+def read_only(ledger: int) -> Iterator[int]:
     """The ledger once more, for reading only; its mode keeps the task's user from opening it again for writing."""
     os.fchmod(ledger, 0o600)
     fd = os.open(f"/proc/self/fd/{ledger}", os.O_RDONLY | os.O_CLOEXEC)

@@ -1,6 +1,6 @@
 """SO_PEERCRED shows who called socketpair(2), listen(2) or connect(2) (init_peercred, net/unix/af_unix.c): pid,
-effective uid and gid. So the task that called it calls it again, if it is in the tree; for all others we do, and the
-pid is ours.
+effective uid and gid. So the task that called it calls it again, if it is in the tree; for one that has ended somebody
+does under its number, if that is free; for all others we do, and the pid is ours.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
-from lazyproc.facts import dataclass, field
+from lazyproc.errors import PidTaken
+from lazyproc.facts import dataclass
 from lazyproc.kernel.remote import Call
 from lazyproc.kernel.sys import pidfd_getfd
+from lazyproc.restore.creation import Maker
 from lazyproc.restore.names import acting_as, address_of, descriptor_of
 from lazyproc.restore.site import Site
 
@@ -23,46 +25,55 @@ _KEEP = -1
 
 @dataclass(frozen=True, slots=True)
 class Callers:
-    """The tasks of the tree, by vpid; they have our own credentials still."""
+    """The tasks of the tree, as `maker` has made them; they have our own credentials still."""
 
-    sites: Mapping[int, Site] = field(default_factory=dict)
+    maker: Maker | None = None
 
     def socketpair(self, kind: int, who: Credentials | None) -> tuple[socket.socket, socket.socket]:
-        site = self._site(who)
-        if site is None:
-            with acting_as(who):
-                return socket.socketpair(socket.AF_UNIX, kind)
-        numbers = site.bench.room(8)
-        self._run(site, who, Call("socketpair", (socket.AF_UNIX, kind, 0, numbers)))
-        here, there = struct.unpack("<2i", site.bench.read(numbers, 8))
-        one, other = (socket.socket(fileno=pidfd_getfd(site.pidfd, number)) for number in (here, there))
-        site.run(Call("close", (here,)), Call("close", (there,)))
-        return one, other
+        with self._caller(who) as site:
+            if site is None:
+                with acting_as(who):
+                    return socket.socketpair(socket.AF_UNIX, kind)
+            numbers = site.bench.room(8)
+            self._run(site, who, Call("socketpair", (socket.AF_UNIX, kind, 0, numbers)))
+            here, there = struct.unpack("<2i", site.bench.read(numbers, 8))
+            one, other = (socket.socket(fileno=pidfd_getfd(site.pidfd, number)) for number in (here, there))
+            site.run(Call("close", (here,)), Call("close", (there,)))
+            return one, other
 
     def listen(self, sock: socket.socket, backlog: int, who: Credentials | None) -> None:
-        site = self._site(who)
-        if site is None:
-            with acting_as(who):
-                sock.listen(backlog)
-            return
-        with _lent(site, sock.fileno()) as number:
-            self._run(site, who, Call("listen", (number, backlog)))
+        with self._caller(who) as site:
+            if site is None:
+                with acting_as(who):
+                    sock.listen(backlog)
+                return
+            with _lent(site, sock.fileno()) as number:
+                self._run(site, who, Call("listen", (number, backlog)))
 
     def connect(
         self, sock: socket.socket, target: socket.socket, name: bytes, who: Credentials | None
     ) -> None:
         """To the listening socket `target` of ours, whatever became of its file `name`."""
-        site = self._site(who)
-        if site is None:
-            with address_of(target, name) as path, acting_as(who):
-                sock.connect(path)
-            return
-        with _lent(site, sock.fileno()) as number, _address(site, target, name) as raw:
-            address = site.bench.place(raw)
-            self._run(site, who, Call("connect", (number, address, len(raw))))
+        with self._caller(who) as site:
+            if site is None:
+                with address_of(target, name) as path, acting_as(who):
+                    sock.connect(path)
+                return
+            with _lent(site, sock.fileno()) as number, _address(site, target, name) as raw:
+                address = site.bench.place(raw)
+                self._run(site, who, Call("connect", (number, address, len(raw))))
 
-    def _site(self, who: Credentials | None) -> Site | None:
-        return self.sites.get(who[0]) if who else None
+    @contextmanager
+    def _caller(self, who: Credentials | None) -> Iterator[Site | None]:
+        """Whoever is to call; None: we."""
+        with ExitStack() as stack:
+            site = None
+            if who is not None and who[0] and self.maker is not None:
+                site = self.maker.sites.get(who[0])
+                if site is None:
+                    with suppress(PidTaken):
+                        site = stack.enter_context(self.maker.standing_in(who[0]))
+            yield site
 
     @staticmethod
     def _run(site: Site, who: Credentials | None, call: Call) -> None:

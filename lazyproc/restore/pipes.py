@@ -10,13 +10,17 @@ import termios
 from lazyproc.errors import RestoreError
 from lazyproc.events import Note
 from lazyproc.model import OpenFile, Pipe, PipeEnd
-from lazyproc.restore.workshop import Workshop, probe, reopen
+from lazyproc.restore.workshop import LARGEFILE, Workshop, probe, reopen
 
 
 def make_pipe_end(workshop: Workshop, file: OpenFile, resource: PipeEnd) -> int:
     pipe = workshop.checkpoint.pipes[resource.pipe_id]
     if pipe.id not in workshop.pipes:
         workshop.pipes[pipe.id] = _make_fifo(workshop, pipe) if pipe.path else _make_pipe(workshop, pipe)
+    # open(2) sets O_LARGEFILE, and pipe(2) does not: an end without it is one of the pipe's own.
+    original = None if file.flags & LARGEFILE else workshop.original(pipe, file.flags)
+    if original is not None:
+        return os.dup(original)
     return reopen(workshop.pipes[pipe.id], file.flags & ~os.O_DIRECT)  # which finish() sets
 
 
@@ -24,6 +28,7 @@ def _make_pipe(workshop: Workshop, pipe: Pipe) -> int:
     """Both ends stay open until the workshop closes, so that opening one end does not wait for the other."""
     reading, writing = (workshop.keep(fd) for fd in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
     _refill(workshop, pipe, writing)
+    workshop.originals |= {(Pipe, pipe.id, os.O_RDONLY): reading, (Pipe, pipe.id, os.O_WRONLY): writing}
     return reading
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,10 +14,14 @@ from lazyproc.errors import LostAfterCommit, Parked, UsageError
 from lazyproc.events import Listener, StateChanged
 from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
-from lazyproc.images.files import Folder
+from lazyproc.images.files import EXTRAS, Folder
+from lazyproc.images.foreign import network_lock
 from lazyproc.kernel.cgroup import remove
-from lazyproc.model import Checkpoint, Extent, MemoryObject
+from lazyproc.kernel.sockopt import TCP_CLOSE
+from lazyproc.model import Checkpoint, Extent, InetSocket, MemoryObject, TaskState
 from lazyproc.pages.images import ImagePages
+from lazyproc.restore.crius import fitted, taken_over
+from lazyproc.restore.handing import hand_over, shared_at_once
 from lazyproc.restore.lazy import finish, introduce
 from lazyproc.restore.lazytree import LazyTree
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
@@ -126,8 +131,16 @@ def restore(
     cgroup: str | None = None,
     trace: Path | str | None = None,
     record: Path | str | None = None,
+    stopped: bool = False,
+    ready: Callable[[int], object] = lambda pid: None,
+    lazy_pages: socket.socket | None = None,
+    tcp_close: bool = False,
 ) -> Iterator[Restored]:
-    """Restore the tree in `directory`; it runs when the context is entered. Without `bulk` only what is touched comes.
+    """Restore the tree in `directory`; it runs when the context is entered, or is `stopped` as by SIGSTOP. Without
+    `bulk` only what is touched comes. `ready` is called with the root's pid when the tree is complete and has
+    not run; when it raises, the tree is ended. Private memory that can be lazy
+    is brought by the daemon of `criu lazy-pages`, or ours, behind the connection `lazy_pages`. With `tcp_close` all its
+    TCP connections have ended.
 
     The tree is in a cgroup of its own, or in `cgroup`, a path as in /proc/PID/cgroup, which is made when it is missing.
     Faults, which only a lazy restore has, are written to `trace` and to `record` (docs/trace.md). With the policy
@@ -144,13 +157,28 @@ def restore(
     if files and not lazy:
         raise UsageError("only a lazy restore has faults to trace", where=str(files[0]), remedy="add --lazy")
     folder = Folder(directory)
-    checkpoint = from_images(folder.read())
+    images = folder.read()
+    checkpoint = from_images(images)
+    if lazy_pages is not None:
+        checkpoint = shared_at_once(checkpoint)
+    if tcp_close:
+        checkpoint = all_ended(checkpoint)
+    if stopped:
+        checkpoint = all_stopped(checkpoint)
     chosen = known or _recorded(policy, checkpoint)
     with ExitStack() as stack:
         start_recording = stack.enter_context(_recording(files, listener)) if files else None
         source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
+        if EXTRAS not in images:
+            checkpoint = fitted(checkpoint, source)
         pager = stack.enter_context(Pager(trace=bool(files))) if lazy else None
-        with built_tree(checkpoint, source, listener, pager=pager, pidns=pidns, cgroup=cgroup) as tree:
+        handed = lazy_pages is not None
+        with (
+            taken_over(checkpoint, network_lock(images)) as let_go,
+            built_tree(
+                checkpoint, source, listener, pager=pager, handed=handed, pidns=pidns, cgroup=cgroup
+            ) as tree,
+        ):
             stack.callback(remove, tree.lazy_tree.groups)  # in case it ends before us
             if pager is not None:
                 introduce(pager, tree, listener)
@@ -160,7 +188,11 @@ def restore(
                 if chosen.first and bulk:  # the tree will want them at once, and no map is needed
                     pager.wait_plan(PLACE_S)
             remains = tree.lazy_tree
+            ready(tree.root_pid)
+            if lazy_pages is not None:
+                hand_over(lazy_pages, tree)
             with _said_to_run(tree):
+                let_go()
                 tree.release()
                 if start_recording is not None and pager is not None:
                     start_recording(pager)
@@ -172,6 +204,27 @@ def restore(
                         follow(pager, chosen.reaction())
         memory = tree.checkpoint.memory
         yield Restored(remains, started, pager, _plan=lambda: chosen.order(_lazy(memory)))
+
+
+def all_stopped(checkpoint: Checkpoint) -> Checkpoint:
+    """The same tree with every process stopped."""
+    tasks = (
+        replace(task, state=TaskState.STOPPED) if task.state is TaskState.ALIVE else task
+        for task in checkpoint.tasks
+    )
+    return replace(checkpoint, tasks=tuple(tasks))
+
+
+def all_ended(checkpoint: Checkpoint) -> Checkpoint:
+    """The same tree with every TCP connection at its end: what has arrived can be read."""
+    files = dict(checkpoint.files)
+    for number, file in files.items():
+        inet = file.resource
+        if isinstance(inet, InetSocket) and inet.tcp is not None and inet.state != TCP_CLOSE:
+            rest = replace(inet.tcp, send_queue=b"", unsent=0)
+            ended = replace(inet, state=TCP_CLOSE, remote=None, shutdown=0, tcp=rest)
+            files[number] = replace(file, resource=ended)
+    return replace(checkpoint, files=files)
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from lazyproc.restore.workshop import finish
 
 if TYPE_CHECKING:
     from lazyproc.kernel.netfilter import Flow
+    from lazyproc.restore.creation import Maker
     from lazyproc.restore.inet import InetSockets
-    from lazyproc.restore.site import Site
     from lazyproc.restore.unix import UnixSockets
 
 S = TypeVar("S", UnixSocket, InetSocket)
@@ -63,17 +63,17 @@ def make_sockets(
     files: dict[int, int],
     *,
     root: str = "/",
-    sites: Mapping[int, Site] | None = None,
+    maker: Maker | None = None,
 ) -> Iterator[MadeSockets]:
     """Every socket of the checkpoint, added to `files` (file id to a descriptor of ours); all are closed on
     leaving.
 
-    `root` is where the tree's root directory lies for us; `sites` are its tasks by vpid, for SO_PEERCRED. TCP
+    `root` is where the tree's root directory lies for us; `maker` has its tasks, for SO_PEERCRED. TCP
     connections are in repair mode: closing them sends nothing. Raises RestoreError naming the address or the path and
     what to do.
     """
     with ExitStack() as stack:
-        unix, inet = _unix_sockets(checkpoint, root, sites or {}, stack), _inet_sockets(checkpoint, stack)
+        unix, inet = _unix_sockets(checkpoint, root, maker, stack), _inet_sockets(checkpoint, stack)
         made: dict[int, socket] = {}
         for kind in (unix, inet):
             if kind is not None:
@@ -87,7 +87,7 @@ def make_sockets(
 
 
 def _unix_sockets(
-    checkpoint: Checkpoint, root: str, sites: Mapping[int, Site], stack: ExitStack
+    checkpoint: Checkpoint, root: str, maker: Maker | None, stack: ExitStack
 ) -> UnixSockets | None:
     sockets = _by_inode(checkpoint, UnixSocket)
     if not sockets:
@@ -95,7 +95,7 @@ def _unix_sockets(
     from lazyproc.restore.peercred import Callers
     from lazyproc.restore.unix import UnixSockets
 
-    return UnixSockets(sockets, root, Callers(sites), stack)
+    return UnixSockets(sockets, root, Callers(maker), stack)
 
 
 def _inet_sockets(checkpoint: Checkpoint, stack: ExitStack) -> InetSockets | None:

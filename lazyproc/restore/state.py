@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 
 from lazyproc.events import Listener, Note
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.remote import Bench, Call
-from lazyproc.model import Credentials, Fs, Task, Thread
+from lazyproc.model import Credentials, Fs, SeccompFilter, Task, Thread
 from lazyproc.restore.inherited import Inherited
 
 # include/uapi/linux/prctl.h
@@ -20,8 +21,9 @@ PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 36, 38, 47
 PR_CAP_AMBIENT_RAISE = 2
 PR_TIMER_CREATE_RESTORE_IDS = 77
 SECBIT_NO_SETUID_FIXUP = 1 << 2
-SECCOMP_SET_MODE_FILTER = 1
+SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC = 1, 1
 CAPABILITY_VERSION_3 = 0x20080522
+CAP_SYS_ADMIN = 21
 CAP_LAST = 40
 
 
@@ -53,6 +55,9 @@ def fs_calls(fs: Fs, cwd_fd: int, root_fd: int | None, bench: Bench) -> Iterator
 def flag_calls(task: Task) -> Iterator[Call]:
     if task.child_subreaper:
         yield Call("prctl", (PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    for bit in range(task.membarriers.bit_length()):
+        if task.membarriers >> bit & 1:
+            yield Call("membarrier", (1 << bit, 0, 0))
 
 
 def timer_create_calls(task: Task, bench: Bench) -> Iterator[Call]:
@@ -100,8 +105,8 @@ def _limit(value: int) -> int:
 # --- thread -----------------------------------------------------------------------------------------------------
 
 
-def thread_calls(thread: Thread, bench: Bench, inherited: Inherited) -> Iterator[Call]:
-    """Everything of one thread that it sets itself."""
+def thread_calls(thread: Thread, bench: Bench, inherited: Inherited, shared: int) -> Iterator[Call]:
+    """Everything of one thread that it sets itself, but for the `shared` first filters."""
     yield Call("prctl", (PR_SET_NAME, bench.place(os.fsencode(thread.comm)[:15] + b"\0")))
     if thread.altstack:
         stack = struct.pack("<QiIQ", thread.altstack.sp, thread.altstack.flags & ~1, 0, thread.altstack.size)
@@ -111,6 +116,8 @@ def thread_calls(thread: Thread, bench: Bench, inherited: Inherited) -> Iterator
     if thread.rseq:
         yield Call("rseq", (thread.rseq.addr, thread.rseq.size, 0, thread.rseq.signature))
     yield Call("prctl", (PR_SET_TIMERSLACK, thread.timer_slack_ns))
+    if may_filter(inherited):
+        yield from filter_calls(thread.seccomp[shared:], bench)
     if thread.credentials != inherited.credentials:
         yield from credential_calls(thread.credentials, bench, inherited.credentials.cap_permitted)
     if thread.pdeath_signal:  # cleared by every change of credentials
@@ -159,12 +166,33 @@ def pending_calls(task: Task, thread: Thread, bench: Bench) -> Iterator[Call]:
         yield Call("rt_tgsigqueueinfo", (task.vpid, thread.tid, _signal_of(info), bench.place(info)))
 
 
-def seccomp_calls(thread: Thread, bench: Bench) -> Iterator[Call]:
-    """Filters, oldest first. The tracee's seccomp is suspended (PTRACE_O_SUSPEND_SECCOMP) until it is let go."""
-    for filter_ in thread.seccomp:
+def may_filter(inherited: Inherited) -> bool:
+    """Whether a thread may install filters before it gets its own credentials, which may not allow it any more."""
+    return bool(inherited.credentials.cap_effective >> CAP_SYS_ADMIN & 1)
+
+
+def shared_filters(threads: Sequence[Thread], inherited: Inherited) -> int:
+    """How many of their first filters all threads have in common. Only what is one filter to the kernel too can be
+    added to in all threads at once (SECCOMP_FILTER_FLAG_TSYNC). Pure.
+    """
+    if len(threads) == 1 or not may_filter(inherited):
+        return 0
+    ranks = zip(*(thread.seccomp for thread in threads), strict=False)
+    return sum(1 for _ in takewhile(lambda rank: len(set(rank)) == 1, ranks))
+
+
+def filter_calls(filters: Iterable[SeccompFilter], bench: Bench, flags: int = 0) -> Iterator[Call]:
+    """Seccomp filters, oldest first. They are suspended (PTRACE_O_SUSPEND_SECCOMP) until the thread is let go."""
+    for filter_ in filters:
         program = bench.place(filter_.program)
         fprog = bench.place(struct.pack("<HxxxxxxQ", len(filter_.program) // 8, program))
-        yield Call("seccomp", (SECCOMP_SET_MODE_FILTER, filter_.flags, fprog))
+        yield Call("seccomp", (SECCOMP_SET_MODE_FILTER, filter_.flags | flags, fprog))
+
+
+def seccomp_calls(thread: Thread, bench: Bench, inherited: Inherited) -> Iterator[Call]:
+    """What is left of it when the thread has its credentials."""
+    if not may_filter(inherited):
+        yield from filter_calls(thread.seccomp, bench)
     if thread.seccomp_mode == 1:
         yield Call("prctl", (PR_SET_SECCOMP, 1))
 

@@ -20,7 +20,7 @@ from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.arch_x86_64 import SYS
-from lazyproc.kernel.netfilter import Hold
+from lazyproc.kernel.netfilter import DUMPED, Hold, release_session
 from lazyproc.kernel.nursery import CLONE_NEWTIME, Nursery, nursery
 from lazyproc.kernel.remote import Call, step
 from lazyproc.model import Checkpoint, Clocks, Task, TaskState, VmaKind
@@ -41,7 +41,8 @@ from lazyproc.steps import Steps
 from lazyproc.uffd.device import demand_for_tasks
 from lazyproc.uffd.pager import Pager
 
-Pidns = Literal["auto", "host", "new"]
+# "same": as it was dumped, a root that was pid 1 in a new one, any other here
+Pidns = Literal["auto", "host", "new", "same"]
 
 
 @dataclass(slots=True)
@@ -90,6 +91,8 @@ class BuiltTree:
             last_first.callback(self._made.close)
             last_first.callback(self._sockets.leave_repair)
             last_first.callback(self._hold.release)
+            if self.checkpoint.held.startswith(DUMPED):
+                last_first.callback(release_session, self.checkpoint.held)
 
     def _tracees(self) -> list[ptrace.Tracee]:
         return [tracee for site in self.sites.values() for tracee in site.threads.values()]
@@ -123,6 +126,8 @@ def _started(pid: int) -> int:
 
 def wants_new_pidns(pidns: Pidns, numbers: Iterable[int]) -> bool:
     """Whether a tree with these numbers gets a pid namespace: also when one of them is 1, or plainly taken here."""
+    if pidns == "same":
+        return 1 in numbers
     return pidns == "new" or (pidns == "auto" and any(map(is_taken, numbers)))
 
 
@@ -155,6 +160,7 @@ def built_tree(
     listener: Listener,
     *,
     pager: Pager | None,
+    handed: bool = False,
     pidns: Pidns,
     cgroup: str | None = None,
     users: Users | None = None,
@@ -166,32 +172,35 @@ def built_tree(
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
     `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
-    `lazy.introduce`, brings the others later. The tree is in a cgroup of its own, or in `cgroup` (a path as in
-    /proc/PID/cgroup). Its files are opened with the rights of `users`, otherwise with ours. Where there was time for
-    that before, `birth` is from `expecting`, and `ground` was laid in it. `known` is called as soon as it is known what
-    will be needed to complete the tree. `steps` are those of a larger piece of work.
+    `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
+    `lazy.introduce`, brings the others later, or the userfaultfds are to be `handed` to somebody who does. The tree is
+    in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Its files are opened with the rights of
+    `users`, otherwise with ours. Where there was time for that before, `birth` is from `expecting`, and `ground` was
+    laid in it. `known` is called as soon as it is known what will be needed to complete the tree. `steps` are those of
+    a larger piece of work.
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
     """
     steps = steps or Steps(listener, "restore: ")
-    if pager is not None:
+    lazy = handed or pager is not None
+    if lazy:
         demand_for_tasks()
-    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=pager is not None), listener)
+    checkpoint = _without_parent(pages.arranged(checkpoint, lazy=lazy), listener)
     with ExitStack() as stack:
         try:
             ground = ground and _if_it_suits(ground, checkpoint, listener)
             if ground is None:
                 birth = _birth(birth, checkpoint, listener, pidns, cgroup, stack)
-                ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager))
+                ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager, handed=handed))
             steps.done("arrange")
             tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
-            if pidns == "host":
+            if pidns in ("host", "same"):
                 raise
             label = checkpoint.root.vpid
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
-            ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager))
+            ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager, handed=handed))
             tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
         except (OSError, OverflowError) as error:
             raise RestoreError(
@@ -295,7 +304,7 @@ def _built(
         sockets.fill_queues(files, {vpid: site.pid for vpid, site in sites.items()})
         steps.done("state")
         for site in reversed([*sites.values()]):  # a parent learns of its children's stops before its own end
-            _finish(site, sites.get(site.task.ppid), checkpoint.clocks)
+            _finish(site, sites.get(site.task.ppid), checkpoint)
         steps.done("registers")
         yield BuiltTree(checkpoint, born, sites, ground.userfaultfds, ranges, lazy_tree, sockets, made, hold)
 
@@ -337,7 +346,7 @@ def files_and_objects(
         objects.made(checkpoint, made.objects) as shared,
     ):
         files = dict(made.files)
-        with make_sockets(checkpoint, files, root=root, sites=ground.sites) as sockets:
+        with make_sockets(checkpoint, files, root=root, maker=ground.maker) as sockets:
             add_orphans(checkpoint, files)
             yield files, shared, sockets
 
@@ -354,6 +363,7 @@ def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> N
         Call("close", (cwd,)),
         Call("close", (root,)),
         Call("close", (site.transport_fd,)),
+        *descriptors.lock_calls(task, bench),
         *state.flag_calls(task),
         *state.timer_create_calls(task, bench),
         Call("set_tid_address", (task.leader.clear_child_tid,)),
@@ -361,7 +371,7 @@ def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> N
 
 
 def _give_state(site: Site, inherited: Inherited, listener: Listener) -> None:
-    """Everything but registers. Credentials come late (what precedes needs privileges), seccomp after them."""
+    """Everything but registers. Credentials come late: what precedes needs privileges."""
     task = site.task
     state.set_from_outside(task, site.pid, listener)
     for thread in task.threads:
@@ -371,12 +381,20 @@ def _give_state(site: Site, inherited: Inherited, listener: Listener) -> None:
 
 
 def _run_in_threads(site: Site, inherited: Inherited) -> None:
-    """The threads' own state, all threads at the same time, and what is left of the process's; then filters, which
-    would forbid what came before.
+    """The threads' own state, all threads at the same time, and what is left of the process's. Filters would forbid
+    it: they are suspended.
     """
     task, bench = site.task, site.bench
     pairs = [(site.threads[thread.tid], thread) for thread in task.threads]
-    programs = [(t, list(state.thread_calls(thread, bench, inherited))) for t, thread in pairs]
+    if any(thread.seccomp_mode for thread in task.threads):
+        options = ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_SUSPEND_SECCOMP
+        for tracee, _ in pairs:
+            tracee.set_options(options)
+    shared = state.shared_filters(task.threads, inherited)
+    if shared:
+        common = task.leader.seccomp[:shared]
+        bench.run(site.leader, list(state.filter_calls(common, bench, state.SECCOMP_FILTER_FLAG_TSYNC)))
+    programs = [(t, list(state.thread_calls(thread, bench, inherited, shared))) for t, thread in pairs]
     assert task.mm is not None
     programs[0][1].extend(
         (
@@ -387,25 +405,21 @@ def _run_in_threads(site: Site, inherited: Inherited) -> None:
     )
     bench.run_all(programs)
     for tracee, thread in pairs:
-        if thread.seccomp_mode:
-            tracee.set_options(
-                ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_SUSPEND_SECCOMP
-            )
-        late = [*state.seccomp_calls(thread, bench), *state.pending_calls(site.task, thread, bench)]
+        late = [*state.seccomp_calls(thread, bench, inherited), *state.pending_calls(task, thread, bench)]
         if late:
             bench.run(tracee, late)
 
 
-def _finish(site: Site, parent: Site | None, clocks: Clocks) -> None:
+def _finish(site: Site, parent: Site | None, checkpoint: Checkpoint) -> None:
     """Timers run, sleeps are resumed, the bench goes, who was stopped stops, and every thread gets its registers."""
     task = site.task
     start = list(state.timer_start_calls(task, site.bench))
     if start:
         site.run(*start)
-    resumed = restarts.resume(site, clocks)
+    resumed = restarts.resume(site, checkpoint.clocks)
     _unmap_bench(site, task)
     if task.state is TaskState.STOPPED:
-        stop(site, parent)
+        stop(site, parent, checkpoint.tasks)
     ptrace.dress(
         [(site.threads[t.tid], resumed.get(t.tid, t.registers), t.xsave, t.blocked) for t in task.threads]
     )

@@ -12,15 +12,24 @@ from lazyproc.errors import RestoreError
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import fds
-from lazyproc.model import Checkpoint, OpenFile, VmaKind
+from lazyproc.model import Checkpoint, OpenFile, Pipe, SharedMemory, VmaKind
 from lazyproc.restore.users import Users
 
 OpenPath = Callable[[str, int, int], int]  # path from the tree's root directory, O_*, mode -> descriptor
 
+LARGEFILE = 0o100000  # O_LARGEFILE, which Python defines as 0
+
 # What open(2) takes again; O_ASYNC waits for fcntl, the others have done their work.
 REOPEN_FLAGS = (
-    os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | os.O_DIRECT | os.O_NOATIME | os.O_PATH | 0o100000
-)  # 0o100000: O_LARGEFILE, which Python defines as 0
+    os.O_ACCMODE
+    | os.O_APPEND
+    | os.O_NONBLOCK
+    | os.O_SYNC
+    | os.O_DIRECT
+    | os.O_NOATIME
+    | os.O_PATH
+    | LARGEFILE
+)
 
 
 @dataclass(slots=True)
@@ -38,6 +47,9 @@ class Workshop:
     )  # SharedMemory id -> a memfd open for reading and writing
     ghosts: dict[int, int] = field(default_factory=dict)  # content id of a deleted file -> O_PATH descriptor
     pipes: dict[int, int] = field(default_factory=dict)  # pipe id -> descriptor of either end
+    originals: dict[tuple[type[Pipe] | type[SharedMemory], int, int], int] = field(
+        default_factory=dict
+    )  # by kind, id and access: what no open(2) has made, until it is given to somebody
     mapped: frozenset[int] = field(init=False)  # files whose pages in mappings are not all the process's own
 
     def __post_init__(self) -> None:
@@ -48,6 +60,10 @@ class Workshop:
             for vma in task.mm.vmas
             if vma.kind is VmaKind.FILE and vma.flags & mmap.MAP_PRIVATE
         )
+
+    def original(self, what: Pipe | SharedMemory, flags: int) -> int | None:
+        """An open file description that was not made by open(2), for the first who wants one."""
+        return self.originals.pop((type(what), what.id, flags & os.O_ACCMODE), None)
 
     def keep(self, fd: int) -> int:
         """Close `fd` when the workshop closes."""

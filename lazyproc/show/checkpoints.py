@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lazyproc.images.convert import from_images
+from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.model import (
     PAGE,
@@ -25,14 +25,19 @@ from lazyproc.model import (
     Vma,
     VmaKind,
 )
+from lazyproc.pages.images import ImagePages
 from lazyproc.show.text import numbers, plural, size, table
 
 TCP_STATES = {1: "established", 7: "closed", 10: "listening"}
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint in a folder, without its pages. Raises ImageError."""
-    return from_images(Folder(directory).read())
+    """The checkpoint in a folder, without its pages. Raises ImageError, also for parents that lack pages."""
+    folder = Folder(directory)
+    checkpoint = from_images(folder.read())
+    if folder.parent() is not None:
+        ImagePages(folder, memory_objects(checkpoint)).close()
+    return checkpoint
 
 
 def checkpoint_fields(checkpoint: Checkpoint) -> dict[str, object]:

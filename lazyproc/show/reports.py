@@ -45,6 +45,11 @@ def resume_text(session: str, fields: Mapping[str, object]) -> str:
     return f"session {session} is complete: {fields['pages_total']} pages ({_by_way(fields)})"
 
 
+def lazy_pages_text(fields: Mapping[str, object]) -> str:
+    ending = ", and its processes have ended" if fields.get("ended") else ""
+    return f"complete: {fields['pages_total']} pages ({_by_way(fields)}){ending}"
+
+
 def measures(fields: Mapping[str, object]) -> str:
     """The figures of a migration's report, as `--json` has them, as a table."""
     rows = [

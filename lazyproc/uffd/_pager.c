@@ -368,6 +368,19 @@ int pager_start(struct pager *p, bool bulk, uint64_t max_rate)
     return error;
 }
 
+int pager_start_bulk(struct pager *p)
+{
+    int error = -EBUSY;
+
+    pthread_mutex_lock(&p->lock);
+    if (p->fault_runs && !p->bulk_runs) {
+        error = start_thread(&p->bulk_thread, bulk_main, p);
+        p->bulk_runs = !error;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return error;
+}
+
 void pager_stop(struct pager *p)
 {
     /* A forked copy of our process has the object but not the threads. */

@@ -352,6 +352,11 @@ class Pager:
         self.bulk = bulk
         _check(lib.pager_start(self._pager, bulk, max_rate), "start")
 
+    def start_bulk(self) -> None:
+        """What was started without `bulk` brings what nobody waits for as well, from now on."""
+        self.bulk = True
+        _check(lib.pager_start_bulk(self._pager), "start")
+
     def wait(self, timeout: float | None = None) -> bool:
         """True when every page is there; False after `timeout` seconds, or at once when the source is lost.
 

@@ -79,6 +79,10 @@ class Message:
         return self.nr_pages * PAGE if present else 0
 
 
+# The answer to a GET of a page that is not there (include/page-xfer.h). CRIU's own server hangs up instead.
+LACKING = Message(Command.ADD)
+
+
 @dataclass(frozen=True, slots=True)
 class PageBytes:
     """The next bytes of the last message: a view into what was given to `receive_data`."""
@@ -157,7 +161,7 @@ def _check(message: Message) -> None:
     name = message.command.name
     if message.flags and message.command is not Command.ADD_F:
         raise ProtocolError(f"{name} has flags, only ADD_F may")
-    if message.command not in _WITH_PAGES:
+    if message.command not in _WITH_PAGES or message == LACKING:
         return
     in_range = message.vaddr % PAGE == 0 and message.vaddr + message.nr_pages * PAGE < 1 << 64
     if not 1 <= message.nr_pages <= MAX_PAGES or not in_range:
@@ -270,6 +274,8 @@ class Connection:
             self._check_pages(message)
             self._unanswered.popleft()
             return
+        if message == LACKING:
+            raise ProtocolError("ADD of no pages is an answer, and nobody has asked")
         if self._closed:
             raise ProtocolError(f"{message.command.name} after CLOSE")
         self._closed = message.command in _LAST
@@ -277,10 +283,13 @@ class Connection:
             self._unanswered.append(message)
 
     def _check_pages(self, message: Message) -> None:
-        """A server may send fewer pages than were asked for, from the same address, and must send one."""
+        """A server may send fewer pages than were asked for, from the same address, or say that it has none."""
         get = self._unanswered[0] if self._unanswered else None
-        if get is None or get.command is not Command.GET or not message.payload:
+        answers = message.payload or message == LACKING
+        if get is None or get.command is not Command.GET or not answers:
             raise ProtocolError(f"nobody waits for {message.command.name} of {message.nr_pages} pages")
+        if message == LACKING:
+            return
         same = (message.vaddr, message.dst_id) == (get.vaddr, get.dst_id)
         if not same or message.nr_pages > get.nr_pages:
             raise ProtocolError(

@@ -21,6 +21,9 @@ _OTHER_ARCHITECTURES = {
     "ti_loongarch64",
     "ti_riscv64",
 }
+# Of CRIU's development branch, which no release has.
+_NEWER_FIELDS = {"compress", "compress_region_size", "blocks"}
+_NEWER_MESSAGES = {"pagemap_blocks", "pagemap_entry_2895"}
 _STRING, _BYTES = FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES
 
 # Runs in pycriu's interpreter: every message as {name: {field: [number, type, repeated, required, type's name]}}.
@@ -64,12 +67,14 @@ _MESSAGES = [
     message
     for module in (process_pb2, files_pb2)
     for message in module.DESCRIPTOR.message_types_by_name.values()
+    if message.name not in _NEWER_MESSAGES
 ]
 
 
 @pytest.mark.parametrize("message", _MESSAGES, ids=lambda message: str(message.name))
 def test_every_field_is_the_same(message: Descriptor, theirs: dict[str, dict[str, list[Any]]]) -> None:
     ours, expected = _ours(message), theirs[message.name]
+    ours = {name: field for name, field in ours.items() if name not in _NEWER_FIELDS}
     for name, field in ours.items():
         # Paths and names are bytes to the kernel and to us; CRIU's C does not look whether they are UTF-8.
         if field[1] == _BYTES and name in expected and expected[name][1] == _STRING:

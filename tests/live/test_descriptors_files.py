@@ -173,6 +173,31 @@ def test_deleted_file_keeps_name_content_and_holes(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_what_was_removed_and_is_no_regular_file(tmp_path: Path) -> None:
+    names = {10: "directory", 11: "link", 12: "device"}
+
+    def body() -> None:
+        os.mkdir(tmp_path / "directory", 0o750)
+        at(10, os.open(tmp_path / "directory", os.O_RDONLY | os.O_DIRECTORY))
+        os.rmdir(tmp_path / "directory")
+        os.symlink("nowhere", tmp_path / "link")
+        at(11, os.open(tmp_path / "link", os.O_PATH | os.O_NOFOLLOW))
+        os.unlink(tmp_path / "link")
+        os.mknod(tmp_path / "device", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        at(12, os.open(tmp_path / "device", os.O_RDWR))
+        os.unlink(tmp_path / "device")
+
+    with made_from(body) as fds:
+        for number, name in names.items():
+            assert os.readlink(f"/proc/self/fd/{fds[number]}") == f"{tmp_path / name} (deleted)"
+            assert os.fstat(fds[number]).st_nlink == 0
+        assert os.listdir(fds[10]) == []
+        assert os.readlink("", dir_fd=fds[11]) == "nowhere"
+        assert os.fstat(fds[12]).st_rdev == os.makedev(1, 3)
+        assert os.write(fds[12], b"into the void") == 13
+    assert os.listdir(tmp_path) == []
+
+
 def test_deleted_file_whose_name_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "log"
 

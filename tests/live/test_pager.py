@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from lazyproc.errors import LazyprocError
 from lazyproc.kernel import proc
 from lazyproc.model import PAGE, Extent
 from lazyproc.runs import Segment
@@ -46,6 +47,18 @@ def test_everything_on_demand() -> None:
         assert r.child.call("digest", addr=r.addr, length=r.length) == r.expect(0, 64)
         r.finish_in_bulk()
         assert r.pager.counters().urgent == 64
+
+
+def test_bulk_begins_when_it_is_told() -> None:
+    with rig(64) as r:
+        r.start()
+        assert r.child.call("digest", addr=r.at(3), length=PAGE) == r.expect(3, 1)
+        assert r.pager.counters().remaining == 63
+        r.pager.start_bulk()
+        r.finish_in_bulk()
+        assert r.pager.counters().bulk == 63
+        with pytest.raises(LazyprocError):
+            r.pager.start_bulk()
 
 
 def test_everything_in_bulk() -> None:

@@ -94,7 +94,10 @@ def numbers(layout: str) -> st.SearchStrategy[tuple[Any, ...]]:
 credentials = st.tuples(numbers("<8I"), tuples_of(u32), numbers("<5QI"), st.booleans()).map(
     lambda drawn: Credentials(*[*drawn[0], drawn[1], *drawn[2], drawn[3]])
 )
-filters = st.builds(SeccompFilter, st.binary(max_size=2).map(lambda raw: raw * 8), st.integers(0, 15))
+# The kernel keeps SECCOMP_FILTER_FLAG_LOG (2) of those a filter is added with (kernel/seccomp.c, seccomp_get_metadata).
+filters = st.builds(
+    SeccompFilter, st.binary(max_size=2).map(lambda raw: raw * 8), st.sampled_from([0, 2, 14])
+)
 
 
 @st.composite
@@ -135,6 +138,7 @@ def threads(tid: int) -> st.SearchStrategy[Thread]:
 
 # --- files --------------------------------------------------------------------------------------------------
 
+_OF_THE_KERNEL = (VmaKind.VDSO, VmaKind.VVAR, VmaKind.VVAR_VCLOCK)  # private, and nothing else
 _OPTION_KEYS = [(1, number) for number in (2, 7, 8, 9, 13, 18, 20, 21, 25, 26)] + [(0, 2), (6, 1), (41, 26)]
 options = st.dictionaries(
     st.sampled_from(_OPTION_KEYS),
@@ -225,12 +229,15 @@ def tcp_states(draw: st.DrawFn) -> TcpState:
 def inet_sockets(draw: st.DrawFn, inode: int, file_ids: st.SearchStrategy[int]) -> InetSocket:
     family, length = draw(st.sampled_from([(2, 4), (10, 16)]))
     address = st.binary(min_size=length, max_size=length)
+    kind, protocol = draw(st.sampled_from([(1, 6), (2, 17)]))
+    state = draw(st.integers(1, 12))
+    is_connection = protocol == 6 and state not in (2, 3, 6, 7, 10, 12)
     return InetSocket(
         inode=inode,
         family=family,
-        type=draw(st.sampled_from([1, 2])),
-        protocol=draw(st.sampled_from([6, 17])),
-        state=draw(st.integers(1, 12)),
+        type=kind,
+        protocol=protocol,
+        state=state,
         local=(draw(address), draw(u16)),
         remote=draw(st.none() | st.tuples(address, st.integers(1, 65535))),
         backlog=draw(u31),
@@ -238,7 +245,7 @@ def inet_sockets(draw: st.DrawFn, inode: int, file_ids: st.SearchStrategy[int]) 
         options=draw(options),
         v6only=draw(st.booleans()),
         interface=draw(names),
-        tcp=draw(st.none() | tcp_states()),
+        tcp=draw(tcp_states() if is_connection else st.none() | tcp_states()),
         queue=draw(packets(file_ids)),
     )
 
@@ -339,7 +346,7 @@ def vmas(draw: st.DrawFn, start: int, files: tuple[int, ...], objects: tuple[int
         start=start,
         end=start + draw(st.integers(1, 4)) * PAGE,
         prot=draw(st.integers(0, 7)),
-        flags=draw(st.sampled_from([0x1, 0x2, 0x22, 0x122, 0x4022])),
+        flags=0x2 if kind in _OF_THE_KERNEL else draw(st.sampled_from([0x1, 0x2, 0x22, 0x122, 0x4022])),
         kind=kind,
         offset=draw(st.integers(0, 9)) * PAGE if kind in (VmaKind.FILE, VmaKind.SHARED) else 0,
         file_id=draw(st.sampled_from(files)) if kind is VmaKind.FILE else 0,
@@ -443,6 +450,7 @@ def living(
         oom_score_adj=draw(st.integers(-1000, 1000)),
         loginuid=draw(u32),
         child_subreaper=draw(st.booleans()),
+        membarriers=draw(st.integers(0, 0x1FF)),
         xfeatures=draw(st.sampled_from([0, 1 << 18])),
         cgroups=draw(st.dictionaries(names, paths, max_size=2)),
     )  # fmt: skip
@@ -489,5 +497,6 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
         contents=pools.contents,
         memory={obj: runs for obj, runs in memory.items() if runs},
         clocks=Clocks(draw(nanoseconds), draw(nanoseconds), draw(nanoseconds)),
+        held=draw(st.sampled_from(["", "dump_0123456789abcdef"])),
         hostname=draw(names),
     )

@@ -247,14 +247,64 @@ def test_a_parent_is_whatever_is_true() -> None:
 
 
 def test_unusual_entries_are_left_to_protobuf() -> None:
-    """Fields in another order, twice, or unknown are no mistake."""
+    """Fields in another order or twice are no mistake; what is unknown may say that the pages lie elsewhere."""
     one = pb.pagemap_entry(vaddr=PAGE, compat_nr_pages=1, flags=PE_PRESENT).SerializeToString()
     count, rest = one[:3], one[3:]
     assert count + rest == one
-    for body in (rest + count, one + one, one + b"\x30\x01"):
+    for body in (rest + count, one + one):
         reader = behind_head(len(body).to_bytes(4, "little") + body)
         assert read_in_c(1, reader.ahead) is None
         assert list(read_messages(1, reader)) == [Entry(PAGE, 2 * PAGE, 0, PE_PRESENT)]
+    body = one + b"\x78\x01"
+    reader = behind_head(len(body).to_bytes(4, "little") + body)
+    assert read_in_c(1, reader.ahead) is None
+    with pytest.raises(ImageError, match="field 15 of pagemap_entry"):
+        read_messages(1, reader)
+
+
+def test_compressed_entries_in_either_layout() -> None:
+    """Of 5 pages in blocks of 2: zeros, LZ4, and a single page as it is. The other entry begins with a whole page."""
+    writer = ImageWriter()
+    writer.add(NAME, pb.pagemap_head(pages_id=1))
+    newer = pb.pagemap_entry(vaddr=0, compat_nr_pages=5, flags=PE_PRESENT)
+    newer.blocks.block_sizes.extend([0, 100, PAGE])
+    newer.blocks.total_payload_size, newer.blocks.pages_per_block = 100 + PAGE, 2
+    writer.add(NAME, newer)
+    older = pb.pagemap_entry_2895(vaddr=8 * PAGE, compat_nr_pages=2, flags=PE_PRESENT | 8)
+    older.compressed_size.extend([7, 0])
+    older.total_compressed_size = 7
+    writer.add(NAME, older)
+    pagemap = read_pagemap(ImageReader(NAME, writer.finish()[NAME]))
+    assert pagemap.packed is not None
+    assert [(item.offset, item.held, item.pages, list(item.sizes)) for item in pagemap.packed] == [
+        (0, 5, 2, [0, 100, PAGE]),
+        (2 * PAGE, 2, 1, [7, 0]),
+    ]
+    assert pagemap.stored_size == 2 * PAGE + 7
+    assert pagemap.size == 7 * PAGE
+    assert list(pagemap.flags) == [PE_PRESENT, PE_PRESENT]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "total", "pages"),
+    [
+        ([1, 1], 2, 2),
+        ([1, 1, 1], 4, 2),
+        ([1], 1, 0),
+        ([1], 1, 5000),
+        ([0, 0, PAGE + 1], PAGE + 1, 2),
+        ([], 5, 2),
+    ],
+)
+def test_impossible_blocks_are_refused(sizes: list[int], total: int, pages: int) -> None:
+    writer = ImageWriter()
+    writer.add(NAME, pb.pagemap_head(pages_id=1))
+    entry = pb.pagemap_entry(vaddr=0, compat_nr_pages=5, flags=PE_PRESENT)
+    entry.blocks.block_sizes.extend(sizes)
+    entry.blocks.total_payload_size, entry.blocks.pages_per_block = total, pages
+    writer.add(NAME, entry)
+    with pytest.raises(ImageError, match="compressed block"):
+        read_pagemap(ImageReader(NAME, writer.finish()[NAME]))
 
 
 # --- chains of folders --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+import signal
 from typing import Any
 
 import pytest
@@ -19,12 +20,14 @@ from lazyproc.model import (
     MemoryObject,
     Mm,
     ObjectKind,
+    SigAction,
     Task,
     TaskState,
     Vma,
     VmaKind,
 )
 from lazyproc.restore.aio import EVENT, HEADER, requests_for
+from lazyproc.restore.creation import stop_signal
 from lazyproc.restore.pages import arranged
 from lazyproc.restore.plan import Dismiss, Exit, Fork, JoinGroup, NewSession, StandIn, creation_steps
 
@@ -53,6 +56,22 @@ def test_zombies_end_last() -> None:
     zombie = Task(6, 5, 6, 5, TaskState.ZOMBIE, "z", exit_code=42 << 8)
     steps = creation_steps([task(5, 0, 5, 5), zombie, task(7, 5, 6, 5)])
     assert steps.index(JoinGroup(7, 6)) < steps.index(Exit(6, 42 << 8)) == len(steps) - 1
+
+
+def test_a_process_is_stopped_again_by_its_signal_where_that_will_do() -> None:
+    def stopped(pgid: int, *actions: SigAction) -> Task:
+        return dataclasses.replace(task(7, 6, pgid, 5, TaskState.STOPPED), stop_signal=20, sigactions=actions)
+
+    def chosen(it: Task, *others: Task) -> int:
+        return stop_signal(it, [*others, it])
+
+    shell, job = task(5, 0, 5, 5), task(6, 5, 6, 5)
+    assert chosen(stopped(6), shell, job) == 20  # the shell watches the job's group
+    assert chosen(stopped(6, SigAction(20, 0, 0, 0, 0)), shell, job) == 20
+    assert chosen(stopped(6, SigAction(20, 0x1000, 0, 0, 0)), shell, job) == signal.SIGSTOP
+    assert (
+        chosen(stopped(5), shell, task(6, 5, 5, 5)) == signal.SIGSTOP
+    )  # nobody does: the kernel would drop it
 
 
 def test_a_session_whose_leader_is_gone_is_refused() -> None:

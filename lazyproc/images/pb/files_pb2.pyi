@@ -1869,3 +1869,37 @@ class pidfd_entry(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___pidfd_entry: _TypeAlias = pidfd_entry  # noqa: Y015
+
+@_typing.final
+class file_lock_entry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FLAG_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    FD_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    LEN_FIELD_NUMBER: _builtins.int
+    flag: _builtins.int
+    type: _builtins.int
+    pid: _builtins.int
+    fd: _builtins.int
+    start: _builtins.int
+    len: _builtins.int
+    def __init__(
+        self,
+        *,
+        flag: _builtins.int | None = ...,
+        type: _builtins.int | None = ...,
+        pid: _builtins.int | None = ...,
+        fd: _builtins.int | None = ...,
+        start: _builtins.int | None = ...,
+        len: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fd", b"fd", "flag", b"flag", "len", b"len", "pid", b"pid", "start", b"start", "type", b"type"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fd", b"fd", "flag", b"flag", "len", b"len", "pid", b"pid", "start", b"start", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___file_lock_entry: _TypeAlias = file_lock_entry  # noqa: Y015

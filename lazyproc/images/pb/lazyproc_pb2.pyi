@@ -38,9 +38,12 @@ class Extras(_message.Message):
     SHARED_FIELD_NUMBER: _builtins.int
     CONTENTS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     realtime_ns: _builtins.int
     hostname: _builtins.bytes
+    held: _builtins.bytes
+    """Under which name the packets of its connections are held back where it was dumped (kernel/netfilter.py)."""
     @_builtins.property
     def vm_flag_sets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """The distinct sets of two-letter VmFlags, words separated by spaces; TaskExtra.vm_flags points in here."""
@@ -78,10 +81,11 @@ class Extras(_message.Message):
         shared: _abc.Iterable[Global___SharedExtra] | None = ...,
         contents: _abc.Iterable[Global___ContentExtra] | None = ...,
         images: _abc.Iterable[_builtins.bytes] | None = ...,
+        held: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hostname", b"hostname", "realtime_ns", b"realtime_ns", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "hostname", b"hostname", "realtime_ns", b"realtime_ns", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contents", b"contents", "files", b"files", "hostname", b"hostname", "images", b"images", "packets", b"packets", "pipes", b"pipes", "realtime_ns", b"realtime_ns", "shared", b"shared", "tasks", b"tasks", "threads", b"threads", "version", b"version", "vm_flag_sets", b"vm_flag_sets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contents", b"contents", "files", b"files", "held", b"held", "hostname", b"hostname", "images", b"images", "packets", b"packets", "pipes", b"pipes", "realtime_ns", b"realtime_ns", "shared", b"shared", "tasks", b"tasks", "threads", b"threads", "version", b"version", "vm_flag_sets", b"vm_flag_sets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -195,6 +199,7 @@ class TaskExtra(_message.Message):
     XFEATURES_FIELD_NUMBER: _builtins.int
     ROOM_FIELD_NUMBER: _builtins.int
     FORESEEN_FIELD_NUMBER: _builtins.int
+    AUXV_FIELD_NUMBER: _builtins.int
     vpid: _builtins.int
     exit_signal: _builtins.int
     vdso_build_id: _builtins.bytes
@@ -216,6 +221,10 @@ class TaskExtra(_message.Message):
     def room(self) -> Global___Room:
         """of a forecast only"""
 
+    @_builtins.property
+    def auxv(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """the whole of it, when CRIU has no room for that"""
+
     def __init__(
         self,
         *,
@@ -228,10 +237,11 @@ class TaskExtra(_message.Message):
         xfeatures: _builtins.int | None = ...,
         room: Global___Room | None = ...,
         foreseen: _builtins.bool | None = ...,
+        auxv: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exit_signal", b"exit_signal", "foreseen", b"foreseen", "room", b"room", "vdso_build_id", b"vdso_build_id", "vpid", b"vpid", "xfeatures", b"xfeatures"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit_signal", b"exit_signal", "foreseen", b"foreseen", "room", b"room", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auxv", b"auxv", "exit_signal", b"exit_signal", "foreseen", b"foreseen", "room", b"room", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -309,6 +319,8 @@ class FileExtra(_message.Message):
     BUILD_ID_FIELD_NUMBER: _builtins.int
     SEMAPHORE_FIELD_NUMBER: _builtins.int
     EPOLL_FILES_FIELD_NUMBER: _builtins.int
+    TCP_UNSENT_FIELD_NUMBER: _builtins.int
+    EPOLL_FDS_FIELD_NUMBER: _builtins.int
     UNIX_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
@@ -320,9 +332,15 @@ class FileExtra(_message.Message):
     build_id: _builtins.bytes
     """whose length is no multiple of four"""
     semaphore: _builtins.bool
+    tcp_unsent: _builtins.int
+    """Of unsent bytes CRIU is told that they were sent: it would send them before their other end is there again."""
     @_builtins.property
     def epoll_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """the watched file of each target, in order"""
+
+    @_builtins.property
+    def epoll_fds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """the number it was added by, where CRIU must have another"""
 
     @_builtins.property
     def unix(self) -> Global___UnixExtra: ...
@@ -341,12 +359,14 @@ class FileExtra(_message.Message):
         build_id: _builtins.bytes | None = ...,
         semaphore: _builtins.bool | None = ...,
         epoll_files: _abc.Iterable[_builtins.int] | None = ...,
+        tcp_unsent: _builtins.int | None = ...,
+        epoll_fds: _abc.Iterable[_builtins.int] | None = ...,
         unix: Global___UnixExtra | None = ...,
         options: Global___OptionsExtra | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "unix", b"unix"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "epoll_files", b"epoll_files", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "unix", b"unix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_id", b"build_id", "content_id", b"content_id", "epoll_fds", b"epoll_fds", "epoll_files", b"epoll_files", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

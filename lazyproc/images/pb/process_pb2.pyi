@@ -112,6 +112,8 @@ class inventory_entry(_message.Message):
     PLUGINS_ENTRY_FIELD_NUMBER: _builtins.int
     DUMP_CRIU_RUN_ID_FIELD_NUMBER: _builtins.int
     ALLOW_UPROBES_FIELD_NUMBER: _builtins.int
+    COMPRESS_FIELD_NUMBER: _builtins.int
+    COMPRESS_REGION_SIZE_FIELD_NUMBER: _builtins.int
     img_version: _builtins.int
     fdinfo_per_id: _builtins.bool
     ns_per_id: _builtins.bool
@@ -123,6 +125,9 @@ class inventory_entry(_message.Message):
     network_lock_method: _builtins.int
     dump_criu_run_id: _builtins.str
     allow_uprobes: _builtins.bool
+    compress: _builtins.int
+    """These two of CRIU's development branch: 0 raw pages, 1 each compressed by LZ4, 2 so many bytes at once."""
+    compress_region_size: _builtins.int
     @_builtins.property
     def root_ids(self) -> Global___task_kobj_ids_entry: ...
     @_builtins.property
@@ -143,10 +148,12 @@ class inventory_entry(_message.Message):
         plugins_entry: Global___plugins_entry | None = ...,
         dump_criu_run_id: _builtins.str | None = ...,
         allow_uprobes: _builtins.bool | None = ...,
+        compress: _builtins.int | None = ...,
+        compress_region_size: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allow_uprobes", b"allow_uprobes", "dump_criu_run_id", b"dump_criu_run_id", "dump_uptime", b"dump_uptime", "fdinfo_per_id", b"fdinfo_per_id", "img_version", b"img_version", "lsmtype", b"lsmtype", "network_lock_method", b"network_lock_method", "ns_per_id", b"ns_per_id", "plugins_entry", b"plugins_entry", "pre_dump_mode", b"pre_dump_mode", "root_cg_set", b"root_cg_set", "root_ids", b"root_ids", "tcp_close", b"tcp_close"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allow_uprobes", b"allow_uprobes", "compress", b"compress", "compress_region_size", b"compress_region_size", "dump_criu_run_id", b"dump_criu_run_id", "dump_uptime", b"dump_uptime", "fdinfo_per_id", b"fdinfo_per_id", "img_version", b"img_version", "lsmtype", b"lsmtype", "network_lock_method", b"network_lock_method", "ns_per_id", b"ns_per_id", "plugins_entry", b"plugins_entry", "pre_dump_mode", b"pre_dump_mode", "root_cg_set", b"root_cg_set", "root_ids", b"root_ids", "tcp_close", b"tcp_close"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_uprobes", b"allow_uprobes", "dump_criu_run_id", b"dump_criu_run_id", "dump_uptime", b"dump_uptime", "fdinfo_per_id", b"fdinfo_per_id", "img_version", b"img_version", "lsmtype", b"lsmtype", "network_lock_method", b"network_lock_method", "ns_per_id", b"ns_per_id", "plugins_entry", b"plugins_entry", "pre_dump_mode", b"pre_dump_mode", "root_cg_set", b"root_cg_set", "root_ids", b"root_ids", "tcp_close", b"tcp_close"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_uprobes", b"allow_uprobes", "compress", b"compress", "compress_region_size", b"compress_region_size", "dump_criu_run_id", b"dump_criu_run_id", "dump_uptime", b"dump_uptime", "fdinfo_per_id", b"fdinfo_per_id", "img_version", b"img_version", "lsmtype", b"lsmtype", "network_lock_method", b"network_lock_method", "ns_per_id", b"ns_per_id", "plugins_entry", b"plugins_entry", "pre_dump_mode", b"pre_dump_mode", "root_cg_set", b"root_cg_set", "root_ids", b"root_ids", "tcp_close", b"tcp_close"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1581,11 +1588,16 @@ class pagemap_entry(_message.Message):
     IN_PARENT_FIELD_NUMBER: _builtins.int
     FLAGS_FIELD_NUMBER: _builtins.int
     NR_PAGES_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
     vaddr: _builtins.int
     compat_nr_pages: _builtins.int
     in_parent: _builtins.bool
     flags: _builtins.int
     nr_pages: _builtins.int
+    @_builtins.property
+    def blocks(self) -> Global___pagemap_blocks:
+        """of CRIU's development branch"""
+
     def __init__(
         self,
         *,
@@ -1594,14 +1606,88 @@ class pagemap_entry(_message.Message):
         in_parent: _builtins.bool | None = ...,
         flags: _builtins.int | None = ...,
         nr_pages: _builtins.int | None = ...,
+        blocks: Global___pagemap_blocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compat_nr_pages", b"compat_nr_pages", "flags", b"flags", "in_parent", b"in_parent", "nr_pages", b"nr_pages", "vaddr", b"vaddr"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "compat_nr_pages", b"compat_nr_pages", "flags", b"flags", "in_parent", b"in_parent", "nr_pages", b"nr_pages", "vaddr", b"vaddr"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compat_nr_pages", b"compat_nr_pages", "flags", b"flags", "in_parent", b"in_parent", "nr_pages", b"nr_pages", "vaddr", b"vaddr"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "compat_nr_pages", b"compat_nr_pages", "flags", b"flags", "in_parent", b"in_parent", "nr_pages", b"nr_pages", "vaddr", b"vaddr"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___pagemap_entry: _TypeAlias = pagemap_entry  # noqa: Y015
+
+@_typing.final
+class pagemap_blocks(_message.Message):
+    """Compressed pages: CRIU's development branch since August 2026 (pull request 3115). A block of size 0 is zeros, one of its
+    full size lies there as it is, every other one is an LZ4 block.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_SIZES_FIELD_NUMBER: _builtins.int
+    TOTAL_PAYLOAD_SIZE_FIELD_NUMBER: _builtins.int
+    PAGES_PER_BLOCK_FIELD_NUMBER: _builtins.int
+    total_payload_size: _builtins.int
+    pages_per_block: _builtins.int
+    @_builtins.property
+    def block_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        block_sizes: _abc.Iterable[_builtins.int] | None = ...,
+        total_payload_size: _builtins.int | None = ...,
+        pages_per_block: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pages_per_block", b"pages_per_block", "total_payload_size", b"total_payload_size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_sizes", b"block_sizes", "pages_per_block", b"pages_per_block", "total_payload_size", b"total_payload_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___pagemap_blocks: _TypeAlias = pagemap_blocks  # noqa: Y015
+
+@_typing.final
+class pagemap_entry_2895(_message.Message):
+    """The same before that (pull request 2895). No region_pages: each page is a block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VADDR_FIELD_NUMBER: _builtins.int
+    COMPAT_NR_PAGES_FIELD_NUMBER: _builtins.int
+    IN_PARENT_FIELD_NUMBER: _builtins.int
+    FLAGS_FIELD_NUMBER: _builtins.int
+    NR_PAGES_FIELD_NUMBER: _builtins.int
+    COMPRESSED_SIZE_FIELD_NUMBER: _builtins.int
+    TOTAL_COMPRESSED_SIZE_FIELD_NUMBER: _builtins.int
+    REGION_PAGES_FIELD_NUMBER: _builtins.int
+    vaddr: _builtins.int
+    compat_nr_pages: _builtins.int
+    in_parent: _builtins.bool
+    flags: _builtins.int
+    nr_pages: _builtins.int
+    total_compressed_size: _builtins.int
+    region_pages: _builtins.int
+    @_builtins.property
+    def compressed_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        vaddr: _builtins.int | None = ...,
+        compat_nr_pages: _builtins.int | None = ...,
+        in_parent: _builtins.bool | None = ...,
+        flags: _builtins.int | None = ...,
+        nr_pages: _builtins.int | None = ...,
+        compressed_size: _abc.Iterable[_builtins.int] | None = ...,
+        total_compressed_size: _builtins.int | None = ...,
+        region_pages: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compat_nr_pages", b"compat_nr_pages", "flags", b"flags", "in_parent", b"in_parent", "nr_pages", b"nr_pages", "region_pages", b"region_pages", "total_compressed_size", b"total_compressed_size", "vaddr", b"vaddr"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compat_nr_pages", b"compat_nr_pages", "compressed_size", b"compressed_size", "flags", b"flags", "in_parent", b"in_parent", "nr_pages", b"nr_pages", "region_pages", b"region_pages", "total_compressed_size", b"total_compressed_size", "vaddr", b"vaddr"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___pagemap_entry_2895: _TypeAlias = pagemap_entry_2895  # noqa: Y015
 
 @_typing.final
 class memfd_inode_entry(_message.Message):

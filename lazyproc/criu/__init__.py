@@ -1,0 +1,1 @@
+"""CRIU's command line over lazyproc's own API: `lazyproc-criu`."""

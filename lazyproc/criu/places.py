@@ -1,0 +1,68 @@
+"""Where a command reads and writes: the folder of images, the work folder, and what lies in them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lazyproc.criu.parse import Given
+from lazyproc.errors import UsageError
+
+
+def images(given: Given) -> Path:
+    """Raises UsageError unless it is a folder: CRIU makes none."""
+    return _folder(given.last("images-dir", "."), "--images-dir")
+
+
+def work(given: Given) -> Path:
+    return _folder(given.last("work-dir"), "--work-dir") if "work-dir" in given else images(given)
+
+
+def log(given: Given) -> Path | None:
+    return work(given) / given.last("log-file") if "log-file" in given else None
+
+
+def _folder(name: str, option: str) -> Path:
+    path = Path(name)
+    if not path.is_dir():
+        raise UsageError("is no folder", where=f"{option} {name}", remedy="make it first")
+    return path
+
+
+def write_pidfile(given: Given, pid: int) -> None:
+    """No new line, as of CRIU. Raises UsageError when it is there already."""
+    if "pidfile" not in given:
+        return
+    path = work(given) / given.last("pidfile")
+    try:
+        with path.open("x") as file:
+            file.write(str(pid))
+    except OSError as error:
+        raise UsageError(
+            f"cannot be written ({os.strerror(error.errno or 0).lower()})",
+            where=f"--pidfile {path}",
+            remedy="remove it first",
+        ) from None
+
+
+def say_ready(given: Given) -> None:
+    """A zero byte to --status-fd, which is closed then. Raises UsageError."""
+    fd = given.number("status-fd", -1)
+    if fd < 0:
+        return
+    try:
+        os.write(fd, b"\0")
+        os.close(fd)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        raise UsageError(
+            f"cannot be written ({reason})", where=f"--status-fd {fd}", remedy="give an open one"
+        ) from None
+
+
+def peer(given: Given) -> str:
+    """HOST:PORT of a page server. Raises UsageError."""
+    host, port = given.last("address", "127.0.0.1"), given.number("port", 0)
+    if not port:
+        raise UsageError("is not given", where="--port", remedy="name the port of the page server")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,22 @@
+"""What a dump may take along; who asks for a dump may not want all of it."""
+
+from __future__ import annotations
+
+from lazyproc.facts import dataclass
+
+CONTENT_LIMIT = 256 << 20  # bytes of one file that may travel while the tree stands still
+
+
+@dataclass(frozen=True, slots=True)
+class Permits:
+    """What is not permitted is an obstacle where it occurs."""
+
+    connections: bool = True  # established TCP
+    locks: bool = True  # file locks and leases
+    led_from_outside: bool = True  # sessions and groups whose leader is not in the tree
+    ghost_limit: int = CONTENT_LIMIT  # bytes of a deleted file
+
+
+ALL = Permits()
+# Between hosts with one file system the frozen source would hold the locks that the destination is to take.
+MOVED = Permits(locks=False)

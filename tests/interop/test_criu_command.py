@@ -1,0 +1,265 @@
+"""`lazyproc-criu` in CRIU's place: what CRIU's own test driver relies on, with real programs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lazyproc.dump.walk import tree_of
+from lazyproc.kernel import proc
+from tests import peer
+from tests.live.programs import Program, running, stands_still, wait_until
+from tests.needs import require_root
+
+DEADLINE_S = 60.0
+LOGGED = "Error (lazyproc): "
+
+
+@pytest.fixture(autouse=True)
+def _root() -> None:
+    require_root()
+
+
+@dataclass
+class Place:
+    """A folder of images, and what was restored from it."""
+
+    images: Path
+    restored: int = 0  # pid
+    reaper: int = 0  # its parent, and our child: we are the reaper of orphans
+
+    def start(self, action: str, *options: object, close_fds: bool = True) -> subprocess.Popen[bytes]:
+        words = [
+            "--no-default-config",
+            "--log-file",
+            f"{action}.log",
+            "--images-dir",
+            self.images,
+            "--verbosity=4",
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-m", "lazyproc.criu.main", action, *map(str, (*words, *options))],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=close_fds,
+        )  # fmt: skip
+
+    def run(self, action: str, *options: object) -> int:
+        return self.start(action, *options).wait(DEADLINE_S)
+
+    def done(self, action: str, *options: object) -> None:
+        assert self.run(action, *options) == 0, self.log(action)
+
+    def log(self, action: str) -> str:
+        return (self.images / f"{action}.log").read_text()
+
+    def errors(self, action: str) -> list[str]:
+        return [line.partition(LOGGED)[2] for line in self.log(action).splitlines() if LOGGED in line]
+
+    def restore(self, *options: object) -> None:
+        pidfile = self.images / "pid"
+        self.done("restore", "--restore-detached", "--pidfile", pidfile, *options)
+        self.restored = int(pidfile.read_text())
+        self.reaper = proc.stat(proc.read(self.restored, "stat")).ppid
+
+    def verify(self, program: Program) -> None:
+        """It is the same process, checks itself on, and ends well."""
+        assert self.restored == program.pid
+        program.watch.wait_beats()
+        os.kill(self.restored, signal.SIGTERM)
+        _, status = os.waitpid(self.reaper, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, str(program.watch.read())
+        program.watch.wait_ended()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    (tmp_path / "images").mkdir()
+    made = Place(tmp_path / "images")
+    yield made
+    if made.reaper:
+        for pid in (made.restored, made.reaper):
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def dumped(place: Place, program: Program, *options: object) -> None:
+    others = tree_of(program.pid)[1:]
+    place.done("dump", "--tree", program.pid, "--timeout", 10, "--pre-dump-mode", "splice", *options)
+    assert program.process.wait(DEADLINE_S) == -signal.SIGKILL
+    for pid in others:  # orphans are ours, and keep their numbers until then
+        gone(pid)
+
+
+def gone(pid: int) -> None:
+    with suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def state(pid: int) -> str:
+    return proc.stat(proc.read(pid, "stat")).state
+
+
+@pytest.mark.parametrize("name", ["threads", "small_state", "file_locks", "dead_peer"])
+def test_dump_and_restore(name: str, place: Place, tmp_path: Path) -> None:
+    with running(name, directory=tmp_path) as program:
+        program.watch.wait_beats()
+        dumped(place, program, "--file-locks")
+        place.restore("--file-locks")
+        place.verify(program)
+
+
+@pytest.mark.parametrize("daemon", ["ours", "criu's"])
+def test_a_lazy_restore_has_its_pages_from_the_daemon(daemon: str, place: Place, tmp_path: Path) -> None:
+    with running("memory_random", 16, 2, 100, directory=tmp_path) as program:
+        program.watch.wait_beats()
+        dumped(place, program)
+        with lazy_pages(daemon, place) as process:
+            place.restore("--lazy-pages")
+            program.watch.wait_beats()
+            assert process.wait(DEADLINE_S) == 0
+        place.verify(program)
+
+
+class lazy_pages:
+    """The daemon of one or the other, ready."""
+
+    def __init__(self, whose: str, place: Place) -> None:
+        reading, writing = os.pipe()
+        os.set_inheritable(writing, True)
+        options = ["--status-fd", str(writing)]
+        if whose == "ours":
+            self._process = place.start("lazy-pages", *options, close_fds=False)
+        else:
+            command = [
+                *peer.criu(),
+                "lazy-pages",
+                "--no-default-config",
+                "-D",
+                str(place.images),
+                "-o",
+                "lp.log",
+            ]
+            self._process = subprocess.Popen([*command, *options], close_fds=False)
+        os.close(writing)
+        try:
+            assert os.read(reading, 1) == b"\0"
+        finally:
+            os.close(reading)
+
+    def __enter__(self) -> subprocess.Popen[bytes]:
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def test_without_a_daemon_a_lazy_restore_says_so(place: Place, tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        dumped(place, program)
+    assert place.run("restore", "--restore-detached", "--lazy-pages") == 1
+    assert "lazy-pages.socket: nobody answers" in place.errors("restore")[0]
+
+
+def test_left_running(place: Place, tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        place.done("dump", "--tree", program.pid, "--leave-running")
+        program.watch.wait_beats()
+        program.stop_and_verify()
+
+
+def test_left_stopped_and_restored_stopped(place: Place, tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        place.done("dump", "--tree", program.pid, "--leave-stopped")
+        wait_until(lambda: state(program.pid) == "T", "it is stopped")
+        assert stands_still(program)
+        program.process.kill()
+        program.process.wait()
+        place.restore("--leave-stopped")
+        assert state(place.restored) == "T"
+        assert stands_still(program)
+        os.kill(place.restored, signal.SIGCONT)
+        place.verify(program)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--track-mem"], "--track-mem is not supported"), (["--root", "/"], "--root / is not supported"),
+     (["--network-lock", "iptables"], "--network-lock iptables is not supported"),
+     (["--tree", "1"], "pid 1"), ([], "it holds a file lock")],
+)  # fmt: skip
+def test_what_is_refused_is_in_the_log_and_the_program_runs(
+    options: list[str], words: str, place: Place, tmp_path: Path
+) -> None:
+    with running("file_locks", directory=tmp_path) as program:
+        assert place.run("dump", "--tree", program.pid, *options) == 1
+        assert words in place.errors("dump")[0]
+        assert [path.name for path in place.images.iterdir()] == ["dump.log"]
+        program.watch.wait_beats()
+        program.stop_and_verify()
+
+
+def test_features_are_answered_by_the_exit_code() -> None:
+    def check(*words: str) -> int:
+        command = [sys.executable, "-m", "lazyproc.criu.main", "check", "--no-default-config", "-verbosity=0"]
+        return subprocess.run([*command, *words], stderr=subprocess.DEVNULL, check=False).returncode
+
+    assert check("--feature", "uffd") == 0
+    assert check("--feature", "mem_dirty_track") == 1
+    assert check("--feature", "no_such_feature") == 1
+    assert check() == 0
+
+
+SCRIPT = """#!/bin/sh
+echo "$CRTOOLS_SCRIPT_ACTION ${CRTOOLS_INIT_PID:-none} $CRTOOLS_IMAGE_DIR" >> %s
+[ "$CRTOOLS_SCRIPT_ACTION" != "%s" ]
+"""
+
+
+def script(tmp_path: Path, failing: str) -> tuple[Path, Path]:
+    told, path = tmp_path / "told", tmp_path / "script"
+    path.write_text(SCRIPT % (told, failing))
+    path.chmod(0o755)
+    return path, told
+
+
+def test_scripts_are_run_at_their_stages(place: Place, tmp_path: Path) -> None:
+    path, told = script(tmp_path, "")
+    with running("threads", directory=tmp_path) as program:
+        dumped(place, program, "--action-script", path)
+        place.restore("--action-script", path)
+        place.verify(program)
+    before, pid = f"none {place.images}", f"{place.restored} {place.images}"
+    assert told.read_text().splitlines() == [
+        *(f"{stage} {before}" for stage in ("pre-dump", "post-dump", "pre-restore")),
+        *(f"{stage} {pid}" for stage in ("post-restore", "pre-resume", "post-resume")),
+    ]
+
+
+@pytest.mark.parametrize("stage", ["pre-dump", "post-dump"])
+def test_a_script_that_fails_leaves_the_program_as_it_was(stage: str, place: Place, tmp_path: Path) -> None:
+    path, _ = script(tmp_path, stage)
+    with running("threads", directory=tmp_path) as program:
+        assert place.run("dump", "--tree", program.pid, "--action-script", path) == 1
+        assert f"returned 1 for {stage}" in place.errors("dump")[0]
+        program.watch.wait_beats()
+        program.stop_and_verify()
+
+
+def test_a_restore_whose_script_fails_leaves_nothing(place: Place, tmp_path: Path) -> None:
+    path, _ = script(tmp_path, "post-restore")
+    with running("threads", directory=tmp_path) as program:
+        dumped(place, program)
+    assert place.run("restore", "--restore-detached", "--action-script", path) == 1
+    gone(program.pid)
+    place.restore()
+    place.verify(program)
