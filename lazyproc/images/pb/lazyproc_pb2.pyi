@@ -191,12 +191,15 @@ class TaskExtra(_message.Message):
     VMAS_FIELD_NUMBER: _builtins.int
     VVAR_VCLOCK_FIELD_NUMBER: _builtins.int
     XFEATURES_FIELD_NUMBER: _builtins.int
+    CGROUP_SET_FIELD_NUMBER: _builtins.int
     AUXV_FIELD_NUMBER: _builtins.int
     vpid: _builtins.int
     exit_signal: _builtins.int
     vdso_build_id: _builtins.bytes
     xfeatures: _builtins.int
     """components of the xsave area that it had to ask for (ARCH_REQ_XCOMP_PERM), by bit"""
+    cgroup_set: _builtins.int
+    """The number of its cgroups in cgroup.img. To CRIU all are in those of the root, which it leaves alone."""
     @_builtins.property
     def vm_flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """One index into Extras.vm_flag_sets for each mapping of the model, in order."""
@@ -221,11 +224,12 @@ class TaskExtra(_message.Message):
         vmas: _abc.Iterable[Global___VmaExtra] | None = ...,
         vvar_vclock: _abc.Iterable[_builtins.int] | None = ...,
         xfeatures: _builtins.int | None = ...,
+        cgroup_set: _builtins.int | None = ...,
         auxv: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exit_signal", b"exit_signal", "vdso_build_id", b"vdso_build_id", "vpid", b"vpid", "xfeatures", b"xfeatures"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_set", b"cgroup_set", "exit_signal", b"exit_signal", "vdso_build_id", b"vdso_build_id", "vpid", b"vpid", "xfeatures", b"xfeatures"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auxv", b"auxv", "exit_signal", b"exit_signal", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auxv", b"auxv", "cgroup_set", b"cgroup_set", "exit_signal", b"exit_signal", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
