@@ -281,12 +281,12 @@ class Owner:
 
 
 class LockKind(enum.IntEnum):
-    """As CRIU numbers them (the kernel's FL_*)."""
+    """As CRIU numbers them (criu/include/file-lock.h)."""
 
     POSIX = 1  # fcntl(2) F_SETLK, of the process
     FLOCK = 2  # flock(2), of the open file description
-    LEASE = 32  # fcntl(2) F_SETLEASE, of the open file description
-    OFD = 1024  # fcntl(2) F_OFD_SETLK, of the open file description
+    OFD = 4  # fcntl(2) F_OFD_SETLK, of the open file description
+    LEASE = 8  # fcntl(2) F_SETLEASE, of the open file description
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,8 @@ def to_images(
         extras.held = to_bytes(checkpoint.held)
     cgroups, seccomp = tasks.CgroupTable(), threads.SeccompTable(shared=_threads_share_filters(checkpoint))
     files = FileWriter(checkpoint, writer, extras)
-    _write_inventory(writer, cgroups.add(checkpoint.root.cgroups))
+    root_cgroups = cgroups.add(checkpoint.root.cgroups)
+    _write_inventory(writer, root_cgroups)
     files.write_files()
     behind = memory.Behind(memory.access_modes(checkpoint.files), checkpoint.shared, files.write_memfds())
     files.write_pipes()
@@ -95,8 +96,10 @@ def to_images(
     sets = memory.FlagSets(extras)
     known = {id(each.vmas): each for each in written}
     for number, task in enumerate(checkpoint.tasks, start=2):
-        _write_cores(task, cgroups.add(task.cgroups), seccomp, writer, extras, for_criu=for_criu)
+        _write_cores(task, root_cgroups, seccomp, writer, extras, for_criu=for_criu)
         extra = extras.tasks.add(vpid=task.vpid, exit_signal=task.exit_signal)
+        if (number_of_cgroups := cgroups.add(task.cgroups)) != root_cgroups:
+            extra.cgroup_set = number_of_cgroups
         if task.xfeatures:
             extra.xfeatures = task.xfeatures
         if task.state is not TaskState.ZOMBIE:
@@ -334,7 +337,8 @@ class _TaskReader:
         cores = [leader] + [record(self._images, f"core-{tid}.img", pb.core_entry) for tid in tids[1:]]
         descriptors = self._read_descriptors(task.vpid)
         mm, fs = self._read_mm(task.vpid), record(self._images, f"fs-{task.vpid}.img", pb.fs_entry)
-        cgroups = tasks.cgroup_set(leader)
+        extra = self._extras.tasks.get(task.vpid, own.TaskExtra(vpid=task.vpid))
+        cgroups = extra.cgroup_set if extra.HasField("cgroup_set") else tasks.cgroup_set(leader)
         read = [
             threads.read_thread(tid, core, self._extras, self._seccomp, f"core-{tid}.img")
             for tid, core in zip(tids, cores, strict=True)

@@ -17,7 +17,11 @@ from tests.live.programs import Program, Watch, running
 
 LAZYPROC = (sys.executable, "-m", "lazyproc.cli.main")
 _LIMIT_S = 60
-_CONNECTIONS = ("--tcp-established", "--skip-in-flight")  # what else CRIU is told of every program
+_WITH_ALL = (
+    "--tcp-established",
+    "--skip-in-flight",
+    "--file-locks",
+)  # CRIU takes them along when it is told to
 
 
 def criu(action: str, images: Path, *options: str) -> None:
@@ -57,7 +61,7 @@ def started(name: str, *arguments: object, directory: Path) -> Iterator[Program]
 
 def dumped_by_criu(program: Program, images: Path, *options: str) -> None:
     images.mkdir()
-    criu("dump", images, "--tree", str(program.pid), *_CONNECTIONS, *options)
+    criu("dump", images, "--tree", str(program.pid), *_WITH_ALL, *options)
 
 
 def gone(program: Program) -> None:
@@ -71,7 +75,7 @@ def gone(program: Program) -> None:
 @contextmanager
 def restored_by_criu(program: Program, images: Path, *where: str, lazy: bool = False) -> Iterator[None]:
     """Restored; the daemon that brings its pages, which is told `where` they are, has to end by itself."""
-    options = (*_CONNECTIONS, *(["--lazy-pages"] if lazy else []))
+    options = (*_WITH_ALL, *(["--lazy-pages"] if lazy else []))
     with _daemon(images, *where) if lazy else contextlib.nullcontext():
         criu("restore", images, "--restore-detached", *options)
         yield

@@ -39,6 +39,7 @@ CARGO = [
     ("shared_anon",),
     ("memory_static",),
     ("small_state",),
+    ("file_locks",),
 ]
 IDS = [words[0] for words in CARGO]
 WAYS = [False, True]

@@ -121,7 +121,12 @@ def test_without_lazyproc_img_what_criu_knows_is_the_same(checkpoint: Checkpoint
     assert [task.vpid for task in plain.tasks] == [task.vpid for task in checkpoint.tasks]
     for task, original in zip(plain.tasks, checkpoint.tasks, strict=True):
         assert replace(task, threads=(), mm=None) == replace(
-            original, threads=(), mm=None, exit_signal=task.exit_signal, xfeatures=0
+            original,
+            threads=(),
+            mm=None,
+            exit_signal=task.exit_signal,
+            xfeatures=0,
+            cgroups=task.cgroups,
         )
         assert [thread.registers for thread in task.threads] == [
             thread.registers for thread in original.threads
