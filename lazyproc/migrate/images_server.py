@@ -77,10 +77,10 @@ def fill(directory: Path, checkpoint: Checkpoint, source: PageSource) -> None:
     """The images, with the pages that CRIU wants to have at once. Raises ImageError, and what `source` raises."""
     vmas = {task.vpid: task.mm.vmas for task in checkpoint.tasks if task.mm}
     memory = {
-        obj: _as_criu_marks(Extents.of(runs), vmas[obj.id])
-        if obj.kind is ObjectKind.TASK
-        else Extents.of(runs).as_eager()
-        for obj, runs in checkpoint.memory.items()
+        obj: _as_criu_marks(pages, vmas[obj.id]) if obj.kind is ObjectKind.TASK else pages.as_eager()
+        for obj, pages in (
+            (obj, Extents.of(runs).without_parent()) for obj, runs in checkpoint.memory.items()
+        )
     }
     whole = replace(checkpoint, memory=memory)
     with filled(Folder(directory), early=True) as draft:

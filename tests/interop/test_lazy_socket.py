@@ -17,8 +17,10 @@ import pytest
 
 from lazyproc.uffd.device import Userfaultfd
 from tests.faults.helpers import gone
+from tests.interop.both_ways import end
 from tests.interop.lazily import (
     NAME,
+    Dumped,
     connected,
     dumped,
     dumped_and_running,
@@ -26,6 +28,7 @@ from tests.interop.lazily import (
     lazy_pages,
     serving,
 )
+from tests.interop.test_criu_chains import chained
 from tests.live.programs import wait_until
 from tests.needs import require_root
 
@@ -415,3 +418,19 @@ def test_a_process_that_runs_is_no_source(tmp_path: Path) -> None:
             refused = refuses(cargo.images, port)
             cargo.watch.wait_beats()
         assert "serve -D" in refused
+
+
+@pytest.mark.parametrize("from_server", [False, True])
+def test_pages_lie_in_parents(tmp_path: Path, from_server: bool) -> None:
+    """CRIU itself reads those that it finds there, and fetches others never."""
+    with chained(tmp_path, "mixed", "8", "2", "20000") as made, ExitStack() as stack:
+        cargo = Dumped(made.newest, made.program.pid, made.program.watch)
+        options: tuple[str, ...] = ()
+        if from_server:
+            _, port = stack.enter_context(serving(made.newest, directory=tmp_path))
+            cargo.images, options = tmp_path / "fetched", ("--from", f"127.0.0.1:{port}")
+            cargo.images.mkdir()
+        with lazy_pages(cargo.images, *options, directory=tmp_path) as pager:
+            cargo.restored()
+            pager.finish()
+        end(cargo.pid, cargo.watch)
