@@ -92,11 +92,21 @@ class ImagePages:
         The descriptors belong to this object and are open until close(). Raises ImageError for a page that is only at
         a page server.
         """
+        for obj, held in self._objects.items():
+            _demand_here(obj, held.pagemap.elsewhere())
+        return self.segments_here()
+
+    def segments_here(self) -> Segments:
+        """The same, without what is only at a page server."""
         rows = array("Q")
         for obj, held in sorted(self._objects.items(), key=lambda item: item[0].key):
-            _demand_here(obj, held.pagemap.elsewhere())
             rows += held.rows(obj.key)
         return Segments(rows)
+
+    def pagemaps(self) -> Iterator[tuple[MemoryObject, Pagemap]]:
+        """The newest of every object."""
+        for obj, held in self._objects.items():
+            yield obj, held.pagemap
 
     def read(self, obj: MemoryObject, addr: int, count: int) -> bytes:
         """See PageSource. Raises ImageError for a page that is only at a page server."""
