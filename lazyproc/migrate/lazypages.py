@@ -221,6 +221,7 @@ class LazyPagesKeeper(Keeper):
         self._clients.failed(LazyprocError("the keeper was killed before the restore", where=NAME))
 
     def _fail(self, error: BaseException) -> None:
+        ignore_interrupts()  # the client's end may be told twice
         self._clients.failed(error if isinstance(error, LazyprocError) else LazyprocError(_words(error)))
         self._journal.remove()
         self._dismiss()
@@ -235,6 +236,7 @@ class LazyPagesKeeper(Keeper):
                 self._clients.first.stop_without_it()
             super()._watch()
         except KeyboardInterrupt as error:
+            ignore_interrupts()
             if forestall(self._journal.facts["restorer"][0]):
                 end_tree(from_facts(self._journal.facts["tree"]))
                 self._fail(error)
