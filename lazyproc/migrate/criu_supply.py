@@ -66,6 +66,13 @@ class CriuSupply:
     def begin(self, pager: Pager, images: ImagePages) -> None:
         """The others come to the pager from now on."""
         assert self._lazy is not None, "the pages are known"
+        urgent, bulk = self.hold()
+        pager.serve_segments(self._lazy.beside(images))
+        pager.serve_remote(urgent.detach(), bulk.detach())
+
+    def hold(self) -> tuple[socket.socket, socket.socket]:
+        """A process of its own has the connection from now on; what a pager takes. Another may `attach` instead."""
+        assert self._lazy is not None, "the pages are known"
         assert self._server is not None, "and it was dialled"
         pairs = [socket.socketpair(), socket.socketpair(), _packets()]
         daemon = _Daemon(self._session, self._server, self._lazy, [far for _, far in pairs])
@@ -74,8 +81,7 @@ class CriuSupply:
             far.close()
         self._server.let_go()
         urgent, bulk, self._control = (near for near, _ in pairs)
-        pager.serve_segments(self._lazy.beside(images))
-        pager.serve_remote(urgent.detach(), bulk.detach())
+        return urgent, bulk
 
     def finish(self) -> None:
         """Every page is here: the source may end. Raises ConnectionLost when it may not have heard it."""

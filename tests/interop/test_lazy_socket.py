@@ -10,14 +10,17 @@ import socket
 import struct
 import subprocess
 import sys
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from lazyproc.uffd.device import Userfaultfd
+from tests import peer
 from tests.faults.helpers import gone
 from tests.interop.both_ways import end
+from tests.interop.criu_hosts import large_pipes
 from tests.interop.lazily import (
     NAME,
     Dumped,
@@ -434,3 +437,46 @@ def test_pages_lie_in_parents(tmp_path: Path, from_server: bool) -> None:
             cargo.restored()
             pager.finish()
         end(cargo.pid, cargo.watch)
+
+
+@contextmanager
+def criu_page_server(images: Path) -> Iterator[int]:
+    """`criu page-server --lazy-pages`, which ends when every page was fetched; its port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    reading, writing = os.pipe()
+    words = ["page-server", "--no-default-config", "-D", str(images), "-o", "page-server.log", "-v4"]
+    words += ["--lazy-pages", "--address", "127.0.0.1", "--port", str(port), "--status-fd", str(writing)]
+    process = subprocess.Popen(
+        [*peer.criu(), *words],
+        pass_fds=[writing],
+        stdin=subprocess.DEVNULL,
+    )
+    os.close(writing)
+    try:
+        assert os.read(reading, 1) == b"\0"
+        yield port
+        assert process.wait(30) == 0
+    finally:
+        os.close(reading)
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_pages_come_from_a_page_server_of_criu(tmp_path: Path, killed: bool) -> None:
+    """A pager that is killed is replaced; the connection is not."""
+    with (
+        large_pipes(),
+        dumped(*SLOW_CARGO, directory=tmp_path) as cargo,
+        criu_page_server(cargo.images) as port,
+    ):
+        options = ("--page-server", f"127.0.0.1:{port}", *SLOW)
+        with lazy_pages(cargo.images, *options, directory=tmp_path) as pager:
+            cargo.restored()
+            pager.wait_state("running")
+            if killed:
+                os.kill(pager.helper("pager"), signal.SIGKILL)
+            cargo.watch.wait_beats()
+            assert pager.finish()["pages_total"] > 3000
+        cargo.stop_and_verify()
