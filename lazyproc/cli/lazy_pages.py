@@ -44,7 +44,8 @@ def add(commands: Commands) -> None:
         help="pages that the images lack come from `lazyproc serve -D` there; an empty folder is filled first",
     )
     parser.add_argument(
-        "--older-criu",
+        "--criu-4.1",
+        dest="older_criu",
         action="store_true",
         help="with --page-server: that CRIU is 4.1 or older, which nothing on the wire tells",
     )
