@@ -19,6 +19,7 @@ from lazyproc.cli.options import (
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
+    from lazyproc import PageServerOfCriu
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Listener
 
@@ -28,12 +29,25 @@ def add(commands: Commands) -> None:
         commands, run, "lazy-pages", "bring the memory of a tree that `criu restore --lazy-pages` restores"
     )
     add_directory(parser, "folder of images, CRIU's or lazyproc's; criu restores from it as well")
-    parser.add_argument(
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "--page-server",
+        metavar=HOST_PORT,
+        type=endpoint,
+        help="what the images call lazy comes from `criu dump --lazy-pages` or `criu page-server --lazy-pages` there",
+    )
+    place.add_argument(
         "--from",
         dest="peer",
         metavar=HOST_PORT,
         type=endpoint,
         help="pages that the images lack come from `lazyproc serve -D` there; an empty folder is filled first",
+    )
+    parser.add_argument(
+        "--criu-4.1",
+        dest="older_criu",
+        action="store_true",
+        help="with --page-server: that CRIU is 4.1 or older, which nothing on the wire tells",
     )
     parser.add_argument(
         "--work-dir",
@@ -59,6 +73,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     report = lazyproc.lazy_pages(
         Path(args.directory),
         peer=args.peer,
+        page_server=_page_server(args),
         insecure=args.insecure,
         tls=tls_of(args),
         work_dir=Path(args.work_dir) if args.work_dir else None,
@@ -69,3 +84,11 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         listener=listener,
     )
     return Outcome(lazy_pages_text(report), report)
+
+
+def _page_server(args: argparse.Namespace) -> PageServerOfCriu | None:
+    if args.page_server is None:
+        return None
+    from lazyproc import PageServerOfCriu
+
+    return PageServerOfCriu(args.page_server, args.older_criu, args.insecure, tls_of(args))

@@ -20,14 +20,16 @@ from lazyproc.images.lazy import LazyMemory, highest_descriptor
 from lazyproc.kernel import family
 from lazyproc.kernel.deaf import ignore_interrupts
 from lazyproc.kernel.nursery import TRANSPORT_FD
-from lazyproc.migrate.apart import Client, result, stream, unplug
+from lazyproc.migrate.apart import Client, Messages, result, stream, unplug
 from lazyproc.migrate.arrival import Wishes
 from lazyproc.migrate.beforehand import Beforehand
 from lazyproc.migrate.crew import say
+from lazyproc.migrate.criu_supply import CriuSupply, let_source_run
 from lazyproc.migrate.identity import identity
 from lazyproc.migrate.images_server import demand_same, fill, offered
 from lazyproc.migrate.journal import ARRIVING, DESTINATION, Journal, forget_old, records
 from lazyproc.migrate.keeper import LIVING, NAME, Keeper
+from lazyproc.migrate.local import PageServerOfCriu
 from lazyproc.migrate.paging import Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
@@ -61,6 +63,7 @@ def lazy_pages(
     directory: Path,
     *,
     peer: str | None = None,
+    page_server: PageServerOfCriu | None = None,
     insecure: bool = False,
     tls: Tls | None = None,
     work_dir: Path | None = None,
@@ -74,9 +77,9 @@ def lazy_pages(
     the images in `directory`; the report when all of it has come.
 
     What these images lack comes from `lazyproc serve -D` at `peer` (HOST:PORT); an empty folder is filled from there
-    first. CRIU finds us by lazy-pages.socket in `work_dir` (its --work-dir; the folder of the images when absent).
-    `ready` is called when it can. Without `bulk` only what is touched comes; `max_rate` are bytes a second of what
-    nobody waits for (0: no limit).
+    first. Or all that they call lazy comes from `page_server`; see there. CRIU finds us by lazy-pages.socket in
+    `work_dir` (its --work-dir; the folder of the images when absent). `ready` is called when it can. Without `bulk`
+    only what is touched comes; `max_rate` are bytes a second of what nobody waits for (0: no limit).
 
     Who works on it are other processes; from the first instruction of the tree on they go on without us. Raises
     ImageError, CannotListen, UsageError, what `peer` leads to, LazyprocError when the restore fails, and then nothing
@@ -98,8 +101,13 @@ def lazy_pages(
     ours, theirs = stream()
     with ExitStack() as stack:
         stack.enter_context(ours)
-        pages, beforehand = _opened(images, place, facts)
-        stack.enter_context(pages)
+        if page_server is not None:
+            supply = stack.enter_context(page_server.supply(session.id))
+            pages, beforehand = _from_criu(images, page_server, supply, facts, stack)
+        else:
+            supply = None
+            pages, beforehand = _opened(images, place, facts)
+            stack.enter_context(pages)
         door = stack.enter_context(closing(Door(work_dir or images)))
         ready()
 
@@ -111,7 +119,12 @@ def lazy_pages(
             keeper.take_over(door, pages, beforehand)
 
         with theirs:
+            if supply is not None:
+                for end in supply.hold():  # the pager attaches itself
+                    end.close()
             family.daemon(run, NAME)
+            if supply is not None:
+                supply.runs = True  # what becomes of the source is the keeper's to say
         door.disown()
         return _awaited(ours, session.id, listener)
 
@@ -145,6 +158,15 @@ def _from_server(
         return pages, Beforehand(pages, source)
 
 
+def _from_criu(
+    images: Path, server: PageServerOfCriu, supply: CriuSupply, facts: dict[str, object], stack: ExitStack
+) -> tuple[PrivatePages, Beforehand]:
+    facts["images"], facts["server"] = str(images), server.address
+    facts["supply"] = Supply(str(images), criu=True, server=server.address).facts()
+    pages = stack.enter_context(PrivatePages(images))
+    return pages, Beforehand(pages, supply.pages(pages))
+
+
 def _awaited(stream: socket.socket, session: str, listener: Listener) -> Mapping[str, object]:
     runs = False
 
@@ -158,7 +180,8 @@ def _awaited(stream: socket.socket, session: str, listener: Listener) -> Mapping
         report: Mapping[str, object] = result(stream, hear, lost=lost)
         return report
     except KeyboardInterrupt:
-        if not runs:
+        stream.shutdown(socket.SHUT_WR)  # as if we had ended, but for the verdict
+        if not (runs or _came_too_late(stream)):
             raise
         raise Parked(
             "its memory goes on coming without this command", where=f"session {session}", remedy=lost
@@ -169,6 +192,18 @@ def _awaited(stream: socket.socket, session: str, listener: Listener) -> Mapping
         raise LazyprocError(
             "who was to bring the memory was killed before the tree ran, and it never will", where=NAME
         ) from None
+
+
+def _came_too_late(stream: socket.socket) -> bool:
+    """Whether the tree runs although we do not wait any more; else it never will."""
+    messages = Messages(stream)
+    while (message := messages.read()) is not None:
+        kind, value = message
+        if kind != "event":
+            return bool(kind == "done")
+        if isinstance(value, StateChanged) and value.state == "running":
+            return True
+    return False
 
 
 class LazyPagesKeeper(Keeper):
@@ -205,12 +240,20 @@ class LazyPagesKeeper(Keeper):
     def _take_back(self) -> None:
         """The keeper was killed before everything was handed over. The restore fails when we have ended as well."""
         self._entrance.close()
+        self._let_source_run()
         self._clients.failed(LazyprocError("the keeper was killed before the restore", where=NAME))
 
     def _fail(self, error: BaseException) -> None:
+        ignore_interrupts()  # the client's end may be told twice
         self._clients.failed(error if isinstance(error, LazyprocError) else LazyprocError(_words(error)))
+        self._let_source_run()
         self._journal.remove()
         self._dismiss()
+
+    def _let_source_run(self) -> None:
+        """What CRIU's page server has is of a process that stands still for us."""
+        if self._journal.facts.get("server"):
+            let_source_run(self._session.id)
 
     @property
     def _is_arriving(self) -> bool:
@@ -222,6 +265,7 @@ class LazyPagesKeeper(Keeper):
                 self._clients.first.stop_without_it()
             super()._watch()
         except KeyboardInterrupt as error:
+            ignore_interrupts()
             if forestall(self._journal.facts["restorer"][0]):
                 end_tree(from_facts(self._journal.facts["tree"]))
                 self._fail(error)
@@ -254,6 +298,7 @@ class LazyPagesKeeper(Keeper):
         except (ConnectionLost, ProtocolError) as error:
             tree = from_facts(self._journal.facts["tree"])
             end_tree(tree)
+            self._let_source_run()
             self._clients.failed(GaveUp(str(error), ()))
             self._journal.remove()
             return False
