@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.explain import explain as explain
     from lazyproc.migrate.lazypages import lazy_pages as lazy_pages
+    from lazyproc.migrate.local import PageServerOfCriu as PageServerOfCriu
     from lazyproc.migrate.local import restore as restore
     from lazyproc.migrate.server import serve as serve
     from lazyproc.migrate.sessions import abort as abort
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "LazyRegion": "lazyproc.uffd.region",
     "abort": "lazyproc.migrate.sessions",
+    "PageServerOfCriu": "lazyproc.migrate.local",
     "Permits": "lazyproc.dump.permits",
     "Restored": "lazyproc.restore.run",
     "Tls": "lazyproc.pages.tls",
@@ -40,6 +42,7 @@ _PACKAGES = ("errors", "migrate", "restore")  # the last two are callable, see c
 
 __all__ = [
     "LazyRegion",
+    "PageServerOfCriu",
     "Permits",
     "Restored",
     "Tls",

@@ -14,6 +14,7 @@ from lazyproc.model import PAGE, Extent
 
 IN_PARENT, LAZY = 1, 2  # bits of a kind
 _EAGER_RUN, _LAZY_RUN = re.compile(rb"[\x00\x01]+"), re.compile(rb"[\x02\x03]+")
+_WITHOUT_PARENT = bytes(kind & ~IN_PARENT for kind in range(256))
 _AS_EAGER = bytes(kind & ~LAZY for kind in range(256))
 
 
@@ -81,6 +82,10 @@ class Extents(Sequence[Extent]):
     def as_eager(self) -> Extents:
         """The same pages, all to be there before the process runs."""
         return Extents(self.addrs, self.counts, self.kinds.translate(_AS_EAGER))
+
+    def without_parent(self) -> Extents:
+        """The same pages, all in this folder."""
+        return Extents(self.addrs, self.counts, self.kinds.translate(_WITHOUT_PARENT))
 
     def within(self, start: int, end: int) -> Extents:
         """What of them lies from the page `start` up to `end`."""

@@ -22,7 +22,7 @@ TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from lazyproc import Restored
+    from lazyproc import PageServerOfCriu, Restored
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Listener
 
@@ -33,10 +33,19 @@ FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SI
 
 def add(commands: Commands) -> None:
     parser = command(commands, run, "restore", "build a process tree from images and let it run")
-    place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("-D", dest="directory", metavar="DIR", help="folder of images, lazyproc's or CRIU's")
-    place.add_argument(
-        "--from", dest="peer", metavar=HOST_PORT, type=endpoint, help="where `lazyproc serve` offers a tree"
+    parser.add_argument("-D", dest="directory", metavar="DIR", help="folder of images, lazyproc's or CRIU's")
+    parser.add_argument(
+        "--from",
+        dest="peer",
+        metavar=HOST_PORT,
+        type=endpoint,
+        help="where `lazyproc serve` offers a tree; with -D: where a page server of CRIU's has their lazy pages",
+    )
+    parser.add_argument(
+        "--criu-4.1",
+        dest="older_criu",
+        action="store_true",
+        help="with -D and --from: that CRIU is 4.1 or older, which nothing on the wire tells",
     )
     parser.add_argument(
         "--lazy", action="store_true", help="bring pages when they are touched, the rest meanwhile"
@@ -80,7 +89,11 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
 
     import lazyproc
 
-    if args.peer is not None:
+    if args.peer is None and args.directory is None:
+        raise lazyproc.errors.UsageError(
+            "there is nothing to restore", remedy="give -D DIR, or --from HOST:PORT"
+        )
+    if args.peer is not None and args.directory is None:
         from lazyproc.migrate.arrival import Terms
         from lazyproc.migrate.fetch import restore_from
 
@@ -100,14 +113,23 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
         )
     return lazyproc.restore(
         Path(args.directory),
-        lazy=args.lazy,
+        lazy=args.lazy or args.peer is not None,
         pidns=args.pidns,
         policy=args.policy or "sequential",
         cgroup=args.cgroup,
         trace=args.trace,
         record=args.record,
+        page_server=_page_server(args),
         listener=listener,
     )
+
+
+def _page_server(args: argparse.Namespace) -> PageServerOfCriu | None:
+    if args.peer is None:
+        return None
+    from lazyproc import PageServerOfCriu
+
+    return PageServerOfCriu(args.peer, args.older_criu, args.insecure, tls_of(args))
 
 
 def _wait(restored: Restored, detach: bool, listener: Listener) -> int:

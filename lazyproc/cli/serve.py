@@ -23,6 +23,11 @@ def add(commands: Commands) -> None:
     target.add_argument(
         "pid", metavar="PID", type=pid, nargs="?", help="process tree, frozen when the first client has come"
     )
+    parser.add_argument(
+        "--receive",
+        action="store_true",
+        help="with -D: store there what `criu dump --page-server` sends, once",
+    )
     add_listen(parser)
     add_policy(parser)
     add_trust(parser)
@@ -37,10 +42,18 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     from lazyproc.cli.outcome import Outcome
     from lazyproc.migrate.source import Order
 
+    if args.receive and args.directory is None:
+        raise lazyproc.errors.UsageError("--receive stores pages in a folder", remedy="name it with -D")
     target = args.pid if args.directory is None else Path(args.directory)
     order = Order(policy=args.policy)
     with suppress(KeyboardInterrupt):
         lazyproc.serve(
-            target, args.listen, order, insecure=args.insecure, tls=tls_of(args), listener=listener
+            target,
+            args.listen,
+            order,
+            insecure=args.insecure,
+            tls=tls_of(args),
+            receive=args.receive,
+            listener=listener,
         )
     return Outcome()

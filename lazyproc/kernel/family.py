@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +16,7 @@ from lazyproc.kernel.sys import syscall
 SYS_CLONE = 56
 CLONE_FILES = 0x400
 PR_SET_PDEATHSIG = 1
+EVERY_FD = (1 << 31) - 1
 COMM_MAX = 15  # TASK_COMM_LEN less the NUL
 
 
@@ -75,6 +77,17 @@ def end_with_parent(parent: int) -> None:
     syscall(SYS["prctl"], PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it has ended before we could say so
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def keep_only(*fds: int) -> None:
+    """Close every other descriptor: userfaultfds, doors and terminals of the process that we were must not live on in
+    us.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in {0, 1, 2} - {*fds}:
+        os.dup2(null, fd)
+    for below, above in pairwise([*sorted({0, 1, 2, *fds}), EVERY_FD]):
+        os.closerange(below + 1, above)
 
 
 def _be(work: Callable[[], object], name: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -9,10 +10,13 @@ from contextlib import suppress
 from lazyproc.errors import ConnectionLost, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.facts import asdict
+from lazyproc.images.pagemap import to_extents
 from lazyproc.kernel.cgroup import remove
+from lazyproc.migrate.criu_supply import attach
 from lazyproc.migrate.link import Link
 from lazyproc.migrate.talk import Pulse
 from lazyproc.model import Extent, MemoryObject
+from lazyproc.pages.criu_source import LazyRuns
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.private import PrivatePages
 from lazyproc.pages.remote import extents_of
@@ -139,6 +143,21 @@ class Drain:
         """
         self._pager.serve_segments(source.segments_here())
         self._apply(source.extents())
+
+    def go_to_criu(self, images: ImagePages, session: str) -> socket.socket:
+        """What these images call lazy comes from a page server of CRIU's, over the connection that a restore has left;
+        what is to be told when all is there. Before the pager is started. Raises ConnectionLost.
+        """
+        lazy = LazyRuns(images)
+        urgent, bulk, control = attach(session)
+        self._pager.serve_segments(lazy.beside(images))
+        self._pager.serve_remote(urgent, bulk)
+        private = isinstance(images, PrivatePages)  # CRIU's restore: see there
+        marked = {obj: to_extents(pagemap) for obj, pagemap in images.pagemaps()}
+        self._apply(images.extents() if private else marked)
+        self._alone = True
+        self.reason = ""
+        return control
 
     def record(self, file: TraceFile | None, *, tell: bool) -> None:
         """The faults into `file`; with `tell` the source gets them as well, while it can be reached."""

@@ -6,6 +6,7 @@ no more than another.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,14 +22,13 @@ from lazyproc.migrate.answering import heard
 from lazyproc.migrate.identity import identity, is_same_moment, is_same_tree
 from lazyproc.migrate.link import Link, Redial, linked
 from lazyproc.migrate.talk import expect
-from lazyproc.model import Checkpoint, ObjectKind
+from lazyproc.model import Checkpoint, ObjectKind, Vma
 from lazyproc.pages import PageSource
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.images import write_pages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import RemotePages
 from lazyproc.pages.transport import Session
-from lazyproc.restore.pages import arranged
 from lazyproc.runs import Extents
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Prepared, Running
 
@@ -75,15 +75,25 @@ def demand_same(ours: Identity, theirs: Identity, target: str) -> None:
 
 def fill(directory: Path, checkpoint: Checkpoint, source: PageSource) -> None:
     """The images, with the pages that CRIU wants to have at once. Raises ImageError, and what `source` raises."""
-    whole = arranged(checkpoint, lazy=True)
+    vmas = {task.vpid: task.mm.vmas for task in checkpoint.tasks if task.mm}
     memory = {
-        obj: runs if obj.kind is ObjectKind.TASK else Extents.of(runs).as_eager()
-        for obj, runs in whole.memory.items()
+        obj: _as_criu_marks(pages, vmas[obj.id]) if obj.kind is ObjectKind.TASK else pages.as_eager()
+        for obj, pages in (
+            (obj, Extents.of(runs).without_parent()) for obj, runs in checkpoint.memory.items()
+        )
     }
-    whole = replace(whole, memory=memory)
+    whole = replace(checkpoint, memory=memory)
     with filled(Folder(directory), early=True) as draft:
         draft.write(to_images(whole, lazy_elsewhere=True))
         write_pages(draft, whole, source, lazy=False)
+
+
+def _as_criu_marks(extents: Extents, vmas: Sequence[Vma]) -> Extents:
+    """Lazy is only what CRIU leaves to userfaultfd; the vdso's pages are wanted as well."""
+    inside = ((vma, extents.within(vma.start, vma.end)) for vma in vmas)
+    return Extents.joined(
+        part if vma.may_be_lazy and vma.flags & mmap.MAP_PRIVATE else part.as_eager() for vma, part in inside
+    )
 
 
 class Refetch(Redial):

@@ -20,7 +20,7 @@ from lazyproc.images.lazy import LazyMemory, highest_descriptor
 from lazyproc.kernel import family
 from lazyproc.kernel.deaf import ignore_interrupts
 from lazyproc.kernel.nursery import TRANSPORT_FD
-from lazyproc.migrate.apart import Client, result, stream, unplug
+from lazyproc.migrate.apart import Client, Messages, result, stream, unplug
 from lazyproc.migrate.arrival import Wishes
 from lazyproc.migrate.beforehand import Beforehand
 from lazyproc.migrate.crew import say
@@ -158,7 +158,8 @@ def _awaited(stream: socket.socket, session: str, listener: Listener) -> Mapping
         report: Mapping[str, object] = result(stream, hear, lost=lost)
         return report
     except KeyboardInterrupt:
-        if not runs:
+        stream.shutdown(socket.SHUT_WR)  # as if we had ended, but for the verdict
+        if not (runs or _came_too_late(stream)):
             raise
         raise Parked(
             "its memory goes on coming without this command", where=f"session {session}", remedy=lost
@@ -169,6 +170,18 @@ def _awaited(stream: socket.socket, session: str, listener: Listener) -> Mapping
         raise LazyprocError(
             "who was to bring the memory was killed before the tree ran, and it never will", where=NAME
         ) from None
+
+
+def _came_too_late(stream: socket.socket) -> bool:
+    """Whether the tree runs although we do not wait any more; else it never will."""
+    messages = Messages(stream)
+    while (message := messages.read()) is not None:
+        kind, value = message
+        if kind != "event":
+            return bool(kind == "done")
+        if isinstance(value, StateChanged) and value.state == "running":
+            return True
+    return False
 
 
 class LazyPagesKeeper(Keeper):
@@ -208,6 +221,7 @@ class LazyPagesKeeper(Keeper):
         self._clients.failed(LazyprocError("the keeper was killed before the restore", where=NAME))
 
     def _fail(self, error: BaseException) -> None:
+        ignore_interrupts()  # the client's end may be told twice
         self._clients.failed(error if isinstance(error, LazyprocError) else LazyprocError(_words(error)))
         self._journal.remove()
         self._dismiss()
@@ -222,6 +236,7 @@ class LazyPagesKeeper(Keeper):
                 self._clients.first.stop_without_it()
             super()._watch()
         except KeyboardInterrupt as error:
+            ignore_interrupts()
             if forestall(self._journal.facts["restorer"][0]):
                 end_tree(from_facts(self._journal.facts["tree"]))
                 self._fail(error)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 from lazyproc.events import Listener
+from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.restore import run
 from lazyproc.restore.run import Restored
@@ -17,7 +18,9 @@ from lazyproc.restore.tree import Pidns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from lazyproc.migrate.criu_supply import CriuSupply
     from lazyproc.migrate.journal import Journal
+    from lazyproc.pages.tls import Tls
 
 
 @contextmanager
@@ -36,32 +39,71 @@ def restore(
     ready: Callable[[int], object] = lambda pid: None,
     lazy_pages: socket.socket | None = None,
     tcp_close: bool = False,
+    page_server: PageServerOfCriu | None = None,
 ) -> Iterator[Restored]:
-    """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`."""
-    with run.restore(
-        directory,
-        lazy=lazy,
-        pidns=pidns,
-        policy=policy,
-        listener=listener,
-        bulk=bulk,
-        cgroup=cgroup,
-        trace=trace,
-        record=record,
-        stopped=stopped,
-        ready=ready,
-        lazy_pages=lazy_pages,
-        tcp_close=tcp_close,
-    ) as restored:
+    """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`.
+
+    What the images call lazy comes from `page_server`; see there.
+    """
+    session = os.urandom(8).hex()
+    with ExitStack() as stack:
+        served = stack.enter_context(page_server.supply(session)) if page_server is not None else None
+        restored = stack.enter_context(
+            run.restore(
+                directory,
+                lazy=lazy,
+                pidns=pidns,
+                policy=policy,
+                listener=listener,
+                bulk=bulk,
+                cgroup=cgroup,
+                trace=trace,
+                record=record,
+                stopped=stopped,
+                ready=ready,
+                lazy_pages=lazy_pages,
+                tcp_close=tcp_close,
+                served=served,
+            )
+        )
         if restored.pager is None:
             yield restored
             return
-        with _session(restored, directory, policy, listener):
+        server = page_server.address if page_server is not None else ""
+        with _session(session, restored, directory, policy, server, listener):
             yield restored
 
 
+@dataclass(frozen=True, slots=True)
+class PageServerOfCriu:
+    """`criu dump --lazy-pages` or `criu page-server --lazy-pages` at `address` (HOST:PORT), of CRIU 4.2 or newer, or
+    `older` (4.1 and before), which nothing tells.
+
+    CRIU's server has one client: whatever ends the connection before the tree runs here lets the process there run on,
+    and when every page is here the process there is ended.
+    """
+
+    address: str
+    older: bool = False
+    insecure: bool = False
+    tls: Tls | None = None
+
+    def supply(self, session: str) -> CriuSupply:
+        """For a restore that is its session."""
+        from lazyproc.migrate.criu_supply import CriuSupply
+        from lazyproc.pages.criu_source import CriuServer
+        from lazyproc.pages.peer import Trust
+        from lazyproc.wire.criu import Dialect
+
+        dialect = Dialect.V4_1 if self.older else Dialect.V4_2
+        trust = Trust(self.insecure, tls=self.tls)
+        return CriuSupply(lambda: CriuServer.dial(self.address, dialect, trust), session)
+
+
 @contextmanager
-def _session(restored: Restored, directory: Path, policy: str, listener: Listener) -> Iterator[None]:
+def _session(
+    session: str, restored: Restored, directory: Path, policy: str, server: str, listener: Listener
+) -> Iterator[None]:
     """On record, until nothing is missing or nobody is left to miss it."""
     # Not before the tree runs: their import would be part of its start.
     from lazyproc.migrate.desk import Desk
@@ -69,12 +111,12 @@ def _session(restored: Restored, directory: Path, policy: str, listener: Listene
     from lazyproc.restore.lazytree import to_facts
     from lazyproc.uffd.policy import POLICIES
 
-    session = os.urandom(8).hex()
     images = os.path.abspath(directory)
     facts = {
         "token": os.urandom(16).hex(),  # nobody's: there is no other side
-        "peer": images,
+        "peer": server or images,
         "images": images,
+        "server": server,
         "address": "",
         "tree": to_facts(restored.tree),
         "wishes": {"mode": "postcopy", "policy": policy if policy in POLICIES else "sequential"},

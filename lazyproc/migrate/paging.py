@@ -22,6 +22,7 @@ from lazyproc.kernel.ready import readable
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.arrival import Wishes
 from lazyproc.migrate.crew import Clients, Member, amend, heard, say
+from lazyproc.migrate.criu_supply import finish
 from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.images_server import Refetch
 from lazyproc.migrate.journal import ARRIVING, Journal
@@ -72,6 +73,7 @@ class Paging:
         self._clients = clients
         self._keeper = keeper
         self._preferences = preferences
+        self._criu: socket.socket | None = None  # who has the connection to CRIU's page server
         self._look_at = 0.0  # when it is looked next whether anybody of the crew is left
 
     def first(self, keeper: Member) -> None:
@@ -121,7 +123,7 @@ class Paging:
             if not alone and facts.get("criu"):
                 drain.know(stack.enter_context(PrivatePages(Path(facts["folder"]))))
             redial = self._redial(drain)
-            hurries = alone and not supply.criu  # the source is given up
+            hurries = alone and not (supply.criu or supply.server)  # the source is given up
             bulk, max_rate = wishes.bulk or hurries, 0 if hurries else wishes.max_rate
             if facts["state"] == ARRIVING:
                 pager.start(bulk=False, max_rate=max_rate)
@@ -140,7 +142,10 @@ class Paging:
             return False
         try:
             images = stack.enter_context(supply.pages()) if supply.images else None
-            drain.go_alone(images, poison=supply.poison)
+            if supply.server and images is not None:
+                self._criu = drain.go_to_criu(images, self._session.id)
+            else:
+                drain.go_alone(images, poison=supply.poison)
         except (LazyprocError, OSError) as error:
             self._clients.failed(error)
             self._have_noted({"supply": {}})
@@ -262,6 +267,8 @@ class Paging:
 
     def _close(self, drain: Drain) -> None:
         """All is done; whoever is kept is dismissed by the keeper."""
+        if self._criu is not None:
+            self._tell_criu(self._criu)
         self._clients.done(drain.report)
         over = drain.released or self._nobody_asks
         facts: dict[str, Any] = {} if over else {"state": "drained", "report": drain.report}
@@ -274,6 +281,12 @@ class Paging:
     def _nobody_asks(self) -> bool:
         """How it ended: there is no source, or it has nothing to decide."""
         return not self._place.address or bool(self._journal.facts.get("criu"))
+
+    def _tell_criu(self, control: socket.socket) -> None:
+        try:
+            finish(control, self._session.id)
+        except LazyprocError as error:
+            self._clients.tell(Note(f"session {self._session.id}: {error}"))
 
     def _lacking(self, pages: int) -> Parked:
         """It stays as it was."""

@@ -6,8 +6,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from queue import Queue
 
 from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Note, StateChanged
@@ -21,12 +22,14 @@ from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.model import Checkpoint
 from lazyproc.pages.bundle import NAME, pack_bundle
 from lazyproc.pages.criu_server import Shelf, answer
+from lazyproc.pages.criu_store import store
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Caller, Door, listen
+from lazyproc.private import make_folder
 from lazyproc.restore.crius import fitted
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Released, Running
 
@@ -42,13 +45,17 @@ def serve(
     tls: Tls | None = None,
     once: bool = False,
     ready: Callable[[], object] = lambda: None,
+    receive: bool = False,
     listener: Listener,
 ) -> None:
     """A process tree by the pid of its root, or a folder of images; see `serve_process` and `serve_folder`, which has
-    `once` and `ready`.
+    `once` and `ready`. With `receive` pages are stored there: `receive_pages`.
     """
     trust = Trust(insecure, tls=tls)
-    if isinstance(target, int):
+    if receive and not isinstance(target, int):
+        pages = receive_pages(target, address, trust=trust, listener=listener)
+        listener(Note(f"{pages} pages stored in {target}"))
+    elif isinstance(target, int):
         serve_process(target, address, order, trust=trust, listener=listener)
     else:
         serve_folder(target, address, order, trust=trust, once=once, ready=ready, listener=listener)
@@ -124,6 +131,32 @@ def serve_folder(
             if link is not None:
                 client = _Client(link, checkpoint, pages, order, served, listener)
                 threading.Thread(target=client.run, daemon=True).start()
+
+
+def receive_pages(directory: Path, address: str, *, trust: Trust, listener: Listener) -> int:
+    """Store what `criu dump --page-server` sends in `directory`, which is made; returns how many pages it was, when one
+    transfer is complete. What breaks off leaves nothing, and the next one may come.
+    """
+    make_folder(directory)
+    stored: Queue[int] = Queue()
+
+    def store_one(sock: socket.socket, where: str) -> None:
+        with sock:
+            try:
+                stored.put(store(sock, where, Folder(directory)))
+            except LazyprocError as error:
+                listener(Note(f"ended a connection: {error}"))
+
+    def begin(sock: socket.socket, where: str) -> None:
+        threading.Thread(target=store_one, args=(sock, where), daemon=True).start()
+
+    with listen(address, Party.DESTINATION, trust=trust, report=listener, criu=begin) as door:
+        listener(Note(f"listening on port {door.port}"))
+        while stored.empty():
+            if (channel := door.accept(DOOR_S)) is not None:
+                with suppress(LazyprocError):
+                    channel.refuse("pages of CRIU's are stored here, and nothing else")
+    return stored.get()
 
 
 def _server_of(pages: ImagePages) -> PageServer:

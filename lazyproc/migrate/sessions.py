@@ -115,10 +115,16 @@ def resume(
         raise UsageError(
             "--here is for the source of a session", where=session, remedy="use resume without it"
         )
+    from lazyproc.migrate.criu_supply import is_held
     from lazyproc.migrate.keeper import keep_on
 
     recorded = Supply.of(record.facts.get("supply") or {})
     own = Supply.of(record.facts)  # of a lazy restore, which has images
+    if own.server and not is_held(session):
+        raise UsageError(
+            "CRIU's page server is lost, and with it the way to the missing pages", where=session,
+            remedy=f"name images of the same moment with resume {session} --from DIR, or give them up with --poison",
+        )  # fmt: skip
     return keep_on(record, recorded if record.state == "poisoned" else own, listener)
 
 
@@ -251,3 +257,7 @@ def _end_tree(record: Record) -> None:
         holding.from_facts(record.facts["held"]).end()
     if "tree" in record.facts:
         end_tree(from_facts(record.facts["tree"]))
+    if record.facts.get("server"):
+        from lazyproc.migrate.criu_supply import let_source_run
+
+        let_source_run(record.session)

@@ -21,23 +21,30 @@ from lazyproc.uffd.device import demand_poison
 @dataclass(frozen=True, slots=True)
 class Supply:
     """`images`: an absolute path, or "". With `poison` what they lack is lost, and touching it is SIGBUS. `criu`: CRIU
-    has restored the tree, and left out what is private.
+    has restored the tree, and left out what is private. `server`: where a page server of CRIU's has what the images
+    call lazy.
     """
 
     images: str = ""
     poison: bool = False
     criu: bool = False
+    server: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.images) or self.poison
 
     def facts(self) -> dict[str, object]:
         """For a journal."""
-        return {"images": self.images, "poison": self.poison, "criu": self.criu}
+        return {"images": self.images, "poison": self.poison, "criu": self.criu, "server": self.server}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Supply:
-        return cls(str(facts.get("images") or ""), facts.get("poison") is True, facts.get("criu") is True)
+        return cls(
+            str(facts.get("images") or ""),
+            facts.get("poison") is True,
+            facts.get("criu") is True,
+            str(facts.get("server") or ""),
+        )
 
     def pages(self, wanted: Mapping[str, list[int]] | None = None, *, force: bool = False) -> ImagePages:
         """The pages of its images; with `wanted` only if they are of that tree. Raises ImageError, UsageError."""

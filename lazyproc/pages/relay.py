@@ -14,7 +14,6 @@ import socket
 import ssl
 import time
 from contextlib import suppress
-from itertools import pairwise
 
 from lazyproc.errors import LazyprocError
 from lazyproc.kernel import family
@@ -23,7 +22,6 @@ NAME = "lazyproc-relay"
 CHUNK = 256 << 10  # bytes under way in one direction
 RECORD = 16 << 10  # what one SSL_read gives at most (RFC 8446, 5.1)
 LINGER_S = 5.0  # the last bytes are on their way; who closes with something unread sends RST after them
-_EVERY_FD = (1 << 31) - 1
 
 
 def relayed(far: ssl.SSLSocket) -> socket.socket:
@@ -50,17 +48,8 @@ def _be_relay(far: ssl.SSLSocket, near: socket.socket) -> None:
     gc.disable()  # rubbish of the process that we were would close numbers that are ours now
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    _keep_only(far.fileno(), near.fileno())
+    family.keep_only(far.fileno(), near.fileno())
     Relay(far, near).run()
-
-
-def _keep_only(*fds: int) -> None:
-    """Userfaultfds, doors and terminals of the process that we were must not live on in us."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in {0, 1, 2} - {*fds}:
-        os.dup2(null, fd)
-    for below, above in pairwise([*sorted({0, 1, 2, *fds}), _EVERY_FD]):
-        os.closerange(below + 1, above)
 
 
 class _Flow:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import contextmanager
 
 from lazyproc.errors import ConnectionLost, LazyprocError, PermissionDenied, UsageError
 from lazyproc.facts import dataclass
@@ -15,7 +16,7 @@ from lazyproc.facts import dataclass
 TYPE_CHECKING = False  # ssl costs 10 ms of the start of everybody who does not use it
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 # In TLS 1.3 the dialler's handshake is over before its certificate has been looked at. This byte says that it was
 # taken; so a refusal comes here, with its reason, and not in the middle of the first frame.
@@ -125,38 +126,53 @@ def _demand_readable(path: str) -> None:
 
 
 def secured(sock: socket.socket, tls: Tls, host: str, where: str) -> ssl.SSLSocket:
-    """The connected socket after the handshake, when both ends have taken the other's certificate; `sock` is used up.
+    """A connection to lazyproc when both ends have taken the other's certificate; see `handshaken`."""
+    import ssl
+
+    far = handshaken(sock, tls, host, where)
+    try:
+        with _blamed(tls, where):
+            said = far.recv(len(LET_IN))
+            if said != LET_IN:
+                raise ssl.SSLEOFError
+    except LazyprocError:
+        far.close()
+        raise
+    return far
+
+
+def handshaken(sock: socket.socket, tls: Tls, host: str, where: str) -> ssl.SSLSocket:
+    """The connected socket after the handshake; `sock` is used up. The other end may still say that it does not take
+    our certificate.
 
     Its timeout is the limit of every step. `host` is the name or address the other end must prove to have. Raises
     PermissionDenied, ConnectionLost, UsageError for the files.
     """
-    import ssl
-
     try:
-        far = dialling(tls).wrap_socket(
+        sock = far = dialling(tls).wrap_socket(
             sock,
             server_hostname=host.partition("%")[0],
             suppress_ragged_eofs=False,
             do_handshake_on_connect=False,
         )
-        sock = far
-        far.do_handshake()
-        said = far.recv(len(LET_IN))
-    except TimeoutError:
-        sock.close()
-        raise ConnectionLost(
-            "connected, but it does not answer in TLS", where=where, remedy="is it lazyproc?"
-        ) from None
-    except OSError as error:
-        sock.close()
-        raise refusal(error, tls, where) from None
+        with _blamed(tls, where):
+            far.do_handshake()
     except LazyprocError:
         sock.close()
         raise
-    if said != LET_IN:
-        far.close()
-        raise refusal(ssl.SSLEOFError(), tls, where)
     return far
+
+
+@contextmanager
+def _blamed(tls: Tls, where: str) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise ConnectionLost(
+            "connected, but it does not answer in TLS", where=where, remedy="is it lazyproc, or CRIU?"
+        ) from None
+    except OSError as error:
+        raise refusal(error, tls, where) from None
 
 
 # --- who accepts ------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ class Channel:
         self._sending = threading.Lock()
         sock.setblocking(True)
         if sock.family != socket.AF_UNIX:
-            _tune(sock)
+            tune(sock)
 
     @classmethod
     def adopted(cls, sock: socket.socket, side: Party, hello: Hello, *, welcomed: bool) -> Channel:
@@ -262,7 +262,7 @@ def _rtt_us(sock: socket.socket) -> float:
     return float(struct.unpack_from("<I", info, 68)[0])
 
 
-def _tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket) -> None:
     """Requests are small and urgent; a peer that vanished must be noticed, by what it never acknowledged."""
     tcp = socket.IPPROTO_TCP
     for level, name, value in (
@@ -319,7 +319,7 @@ def _dialled(address: str, side: Party, trust: Trust, timeout: float) -> Channel
 def _behind_tls(sock: socket.socket, address: str, side: Party, tls: Tls) -> Channel:
     from lazyproc.pages.relay import relayed  # it imports ssl
 
-    _tune(sock)
+    tune(sock)
     far = secured(sock, tls, parse_address(address)[0], address)
     behind = Behind.look(far)
     return Channel(relayed(far), side, dialled=address, behind=behind)
@@ -484,7 +484,7 @@ class Door:
                 self._await(Channel(sock, self._side))
             else:
                 sock.setblocking(False)
-                _tune(sock)
+                tune(sock)
                 criu = self._criu is not None
                 self._await(Greeting(sock, self._trust.tls, peer_name(sock), criu=criu))
         except (PermissionDenied, UsageError, OSError) as error:

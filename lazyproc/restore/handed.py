@@ -191,28 +191,30 @@ class Door:
         self._path = directory / NAME
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._bind(directory)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            self._socket.listen(BACKLOG)
+            self._appear(directory)
         except OSError as error:
             self._socket.close()
-            busy = error.errno == errno.EADDRINUSE
             raise CannotListen(
-                "is there and no socket" if busy else os.strerror(error.errno or 0).lower(),
+                os.strerror(error.errno or 0).lower(),
                 where=str(self._path),
                 remedy="choose another folder with --work-dir, for CRIU as well",
             ) from None
 
-    def _bind(self, directory: Path) -> None:
+    def _appear(self, directory: Path) -> None:
+        """Under its name only when one can connect."""
         folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             short = f"/proc/self/fd/{folder}/{NAME}"  # sun_path has 108 bytes
             with suppress(FileNotFoundError):
-                if stat.S_ISSOCK(os.lstat(short).st_mode):
-                    os.unlink(short)
-            self._socket.bind(short)
-            os.chmod(short, 0o600)
-            self._inode = os.lstat(short).st_ino
+                if not stat.S_ISSOCK(os.lstat(short).st_mode):
+                    raise FileExistsError(errno.EEXIST, "")
+            made = f"{short}.{os.getpid()}"
+            self._socket.bind(made)
+            os.chmod(made, 0o600)
+            self._inode = os.lstat(made).st_ino
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            self._socket.listen(BACKLOG)
+            os.rename(made, short)
         finally:
             os.close(folder)
 

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
-from lazyproc.errors import LostAfterCommit, Parked, UsageError
+from lazyproc.errors import LazyprocError, LostAfterCommit, Parked, UsageError
 from lazyproc.events import Listener, StateChanged
 from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
@@ -19,6 +20,7 @@ from lazyproc.images.foreign import network_lock
 from lazyproc.kernel.cgroup import remove
 from lazyproc.kernel.sockopt import TCP_CLOSE
 from lazyproc.model import Checkpoint, Extent, InetSocket, MemoryObject, TaskState
+from lazyproc.pages import PageSource
 from lazyproc.pages.images import ImagePages
 from lazyproc.restore.crius import fitted, taken_over
 from lazyproc.restore.handing import hand_over, shared_at_once
@@ -50,6 +52,28 @@ class RestoreReport:
     fault_us: Mapping[str, float] | None = None
 
 
+class Served(Protocol):
+    """A server elsewhere that has the lazy pages of images whose folder is here."""
+
+    runs: bool  # here: to be said before it does
+
+    def pages(self, images: ImagePages) -> PageSource:
+        """For what has to be there before the tree runs."""
+        ...
+
+    def begin(self, pager: Pager, images: ImagePages) -> None:
+        """All others come to the pager from now on."""
+        ...
+
+    def finish(self) -> None:
+        """Every page is here."""
+        ...
+
+    def lost(self, root_pid: int, missing: int, reason: str) -> LazyprocError:
+        """What to say when no page comes any more."""
+        ...
+
+
 @dataclass(slots=True)
 class Restored:
     """A tree that runs. `pager` is None when nothing was lazy."""
@@ -61,6 +85,7 @@ class Restored:
     settle: Callable[[], object] = field(
         default=lambda: None, kw_only=True
     )  # before it gives back what it keeps
+    served: Served | None = field(default=None, kw_only=True)
     _plan: Callable[[], Iterable[Chunk]] | None = field(default=None, kw_only=True)  # until the pager has it
     _status: int | None = field(default=None, kw_only=True)
 
@@ -80,10 +105,14 @@ class Restored:
         self.settle()
         finish(self.pager, self.tree)
         self.drained = True
+        if self.served is not None:
+            self.served.finish()
         return True
 
     def _demand_source(self, pager: Pager) -> None:
         if pager.state is PagerState.LOST:
+            if self.served is not None:
+                raise self.served.lost(self.root_pid, pager.counters().remaining, pager.reason)
             raise LostAfterCommit(
                 f"{pager.counters().remaining} pages cannot be had ({pager.reason}), and who touches one of them waits",
                 where=f"pid {self.root_pid}",
@@ -135,6 +164,7 @@ def restore(
     ready: Callable[[int], object] = lambda pid: None,
     lazy_pages: socket.socket | None = None,
     tcp_close: bool = False,
+    served: Served | None = None,
 ) -> Iterator[Restored]:
     """Restore the tree in `directory`; it runs when the context is entered, or is `stopped` as by SIGSTOP. Without
     `bulk` only what is touched comes. `ready` is called with the root's pid when the tree is complete and has
@@ -168,7 +198,8 @@ def restore(
     chosen = known or _recorded(policy, checkpoint)
     with ExitStack() as stack:
         start_recording = stack.enter_context(_recording(files, listener)) if files else None
-        source = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
+        local = stack.enter_context(ImagePages(folder, memory_objects(checkpoint)))
+        source = served.pages(local) if served is not None else local
         if EXTRAS not in images:
             checkpoint = fitted(checkpoint, source)
         pager = stack.enter_context(Pager(trace=bool(files))) if lazy else None
@@ -182,7 +213,10 @@ def restore(
             stack.callback(remove, tree.lazy_tree.groups)  # in case it ends before us
             if pager is not None:
                 introduce(pager, tree, listener)
-                pager.serve_segments(source.segments())
+                if served is None:
+                    pager.serve_segments(local.segments())
+                else:
+                    served.begin(pager, local)
                 pager.plan(blocks(chosen.first))
                 pager.start(bulk=bulk)
                 if chosen.first and bulk:  # the tree will want them at once, and no map is needed
@@ -192,6 +226,8 @@ def restore(
             if lazy_pages is not None:
                 hand_over(lazy_pages, tree)
             with _said_to_run(tree):
+                if served is not None:
+                    served.runs = True
                 let_go()
                 tree.release()
                 if start_recording is not None and pager is not None:
@@ -203,7 +239,7 @@ def restore(
                     if chosen.reaction is not None:
                         follow(pager, chosen.reaction())
         memory = tree.checkpoint.memory
-        yield Restored(remains, started, pager, _plan=lambda: chosen.order(_lazy(memory)))
+        yield Restored(remains, started, pager, served=served, _plan=lambda: chosen.order(_lazy(memory)))
 
 
 def all_stopped(checkpoint: Checkpoint) -> Checkpoint:

@@ -16,6 +16,7 @@ from tests import peer
 from tests.live.programs import Phase, Program, Watch, compile_program, wait_until
 
 END_S = 30
+LARGE_PIPE = 4 << 20
 FREE_NUMBER = 500  # that no process of a test host has by then
 
 
@@ -112,6 +113,18 @@ def running_there(host: Host, name: str, *arguments: object, directory: Path) ->
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def large_pipes() -> Iterator[None]:
+    """CRIU's lazy page server makes pipes of 4 MiB, and without CAP_SYS_RESOURCE fails when it cannot."""
+    limit = Path("/proc/sys/fs/pipe-max-size")
+    before = int(limit.read_text())
+    limit.write_text(str(max(before, LARGE_PIPE)))
+    try:
+        yield
+    finally:
+        limit.write_text(str(before))
 
 
 def number_from(host: Host, pid: int) -> None:

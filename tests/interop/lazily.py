@@ -150,6 +150,10 @@ def environment(state: Path) -> dict[str, str]:
     return {**os.environ, "XDG_STATE_HOME": str(state)}
 
 
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 @contextmanager
 def lazy_pages(images: Path, *options: str, directory: Path) -> Iterator[LazyPages]:
     state, log = directory / "state", directory / "lazy-pages.log"
@@ -160,7 +164,7 @@ def lazy_pages(images: Path, *options: str, directory: Path) -> Iterator[LazyPag
     )  # fmt: skip
     it = LazyPages(process, state, log)
     try:
-        wait_until(lambda: process.poll() is not None or (images / NAME).is_socket(), "it listens")
+        wait_until(lambda: process.poll() is not None or "waiting" in _text(log), "it listens")
         assert process.poll() is None, log.read_text()
         yield it
     finally:

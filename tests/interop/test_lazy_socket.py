@@ -17,8 +17,10 @@ import pytest
 
 from lazyproc.uffd.device import Userfaultfd
 from tests.faults.helpers import gone
+from tests.interop.both_ways import end
 from tests.interop.lazily import (
     NAME,
+    Dumped,
     connected,
     dumped,
     dumped_and_running,
@@ -26,6 +28,7 @@ from tests.interop.lazily import (
     lazy_pages,
     serving,
 )
+from tests.interop.test_criu_chains import chained
 from tests.live.programs import wait_until
 from tests.needs import require_root
 
@@ -41,17 +44,16 @@ def root() -> None:
     require_root()
 
 
-def keepers(state: Path) -> list[int]:
-    """By their environment, which is the command's."""
-    found = []
+def crew(state: Path) -> dict[str, int]:
+    """Who works for a command, by its environment, as soon as each has its name."""
+    found: dict[str, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            wanted = f"XDG_STATE_HOME={state}".encode()
-            if (folder / "comm").read_text() == "lazyproc-keeper\n" and wanted in (
-                folder / "environ"
-            ).read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
+            name = (folder / "comm").read_text().strip()
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            if name.startswith("lazyproc-") and f"XDG_STATE_HOME={state}".encode() in variables:
+                found[name] = int(folder.name)
+    return found if {"lazyproc-keeper", "lazyproc-pager", "lazyproc-guard"} == found.keys() else {}
 
 
 def descriptors(pid: int) -> list[str]:
@@ -185,9 +187,8 @@ def test_the_pager_is_left_alone_while_it_is_restored(tmp_path: Path, finishes: 
 def test_the_keeper_is_killed_before_a_restore(tmp_path: Path) -> None:
     with dumped(*CARGO, directory=tmp_path) as cargo:
         with lazy_pages(cargo.images, directory=tmp_path) as pager:
-            wait_until(lambda: len(keepers(pager.state)) == 1, "there is a keeper")
-            (keeper,) = keepers(pager.state)
-            os.kill(keeper, signal.SIGKILL)
+            wait_until(lambda: bool(crew(pager.state)), "all are there")
+            os.kill(crew(pager.state)["lazyproc-keeper"], signal.SIGKILL)
             assert "was killed" in pager.finish(expected=1)["error"]
         assert cargo.restore().wait() != 0
 
@@ -346,9 +347,9 @@ def test_the_word_that_all_is_restored_never_comes(tmp_path: Path, end: str) -> 
 # --- trees ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_tree_with_zombies_and_a_stopped_child(tmp_path: Path) -> None:
-    with dumped("tree", directory=tmp_path) as cargo:
-        with lazy_pages(cargo.images, "--max-rate", "1000000", directory=tmp_path) as pager:
+def test_a_tree_with_a_zombie(tmp_path: Path) -> None:
+    with dumped("zombie", 8, directory=tmp_path) as cargo:
+        with lazy_pages(cargo.images, *SLOW, directory=tmp_path) as pager:
             cargo.restored()
             pager.wait_anchored()
             cargo.watch.wait_beats()
@@ -417,3 +418,19 @@ def test_a_process_that_runs_is_no_source(tmp_path: Path) -> None:
             refused = refuses(cargo.images, port)
             cargo.watch.wait_beats()
         assert "serve -D" in refused
+
+
+@pytest.mark.parametrize("from_server", [False, True])
+def test_pages_lie_in_parents(tmp_path: Path, from_server: bool) -> None:
+    """CRIU itself reads those that it finds there, and fetches others never."""
+    with chained(tmp_path, "mixed", "8", "2", "20000") as made, ExitStack() as stack:
+        cargo = Dumped(made.newest, made.program.pid, made.program.watch)
+        options: tuple[str, ...] = ()
+        if from_server:
+            _, port = stack.enter_context(serving(made.newest, directory=tmp_path))
+            cargo.images, options = tmp_path / "fetched", ("--from", f"127.0.0.1:{port}")
+            cargo.images.mkdir()
+        with lazy_pages(cargo.images, *options, directory=tmp_path) as pager:
+            cargo.restored()
+            pager.finish()
+        end(cargo.pid, cargo.watch)
