@@ -32,6 +32,7 @@ def run(given: Given, log: Log) -> None:
         last=partial(scripts.run, given, log, "post-dump"),
         listener=log,
     )
+    (places.work(given) / "stats-dump").write_bytes(report.stats())
     log.write(
         INFO,
         f"dumped {report.tasks} processes, {report.pages_total} pages, frozen for {report.frozen_ms:.1f} ms",

@@ -131,11 +131,12 @@ OPTIONS = (
     Option("leave-running", DOES, (DUMP,), "the tree runs on", short="R"),
     Option("leave-stopped", DOES, _CR, "the tree is left stopped, as by SIGSTOP", short="s"),
     Option("restore-detached", DOES, (RESTORE,), "returns when the tree runs", short="d", negatable=True),
+    Option("daemon", DOES, (RESTORE,), "the same", negatable=True),
     Option(
         "daemon",
-        DOES,
-        (RESTORE, PAGE_SERVER, LAZY_PAGES),
-        "goes on in the background once it is ready",
+        REFUSED,
+        (PAGE_SERVER, LAZY_PAGES),
+        "start it in the background, and see --status-fd",
         negatable=True,
     ),
     Option(
@@ -282,7 +283,9 @@ OPTIONS = (
     Option("lazy-pages", REFUSED, (DUMP,), "a dump is not lazy yet; `lazyproc serve PID` is"),
     Option("page-server", DOES, (LAZY_PAGES,), "what the images lack comes from there", negatable=True),
     Option("page-server", REFUSED, (DUMP,), "is not built yet; copy the folder", negatable=True),
-    Option("address", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "where a page server is", "IP"),
+    Option(
+        "address", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "where a page server is; 127.0.0.1 otherwise", "IP"
+    ),
     Option("port", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "the same", "NUM"),
     Option(
         "ps-socket",

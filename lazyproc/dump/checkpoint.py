@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from lazyproc.facts import dataclass, replace
 from lazyproc.images.convert import to_images
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
+from lazyproc.images.stats import dump_stats
 from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.netfilter import DUMPED, Hold
 from lazyproc.model import PAGE
@@ -38,7 +40,22 @@ class CheckpointReport:
     pages_total: int
     frozen_ms: float
     total_ms: float
+    stopping_ms: float  # of frozen_ms: until the last thread stood still
+    writing_ms: float  # of frozen_ms: the pages
     bytes: int  # of pages and images
+
+    def stats(self) -> builtins.bytes:
+        """The same as CRIU's image stats-dump."""
+        stopping, frozen, writing = (
+            round(ms * 1e3) for ms in (self.stopping_ms, self.frozen_ms, self.writing_ms)
+        )
+        return dump_stats(
+            stopping_us=stopping,
+            frozen_us=frozen,
+            describing_us=max(0, frozen - stopping - writing),
+            writing_us=writing,
+            pages=self.pages_total,
+        )
 
 
 def checkpoint(
@@ -86,7 +103,9 @@ def checkpoint(
                 if hold is not None and dump.outside and not leave_running:
                     whole = replace(whole, held=hold.session)
                 images = to_images(whole)
+                writing_at = time.monotonic()
                 written = write_pages(draft, whole, pages)
+                writing_ms = (time.monotonic() - writing_at) * 1e3
                 draft.write(images)
                 if not leave_running:
                     draft.sync()
@@ -109,6 +128,8 @@ def checkpoint(
         pages_total=written,
         frozen_ms=(thawed - frozen_at) * 1e3,
         total_ms=(now - started) * 1e3,
+        stopping_ms=tree.frozen_at_ns / 1e6 - frozen_at * 1e3,
+        writing_ms=writing_ms,
         bytes=written * PAGE + sum(map(len, images.values())),
     )
 

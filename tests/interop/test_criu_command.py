@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from lazyproc.dump.walk import tree_of
 from lazyproc.kernel import proc
+from lazyproc.model import PAGE
 from tests import peer
 from tests.live.programs import Program, running, stands_still, wait_until
 from tests.needs import require_root
@@ -115,6 +117,18 @@ def test_dump_and_restore(name: str, place: Place, tmp_path: Path) -> None:
         dumped(place, program, "--file-locks")
         place.restore("--file-locks")
         place.verify(program)
+
+
+def test_crit_shows_the_figures_of_a_dump(place: Place, tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        place.done("dump", "--tree", program.pid, "--leave-running")
+        program.stop_and_verify()
+    shown = subprocess.run(
+        [*peer.crit(), "show", place.images / "stats-dump"], capture_output=True, check=True
+    )
+    dump = json.loads(shown.stdout)["entries"][0]["dump"]
+    assert dump["pages_written"] * PAGE == sum(path.stat().st_size for path in place.images.glob("pages-*"))
+    assert dump["frozen_time"] >= dump["freezing_time"] + dump["memwrite_time"]
 
 
 @pytest.mark.parametrize("daemon", ["ours", "criu's"])

@@ -1731,3 +1731,66 @@ class memfd_inode_entry(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___memfd_inode_entry: _TypeAlias = memfd_inode_entry  # noqa: Y015
+
+@_typing.final
+class dump_stats_entry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREEZING_TIME_FIELD_NUMBER: _builtins.int
+    FROZEN_TIME_FIELD_NUMBER: _builtins.int
+    MEMDUMP_TIME_FIELD_NUMBER: _builtins.int
+    MEMWRITE_TIME_FIELD_NUMBER: _builtins.int
+    PAGES_SCANNED_FIELD_NUMBER: _builtins.int
+    PAGES_SKIPPED_PARENT_FIELD_NUMBER: _builtins.int
+    PAGES_WRITTEN_FIELD_NUMBER: _builtins.int
+    PAGES_LAZY_FIELD_NUMBER: _builtins.int
+    SHPAGES_WRITTEN_FIELD_NUMBER: _builtins.int
+    freezing_time: _builtins.int
+    frozen_time: _builtins.int
+    memdump_time: _builtins.int
+    memwrite_time: _builtins.int
+    pages_scanned: _builtins.int
+    pages_skipped_parent: _builtins.int
+    pages_written: _builtins.int
+    pages_lazy: _builtins.int
+    shpages_written: _builtins.int
+    def __init__(
+        self,
+        *,
+        freezing_time: _builtins.int | None = ...,
+        frozen_time: _builtins.int | None = ...,
+        memdump_time: _builtins.int | None = ...,
+        memwrite_time: _builtins.int | None = ...,
+        pages_scanned: _builtins.int | None = ...,
+        pages_skipped_parent: _builtins.int | None = ...,
+        pages_written: _builtins.int | None = ...,
+        pages_lazy: _builtins.int | None = ...,
+        shpages_written: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["freezing_time", b"freezing_time", "frozen_time", b"frozen_time", "memdump_time", b"memdump_time", "memwrite_time", b"memwrite_time", "pages_lazy", b"pages_lazy", "pages_scanned", b"pages_scanned", "pages_skipped_parent", b"pages_skipped_parent", "pages_written", b"pages_written", "shpages_written", b"shpages_written"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freezing_time", b"freezing_time", "frozen_time", b"frozen_time", "memdump_time", b"memdump_time", "memwrite_time", b"memwrite_time", "pages_lazy", b"pages_lazy", "pages_scanned", b"pages_scanned", "pages_skipped_parent", b"pages_skipped_parent", "pages_written", b"pages_written", "shpages_written", b"shpages_written"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___dump_stats_entry: _TypeAlias = dump_stats_entry  # noqa: Y015
+
+@_typing.final
+class stats_entry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DUMP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def dump(self) -> Global___dump_stats_entry: ...
+    def __init__(
+        self,
+        *,
+        dump: Global___dump_stats_entry | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dump", b"dump"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dump", b"dump"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___stats_entry: _TypeAlias = stats_entry  # noqa: Y015
