@@ -1743,7 +1743,12 @@ class dump_stats_entry(_message.Message):
     PAGES_SCANNED_FIELD_NUMBER: _builtins.int
     PAGES_SKIPPED_PARENT_FIELD_NUMBER: _builtins.int
     PAGES_WRITTEN_FIELD_NUMBER: _builtins.int
+    IRMAP_RESOLVE_FIELD_NUMBER: _builtins.int
     PAGES_LAZY_FIELD_NUMBER: _builtins.int
+    PAGE_PIPES_FIELD_NUMBER: _builtins.int
+    PAGE_PIPE_BUFS_FIELD_NUMBER: _builtins.int
+    SHPAGES_SCANNED_FIELD_NUMBER: _builtins.int
+    SHPAGES_SKIPPED_PARENT_FIELD_NUMBER: _builtins.int
     SHPAGES_WRITTEN_FIELD_NUMBER: _builtins.int
     freezing_time: _builtins.int
     frozen_time: _builtins.int
@@ -1752,7 +1757,12 @@ class dump_stats_entry(_message.Message):
     pages_scanned: _builtins.int
     pages_skipped_parent: _builtins.int
     pages_written: _builtins.int
+    irmap_resolve: _builtins.int
     pages_lazy: _builtins.int
+    page_pipes: _builtins.int
+    page_pipe_bufs: _builtins.int
+    shpages_scanned: _builtins.int
+    shpages_skipped_parent: _builtins.int
     shpages_written: _builtins.int
     def __init__(
         self,
@@ -1764,32 +1774,72 @@ class dump_stats_entry(_message.Message):
         pages_scanned: _builtins.int | None = ...,
         pages_skipped_parent: _builtins.int | None = ...,
         pages_written: _builtins.int | None = ...,
+        irmap_resolve: _builtins.int | None = ...,
         pages_lazy: _builtins.int | None = ...,
+        page_pipes: _builtins.int | None = ...,
+        page_pipe_bufs: _builtins.int | None = ...,
+        shpages_scanned: _builtins.int | None = ...,
+        shpages_skipped_parent: _builtins.int | None = ...,
         shpages_written: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["freezing_time", b"freezing_time", "frozen_time", b"frozen_time", "memdump_time", b"memdump_time", "memwrite_time", b"memwrite_time", "pages_lazy", b"pages_lazy", "pages_scanned", b"pages_scanned", "pages_skipped_parent", b"pages_skipped_parent", "pages_written", b"pages_written", "shpages_written", b"shpages_written"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["freezing_time", b"freezing_time", "frozen_time", b"frozen_time", "irmap_resolve", b"irmap_resolve", "memdump_time", b"memdump_time", "memwrite_time", b"memwrite_time", "page_pipe_bufs", b"page_pipe_bufs", "page_pipes", b"page_pipes", "pages_lazy", b"pages_lazy", "pages_scanned", b"pages_scanned", "pages_skipped_parent", b"pages_skipped_parent", "pages_written", b"pages_written", "shpages_scanned", b"shpages_scanned", "shpages_skipped_parent", b"shpages_skipped_parent", "shpages_written", b"shpages_written"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["freezing_time", b"freezing_time", "frozen_time", b"frozen_time", "memdump_time", b"memdump_time", "memwrite_time", b"memwrite_time", "pages_lazy", b"pages_lazy", "pages_scanned", b"pages_scanned", "pages_skipped_parent", b"pages_skipped_parent", "pages_written", b"pages_written", "shpages_written", b"shpages_written"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freezing_time", b"freezing_time", "frozen_time", b"frozen_time", "irmap_resolve", b"irmap_resolve", "memdump_time", b"memdump_time", "memwrite_time", b"memwrite_time", "page_pipe_bufs", b"page_pipe_bufs", "page_pipes", b"page_pipes", "pages_lazy", b"pages_lazy", "pages_scanned", b"pages_scanned", "pages_skipped_parent", b"pages_skipped_parent", "pages_written", b"pages_written", "shpages_scanned", b"shpages_scanned", "shpages_skipped_parent", b"shpages_skipped_parent", "shpages_written", b"shpages_written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___dump_stats_entry: _TypeAlias = dump_stats_entry  # noqa: Y015
 
 @_typing.final
+class restore_stats_entry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_COMPARED_FIELD_NUMBER: _builtins.int
+    PAGES_SKIPPED_COW_FIELD_NUMBER: _builtins.int
+    FORKING_TIME_FIELD_NUMBER: _builtins.int
+    RESTORE_TIME_FIELD_NUMBER: _builtins.int
+    PAGES_RESTORED_FIELD_NUMBER: _builtins.int
+    pages_compared: _builtins.int
+    pages_skipped_cow: _builtins.int
+    forking_time: _builtins.int
+    restore_time: _builtins.int
+    pages_restored: _builtins.int
+    def __init__(
+        self,
+        *,
+        pages_compared: _builtins.int | None = ...,
+        pages_skipped_cow: _builtins.int | None = ...,
+        forking_time: _builtins.int | None = ...,
+        restore_time: _builtins.int | None = ...,
+        pages_restored: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forking_time", b"forking_time", "pages_compared", b"pages_compared", "pages_restored", b"pages_restored", "pages_skipped_cow", b"pages_skipped_cow", "restore_time", b"restore_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forking_time", b"forking_time", "pages_compared", b"pages_compared", "pages_restored", b"pages_restored", "pages_skipped_cow", b"pages_skipped_cow", "restore_time", b"restore_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___restore_stats_entry: _TypeAlias = restore_stats_entry  # noqa: Y015
+
+@_typing.final
 class stats_entry(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DUMP_FIELD_NUMBER: _builtins.int
+    RESTORE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def dump(self) -> Global___dump_stats_entry: ...
+    @_builtins.property
+    def restore(self) -> Global___restore_stats_entry: ...
     def __init__(
         self,
         *,
         dump: Global___dump_stats_entry | None = ...,
+        restore: Global___restore_stats_entry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dump", b"dump"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dump", b"dump", "restore", b"restore"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dump", b"dump"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dump", b"dump", "restore", b"restore"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
