@@ -60,13 +60,17 @@ def add(commands: Commands) -> None:
     add_trace(parser)
     add_trust(parser)
     add_json(parser)
-    parser.set_defaults(when_interrupted="interrupted; nothing has been restored")
+    parser.set_defaults(when_interrupted="interrupted; nothing has been restored", refuse=parser.error)
 
 
 def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     """Without --detach signals go to the root process, and its exit status is the command's."""
     import signal
 
+    if args.peer is None and args.directory is None:
+        args.refuse("-D, --from or both are needed")
+    if args.older_criu and (args.peer is None or args.directory is None):
+        args.refuse("--criu-4.1 goes with -D and --from")
     from lazyproc.cli.listening import handling
     from lazyproc.cli.outcome import Outcome
     from lazyproc.private import write_text
@@ -89,10 +93,6 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
 
     import lazyproc
 
-    if args.peer is None and args.directory is None:
-        raise lazyproc.errors.UsageError(
-            "there is nothing to restore", remedy="give -D DIR, or --from HOST:PORT"
-        )
     if args.peer is not None and args.directory is None:
         from lazyproc.migrate.arrival import Terms
         from lazyproc.migrate.fetch import restore_from

@@ -97,6 +97,22 @@ def test_pages_of_a_frozen_process(pair: Pair, program: Program) -> None:
         ends_well(program, moved.pid)
 
 
+@pytest.mark.slow
+def test_256_mib(pair: Pair) -> None:
+    with (
+        large_pipes(),
+        running_there(pair.source, "mixed", 256, 3, 20_000, directory=pair.shared) as program,
+        dumping_lazily(pair, program) as (images, dump),
+    ):
+        with restoring(pair, images) as restorer:
+            assert restorer.wait(END_S) == 0
+        dump.finish()
+        program.process.wait()
+        moved = pair.destination.pid(FREE_NUMBER)
+        check_clean(moved)
+        ends_well(program, moved)
+
+
 def test_pages_of_images(pair: Pair, program: Program) -> None:
     """`criu page-server --lazy-pages`, over TLS."""
     images = pair.shared / "images"

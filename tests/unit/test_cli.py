@@ -87,7 +87,7 @@ def test_a_sub_package_that_is_called_calls_its_function() -> None:
         ["checkpoint", "1"],
         ["checkpoint", "-D", "x"],
         ["restore"],
-        ["restore", "-D", "x", "--from", "host:1"],
+        ["restore", "-D", "x", "--criu-4.1"],
         ["restore", "-D", "x", "--pidns", "other"],
         ["serve", "--listen", "host:1"],
         ["serve", "1", "-D", "x", "--listen", "host:1"],
