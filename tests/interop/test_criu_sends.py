@@ -10,7 +10,7 @@ from pathlib import Path
 from lazyproc.hosts import Pair
 from lazyproc.wire.criu import Command, Flag, Message
 from tests.faults.hostile import Listener, listening
-from tests.interop.criu_hosts import END_S, restored_by_criu, run_criu, running_there
+from tests.interop.criu_hosts import END_S, restored_by_criu, run_criu, running_there, wait_gone
 from tests.live.criu_client import CriuClient
 from tests.live.moving import INSECURE, restore
 
@@ -38,11 +38,17 @@ def test_a_dump(pair: Pair) -> None:
         assert server.process.wait(END_S) == 0, server.log.read_text()
         assert sorted(path.name for path in pages.glob("pages-*")) == ["pages-65537.img"]
         shutil.copytree(pages, images, dirs_exist_ok=True)
-        again = pair.shared / "again"
+        again, written = (
+            pair.shared / "again",
+            program.watch.path.with_name(program.watch.path.name + ".file"),
+        )
+        length = written.stat().st_size
         shutil.copytree(images, again)
         moved = restore(pair.destination, again)
         program.watch.wait_beats()
         os.kill(moved.pid, signal.SIGKILL)
+        wait_gone(moved.pid)
+        os.truncate(written, length)  # as it was dumped: CRIU wants mapped and open files of the same size
         work = pair.shared / "work"
         work.mkdir()
         with restored_by_criu(pair.source, images, work=work):

@@ -25,6 +25,7 @@ from lazyproc.wire.native import (
     Built,
     Committed,
     Event,
+    Forecast,
     Images,
     Needs,
     Party,
@@ -170,7 +171,7 @@ def destination(answers: tuple[Event, ...], last: Last) -> Callable[[socket.sock
         link = linked(sock, Party.DESTINATION)
         with link.control, link.urgent, link.bulk:
             for answer in answers:
-                while isinstance(link.control.receive(20), Needs):
+                while isinstance(link.control.receive(20), Needs | Forecast):
                     continue
                 link.control.send(answer)
             if Committed() not in answers:  # after that it is its turn to speak

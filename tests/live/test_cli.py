@@ -202,7 +202,7 @@ def test_a_migration_counts_each_page_once(program: Program) -> None:
     assert fields["fault_us"].keys() == {"count", "p50", "p90", "p99", "max"}
     assert fields["mode"] == "postcopy"
     there = fields["steps_there_ms"]
-    assert there.keys() >= {"receive", "decode", "nursery", "threads", "durable", "release"}
+    assert there.keys() >= {"receive", "decode", "processes", "threads", "durable", "release"}
     assert 0 < sum(there.values()) < fields["blackout_ms"]
 
 

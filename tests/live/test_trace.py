@@ -27,7 +27,7 @@ from lazyproc.pages.transport import listen
 from lazyproc.runs import Segment
 from lazyproc.trace import FIELDS, HEADER_BYTES, Fault, Trace, decode
 from lazyproc.uffd.recorder import Recorder
-from lazyproc.wire.native import Needs, Party, Prepare, Prepared
+from lazyproc.wire.native import Forecast, Needs, Party, Prepare, Prepared
 from tests.live.lazy_rig import DEADLINE, TASK, Rig, child, content, digest, faults, pager, rig, server
 from tests.live.moving import CLI, Moved, migrate, receiving, run_cli, tree_of
 from tests.live.programs import running, wait_until
@@ -378,6 +378,7 @@ def test_a_receiver_that_knows_no_trace(tmp_path: Path) -> None:
             link = gathering.next(door, DEADLINE)
             assert link is not None
             expect(link.control, Needs, DEADLINE)
+            expect(link.control, Forecast, DEADLINE)
             orders.append(expect(link.control, Prepare, DEADLINE))
             link.control.send(Prepared())
 
