@@ -9,17 +9,18 @@ from lazyproc.cli.options import (
     Commands,
     add_directory,
     add_json,
+    add_older_criu,
     add_pace,
     add_policy,
     add_trust,
     command,
     endpoint,
+    page_server_at,
     tls_of,
 )
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
-    from lazyproc import PageServerOfCriu
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Listener
 
@@ -43,12 +44,7 @@ def add(commands: Commands) -> None:
         type=endpoint,
         help="pages that the images lack come from `lazyproc serve -D` there; an empty folder is filled first",
     )
-    parser.add_argument(
-        "--criu-4.1",
-        dest="older_criu",
-        action="store_true",
-        help="with --page-server: that CRIU is 4.1 or older, which nothing on the wire tells",
-    )
+    add_older_criu(parser, "--page-server")
     parser.add_argument(
         "--work-dir",
         metavar="DIR",
@@ -73,7 +69,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     report = lazyproc.lazy_pages(
         Path(args.directory),
         peer=args.peer,
-        page_server=_page_server(args),
+        page_server=page_server_at(args.page_server, args),
         insecure=args.insecure,
         tls=tls_of(args),
         work_dir=Path(args.work_dir) if args.work_dir else None,
@@ -84,11 +80,3 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         listener=listener,
     )
     return Outcome(lazy_pages_text(report), report)
-
-
-def _page_server(args: argparse.Namespace) -> PageServerOfCriu | None:
-    if args.page_server is None:
-        return None
-    from lazyproc import PageServerOfCriu
-
-    return PageServerOfCriu(args.page_server, args.older_criu, args.insecure, tls_of(args))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
-    from lazyproc import Tls
+    from lazyproc import PageServerOfCriu, Tls
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Listener
 
@@ -170,6 +170,24 @@ def add_pace(parser: argparse.ArgumentParser) -> None:
         help="bring what nobody waits for no faster, a second",
     )
     parser.add_argument("--no-bulk", action="store_true", help="bring only pages that are touched")
+
+
+def add_older_criu(parser: argparse.ArgumentParser, beside: str) -> None:
+    """`beside` are the options that name the page server."""
+    parser.add_argument(
+        "--criu-4.1",
+        dest="older_criu",
+        action="store_true",
+        help=f"with {beside}: that CRIU is 4.1 or older, which nothing on the wire tells",
+    )
+
+
+def page_server_at(address: str | None, args: argparse.Namespace) -> PageServerOfCriu | None:
+    if address is None:
+        return None
+    from lazyproc import PageServerOfCriu
+
+    return PageServerOfCriu(address, args.older_criu, args.insecure, tls_of(args))
 
 
 def add_tcp_close(parser: argparse.ArgumentParser) -> None:

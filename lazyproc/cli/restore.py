@@ -9,12 +9,14 @@ from lazyproc.cli.options import (
     Commands,
     add_cgroup,
     add_json,
+    add_older_criu,
     add_own_policy,
     add_pidns,
     add_trace,
     add_trust,
     command,
     endpoint,
+    page_server_at,
     tls_of,
 )
 
@@ -22,7 +24,7 @@ TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from lazyproc import PageServerOfCriu, Restored
+    from lazyproc import Restored
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Listener
 
@@ -41,12 +43,7 @@ def add(commands: Commands) -> None:
         type=endpoint,
         help="where `lazyproc serve` offers a tree; with -D: where a page server of CRIU's has their lazy pages",
     )
-    parser.add_argument(
-        "--criu-4.1",
-        dest="older_criu",
-        action="store_true",
-        help="with -D and --from: that CRIU is 4.1 or older, which nothing on the wire tells",
-    )
+    add_older_criu(parser, "-D and --from")
     parser.add_argument(
         "--lazy", action="store_true", help="bring pages when they are touched, the rest meanwhile"
     )
@@ -119,17 +116,9 @@ def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextMa
         cgroup=args.cgroup,
         trace=args.trace,
         record=args.record,
-        page_server=_page_server(args),
+        page_server=page_server_at(args.peer, args),
         listener=listener,
     )
-
-
-def _page_server(args: argparse.Namespace) -> PageServerOfCriu | None:
-    if args.peer is None:
-        return None
-    from lazyproc import PageServerOfCriu
-
-    return PageServerOfCriu(args.peer, args.older_criu, args.insecure, tls_of(args))
 
 
 def _wait(restored: Restored, detach: bool, listener: Listener) -> int:

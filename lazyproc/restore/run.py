@@ -18,10 +18,10 @@ from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import EXTRAS, Folder
 from lazyproc.images.foreign import network_lock
 from lazyproc.kernel.cgroup import remove
-from lazyproc.kernel.sockopt import TCP_CLOSE
-from lazyproc.model import Checkpoint, Extent, InetSocket, MemoryObject, TaskState
+from lazyproc.model import Checkpoint, Extent, MemoryObject
 from lazyproc.pages import PageSource
 from lazyproc.pages.images import ImagePages
+from lazyproc.restore.altered import all_ended, all_stopped
 from lazyproc.restore.crius import fitted, taken_over
 from lazyproc.restore.handing import hand_over, shared_at_once
 from lazyproc.restore.lazy import finish, introduce
@@ -167,10 +167,9 @@ def restore(
     served: Served | None = None,
 ) -> Iterator[Restored]:
     """Restore the tree in `directory`; it runs when the context is entered, or is `stopped` as by SIGSTOP. Without
-    `bulk` only what is touched comes. `ready` is called with the root's pid when the tree is complete and has
-    not run; when it raises, the tree is ended. Private memory that can be lazy
-    is brought by the daemon of `criu lazy-pages`, or ours, behind the connection `lazy_pages`. With `tcp_close` all its
-    TCP connections have ended.
+    `bulk` only what is touched comes. `ready` is called with the root's pid when the tree is complete and has not run;
+    when it raises, the tree is ended. Private memory that can be lazy is brought by the daemon of `criu lazy-pages`, or
+    ours, behind the connection `lazy_pages`. With `tcp_close` all its TCP connections have ended.
 
     The tree is in a cgroup of its own, or in `cgroup`, a path as in /proc/PID/cgroup, which is made when it is missing.
     Faults, which only a lazy restore has, are written to `trace` and to `record` (docs/trace.md). With the policy
@@ -240,27 +239,6 @@ def restore(
                         follow(pager, chosen.reaction())
         memory = tree.checkpoint.memory
         yield Restored(remains, started, pager, served=served, _plan=lambda: chosen.order(_lazy(memory)))
-
-
-def all_stopped(checkpoint: Checkpoint) -> Checkpoint:
-    """The same tree with every process stopped."""
-    tasks = (
-        replace(task, state=TaskState.STOPPED) if task.state is TaskState.ALIVE else task
-        for task in checkpoint.tasks
-    )
-    return replace(checkpoint, tasks=tuple(tasks))
-
-
-def all_ended(checkpoint: Checkpoint) -> Checkpoint:
-    """The same tree with every TCP connection at its end: what has arrived can be read."""
-    files = dict(checkpoint.files)
-    for number, file in files.items():
-        inet = file.resource
-        if isinstance(inet, InetSocket) and inet.tcp is not None and inet.state != TCP_CLOSE:
-            rest = replace(inet.tcp, send_queue=b"", unsent=0)
-            ended = replace(inet, state=TCP_CLOSE, remote=None, shutdown=0, tcp=rest)
-            files[number] = replace(file, resource=ended)
-    return replace(checkpoint, files=files)
 
 
 @contextmanager

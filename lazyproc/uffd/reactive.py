@@ -77,9 +77,8 @@ class Around:
 # --- constant strides -----------------------------------------------------------------------------------
 
 STREAMS = 8
-IN_A_ROW = (
-    4  # faults at equal distances are a stride: of a random toucher's, three are so by chance again and again
-)
+# So many faults at equal distances are a stride: of a random toucher's, three are so by chance again and again.
+IN_A_ROW = 4
 LOOK_BACK = STREAMS * IN_A_ROW  # faults among which one is looked for
 FIRST_DEPTH = 8  # steps that are brought when a stride is found; twice as many each time that it was right
 DEPTH = 64

@@ -263,8 +263,9 @@ _CONTROL: Mapping[Type, type[Control]] = {
 }
 _BARE: Mapping[Type, Event] = {Type.CLOSE: Close(), Type.PING: Ping(), Type.PONG: Pong(), Type.ASK: Ask()}
 # The revision from which on an end knows a frame; those that are not here have always been.
-_SINCE: Mapping[Type, int] = {Type.NEEDS: 1, Type.OBSTACLES: 1, Type.ASK: 1, Type.HOST: 1} | {
-    Type.FORECAST: FORESEES
+_SINCE: Mapping[Type, int] = {
+    **dict.fromkeys((Type.NEEDS, Type.OBSTACLES, Type.ASK, Type.HOST), 1),
+    Type.FORECAST: FORESEES,
 }
 _TYPE_OF: Mapping[type[Event], Type] = {
     **{cls: kind for kind, cls in _CONTROL.items()},

@@ -54,7 +54,7 @@ def started(name: str, *arguments: object, directory: Path) -> Iterator[Program]
         try:
             yield program
         finally:
-            for pid in _tree(program.pid):
+            for pid in tree(program.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -117,7 +117,8 @@ def end(pid: int, watch: Watch) -> None:
         time.sleep(0.005)
 
 
-def _tree(pid: int) -> list[int]:
+def tree(pid: int) -> list[int]:
+    """The process and its descendants, as far as they exist."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):

@@ -37,6 +37,7 @@ from lazyproc.model import (
 )
 from lazyproc.pages.images import ImagePages, write_pages
 from tests import peer
+from tests.interop.both_ways import tree
 from tests.needs import require_root
 
 # Holds one thing of each kind, each at a descriptor of its own, and answers a signal with what it finds in them.
@@ -125,7 +126,7 @@ def dumped(tmp_path: Path) -> Iterator[Dumped]:
         yield Dumped(folder, checkpoint, answer)
     finally:
         os.close(ready)
-        for pid in _tree(cargo.pid):
+        for pid in tree(cargo.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         cargo.wait()
@@ -147,16 +148,6 @@ def _criu(action: str, folder: Folder, *options: str) -> None:
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     errors = [line for line in log.read_text().splitlines() if "Error" in line] if log.exists() else []
     assert result.returncode == 0, "\n".join([result.stdout, result.stderr, *errors])
-
-
-def _tree(pid: int) -> list[int]:
-    """The process and its descendants, as far as they exist."""
-    found = [pid]
-    for parent in found:
-        with contextlib.suppress(OSError):
-            for children in Path(f"/proc/{parent}/task").glob("*/children"):
-                found += [int(child) for child in children.read_text().split()]
-    return found
 
 
 def test_a_dump_of_criu_is_read(dumped: Dumped) -> None:
