@@ -73,8 +73,9 @@ def checkpoint(
 ) -> CheckpointReport:
     """Freeze the tree under `pid`, write it to `directory`, and end it unless `leave_running`, or `leave_stopped` as
     by SIGSTOP. With `keep_connections` the peers of its TCP connections are told nothing of its end, and the packets of
-    these connections are held back until it is restored, which takes nf_tables. It is frozen within `timeout_ms`, or left
-    alone. `last` is called when all is written and the tree stands still; what it raises is an error like any other.
+    these connections are held back until it is restored, which takes nf_tables. It is frozen within `timeout_ms`, or
+    left alone. `last` is called when all is written and the tree stands still; what it raises is an error like any
+    other.
     What the `permits` do not have is an obstacle.
 
     On any error the tree runs on as before and the folder is not left looking whole. Raises CannotBeDone with all
