@@ -143,8 +143,10 @@ class Tracee:
             if status[0] >> 16 == PTRACE_EVENT_STOP:
                 self.stop_signal = _group_stop(os.WSTOPSIG(status[0]))
                 return
-            # A signal was on its way: deliver it after all, the interrupt follows.
-            self._ptrace(PTRACE_CONT, 0, os.WSTOPSIG(status[0]))
+            # A signal was on its way. Its stop has taken a pending interrupt away (ptrace_stop, kernel/signal.c): one
+            # that is asked for before the signal is delivered comes before the next signal.
+            self.interrupt()
+            self.cont(os.WSTOPSIG(status[0]))
 
     def is_stopped(self) -> bool:
         """Whether it stands still and is our tracee; every other request would raise NoSuchProcess."""

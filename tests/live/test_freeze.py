@@ -16,6 +16,7 @@ from lazyproc.dump.freeze import frozen_tree
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.kernel import proc
+from lazyproc.kernel.visit import call_in
 from tests.live.programs import running, wait_until
 from tests.live.tracees import freeze_and_let_go, frozen_and_dumped, state_of, tracee
 
@@ -254,6 +255,36 @@ def test_exec_by_any_thread_during_the_freeze(whose: str, tmp_path: Path) -> Non
 
 
 # --- stopped and killed -----------------------------------------------------------------------------------------
+
+
+def test_a_process_that_signals_rain_on(tmp_path: Path) -> None:
+    """The stop of a signal takes a pending interrupt away; there is always another signal."""
+    source = """
+    static volatile long rained;
+    static void count(int s) { (void)s; rained++; }
+    int main(int c, char **v)
+    {
+        struct sigaction action = {.sa_handler = count};
+        struct itimerspec often = {{0, 20000}, {0, 20000}};
+        timer_t timer;
+
+        (void)c;
+        words = v;
+        sigaction(SIGALRM, &action, 0);
+        timer_create(CLOCK_MONOTONIC, 0, &timer);
+        timer_settime(timer, 0, &often, 0);
+        while (rained < 100) pause();
+        say("ready\\n", 0, 0, 0);
+        for (;;) pause();
+    }
+    """
+    with tracee(source, tmp_path) as it:
+        for _ in range(3000):
+            call_in(it.pid, "gettid")
+        for _ in range(100):
+            with frozen_tree(it.pid):
+                assert state_of(it.pid) == "t"
+        assert it.process.poll() is None
 
 
 def test_a_stopped_process_stays_stopped(tmp_path: Path) -> None:
