@@ -336,9 +336,10 @@ def test_a_pipeline_of_three_processes(pair: Pair) -> None:
 
 
 def test_fork_mremap_and_munmap_while_the_pages_are_missing(pair: Pair) -> None:
+    mib = 64
     with ExitStack() as stack:
         program = stack.enter_context(
-            running("fork_lazy", "24", directory=pair.shared, host=pair.source, exclusive=True)
+            running("fork_lazy", mib, directory=pair.shared, host=pair.source, exclusive=True)
         )
         program.watch.wait_beats()
         with (
@@ -351,7 +352,9 @@ def test_fork_mremap_and_munmap_while_the_pages_are_missing(pair: Pair) -> None:
             new, report = journey.arrive()
         stack.enter_context(ending(new))
         assert report["pages_urgent"] > 0
-        assert report["pages_dropped"] > 0
+        # Without an observer at the freeze one is forked right after it, and wants all that its parent drops.
+        with_observer = report["pages_total"] > mib << 8
+        assert report["pages_dropped"] > 0 or not with_observer
         program.watch.wait_beats()
         check_clean(new)
         os.kill(new, signal.SIGTERM)
