@@ -187,31 +187,40 @@ static void note_delay(struct pager *p, uint64_t now, uint64_t asked)
     pthread_mutex_unlock(&p->lock);
 }
 
-static void take_answers(struct pager *p)
+/* What they bring is placed when the next requests have left, so that the source has something to do meanwhile. */
+static void read_answers(struct pager *p)
+{
+    int error = link_receive(&p->bulk);
+
+    p->bulk_read_ns = now_ns();
+    if (error && error != -EAGAIN)
+        declare_lost(p, "the bulk connection broke", error);
+}
+
+/* True when there were any. */
+static bool take_answers(struct pager *p)
 {
     struct answer a;
-    int result = link_receive(&p->bulk);
-    uint64_t now = now_ns(), asked = 0;
+    int result = 0;
+    uint64_t asked = 0, before = p->bulk_pages;
 
-    if (result == -EAGAIN)
-        return;
-    while (result >= 0 && !atomic_load(&p->stopping) && (result = link_next(&p->bulk, &a)) > 0) {
+    while (!atomic_load(&p->stopping) && (result = link_next(&p->bulk, &a)) > 0) {
         p->bulk_pages -= a.pages;
         if (a.packed)
             __atomic_fetch_add(&p->ledger.head->packed, a.pages, __ATOMIC_RELAXED);
-        packing_note(&p->packing, now, a.request.packed, a.pages, a.bytes);
+        packing_note(&p->packing, p->bulk_read_ns, a.request.packed, a.pages, a.bytes);
         if (a.kind == ANSWER_DATA && a.pages == a.request.count)
             asked = a.request.asked_ns;
         on_answer(p, &a);
     }
     if (asked)
-        note_delay(p, now, asked);
+        note_delay(p, p->bulk_read_ns, asked);
     if (result < 0)
         declare_lost(p,
-                     result == -EBADMSG   ? "the page server sent garbage on the bulk connection"
-                     : result == -EILSEQ ? "a page arrived damaged on the bulk connection"
-                                         : "the bulk connection broke",
+                     result == -EBADMSG ? "the page server sent garbage on the bulk connection"
+                                        : "a page arrived damaged on the bulk connection",
                      result);
+    return p->bulk_pages != before;
 }
 
 static void renew_link(struct pager *p)
@@ -234,6 +243,14 @@ static void renew_link(struct pager *p)
 
 enum next { NEXT_AT_ONCE, NEXT_WAIT, NEXT_END };
 
+/* Pages that are asked for and have not been read yet: what the way and the source hold. */
+static uint64_t under_way(const struct pager *p)
+{
+    uint64_t here = link_unread(&p->bulk) / p->packing.wire_bytes;
+
+    return p->bulk_pages > here ? p->bulk_pages - here : 0;
+}
+
 /* Under the lock: makes requests, or finds one piece that is here already. */
 static enum next plan_turn(struct pager *p, struct piece *local)
 {
@@ -249,7 +266,7 @@ static enum next plan_turn(struct pager *p, struct piece *local)
         uint64_t bytes = p->packing.wire_bytes, pages = min_u64(quota.pages * PAGE_SIZE / bytes, LINK_MAX_PAGES);
         struct piece piece = {.as = CLASS_NONE};
 
-        if (p->has_remote && (p->bulk_pages + pages) * bytes > quota.window)
+        if (p->has_remote && (under_way(p) + pages) * bytes > quota.window)
             return NEXT_WAIT;
         if (p->has_remote && !p->online)
             return NEXT_WAIT;
@@ -300,7 +317,7 @@ static void wait_turn(struct pager *p, enum next next)
     if (fds[0].revents)
         (void)!read(p->bulk_kick, &ticks, sizeof(ticks));
     if (connected && fds[1].revents & ~POLLOUT)
-        take_answers(p);
+        read_answers(p);
 }
 
 /* Without the lock, and while the first answers are on their way: looking for a library takes milliseconds. */
@@ -332,6 +349,8 @@ void *bulk_main(void *pager)
         if (error)
             declare_lost(p, "the bulk connection broke", error);
         find_unpacker(p);
+        if (take_answers(p) && p->bulk_pages == 0)
+            next = NEXT_AT_ONCE; /* nothing is under way that would wake us */
         wait_turn(p, next);
     }
 }

@@ -131,7 +131,8 @@ struct pager {
     bool urgent_full; /* the socket takes no more for now */
     struct link bulk; /* the bulk thread's */
     uint32_t bulk_generation;
-    uint64_t bulk_pages; /* under way on it */
+    uint64_t bulk_pages;   /* asked for on it and not taken */
+    uint64_t bulk_read_ns; /* when it was last read */
 
     struct course ahead; /* before the plan, once the map is known */
     struct course plan;

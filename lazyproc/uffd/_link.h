@@ -76,4 +76,10 @@ static inline uint32_t link_outstanding(const struct link *link)
     return link->tail - link->head;
 }
 
+/* Bytes that have been received and not handed out. */
+static inline size_t link_unread(const struct link *link)
+{
+    return link->in_end - link->in_start;
+}
+
 #endif
