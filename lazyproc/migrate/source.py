@@ -24,7 +24,15 @@ from lazyproc.dump.park import park_tree, parking, unpark_tree
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import hang_up, silence
 from lazyproc.dump.walk import tree_of
-from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, Obstacle, Parked, UsageError
+from lazyproc.errors import (
+    CannotBeDone,
+    ConnectionLost,
+    LazyprocError,
+    NoSuchProcess,
+    Obstacle,
+    Parked,
+    UsageError,
+)
 from lazyproc.events import Listener, Over, StateChanged, ignore
 from lazyproc.facts import asdict, dataclass
 from lazyproc.kernel import netfilter
@@ -43,6 +51,7 @@ from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, report_of
 from lazyproc.migrate.talk import Refused, expect
+from lazyproc.pages.frozen import FrozenPages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
@@ -423,8 +432,6 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
     if held is not None and "report" in record.facts:  # killed while it ended what is left here
         _end(journal, held)
         return MigrateReport(**record.facts["report"])
-    if held is not None and record.state != "parked" and (pid := held.ended()) is not None:
-        raise source_ended(pid, record.session)
     if held is None or (record.state == "parked" and not held.stands()):
         _run_on(journal, held)
         raise LazyprocError(
@@ -434,7 +441,7 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
     journal.note(record.state, listener)
     release = record.facts.get("release") is True
     with deaf(), ExitStack() as stack:
-        pages = stack.enter_context(held.open())
+        pages = stack.enter_context(_opened(held, record))
         server = stack.enter_context(PageServer(pages.segments(), releasing=release))
         releaser = stack.enter_context(_releaser(release, held, server, journal, listener, traced=False))
         if releaser is not None and record.state == RELEASING:
@@ -462,6 +469,16 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
         _end(journal, held)
         listener(StateChanged("released", time.monotonic()))
     return report
+
+
+def _opened(held: Holding, record: Record) -> FrozenPages:
+    """Its pages, where they lie. It may be killed at any moment: raises LostAfterCommit when it may run elsewhere."""
+    try:
+        return held.open()
+    except NoSuchProcess as error:
+        if record.state == "parked":
+            raise
+        raise source_ended(held.ended() or held.root_pid, record.session) from error
 
 
 def _run_on(journal: Journal, held: Holding | None) -> None:
