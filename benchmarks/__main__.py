@@ -8,6 +8,7 @@ import argparse
 import datetime
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -110,6 +111,8 @@ def main() -> int:
         parser.error(f"no such scene: {', '.join(sorted(unknown))}; there are {', '.join(SCENES)}")
     if args.rounds is not None and args.rounds < 1:
         parser.error("--rounds must be 1 or more")
+    # What a script starts in its background ignores SIGINT (sh), and so would receivers that are to be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     now = datetime.datetime.now(datetime.UTC)
     name = "-".join((now.strftime("%Y-%m-%dT%H%M"), *args.scenes))
     head = {

@@ -15,6 +15,7 @@ from lazyproc.events import Event, Listener
 from lazyproc.show.progress import Progress, event_text
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AGAIN_S = 0.01
 
 
 @contextmanager
@@ -33,6 +34,7 @@ def listening(args: argparse.Namespace) -> Iterator[Listener]:
         progress = stack.enter_context(Progress(sys.stderr, verbose=args.verbose))
         log = stack.enter_context(_log(args.log_file)) if args.log_file else None
         stack.enter_context(handling(interrupt, *INTERRUPTS))
+        stack.enter_context(_said_again(interrupt))
         stack.enter_context(_deaf_once_settled(args))
 
         def listen(event: Event) -> None:
@@ -56,6 +58,29 @@ def handling(handler: Callable[[int, FrameType | None], None], *numbers: signal.
         for number in heard:
             if signal.getsignal(number) is handler:
                 signal.signal(number, before[number])
+
+
+@contextmanager
+def _said_again(interrupt: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """An interrupt that Python has dropped comes once more: it cannot raise out of a finalizer or the callback of a
+    weak reference, which importlib has for each module (_get_module_lock), and only tells sys.unraisablehook.
+    """
+    before = sys.unraisablehook
+
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        if what.exc_type is KeyboardInterrupt:
+            # Not at once: this is still within what cannot raise.
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        else:
+            before(what)
+
+    with handling(interrupt, signal.SIGALRM):
+        sys.unraisablehook = dropped
+        try:
+            yield
+        finally:
+            sys.unraisablehook = before
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager
