@@ -1,0 +1,225 @@
+"""QEMU guests that check their memory, and what they say on their serial line while they are moved.
+
+The serial line is a FIFO, which outlives any QEMU: a guest that goes on in another one goes on in the same line, and
+a beat is stamped when it comes out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+from lazyproc.facts import dataclass
+from lazyproc.hosts import Host
+from tests.needs import require
+from tests.qemu.kernel import boot
+
+BEAT_S = 0.005  # between two beats of a guest that nothing holds up
+START_S = 30.0
+_BEAT = re.compile(rb"beat (\d+) (\d+) (\d+) (\d+)\r?")
+# What a kernel does at its start that costs a guest of ours time and gives it nothing.
+_KERNEL = (
+    "console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off nokaslr cryptomgr.notests random.trust_cpu=on"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A guest. Two QEMUs of one shape can hand their guest to each other."""
+
+    machine: str = "pc"  # or q35
+    memory: int = 128  # MiB
+    cpus: int = 1
+    shared: bool = False  # RAM in a memfd
+    disk: Path | None = None  # a raw image, which the guest writes and reads back
+    net: bool = False  # user networking
+    visited: int = 32  # MiB
+    rate: int = 2000  # visits a second; 0: as many as can be
+
+    def command(self, serial: Path, qmp: Path, *more: str) -> list[str]:
+        """The command line of a QEMU whose guest beats into the FIFO `serial` and whose monitor listens at `qmp`."""
+        files = boot()
+        options = f"wmb={self.visited} rate={self.rate} visitors={self.cpus} "
+        options += f"disk={int(self.disk is not None)} net={int(self.net)}"
+        words = [
+            str(require("qemu-system-x86_64")),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("-accel", "tcg", "-cpu", "max", "-smp", str(self.cpus), "-m", str(self.memory)),
+            *(
+                "-kernel",
+                str(files.kernel),
+                "-initrd",
+                str(files.initramfs),
+                "-append",
+                f"{_KERNEL} {options}",
+            ),
+            *("-chardev", f"file,id=serial,path={serial},append=on", "-serial", "chardev:serial"),
+            *("-qmp", f"unix:{qmp},server=on,wait=off"),
+        ]
+        machine = self.machine
+        if self.shared:
+            machine += ",memory-backend=ram"
+            words += ["-object", f"memory-backend-memfd,id=ram,size={self.memory}M,share=on"]
+        if self.disk is not None:
+            words += ["-drive", f"if=none,id=disk,file={self.disk},format=raw,cache=none,aio=threads"]
+            words += ["-device", "virtio-blk-pci,drive=disk"]
+        if self.net:
+            words += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
+        return [*words, "-machine", machine, *more]
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A line of a guest. `at`: when it came, by time.monotonic(); the other numbers count from the guest's start."""
+
+    at: float
+    number: int
+    visits: int
+    bad: int  # pages and blocks with wrong contents
+    blocks: int  # of the disk, written and read back
+
+
+class Serial:
+    """The FIFO at `path`, and the beats that came out of it so far. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        os.mkfifo(path)
+        self._fifo = os.open(
+            path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # O_RDWR: no end between two writers
+        self._stop = os.eventfd(0)
+        self._beats: list[Beat] = []
+        self._other: list[bytes] = []
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, name="serial")
+
+    def __enter__(self) -> Self:
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.eventfd_write(self._stop, 1)
+        self._reader.join()
+        os.close(self._stop)
+        os.close(self._fifo)
+        self.path.unlink()
+
+    def _read(self) -> None:
+        rest = b""
+        while True:
+            ready, _, _ = select.select([self._fifo, self._stop], [], [])
+            if self._stop in ready:
+                return
+            data, at = os.read(self._fifo, 1 << 16), time.monotonic()
+            *lines, rest = (rest + data).split(b"\n")
+            with self._news:
+                for line in lines:
+                    self._take(line, at)
+                self._news.notify_all()
+
+    def _take(self, line: bytes, at: float) -> None:
+        found = _BEAT.fullmatch(line)
+        if found is None:
+            self._other.append(line)
+        else:
+            self._beats.append(Beat(at, *map(int, found.groups())))
+
+    def beats(self) -> list[Beat]:
+        with self._news:
+            return list(self._beats)
+
+    def wait(self, count: int = 1, deadline_s: float = START_S, ended: Callable[[], bool] = bool) -> Beat:
+        """The last beat, once `count` more have come. AssertionError when they do not in time, or QEMU has `ended`."""
+        with self._news:
+            wanted, until = len(self._beats) + count, time.monotonic() + deadline_s
+            while len(self._beats) < wanted:
+                assert not ended(), f"QEMU has ended; the guest said {self._said()}"
+                assert time.monotonic() < until, (
+                    f"no {count} beats in {deadline_s} s; the guest said {self._said()}"
+                )
+                self._news.wait(0.2)
+            return self._beats[-1]
+
+    def check(self) -> list[Beat]:
+        """All beats: none missing, none twice, nothing between them, no wrong page in any."""
+        beats = self.beats()
+        assert beats, "the guest has not begun to beat"
+        numbers = [beat.number for beat in beats]
+        torn = [(a, b) for a, b in pairwise(numbers) if b != a + 1]
+        assert not torn, f"beats are missing or come twice: {torn[:3]}; the guest said {self._said()}"
+        assert beats[-1].bad == 0, (
+            f"{beats[-1].bad} pages or blocks with wrong contents by beat {numbers[-1]}"
+        )
+        return beats
+
+    def _said(self) -> str:
+        """What was no beat, which the kernel says when it dies."""
+        return b"\n".join(self._other[-20:]).decode(errors="replace") or "nothing else"
+
+
+def longest_gap(beats: Sequence[Beat], since: float = 0.0) -> float:
+    """Seconds without a beat, at most, between beats of which the second came after `since`."""
+    return max(b.at - a.at for a, b in pairwise(beats) if b.at > since)
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A running QEMU whose guest beats. `pid` as the caller sees it."""
+
+    process: subprocess.Popen[Any]
+    shape: Shape
+    serial: Serial
+    qmp: Path
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+
+@contextmanager
+def started(
+    shape: Shape, serial: Serial, folder: Path, *more: str, host: Host | None = None
+) -> Iterator[Guest]:
+    """A QEMU of this shape, its monitor in `folder`, which the host sees as well; killed at the end. It may not beat
+    yet, or wait for a guest to come in (`more`: options).
+    """
+    qmp, log = folder / "qmp", folder / "qemu.log"
+    with log.open("w") as file:
+        process = (host.popen if host else subprocess.Popen)(
+            shape.command(serial.path, qmp, *more),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        yield Guest(process, shape, serial, qmp, log)
+    finally:
+        process.kill()
+        process.wait()
+        qmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def beating(shape: Shape, folder: Path, *more: str, host: Host | None = None) -> Iterator[Guest]:
+    """A guest on a serial line of its own that beats already."""
+    with (
+        Serial(folder / "serial") as serial,
+        started(shape, serial, folder, *more, host=host) as guest,
+    ):
+        try:
+            serial.wait(ended=lambda: guest.process.poll() is not None)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; QEMU said {guest.log.read_text()!r}") from None
+        yield guest
