@@ -1,7 +1,7 @@
 """QEMU guests that check their memory, and what they say on their serial line while they are moved.
 
-The serial line is a FIFO, which outlives any QEMU: a guest that goes on in another one goes on in the same line, and
-a beat is stamped when it comes out.
+The serial line is a file to which every QEMU appends: a guest that goes on in another one goes on in the same line. A
+beat is stamped when it is written.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from typing import Any, Self
 
 from lazyproc.facts import dataclass
 from lazyproc.hosts import Host
+from lazyproc.kernel.fds import inotify_add_watch, inotify_init
 from tests.needs import require
 from tests.qemu.kernel import boot
 
 BEAT_S = 0.005  # between two beats of a guest that nothing holds up
 START_S = 30.0
+_PIECE = 1 << 16  # bytes that are read at once
+_IN_MODIFY = 2
 _BEAT = re.compile(rb"beat (\d+) (\d+) (\d+) (\d+)\r?")
 # What a kernel does at its start that costs a guest of ours time and gives it nothing.
 _KERNEL = (
@@ -46,7 +49,7 @@ class Shape:
     rate: int = 2000  # visits a second; 0: as many as can be
 
     def command(self, serial: Path, qmp: Path, *more: str) -> list[str]:
-        """The command line of a QEMU whose guest beats into the FIFO `serial` and whose monitor listens at `qmp`."""
+        """The command line of a QEMU whose guest beats into the file `serial` and whose monitor listens at `qmp`."""
         files = boot()
         options = f"wmb={self.visited} rate={self.rate} visitors={self.cpus} "
         options += f"disk={int(self.disk is not None)} net={int(self.net)}"
@@ -79,7 +82,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A line of a guest. `at`: when it came, by time.monotonic(); the other numbers count from the guest's start."""
+    """A line of a guest. `at`: when it was written, by time.monotonic(); the other numbers since the guest's start."""
 
     at: float
     number: int
@@ -89,14 +92,11 @@ class Beat:
 
 
 class Serial:
-    """The FIFO at `path`, and the beats that came out of it so far. A context manager."""
+    """The file at `path`, and the beats that were written to it so far. A context manager."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        os.mkfifo(path)
-        self._fifo = os.open(
-            path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
-        )  # O_RDWR: no end between two writers
+        self._file = path.open("xb+", buffering=0)
         self._stop = os.eventfd(0)
         self._beats: list[Beat] = []
         self._other: list[bytes] = []
@@ -111,21 +111,24 @@ class Serial:
         os.eventfd_write(self._stop, 1)
         self._reader.join()
         os.close(self._stop)
-        os.close(self._fifo)
+        self._file.close()
         self.path.unlink()
 
     def _read(self) -> None:
         rest = b""
-        while True:
-            ready, _, _ = select.select([self._fifo, self._stop], [], [])
-            if self._stop in ready:
-                return
-            data, at = os.read(self._fifo, 1 << 16), time.monotonic()
-            *lines, rest = (rest + data).split(b"\n")
-            with self._news:
-                for line in lines:
-                    self._take(line, at)
-                self._news.notify_all()
+        with _watching(self.path) as watch:
+            while True:
+                while data := self._file.read(_PIECE):
+                    at = time.monotonic()
+                    *lines, rest = (rest + data).split(b"\n")
+                    with self._news:
+                        for line in lines:
+                            self._take(line, at)
+                        self._news.notify_all()
+                ready, _, _ = select.select([watch, self._stop], [], [])
+                if self._stop in ready:
+                    return
+                os.read(watch, _PIECE)
 
     def _take(self, line: bytes, at: float) -> None:
         found = _BEAT.fullmatch(line)
@@ -165,6 +168,17 @@ class Serial:
     def _said(self) -> str:
         """What was no beat, which the kernel says when it dies."""
         return b"\n".join(self._other[-20:]).decode(errors="replace") or "nothing else"
+
+
+@contextmanager
+def _watching(path: Path) -> Iterator[int]:
+    """A descriptor that is readable once somebody has written to the file (inotify(7))."""
+    watch = inotify_init(os.O_CLOEXEC)
+    try:
+        inotify_add_watch(watch, str(path), _IN_MODIFY)
+        yield watch
+    finally:
+        os.close(watch)
 
 
 def longest_gap(beats: Sequence[Beat], since: float = 0.0) -> float:
