@@ -188,12 +188,15 @@ def longest_gap(beats: Sequence[Beat], since: float = 0.0) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A running QEMU whose guest beats. `pid` as the caller sees it."""
+    """A running QEMU whose guest beats. `pid` and `qmp`, where its monitor listens, as the caller sees them; `inside`:
+    the same path for commands on its host.
+    """
 
     process: subprocess.Popen[Any]
     shape: Shape
     serial: Serial
     qmp: Path
+    inside: Path
     log: Path
 
     @property
@@ -205,20 +208,21 @@ class Guest:
 def started(
     shape: Shape, serial: Serial, folder: Path, *more: str, host: Host | None = None
 ) -> Iterator[Guest]:
-    """A QEMU of this shape, its monitor in `folder`, which the host sees as well; killed at the end. It may not beat
-    yet, or wait for a guest to come in (`more`: options).
+    """A QEMU of this shape, its monitor in `folder` or in the host's own; killed at the end. It may not beat yet, or
+    wait for a guest to come in (`more`: options).
     """
-    qmp, log = folder / "qmp", folder / "qemu.log"
+    log = folder / "qemu.log"
+    qmp, inside = (host.outside / "qmp", host.scratch / "qmp") if host else (folder / "qmp", folder / "qmp")
     with log.open("w") as file:
         process = (host.popen if host else subprocess.Popen)(
-            shape.command(serial.path, qmp, *more),
+            shape.command(serial.path, inside, *more),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
             start_new_session=True,
         )
     try:
-        yield Guest(process, shape, serial, qmp, log)
+        yield Guest(process, shape, serial, qmp, inside, log)
     finally:
         process.kill()
         process.wait()
