@@ -1,0 +1,33 @@
+"""The rig that the other tests of guests stand on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lazyproc.qemu.qmp import Qmp
+from tests.qemu.guests import Shape, beating
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    image = tmp_path / "disk"
+    with image.open("wb") as file:
+        os.truncate(file.fileno(), 1 << 20)
+    return image
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+def test_a_guest_beats_and_goes_on_after_a_stop(machine: str, disk: Path, tmp_path: Path) -> None:
+    shape = Shape(machine, cpus=2, shared=machine == "q35", disk=disk, net=True)
+    with beating(shape, tmp_path) as guest, Qmp(str(guest.qmp)) as qmp:
+        before = guest.serial.wait(20)
+        qmp.execute("stop")
+        assert not qmp.execute("query-status")["running"]
+        qmp.execute("cont")
+        after = guest.serial.wait(50)
+        assert after.visits > before.visits
+        assert after.blocks > before.blocks
+        guest.serial.check()
