@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from lazyproc.dump.permits import Permits as Permits
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.explain import explain as explain
+    from lazyproc.migrate.explain import explain_guest as explain_guest
+    from lazyproc.migrate.guest_source import migrate_guest as migrate_guest
     from lazyproc.migrate.lazypages import lazy_pages as lazy_pages
     from lazyproc.migrate.local import PageServerOfCriu as PageServerOfCriu
     from lazyproc.migrate.local import restore as restore
@@ -31,7 +33,9 @@ _MODULES = {
     "Tls": "lazyproc.pages.tls",
     "checkpoint": "lazyproc.dump.checkpoint",
     "explain": "lazyproc.migrate.explain",
+    "explain_guest": "lazyproc.migrate.explain",
     "lazy_pages": "lazyproc.migrate.lazypages",
+    "migrate_guest": "lazyproc.migrate.guest_source",
     "read_trace": "lazyproc.trace",
     "receive": "lazyproc.migrate.destination",
     "resume": "lazyproc.migrate.sessions",
@@ -50,8 +54,10 @@ __all__ = [
     "checkpoint",
     "errors",
     "explain",
+    "explain_guest",
     "lazy_pages",
     "migrate",
+    "migrate_guest",
     "read_trace",
     "receive",
     "restore",

@@ -29,31 +29,42 @@ class Qmp:
 
     def __init__(self, path: str, *, timeout: float = PATIENCE_S) -> None:
         """Raises UsageError when nobody listens there, ConnectionLost when another client is served."""
-        self.path = path
-        self._buffer = b""
-        self._events: list[dict[str, Any]] = []
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._sock.connect(path)
+            sock.connect(path)
         except OSError as error:
-            self._sock.close()
+            sock.close()
             raise UsageError(
                 f"no QMP monitor answers ({error.strerror})",
                 where=path,
                 remedy="start QEMU with -qmp unix:PATH,server=on,wait=off",
             ) from error
         try:
-            deadline = time.monotonic() + timeout
-            greeting = self._next(deadline)
-            self.version: tuple[int, int, int] = _version(greeting)
-            self.execute("qmp_capabilities", timeout=timeout)
+            self._begin(sock, path, timeout)
         except TimeoutError:
-            self.close()
             raise ConnectionLost(
                 "the monitor does not greet: it serves one client at a time, and has another",
                 where=path,
                 remedy="give QEMU a second one (-qmp)",
             ) from None
+
+    @classmethod
+    def over(cls, sock: socket.socket, name: str, *, timeout: float = PATIENCE_S) -> Self:
+        """On a socket whose other end QEMU has, called `name` in errors; it belongs to the client. Raises
+        ConnectionLost, TimeoutError.
+        """
+        client = cls.__new__(cls)
+        client._begin(sock, name, timeout)
+        return client
+
+    def _begin(self, sock: socket.socket, path: str, timeout: float) -> None:
+        self.path = path
+        self._sock = sock
+        self._buffer = b""
+        self._events: list[dict[str, Any]] = []
+        try:
+            self.version: tuple[int, int, int] = _version(self._next(time.monotonic() + timeout))
+            self.execute("qmp_capabilities", timeout=timeout)
         except BaseException:
             self.close()
             raise

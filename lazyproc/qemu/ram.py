@@ -1,8 +1,8 @@
 """The RAM blocks of a QEMU: their names by its monitor, their places by its own list of them.
 
-"info ramblock" prints names and sizes, but before QEMU 9.0 no addresses. Each block is a `struct RAMBlock` on QEMU's heap
-(include/exec/ramblock.h) that holds the name as an array of 256 bytes, and shortly before it the address and both sizes;
-so the name is looked for in memory, and what stands before it decides. Two blocks of one size cannot be mixed up.
+"info ramblock" prints names and sizes, but before QEMU 9.0 no addresses. Each block is a `struct RAMBlock` on QEMU's
+heap (include/exec/ramblock.h) that holds the name as an array of 256 bytes, and shortly before it the address and both
+sizes: so the name is looked for in memory, and what stands before it decides. Blocks of one size are not mixed up.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from lazyproc.errors import HostLacks, LazyprocError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
-from lazyproc.kernel.proc import SmapsEntry
+from lazyproc.kernel.proc import MapsEntry, SmapsEntry
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 
 WORDS = 16  # how many 8-byte words before the name host, used_length and max_length are sought
@@ -53,6 +54,21 @@ class Block:
         kind = ObjectKind.SHARED if self.shared else ObjectKind.TASK
         return MemoryObject(kind, self.number + 1)
 
+    def row(self) -> list[Any]:
+        """What the other host has to know of it."""
+        return [self.name, self.used, self.total, self.page_size, self.shared, self.huge]
+
+    @classmethod
+    def of(cls, number: int, row: Sequence[Any], addr: int = 0) -> Block:
+        """From a row. Raises TypeError, ValueError."""
+        name, used, total, page_size, shared, huge = row
+        found = cls(
+            str(name), int(used), int(total), int(page_size), shared is True, addr, huge is True, number
+        )
+        if not 0 <= found.used <= found.total or found.used % PAGE:
+            raise ValueError(f"a block of {used} bytes in {total}")
+        return found
+
 
 def rows(text: str) -> tuple[Named, ...]:
     """What "info ramblock" prints. The page size is written as "4 KiB" there (util/cutils.c size_to_str)."""
@@ -65,10 +81,11 @@ def rows(text: str) -> tuple[Named, ...]:
 def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
     """Where the blocks lie, in the order of their names. Raises HostLacks when one cannot be found for certain."""
     maps = {entry.entry.start: entry for entry in proc.smaps(proc.read(pid, "smaps"))}
-    heap = [each.entry for each in maps.values() if _may_hold_heap(each)]
     places: dict[str, set[int]] = {each.name: set() for each in named}
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
-        for entry in heap:
+        for entry in _heaps(maps.values()):
+            if all(places.values()):
+                break
             for addr, data in _pieces(mem.fileno(), entry.start, entry.end):
                 for each in named:
                     places[each.name] |= set(_hosts(data, addr, each, maps))
@@ -94,9 +111,12 @@ def _all(hosts: Iterable[int]) -> str:
     return ", ".join(f"{host:#x}" for host in sorted(hosts))
 
 
-def _may_hold_heap(each: SmapsEntry) -> bool:
-    entry = each.entry
-    return entry.perms == "rw-p" and entry.path in ("[heap]", "") and each.rss > 0
+def _heaps(maps: Iterable[SmapsEntry]) -> Iterator[MapsEntry]:
+    """Where malloc(3) may have put them: the heap, then what is anonymous, the smallest first: the largest is RAM."""
+    found = [each for each in maps if each.entry.perms == "rw-p" and each.rss > 0]
+    yield from (each.entry for each in found if each.entry.path == "[heap]")
+    anonymous = [each for each in found if each.entry.path == ""]
+    yield from (each.entry for each in sorted(anonymous, key=lambda each: each.rss))
 
 
 def _pieces(mem: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from lazyproc.errors import RestoreError, UsageError
 from lazyproc.events import Listener, Note
@@ -113,16 +114,43 @@ def nursery_in_group(named: str | None, label: int, listener: Listener, *, pidns
             there = stack.enter_context(_ready(named, label))
             birth = stack.enter_context(nursery(pidns=pidns, groups=there))
         except cgroup.NotJoined as error:
-            if named is not None:
-                raise _refused(named, error) from error
             there = ()
-            listener(
-                Note(
-                    f"the tree is in the cgroup of this command and may end with it ({error.strerror}): {AMENDS}"
-                )
-            )
+            _left_in_ours(named, error, listener)
             birth = stack.enter_context(nursery(pidns=pidns))
         yield Birth(birth, [place.folder for place in there if named is None], Inherited.of(birth))
+
+
+@contextmanager
+def joined(pid: int, named: str | None, listener: Listener) -> Iterator[Sequence[str]]:
+    """A process that somebody else has started is put into the groups of a tree; the directories of those that were
+    made, which go at the end unless it lives there. Raises as `nursery_in_group`.
+    """
+    with ExitStack() as stack:
+        there: Sequence[Place] = ()
+        try:
+            there = stack.enter_context(_ready(named, pid))
+            for place in there:
+                _put(pid, place.folder)
+        except cgroup.NotJoined as error:
+            there = ()
+            _left_in_ours(named, error, listener)
+        yield [place.folder for place in there if named is None]
+
+
+def _put(pid: int, folder: str) -> None:
+    try:
+        Path(folder, "cgroup.procs").write_text(str(pid))
+    except OSError as error:
+        raise cgroup.NotJoined(error.errno, error.strerror) from error
+
+
+def _left_in_ours(named: str | None, error: cgroup.NotJoined, listener: Listener) -> None:
+    """Raises RestoreError for a group that was named."""
+    if named is not None:
+        raise _refused(named, error) from error
+    listener(
+        Note(f"the tree is in the cgroup of this command and may end with it ({error.strerror}): {AMENDS}")
+    )
 
 
 @contextmanager
