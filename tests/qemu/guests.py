@@ -13,14 +13,17 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
+from lazyproc.errors import UsageError
 from lazyproc.facts import dataclass
 from lazyproc.hosts import Host
 from lazyproc.kernel.fds import inotify_add_watch, inotify_init
+from lazyproc.qemu.qmp import Qmp
+from tests.live.programs import wait_until
 from tests.needs import require
 from tests.qemu.kernel import boot
 
@@ -45,6 +48,7 @@ class Shape:
     shared: bool = False  # RAM in a memfd
     disk: Path | None = None  # a raw image, which the guest writes and reads back
     net: bool = False  # user networking
+    kvm: bool = False
     visited: int = 32  # MiB
     rate: int = 2000  # visits a second; 0: as many as can be
 
@@ -56,7 +60,8 @@ class Shape:
         words = [
             str(require("qemu-system-x86_64")),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-accel", "tcg", "-cpu", "max", "-smp", str(self.cpus), "-m", str(self.memory)),
+            *(("-accel", "kvm") if self.kvm else ("-accel", "tcg", "-cpu", "max")),
+            *("-smp", str(self.cpus), "-m", str(self.memory)),
             *(
                 "-kernel",
                 str(files.kernel),
@@ -202,6 +207,28 @@ class Guest:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+
+def empty_disk(folder: Path) -> Path:
+    """A raw image of 1 MiB."""
+    image = folder / "disk"
+    with image.open("wb") as file:
+        file.truncate(1 << 20)
+    return image
+
+
+def monitor(guest: Guest) -> Qmp:
+    """Its QMP monitor, as soon as it listens."""
+    found: list[Qmp] = []
+
+    def answers() -> bool:
+        assert guest.process.poll() is None, f"QEMU has ended: {guest.log.read_text()}"
+        with suppress(UsageError):
+            found.append(Qmp(str(guest.qmp)))
+        return bool(found)
+
+    wait_until(answers, "QEMU's monitor answers")
+    return found[0]
 
 
 @contextmanager

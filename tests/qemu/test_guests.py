@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from lazyproc.qemu.qmp import Qmp
-from tests.qemu.guests import Shape, beating
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    image = tmp_path / "disk"
-    with image.open("wb") as file:
-        os.truncate(file.fileno(), 1 << 20)
-    return image
+from tests.qemu.guests import Shape, beating, empty_disk
 
 
 @pytest.mark.parametrize("machine", ["pc", "q35"])
-def test_a_guest_beats_and_goes_on_after_a_stop(machine: str, disk: Path, tmp_path: Path) -> None:
-    shape = Shape(machine, cpus=2, shared=machine == "q35", disk=disk, net=True)
+def test_a_guest_beats_and_goes_on_after_a_stop(machine: str, tmp_path: Path) -> None:
+    shape = Shape(machine, cpus=2, shared=machine == "q35", disk=empty_disk(tmp_path), net=True)
     with beating(shape, tmp_path) as guest, Qmp(str(guest.qmp)) as qmp:
         before = guest.serial.wait(20)
         qmp.execute("stop")
