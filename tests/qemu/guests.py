@@ -23,7 +23,6 @@ from lazyproc.facts import dataclass
 from lazyproc.hosts import Host
 from lazyproc.kernel.fds import inotify_add_watch, inotify_init
 from lazyproc.qemu.qmp import Qmp
-from tests.live.programs import wait_until
 from tests.needs import require
 from tests.qemu.kernel import boot
 
@@ -218,28 +217,25 @@ def empty_disk(folder: Path) -> Path:
 
 
 def monitor(guest: Guest) -> Qmp:
-    """Its QMP monitor, as soon as it listens."""
-    found: list[Qmp] = []
-
-    def answers() -> bool:
-        assert guest.process.poll() is None, f"QEMU has ended: {guest.log.read_text()}"
+    """Its QMP monitor, as soon as it listens, to the millisecond."""
+    until = time.monotonic() + START_S
+    while True:
         with suppress(UsageError):
-            found.append(Qmp(str(guest.qmp)))
-        return bool(found)
-
-    wait_until(answers, "QEMU's monitor answers")
-    return found[0]
+            return Qmp(str(guest.qmp))
+        assert guest.process.poll() is None, f"QEMU has ended: {guest.log.read_text()}"
+        assert time.monotonic() < until, f"QEMU's monitor does not listen: {guest.log.read_text()}"
+        time.sleep(0.001)
 
 
 @contextmanager
 def started(
     shape: Shape, serial: Serial, folder: Path, *more: str, host: Host | None = None
 ) -> Iterator[Guest]:
-    """A QEMU of this shape, its monitor in `folder` or in the host's own; killed at the end. It may not beat yet, or
-    wait for a guest to come in (`more`: options).
+    """A QEMU of this shape, its monitor and log in `folder` or in the host's own; killed at the end. It may not beat
+    yet, or wait for a guest to come in (`more`: options).
     """
-    log = folder / "qemu.log"
-    qmp, inside = (host.outside / "qmp", host.scratch / "qmp") if host else (folder / "qmp", folder / "qmp")
+    own, inside = (host.outside, host.scratch / "qmp") if host else (folder, folder / "qmp")
+    qmp, log = own / "qmp", own / "qemu.log"
     with log.open("w") as file:
         process = (host.popen if host else subprocess.Popen)(
             shape.command(serial.path, inside, *more),
