@@ -18,13 +18,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
+
 from lazyproc.errors import UsageError
 from lazyproc.facts import dataclass
 from lazyproc.hosts import Host
 from lazyproc.kernel.fds import inotify_add_watch, inotify_init
 from lazyproc.qemu.qmp import Qmp
 from tests.needs import require
-from tests.qemu.kernel import boot
+from tests.qemu.kernel import boot, mini
 
 BEAT_S = 0.005  # between two beats of a guest that nothing holds up
 START_S = 30.0
@@ -37,6 +39,9 @@ _KERNEL = (
 )
 
 
+needs_kvm = pytest.mark.skipif(not os.path.exists("/dev/kvm"), reason="this machine has no KVM")
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A guest. Two QEMUs of one shape can hand their guest to each other."""
@@ -47,28 +52,17 @@ class Shape:
     shared: bool = False  # RAM in a memfd
     disk: Path | None = None  # a raw image, which the guest writes and reads back
     net: bool = False  # user networking
-    kvm: bool = False
+    kvm: bool = False  # for which there is a guest without Linux, disk and network, of one CPU (mini.c)
     visited: int = 32  # MiB
-    rate: int = 2000  # visits a second; 0: as many as can be
+    rate: int = 2000  # visits a second; 0, or kvm: as many as can be
 
     def command(self, serial: Path, qmp: Path, *more: str) -> list[str]:
         """The command line of a QEMU whose guest beats into the file `serial` and whose monitor listens at `qmp`."""
-        files = boot()
-        options = f"wmb={self.visited} rate={self.rate} visitors={self.cpus} "
-        options += f"disk={int(self.disk is not None)} net={int(self.net)}"
         words = [
             str(require("qemu-system-x86_64")),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *(("-accel", "kvm") if self.kvm else ("-accel", "tcg", "-cpu", "max")),
             *("-smp", str(self.cpus), "-m", str(self.memory)),
-            *(
-                "-kernel",
-                str(files.kernel),
-                "-initrd",
-                str(files.initramfs),
-                "-append",
-                f"{_KERNEL} {options}",
-            ),
+            *(self._small() if self.kvm else self._linux()),
             *("-chardev", f"file,id=serial,path={serial},append=on", "-serial", "chardev:serial"),
             *("-qmp", f"unix:{qmp},server=on,wait=off"),
         ]
@@ -82,6 +76,16 @@ class Shape:
         if self.net:
             words += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
         return [*words, "-machine", machine, *more]
+
+    def _linux(self) -> list[str]:
+        files = boot()
+        options = f"wmb={self.visited} rate={self.rate} visitors={self.cpus}"
+        devices = f"disk={int(self.disk is not None)} net={int(self.net)}"
+        words = ["-accel", "tcg", "-cpu", "max", "-append", f"{_KERNEL} {options} {devices}"]
+        return [*words, "-kernel", str(files.kernel), "-initrd", str(files.initramfs)]
+
+    def _small(self) -> list[str]:
+        return ["-accel", "kvm", "-kernel", str(mini()), "-append", f"wmb={self.visited}"]
 
 
 @dataclass(frozen=True, slots=True)

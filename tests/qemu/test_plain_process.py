@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from lazyproc.kernel import proc
 from lazyproc.qemu.qmp import Qmp
 from tests.live.moving import Moved, Seen, checkpoint, look_at_tree, receiving, restore
 from tests.live.real import ending, migrating
-from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor, started
+from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor, needs_kvm, started
 
 CODE, GUEST = (
     "rwxp",
@@ -83,7 +82,7 @@ def test_is_restored_lazily_from_images(pair: Pair) -> None:
             check_arrived(moved, before, guest, pair.destination)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/kvm"), reason="this machine has no KVM")
+@needs_kvm
 def test_what_only_moves_as_a_guest_is_named(tmp_path: Path) -> None:
     ring = f"if=none,id=ring,file={empty_disk(tmp_path)},format=raw,cache=none,aio=io_uring"
     with (
