@@ -51,6 +51,7 @@ class Shape:
     cpus: int = 1
     shared: bool = False  # RAM in a memfd
     disk: Path | None = None  # a raw image, which the guest writes and reads back
+    locked: bool = True  # that image
     net: bool = False  # user networking
     kvm: bool = False  # for which there is a guest without Linux, disk and network, of one CPU (mini.c)
     visited: int = 32  # MiB
@@ -71,7 +72,8 @@ class Shape:
             machine += ",memory-backend=ram"
             words += ["-object", f"memory-backend-memfd,id=ram,size={self.memory}M,share=on"]
         if self.disk is not None:
-            words += ["-drive", f"if=none,id=disk,file={self.disk},format=raw,cache=none,aio=threads"]
+            lock = "" if self.locked else ",file.locking=off"
+            words += ["-drive", f"if=none,id=disk,file={self.disk},format=raw,cache=none,aio=threads{lock}"]
             words += ["-device", "virtio-blk-pci,drive=disk"]
         if self.net:
             words += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
