@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from lazyproc.dump import aio
 from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.descriptors import look_at_descriptors
+from lazyproc.dump.guests import point_to_guests, qemus_of
 from lazyproc.dump.memory import has_guards, refused_mappings
 from lazyproc.dump.needs import needs_of
 from lazyproc.dump.permits import MOVED, Permits
@@ -69,7 +70,8 @@ def examine(
     guards = tuple(Wanted(FeatureNeed("guard regions"), pid, "process") for pid in sorted(guarded)[:1])
     smaps = {pid: process.smaps for pid, process in alive.items()}
     of_tree = (*obstacles(facts), *(() if permits.led_from_outside else _led_from_outside(facts)))
-    return Examined((*of_tree, *of_resources), (*wanted, *guards), smaps, seen)
+    found = point_to_guests((*of_tree, *of_resources), qemus_of(alive))
+    return Examined(found, (*wanted, *guards), smaps, seen)
 
 
 def _guarded(processes: Iterable[ProcessFacts]) -> Iterator[int]:

@@ -13,16 +13,20 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
+
+from lazyproc.errors import UsageError
 from lazyproc.facts import dataclass
 from lazyproc.hosts import Host
 from lazyproc.kernel.fds import inotify_add_watch, inotify_init
+from lazyproc.qemu.qmp import Qmp
 from tests.needs import require
-from tests.qemu.kernel import boot
+from tests.qemu.kernel import boot, mini
 
 BEAT_S = 0.005  # between two beats of a guest that nothing holds up
 START_S = 30.0
@@ -35,6 +39,9 @@ _KERNEL = (
 )
 
 
+needs_kvm = pytest.mark.skipif(not os.path.exists("/dev/kvm"), reason="this machine has no KVM")
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A guest. Two QEMUs of one shape can hand their guest to each other."""
@@ -44,27 +51,19 @@ class Shape:
     cpus: int = 1
     shared: bool = False  # RAM in a memfd
     disk: Path | None = None  # a raw image, which the guest writes and reads back
+    locked: bool = True  # that image
     net: bool = False  # user networking
+    kvm: bool = False  # for which there is a guest without Linux, disk and network, of one CPU (mini.c)
     visited: int = 32  # MiB
-    rate: int = 2000  # visits a second; 0: as many as can be
+    rate: int = 2000  # visits a second; 0, or kvm: as many as can be
 
     def command(self, serial: Path, qmp: Path, *more: str) -> list[str]:
         """The command line of a QEMU whose guest beats into the file `serial` and whose monitor listens at `qmp`."""
-        files = boot()
-        options = f"wmb={self.visited} rate={self.rate} visitors={self.cpus} "
-        options += f"disk={int(self.disk is not None)} net={int(self.net)}"
         words = [
             str(require("qemu-system-x86_64")),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-accel", "tcg", "-cpu", "max", "-smp", str(self.cpus), "-m", str(self.memory)),
-            *(
-                "-kernel",
-                str(files.kernel),
-                "-initrd",
-                str(files.initramfs),
-                "-append",
-                f"{_KERNEL} {options}",
-            ),
+            *("-smp", str(self.cpus), "-m", str(self.memory)),
+            *(self._small() if self.kvm else self._linux()),
             *("-chardev", f"file,id=serial,path={serial},append=on", "-serial", "chardev:serial"),
             *("-qmp", f"unix:{qmp},server=on,wait=off"),
         ]
@@ -73,11 +72,22 @@ class Shape:
             machine += ",memory-backend=ram"
             words += ["-object", f"memory-backend-memfd,id=ram,size={self.memory}M,share=on"]
         if self.disk is not None:
-            words += ["-drive", f"if=none,id=disk,file={self.disk},format=raw,cache=none,aio=threads"]
+            lock = "" if self.locked else ",file.locking=off"
+            words += ["-drive", f"if=none,id=disk,file={self.disk},format=raw,cache=none,aio=threads{lock}"]
             words += ["-device", "virtio-blk-pci,drive=disk"]
         if self.net:
             words += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
         return [*words, "-machine", machine, *more]
+
+    def _linux(self) -> list[str]:
+        files = boot()
+        options = f"wmb={self.visited} rate={self.rate} visitors={self.cpus}"
+        devices = f"disk={int(self.disk is not None)} net={int(self.net)}"
+        words = ["-accel", "tcg", "-cpu", "max", "-append", f"{_KERNEL} {options} {devices}"]
+        return [*words, "-kernel", str(files.kernel), "-initrd", str(files.initramfs)]
+
+    def _small(self) -> list[str]:
+        return ["-accel", "kvm", "-kernel", str(mini()), "-append", f"wmb={self.visited}"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,15 +214,34 @@ class Guest:
         return self.process.pid
 
 
+def empty_disk(folder: Path) -> Path:
+    """A raw image of 1 MiB."""
+    image = folder / "disk"
+    with image.open("wb") as file:
+        file.truncate(1 << 20)
+    return image
+
+
+def monitor(guest: Guest) -> Qmp:
+    """Its QMP monitor, as soon as it listens, to the millisecond."""
+    until = time.monotonic() + START_S
+    while True:
+        with suppress(UsageError):
+            return Qmp(str(guest.qmp))
+        assert guest.process.poll() is None, f"QEMU has ended: {guest.log.read_text()}"
+        assert time.monotonic() < until, f"QEMU's monitor does not listen: {guest.log.read_text()}"
+        time.sleep(0.001)
+
+
 @contextmanager
 def started(
     shape: Shape, serial: Serial, folder: Path, *more: str, host: Host | None = None
 ) -> Iterator[Guest]:
-    """A QEMU of this shape, its monitor in `folder` or in the host's own; killed at the end. It may not beat yet, or
-    wait for a guest to come in (`more`: options).
+    """A QEMU of this shape, its monitor and log in `folder` or in the host's own; killed at the end. It may not beat
+    yet, or wait for a guest to come in (`more`: options).
     """
-    log = folder / "qemu.log"
-    qmp, inside = (host.outside / "qmp", host.scratch / "qmp") if host else (folder / "qmp", folder / "qmp")
+    own, inside = (host.outside, host.scratch / "qmp") if host else (folder, folder / "qmp")
+    qmp, log = own / "qmp", own / "qemu.log"
     with log.open("w") as file:
         process = (host.popen if host else subprocess.Popen)(
             shape.command(serial.path, inside, *more),

@@ -1,6 +1,7 @@
 """The kernel that test guests run, and what they find in memory at their start.
 
-Debian's cloud kernel is fetched with apt and unpacked under build/guest; /init is tests/qemu/guest.c.
+Debian's cloud kernel is fetched with apt and unpacked under build/guest; /init is tests/qemu/guest.c. For KVM there is
+tests/qemu/mini.c, which needs no kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from tests.live.programs import WARNINGS
 from tests.needs import require
 
 _BUILD = Path(__file__).parents[2] / "build" / "guest"
-_SOURCE = Path(__file__).with_name("guest.c")
+_SOURCES = Path(__file__).parent
+_MINI = (
+    "-m32",
+    "-ffreestanding",
+    "-nostdlib",
+    "-fno-pic",
+    "-no-pie",
+    "-fno-stack-protector",
+    "-mgeneral-regs-only",
+)
+_MINI_PLACES = ("-Wl,--section-start=.multiboot=0x101000", "-Wl,-Ttext=0x200000", "-Wl,--build-id=none")
 _PACKAGE = "linux-image-cloud-amd64"
 # In the order in which they depend on each other; what a kernel has built in is not there to be loaded.
 _MODULES = (
@@ -90,20 +101,35 @@ def _newest_kernel() -> str:
 
 def _initramfs(base: Path) -> Path:
     """Built anew when /init has changed."""
-    archive = base / "initramfs"
-    if archive.exists() and archive.stat().st_mtime_ns > _SOURCE.stat().st_mtime_ns:
+    archive, init = base / "initramfs", _linked("guest", "-D_GNU_SOURCE", "-pthread")
+    if archive.exists() and archive.stat().st_mtime_ns > init.stat().st_mtime_ns:
         return archive
-    fresh, init = base / f"initramfs.{os.getpid()}", base / f"init.{os.getpid()}"
-    command = [str(require("gcc")), "-std=gnu11", "-O2", *WARNINGS, "-D_GNU_SOURCE", "-static", "-pthread"]
-    subprocess.run([*command, "-o", str(init), str(_SOURCE)], check=True)
+    fresh = base / f"initramfs.{os.getpid()}"
     files = {"init": init.read_bytes()}
     modules = {path.name.partition(".")[0]: path for path in (base / "modules").iterdir()}
     for number, name in enumerate(name for name in _MODULES if name in modules):
         files[f"modules/{number}-{name}.ko"] = modules[name].read_bytes()
     fresh.write_bytes(b"".join(_newc(["dev", "modules"], files)))
     fresh.rename(archive)
-    init.unlink()
     return archive
+
+
+def mini() -> Path:
+    """An image for QEMU's -kernel that is the whole guest."""
+    return _linked("mini", *_MINI, *_MINI_PLACES)
+
+
+def _linked(name: str, *options: str) -> Path:
+    """The executable of tests/qemu/NAME.c, linked statically, compiled when that is newer."""
+    source, binary = _SOURCES / f"{name}.c", _BUILD / name
+    if binary.exists() and binary.stat().st_mtime_ns > source.stat().st_mtime_ns:
+        return binary
+    _BUILD.mkdir(parents=True, exist_ok=True)
+    fresh = binary.with_suffix(f".{os.getpid()}")  # another test session may use the old one
+    command = [str(require("gcc")), "-std=gnu11", "-O2", *WARNINGS, "-static", *options]
+    subprocess.run([*command, "-o", str(fresh), str(source)], check=True)
+    fresh.rename(binary)
+    return binary
 
 
 def _newc(folders: Sequence[str], files: dict[str, bytes]) -> Iterator[bytes]:
