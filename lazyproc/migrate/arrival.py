@@ -327,6 +327,9 @@ class Arrival:
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
+    def _before_it_holds(self) -> None:
+        """The last moment in which it may be called off, by an error."""
+
     def _commit(self, tree: Outliving, drafting: Drafting, steps: Steps) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
@@ -336,6 +339,7 @@ class Arrival:
         steps.done("draft")
         expect(self._link.control, Commit, FREEZE_S)
         steps.done("wait for commit")
+        self._before_it_holds()
         self._settle()
         self._journal.publish(committed)
         steps.done("durable")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from typing import Any
 
-from lazyproc.errors import ConnectionLost, Obstacle, ProtocolError
-from lazyproc.events import Later, StateChanged
+from lazyproc.errors import ConnectionLost, LazyprocError, Obstacle, ProtocolError
+from lazyproc.events import Later, Note, StateChanged
 from lazyproc.images.files import unpack
 from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.ready import readable
@@ -34,6 +34,7 @@ class GuestArrival(Arrival):
     `runs` is called when the guest is about to run: only then may pages come that nobody waits for.
     """
 
+    _shell: Shell
     outputs: Sequence[int] = ()
     noted: Callable[[], object] = staticmethod(lambda: None)
     runs: Callable[[], object] = staticmethod(lambda: None)
@@ -48,7 +49,7 @@ class GuestArrival(Arrival):
             make_room(AMPLE)
             running, theirs = _offered(order)
             terms = self._terms
-            shell = stack.enter_context(
+            self._shell = shell = stack.enter_context(
                 empty_shell(terms.command, terms.cgroup, self.outputs, self._listener)
             )
             tree = shell.arm(theirs, pager, self._listener)
@@ -83,10 +84,13 @@ class GuestArrival(Arrival):
         # Until it has heard that all is built the source has nothing to say: it has called it off, or is gone.
         shell.load(images[devices.NAME], lambda: bool(readable([control.fileno()], 0)))
 
+    def _before_it_holds(self) -> None:
+        self._shell.demand_there()
+
     def _run(self, shell: Shell, tree: LazyTree, running: bool, steps: Steps) -> None:
         committed = StateChanged("committed", time.monotonic())
         if running:
-            shell.run()
+            self._let_run(shell)
         self.runs()
         steps.done("release")
         with suppress(ConnectionLost):  # whoever drains notices
@@ -94,6 +98,17 @@ class GuestArrival(Arrival):
             self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": {**steps.ms()}}))
         self._listener(committed)
         self._listener(StateChanged("running", time.monotonic()))
+
+    def _let_run(self, shell: Shell) -> None:
+        """It is committed: whatever is wrong, it is wrong here."""
+        try:
+            shell.run()
+        except (LazyprocError, TimeoutError) as error:
+            self._listener(
+                Note(
+                    f"pid {shell.pid}: the guest is here and does not run: {error}; see `cont` in its monitor"
+                )
+            )
 
     def _admit_guest(self, order: Mapping[str, Any]) -> None:
         """Raises Unfit."""

@@ -8,10 +8,10 @@ import subprocess
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
-from lazyproc.errors import ConnectionLost, LazyprocError, RestoreError
+from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess, RestoreError
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass
 from lazyproc.kernel import family, proc
@@ -30,6 +30,7 @@ from lazyproc.uffd.pager import Pager, register_regions
 START_S = 20.0
 LOAD_S = 30.0
 POLL_S = 0.05
+FD_NAME = "lazyproc"
 ABOVE = 64  # numbers that QEMU may take for itself before it meets an anchor
 MADV_DONTNEED, MADV_REMOVE = 4, 9
 O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
@@ -98,16 +99,9 @@ class Shell:
         """The state of the guest, which stands still afterwards: its pages come while it is read. Returns early when
         `disturbed`. Raises RestoreError.
         """
-        file = os.memfd_create("lazyproc-devices", os.MFD_CLOEXEC)
         try:
-            with os.fdopen(os.dup(file), "wb") as writing:
-                writing.write(devices)
-            os.lseek(file, 0, os.SEEK_SET)
-            self.qmp.execute("getfd", {"fdname": "lazyproc"}, fds=[file])
-        finally:
-            os.close(file)
-        try:
-            self.qmp.execute("migrate-incoming", {"uri": "fd:lazyproc"})
+            self._give(devices)
+            self.qmp.execute("migrate-incoming", {"uri": f"fd:{FD_NAME}"})
             self._await_loaded(disturbed)
         except ConnectionLost as error:
             raise RestoreError(
@@ -115,6 +109,13 @@ class Shell:
                 where=f"pid {self.pid}",
                 remedy="see what it said where `receive` runs: machine and devices must be those of the source",
             ) from error
+
+    def _give(self, devices: bytes) -> None:
+        """QEMU has them as a file that is open."""
+        with open(os.memfd_create("lazyproc-devices", os.MFD_CLOEXEC), "wb") as file:
+            file.write(devices)
+            file.seek(0)
+            self.qmp.execute("getfd", {"fdname": FD_NAME}, fds=[file.fileno()])
 
     def _await_loaded(self, disturbed: Callable[[], bool]) -> None:
         deadline = time.monotonic() + LOAD_S
@@ -130,10 +131,16 @@ class Shell:
         if time.monotonic() >= deadline:
             raise RestoreError(f"the guest was not taken in within {LOAD_S:.0f} s", where=f"pid {self.pid}")
 
+    def demand_there(self) -> None:
+        """Raises NoSuchProcess when somebody has ended it."""
+        if self.process.poll() is not None:
+            raise NoSuchProcess("QEMU has ended with the guest that it had loaded", where=f"pid {self.pid}")
+
     def outlive_us(self) -> None:
         """From here on it is never killed for our sake."""
         self.spared = True
-        call_in(self.pid, "prctl", family.PR_SET_PDEATHSIG, 0)
+        with suppress(NoSuchProcess):  # somebody has ended it
+            call_in(self.pid, "prctl", family.PR_SET_PDEATHSIG, 0)
 
     def run(self) -> None:
         """The guest goes on."""
