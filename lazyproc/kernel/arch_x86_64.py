@@ -27,6 +27,7 @@ SYS = {
     "munmap": 11,
     "brk": 12,
     "rt_sigaction": 13,
+    "ioctl": 16,
     "mremap": 25,
     "madvise": 28,
     "shmat": 30,

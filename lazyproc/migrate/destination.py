@@ -20,6 +20,7 @@ from lazyproc.migrate.reception import hand_on
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Channel, Door, listen
+from lazyproc.qemu.shell import demand_command
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Party, Role
 
@@ -48,6 +49,8 @@ def receive(
         raise UsageError("a record is of one tree", where=terms.record, remedy="add --once")
     if terms.command and terms.uids:
         raise UsageError("a guest runs as QEMU does", remedy="leave out --allow-uid, and give QEMU -runas")
+    if terms.command:
+        demand_command(terms.command)
     forget_old()
     trust = Trust(insecure, terms.uids, tls)
     with (

@@ -11,6 +11,7 @@ from typing import Any
 
 from lazyproc.errors import ConnectionLost, LazyprocError, Obstacle, ProtocolError
 from lazyproc.events import Later, Note, StateChanged
+from lazyproc.facts import dataclass
 from lazyproc.images.files import unpack
 from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.ready import readable
@@ -47,12 +48,14 @@ class GuestArrival(Arrival):
                 self._admit_guest(order)
             wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
             make_room(AMPLE)
-            running, theirs = _offered(order)
+            offered = _offered(order)
             terms = self._terms
             self._shell = shell = stack.enter_context(
                 empty_shell(terms.command, terms.cgroup, self.outputs, self._listener)
             )
-            tree = shell.arm(theirs, pager, self._listener)
+            if unlike := shell.compare(offered.machine, offered.blocks):
+                raise Unfit(unlike)
+            tree = shell.arm(pager, self._listener)
             facts = {
                 "tree": to_facts(tree),
                 "wishes": wishes.fields(),
@@ -74,7 +77,7 @@ class GuestArrival(Arrival):
             self._load(shell, unpack(data))
             steps.done("load")
             self._commit(shell, drafting, steps)
-            self._run(shell, tree, running, steps)
+            self._run(shell, tree, offered.running, steps)
             return tree
 
     def _load(self, shell: Shell, images: Mapping[str, bytes]) -> None:
@@ -118,13 +121,21 @@ class GuestArrival(Arrival):
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups={})
 
 
-def _offered(order: Mapping[str, Any]) -> tuple[bool, tuple[Block, ...]]:
-    """Whether the guest ran, and its RAM blocks. Raises ProtocolError."""
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The guest, as its source describes it."""
+
+    machine: str
+    running: bool
+    blocks: tuple[Block, ...]
+
+
+def _offered(order: Mapping[str, Any]) -> Offered:
+    """Raises ProtocolError."""
     guest = order.get("guest")
     try:
         assert isinstance(guest, dict)
-        return guest["running"] is True, tuple(
-            Block.of(number, row) for number, row in enumerate(guest["blocks"])
-        )
+        found = tuple(Block.of(number, row) for number, row in enumerate(guest["blocks"]))
+        return Offered(str(guest["machine"]), guest["running"] is True, found)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"PREPARE does not describe a guest ({error})") from error

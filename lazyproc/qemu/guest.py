@@ -13,6 +13,7 @@ from lazyproc.kernel import proc
 from lazyproc.kernel.sockdiag import unix_sockets
 from lazyproc.model import PAGE
 from lazyproc.pages.frozen import Place
+from lazyproc.qemu.disks import out_of_reach
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.ram import Block, blocks, rows
 
@@ -84,16 +85,20 @@ def look(qmp: Qmp) -> Guest:
     """
     pid = _process(qmp)
     status = qmp.execute("query-status")
-    machine = str(qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
     return Guest(
         qmp=os.path.abspath(qmp.path),
         pid=pid,
         started=proc.stat(proc.read(pid, "stat")).start_time,
-        machine=machine.removesuffix("-machine"),
+        machine=machine_of(qmp),
         version=".".join(map(str, qmp.version)),
         running=status["running"] is True,
         blocks=blocks(pid, rows(qmp.hmp("info ramblock"))),
     )
+
+
+def machine_of(qmp: Qmp) -> str:
+    """What an alias like "pc" stands for: "pc-i440fx-7.2"."""
+    return str(qmp.execute("qom-get", {"path": "/machine", "property": "type"})).removesuffix("-machine")
 
 
 def _process(qmp: Qmp) -> int:
@@ -137,6 +142,7 @@ def obstacles(qmp: Qmp, guest: Guest) -> Iterator[Obstacle]:
         yield Obstacle(
             guest.pid, f"block job {job['device']}", "is running", "wait for its end, or cancel it"
         )
+    yield from out_of_reach(qmp, guest.pid)
     for each in guest.blocks:
         if each.page_size != PAGE:
             why = f"has pages of {each.page_size} bytes"

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from lazyproc.errors import HostLacks, LazyprocError
+from lazyproc.errors import HostLacks, Obstacle
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.kernel.proc import MapsEntry, SmapsEntry
@@ -159,22 +159,24 @@ def _room(maps: dict[int, SmapsEntry], start: int) -> int:
     return end - start
 
 
-def demand_same(ours: Sequence[Block], theirs: Sequence[Block]) -> None:
-    """Raises LazyprocError, naming the first block that the other QEMU lacks or has otherwise."""
+def differences(ours: Sequence[Block], theirs: Sequence[Block]) -> Iterator[Obstacle]:
+    """What the other QEMU, the source of a guest, has and ours lacks, or has otherwise, or the other way round."""
     known = {each.name: each for each in ours}
     for each in theirs:
         own = known.pop(each.name, None)
         if own is None or (own.total, own.shared, own.page_size) != (each.total, each.shared, each.page_size):
-            raise LazyprocError(
-                f"the RAM block {each.name!r} is not the same in both QEMUs "
-                f"({_kind(each)} at the source, {_kind(own)} here)",
-                remedy="start the QEMU here with the same machine, devices and memory",
-            )
-    if known:
-        raise LazyprocError(
-            f"the source has no RAM block {min(known)!r}",
-            remedy="start the QEMU here with the same machine, devices and memory",
-        )
+            yield _different(each.name, own, each)
+    for own in known.values():
+        yield _different(own.name, own, None)
+
+
+def _different(name: str, own: Block | None, other: Block | None) -> Obstacle:
+    return Obstacle(
+        0,
+        f"RAM block {name}",
+        f"is not the same in both QEMUs ({_kind(other)} at the source, {_kind(own)} at the destination)",
+        "start the QEMU there with the same machine, devices and memory",
+    )
 
 
 def _kind(block: Block | None) -> str:

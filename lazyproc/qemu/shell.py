@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -11,20 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
-from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess, RestoreError
+from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess, Obstacle, RestoreError, UsageError
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass
 from lazyproc.kernel import family, proc
+from lazyproc.kernel.remote import Stub
 from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.kernel.visit import call_in, visiting
+from lazyproc.qemu.disks import out_of_reach
+from lazyproc.qemu.guest import machine_of
 from lazyproc.qemu.qmp import Qmp
-from lazyproc.qemu.ram import Block, blocks, demand_same, rows
+from lazyproc.qemu.ram import Block, blocks, differences, rows
 from lazyproc.restore.anchoring import plant
 from lazyproc.restore.groups import joined
 from lazyproc.restore.lazy import watch_removals
 from lazyproc.restore.lazytree import LazyTask, LazyTree
-from lazyproc.restore.pages import read_only
-from lazyproc.uffd.device import Userfaultfd
+from lazyproc.restore.pages import O_NONBLOCK_CLOEXEC, read_only
+from lazyproc.uffd.device import USERFAULTFD_IOC_NEW, Userfaultfd, opened_device
 from lazyproc.uffd.pager import Pager, register_regions
 
 START_S = 20.0
@@ -33,8 +38,11 @@ POLL_S = 0.05
 FD_NAME = "lazyproc"
 ABOVE = 64  # numbers that QEMU may take for itself before it meets an anchor
 MADV_DONTNEED, MADV_REMOVE = 4, 9
-O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 CAPABILITIES = ("late-block-activate", "events")
+NOT_WANTED = {
+    "daemonize": "it outlives `receive` without it",
+    "incoming": "lazyproc adds its own",
+}
 
 
 @dataclass(slots=True)
@@ -44,6 +52,7 @@ class Shell:
     process: subprocess.Popen[bytes]
     qmp: Qmp
     groups: Sequence[str]
+    device: int | None  # its descriptor of /dev/userfaultfd
     blocks: Sequence[Block] = ()
     spared: bool = False  # it goes on without us
 
@@ -51,11 +60,21 @@ class Shell:
     def pid(self) -> int:
         return self.process.pid
 
-    def arm(self, theirs: Sequence[Block], pager: Pager, listener: Listener) -> LazyTree:
-        """Its RAM is emptied, and the pager's from now on. Raises LazyprocError when it is not that of the source."""
-        here = {each.name: each for each in blocks(self.pid, rows(self.qmp.hmp("info ramblock")))}
-        demand_same(tuple(here.values()), theirs)
-        self.blocks = [Block.of(each.number, each.row(), here[each.name].addr) for each in theirs]
+    def compare(self, machine: str, theirs: Sequence[Block]) -> tuple[Obstacle, ...]:
+        """What of the guest does not fit in here; when all does, its blocks are known. Raises HostLacks."""
+        here = blocks(self.pid, rows(self.qmp.hmp("info ramblock")))
+        own = machine_of(self.qmp)
+        if own != machine:
+            why = f"the QEMU there is a {own}, that of the guest a {machine}"
+            return (Obstacle(0, "host", why, f"start it there with -machine {machine}"),)
+        places = {each.name: each.addr for each in here}
+        if found := (*differences(here, theirs), *out_of_reach(self.qmp, self.pid)):
+            return found
+        self.blocks = [Block.of(each.number, each.row(), places[each.name]) for each in theirs]
+        return ()
+
+    def arm(self, pager: Pager, listener: Listener) -> LazyTree:
+        """Its RAM, which was compared, is emptied, and the pager's from now on."""
         fd = self._registered()
         space = pager.add_space(fd, self.pid, self.pid)
         pager.add_regions(space, self._rows())
@@ -73,7 +92,7 @@ class Shell:
         pidfd = os.pidfd_open(self.pid)
         try:
             with visiting(self.pid) as (stub, _):
-                number = stub.call("userfaultfd", O_NONBLOCK_CLOEXEC)
+                number = self._userfaultfd(stub)
                 fd = pidfd_getfd(pidfd, number)
                 stub.call("close", number)
                 Userfaultfd.from_fd(fd).api()
@@ -84,6 +103,18 @@ class Shell:
                 return fd
         finally:
             os.close(pidfd)
+
+    def _userfaultfd(self, stub: Stub) -> int:
+        """One that sees the kernel's faults as well: a QEMU that has dropped its rights (-runas) gets it from the
+        device alone, which is not left to it.
+        """
+        if self.device is None:
+            return stub.call("userfaultfd", O_NONBLOCK_CLOEXEC)
+        try:
+            return stub.call("ioctl", self.device, USERFAULTFD_IOC_NEW, O_NONBLOCK_CLOEXEC)
+        finally:
+            stub.call("close", self.device)
+            self.device = None
 
     def _rows(self) -> array[int]:
         """As the pager takes regions."""
@@ -136,6 +167,10 @@ class Shell:
         if self.process.poll() is not None:
             raise NoSuchProcess("QEMU has ended with the guest that it had loaded", where=f"pid {self.pid}")
 
+    def end_with_us(self) -> None:
+        """A QEMU that has dropped its rights has dropped this too (prctl(2), PR_SET_PDEATHSIG)."""
+        call_in(self.pid, "prctl", family.PR_SET_PDEATHSIG, signal.SIGKILL)
+
     def outlive_us(self) -> None:
         """From here on it is never killed for our sake."""
         self.spared = True
@@ -168,8 +203,11 @@ def empty_shell(
         "chardev=lazyproc,mode=control",
     )
     with ExitStack() as stack:
+        device = opened_device()
+        if device is not None:
+            stack.callback(os.close, device)
         try:
-            process = _started(words, theirs, outputs)
+            process = _started(words, theirs, device, outputs)
         except OSError as error:
             ours.close()
             raise RestoreError(f"cannot be started ({error.strerror})", where=command[0]) from error
@@ -178,8 +216,9 @@ def empty_shell(
         shell: Shell | None = None
         try:
             groups = stack.enter_context(joined(process.pid, cgroup, listener))
-            shell = Shell(process, _greeted(ours, process), groups)
+            shell = Shell(process, _greeted(ours, process), groups, device)
             stack.callback(shell.qmp.close)
+            shell.end_with_us()
             wanted = [{"capability": name, "state": True} for name in CAPABILITIES]
             shell.qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
             yield shell
@@ -189,14 +228,25 @@ def empty_shell(
                 process.wait()
 
 
-def _started(words: Sequence[str], monitor: socket.socket, outputs: Sequence[int]) -> subprocess.Popen[bytes]:
+def demand_command(command: Sequence[str]) -> None:
+    """Raises UsageError for one that cannot take a guest in."""
+    if shutil.which(command[0]) is None:
+        raise UsageError("is no program here", where=command[0], remedy="install QEMU, or give its path")
+    for word in command[1:]:
+        if word.startswith("-") and (why := NOT_WANTED.get(word.lstrip("-"))):
+            raise UsageError(f"{word} is not wanted: {why}", where=command[0], remedy="leave it out")
+
+
+def _started(
+    words: Sequence[str], monitor: socket.socket, device: int | None, outputs: Sequence[int]
+) -> subprocess.Popen[bytes]:
     out, err = outputs or (subprocess.DEVNULL, subprocess.DEVNULL)
     return subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=err,
-        pass_fds=[monitor.fileno()],
+        pass_fds=[monitor.fileno(), *([] if device is None else [device])],
         start_new_session=True,
         preexec_fn=partial(family.end_with_parent, os.getpid()),
     )

@@ -107,7 +107,7 @@ _REGISTER = struct.Struct("=QQQQ")  # range, mode, ioctls
 _COPY = struct.Struct("=QQQQq")  # dst, src, len, mode, copy: signed
 _FILL = struct.Struct("=QQQq")  # zeropage and poison: range, mode, done: signed
 
-_USERFAULTFD_IOC_NEW = UFFD_API << 8
+USERFAULTFD_IOC_NEW = UFFD_API << 8
 _UFFDIO_API = _request(3, 0x3F, _API.size)
 _UFFDIO_REGISTER = _request(3, 0x00, _REGISTER.size)
 _UFFDIO_UNREGISTER = _request(2, 0x01, _RANGE.size)
@@ -117,14 +117,21 @@ _UFFDIO_ZEROPAGE = _request(3, 0x04, _FILL.size)
 _UFFDIO_POISON = _request(3, 0x08, _FILL.size)
 
 
-def _open_device(flags: int) -> int | None:
-    """A userfaultfd from the device (Linux 6.1), None where it is missing or not ours to open."""
+def opened_device() -> int | None:
+    """The device (Linux 6.1), None where it is missing or not ours to open."""
     try:
-        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
         return None
+
+
+def _open_device(flags: int) -> int | None:
+    """A userfaultfd from the device, None where there is none."""
+    device = opened_device()
+    if device is None:
+        return None
     try:
-        return fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, flags)
+        return fcntl.ioctl(device, USERFAULTFD_IOC_NEW, flags)
     finally:
         os.close(device)
 

@@ -56,6 +56,7 @@ class Shape:
     kvm: bool = False  # for which there is a guest without Linux, disk and network, of one CPU (mini.c)
     visited: int = 32  # MiB
     rate: int = 2000  # visits a second; 0, or kvm: as many as can be
+    options: tuple[str, ...] = ()  # what else its QEMU is given
 
     def command(self, serial: Path, qmp: Path, *more: str) -> list[str]:
         """The command line of a QEMU whose guest beats into the file `serial` and whose monitor listens at `qmp`."""
@@ -77,7 +78,7 @@ class Shape:
             words += ["-device", "virtio-blk-pci,drive=disk"]
         if self.net:
             words += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
-        return [*words, "-machine", machine, *more]
+        return [*words, "-machine", machine, *self.options, *more]
 
     def _linux(self) -> list[str]:
         files = boot()

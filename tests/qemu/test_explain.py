@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lazyproc
-from lazyproc.errors import LazyprocError
 from lazyproc.facts import replace
 from lazyproc.qemu import ram
 from lazyproc.qemu.guest import look
@@ -62,6 +62,20 @@ def test_each_obstacle_is_named(tmp_path: Path) -> None:
             assert any(wanted in each for each in words), words
 
 
+def test_an_image_that_cannot_be_taken_again_is_named(tmp_path: Path) -> None:
+    """QEMU has opened it as root; to go on after a failure it would have to open it as nobody."""
+    with tempfile.TemporaryDirectory() as folder, Serial(tmp_path / "serial") as serial:
+        disk = empty_disk(Path(folder))
+        disk.parent.chmod(0o755)
+        shape = replace(SMALL, disk=disk, options=("-runas", "nobody"))
+        with started(shape, serial, tmp_path) as guest:
+            monitor(guest).close()
+            (obstacle,) = lazyproc.explain_guest(str(guest.qmp))
+            assert obstacle.where == f"image {disk}"
+            disk.chmod(0o666)
+            assert not lazyproc.explain_guest(str(guest.qmp))
+
+
 def test_a_guest_that_is_still_coming_cannot_leave(tmp_path: Path) -> None:
     with (
         Serial(tmp_path / "serial") as serial,
@@ -89,6 +103,6 @@ def test_the_list_of_blocks_is_read() -> None:
 )
 def test_another_guest_is_not_taken_for_the_same(name: str, value: object) -> None:
     ours = ram.Block("pc.ram", 4096, 4096, 4096, False, 1 << 30, True, 0)
-    ram.demand_same([ours], [ours])
-    with pytest.raises(LazyprocError, match="RAM block"):
-        ram.demand_same([ours], [replace(ours, **{name: value})])  # type: ignore[arg-type]
+    assert not list(ram.differences([ours], [ours]))
+    found = list(ram.differences([ours], [replace(ours, **{name: value})]))  # type: ignore[arg-type]
+    assert {each.where for each in found} >= {"RAM block pc.ram"}

@@ -27,6 +27,8 @@ from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor
 
 SLOW = ("--max-rate", "40000000")
 SMALL = Shape(memory=96, visited=16)
+SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")  # libvirt's
+AS_NOBODY = ("-runas", "nobody")
 
 
 @contextmanager
@@ -68,13 +70,18 @@ def arrives(guest: Guest, journey: Journey) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "shape",
     [
-        pytest.param(Shape(memory=96, visited=16, net=True), id="pc"),
-        pytest.param(Shape("q35", memory=96, visited=16, cpus=2, shared=True, net=True), id="q35, memfd, 2"),
+        pytest.param(Shape(memory=96, visited=16, net=True, options=AS_NOBODY), id="pc, nobody"),
+        pytest.param(
+            Shape("q35", memory=96, visited=16, cpus=2, shared=True, net=True, options=SANDBOX),
+            id="q35, memfd, 2, sandbox",
+        ),
     ],
 )
 def test_a_guest_moves(pair: Pair, shape: Shape) -> None:
     """With a disk on which both QEMUs want a lock."""
-    shape = replace(shape, disk=empty_disk(pair.shared))
+    disk = empty_disk(pair.shared)
+    disk.chmod(0o666)
+    shape = replace(shape, disk=disk)
     with prepared(pair, shape) as (guest, receiver), moving(pair, guest, receiver, *SLOW) as journey:
         journey.wait_running()
         blocks = guest.serial.wait(20).blocks
@@ -127,6 +134,25 @@ def test_the_new_qemu_is_killed_before_the_commit(pair: Pair, kind: Type) -> Non
             assert "QEMU has ended" in answer["error"]
         goes_on(guest.serial)
         assert not journals(pair.source, SOURCE)
+
+
+def test_the_new_qemu_ends_with_its_keeper(pair: Pair) -> None:
+    """Before the commit, also one that has dropped its rights. The guest goes on where it was."""
+    with prepared(pair, replace(SMALL, options=AS_NOBODY)) as (guest, receiver):
+
+        def kill_it() -> None:
+            pid = pair.destination.pid(journal(pair.destination, DESTINATION)["tree"]["root_pid"])
+            kill(pair.destination, DESTINATION, "keeper")
+            wait_until(lambda: gone(pid), "QEMU has ended")
+
+        trap = Trap(kill_it)
+        with (
+            frame_trap(pair, receiver, AtFrame(Type.IMAGES), trap) as address,
+            moving(pair, guest, receiver, by=address) as journey,
+        ):
+            journey.finish(expected=1)
+            assert trap.error is None
+        goes_on(guest.serial)
 
 
 @pytest.mark.parametrize(
@@ -186,13 +212,16 @@ def test_wrong_receivers_refuse(pair: Pair) -> None:
     with beating(SMALL, pair.shared, host=pair.source) as guest:
         with receiving(pair.destination) as receiver, moving(pair, guest, receiver) as journey:
             assert "receive --listen" in str(journey.finish(expected=3))
-        other = Shape(memory=64)
-        command = other.command(pair.shared / "nothing", pair.destination.scratch / "qmp")
-        with (
-            receiving(pair.destination, "--", *command) as receiver,
-            moving(pair, guest, receiver) as journey,
+        for other, wrong in (
+            (Shape(memory=64), "RAM block pc.ram"),
+            (replace(SMALL, machine="q35"), "pc-q35"),
         ):
-            assert "the RAM block 'pc.ram' is not the same" in journey.finish(expected=1)["error"]
+            command = other.command(pair.shared / "nothing", pair.destination.scratch / "qmp")
+            with (
+                receiving(pair.destination, "--", *command) as receiver,
+                moving(pair, guest, receiver) as journey,
+            ):
+                assert wrong in str(journey.finish(expected=3)["obstacles"])
         goes_on(guest.serial)
 
 
