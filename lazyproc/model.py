@@ -486,13 +486,16 @@ Resource = (
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """One open file description (what dup and fork share), with the status flags O_* and the position."""
+    """One open file description (what dup and fork share), with the status flags O_* and the position. What is
+    `outside` is shared with processes outside of the tree, and given to it by who restores (lazyproc/outside.py).
+    """
 
     id: int
     flags: int
     pos: int
     owner: Owner
     resource: Resource
+    outside: bool = False
 
 
 @dataclass(frozen=True, slots=True)

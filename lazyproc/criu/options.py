@@ -203,12 +203,19 @@ OPTIONS = (
     ),
     Option(
         "inherit-fd",
-        REFUSED,
+        DOES,
         (RESTORE,),
-        "no descriptor of the command takes the place of a dumped file yet",
+        "descriptor N takes the place of what the tree had: `pipe:[INODE]`, `socket:[INODE]`, a path without its first "
+        "slash, or what --external has left outside",
         "fd[N]:KEY",
     ),
-    Option("external", PERMITS, _CR, "resources that stay outside: refused where they occur", "RESOURCE"),
+    Option(
+        "external",
+        PERMITS,
+        _CR,
+        "`file[MNT:INODE]`, `tty[RDEV:DEV]`, `unix[INODE]`: stay outside; others: refused where they occur",
+        "RESOURCE",
+    ),
     # Sockets
     Option(
         "tcp-established",

@@ -15,6 +15,10 @@ class Permits:
     locks: bool = True  # file locks and leases
     led_from_outside: bool = True  # sessions and groups whose leader is not in the tree
     ghost_limit: int = CONTENT_LIMIT  # bytes of a deleted file
+    outside: bool = (
+        False  # pipes that end in a process outside of the tree: who restores it has to give others
+    )
+    external: frozenset[str] = frozenset()  # what else stays outside, by the names of lazyproc/outside.py
 
 
 ALL = Permits()

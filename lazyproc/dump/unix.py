@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ from lazyproc.kernel.netns import namespace_of
 from lazyproc.kernel.sockdiag import UnixInfo
 from lazyproc.kernel.sockopt import SIOCUNIXFILE, SOL_SOCKET, TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN
 from lazyproc.model import Packet, SocketOptions, UnixSocket
+from lazyproc.outside import external_socket
 
 _UCRED = struct.Struct("=iii")
+_READ = "let the program read it first"
 _MOMENT = "try again in a moment, or let the program accept it first"
 
 
@@ -45,7 +48,8 @@ def gather_unix(
     """
     inode = os.fstat(sock.fileno()).st_ino
     info = known.sockets[inode]
-    state, peer = _connection(sock, info, known, tree)
+    may_lead_out = external_socket(inode) in registry.permits.external
+    state, peer = _connection(sock, info, known, tree, may_lead_out=may_lead_out)
     bound_here = bool(info.name) and _bound_here(sock, info, known)
     path, mode, uid, gid = _socket_file(registry, sock) if bound_here and info.file else ("", 0, 0, 0)
     return UnixSocket(
@@ -69,10 +73,10 @@ def gather_unix(
 
 
 def _connection(
-    sock: socket.socket, info: UnixInfo, known: UnixNamespace, tree: frozenset[int]
+    sock: socket.socket, info: UnixInfo, known: UnixNamespace, tree: frozenset[int], *, may_lead_out: bool
 ) -> tuple[int, int]:
-    """The state (a connected datagram socket is ESTABLISHED, whatever the kernel says) and the peer in the
-    tree.
+    """The state (a connected datagram socket is ESTABLISHED, whatever the kernel says) and the peer, which is in the
+    tree unless it `may_lead_out`.
 
     ESTABLISHED with peer 0: the peer was closed, or the connection waits in the `pending` of a listening
     socket.
@@ -80,7 +84,10 @@ def _connection(
     if info.state == TCP_LISTEN:
         return TCP_LISTEN, 0
     if info.peer:
-        if info.peer not in tree:
+        if info.peer not in tree and may_lead_out:
+            if holds_data(sock):
+                raise Refused("holds data from outside of the process tree that it has not read", _READ)
+        elif info.peer not in tree:
             raise Refused(
                 f"is connected to {_described(known.sockets.get(info.peer))} outside of the process tree",
                 "move both ends in one tree, or close it before the move and connect again after it",
@@ -103,6 +110,12 @@ def _described(info: UnixInfo | None) -> str:
         return "an unnamed socket"
     text = os.fsdecode(info.name)
     return f"socket @{text[1:]}" if text.startswith("\0") else f"socket {text}"
+
+
+def holds_data(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return any(events & select.POLLIN for _fd, events in poll.poll(0))
 
 
 def has_peer(sock: socket.socket) -> bool:

@@ -31,6 +31,7 @@ from lazyproc.model import InetSocket, OpenFile, Packet, SocketOptions, TcpState
 
 QUEUES = "sk-queues.img"
 _SCM_RIGHTS = 1
+EXTERNAL = 1  # unix_sk_entry.uflags: USK_EXTERN of CRIU's sk-unix.c
 _ESTABLISHED, _LISTEN = 1, 10
 _SOCK_DGRAM = 2
 _CLOSE, _CONNECTED = 7, (1, 4, 5, 8, 9, 11)  # TCP_* of include/net/tcp_states.h
@@ -217,6 +218,15 @@ def write_unix(
     extra.unix.bound_here = socket.bound_here
     extra.unix.pending.extend(socket.pending)
     write_options(socket.options, (entry.opts,), extra)
+
+
+def write_external(inode: int, number: int, entry: pb.unix_sk_entry) -> None:
+    """A socket outside of the tree, as the file `number`: of it nothing but the inode means anything."""
+    entry.id, entry.ino, entry.type, entry.state = number, inode, _SOCK_DGRAM, _LISTEN
+    entry.flags, entry.uflags, entry.backlog, entry.peer, entry.name = 0, EXTERNAL, 0, 0, b""
+    opts = entry.opts
+    opts.so_sndbuf = opts.so_rcvbuf = 0
+    opts.so_snd_tmo_sec = opts.so_snd_tmo_usec = opts.so_rcv_tmo_sec = opts.so_rcv_tmo_usec = 0
 
 
 def _write_path(socket: UnixSocket, entry: pb.unix_sk_entry) -> None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from socket import socket
 from typing import TYPE_CHECKING, TypeVar
 
-from lazyproc.facts import dataclass
+from lazyproc.facts import dataclass, replace
 from lazyproc.kernel.sockopt import LATE
 from lazyproc.model import Checkpoint, InetSocket, OpenFile, UnixSocket
 from lazyproc.restore.options import apply
@@ -65,14 +65,15 @@ def make_sockets(
     root: str = "/",
     maker: Maker | None = None,
 ) -> Iterator[MadeSockets]:
-    """Every socket of the checkpoint, added to `files` (file id to a descriptor of ours); all are closed on
-    leaving.
+    """Every socket of the checkpoint that is not in `files` yet (file id to a descriptor of ours), added to them; all
+    are closed on leaving.
 
     `root` is where the tree's root directory lies for us; `maker` has its tasks, for SO_PEERCRED. TCP
     connections are in repair mode: closing them sends nothing. Raises RestoreError naming the address or the path and
     what to do.
     """
     with ExitStack() as stack:
+        checkpoint = replace(checkpoint, files={n: f for n, f in checkpoint.files.items() if n not in files})
         unix, inet = _unix_sockets(checkpoint, root, maker, stack), _inet_sockets(checkpoint, stack)
         made: dict[int, socket] = {}
         for kind in (unix, inet):

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from types import MappingProxyType
 from typing import Literal
 
 from lazyproc.errors import NoSuchProcess, PidTaken, RestoreError
@@ -29,6 +30,7 @@ from lazyproc.restore import descriptors, memory, objects, pages, restarts, stat
 from lazyproc.restore.creation import make_threads, meet_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
+from lazyproc.restore.given import stand_ins
 from lazyproc.restore.groundwork import Groundwork, begun, kill, killed_at_end, opener
 from lazyproc.restore.groups import Birth, nursery_in_group
 from lazyproc.restore.inherited import Inherited
@@ -41,6 +43,7 @@ from lazyproc.steps import Steps
 from lazyproc.uffd.device import demand_for_tasks
 from lazyproc.uffd.pager import Pager
 
+NONE_GIVEN: Mapping[str, int] = MappingProxyType({})
 # "same": as it was dumped, a root that was pid 1 in a new one, any other here
 Pidns = Literal["auto", "host", "new", "same"]
 
@@ -168,16 +171,16 @@ def built_tree(
     ground: Groundwork | None = None,
     steps: Steps | None = None,
     known: Callable[[LazyTree], object] = lambda tree: None,
+    given: Mapping[str, int] = NONE_GIVEN,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
-    `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
     `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
     `lazy.introduce`, brings the others later, or the userfaultfds are to be `handed` to somebody who does. The tree is
     in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Its files are opened with the rights of
     `users`, otherwise with ours. Where there was time for that before, `birth` is from `expecting`, and `ground` was
     laid in it. `known` is called as soon as it is known what will be needed to complete the tree. `steps` are those of
-    a larger piece of work.
+    a larger piece of work. Of the `given` descriptors each takes the place of what has its name (lazyproc/outside.py).
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
@@ -194,14 +197,18 @@ def built_tree(
                 birth = _birth(birth, checkpoint, listener, pidns, cgroup, stack)
                 ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager, handed=handed))
             steps.done("arrange")
-            tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
+            tree = stack.enter_context(
+                _built(checkpoint, source, steps, listener, ground, users, known, given)
+            )
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns in ("host", "same"):
                 raise
             label = checkpoint.root.vpid
             birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
             ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager, handed=handed))
-            tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
+            tree = stack.enter_context(
+                _built(checkpoint, source, steps, listener, ground, users, known, given)
+            )
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -274,6 +281,7 @@ def _built(
     ground: Groundwork,
     users: Users | None,
     known: Callable[[LazyTree], object],
+    given: Mapping[str, int],
 ) -> Iterator[BuiltTree]:
     born, sites = ground.birth.nursery, ground.sites
     with ExitStack() as stack, killed_at_end(born):
@@ -284,7 +292,7 @@ def _built(
         hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
         made = stack.enter_context(ExitStack())
         files, shared, sockets = made.enter_context(
-            files_and_objects(checkpoint, ground, listener, users or Users())
+            files_and_objects(checkpoint, ground, listener, users or Users(), given)
         )
         steps.done("files")
         ground.map_memory(checkpoint.shared, files, shared)
@@ -329,7 +337,7 @@ def _give_threads(ground: Groundwork, checkpoint: Checkpoint, files: Mapping[int
 
 @contextmanager
 def files_and_objects(
-    checkpoint: Checkpoint, ground: Groundwork, listener: Listener, users: Users
+    checkpoint: Checkpoint, ground: Groundwork, listener: Listener, users: Users, given: Mapping[str, int]
 ) -> Iterator[tuple[Mapping[int, int], Mapping[int, int], MadeSockets]]:
     """Everything the tasks will open or map, as descriptors of ours: by OpenFile id and by SharedMemory id.
 
@@ -340,8 +348,13 @@ def files_and_objects(
     root, open_path = f"/proc/{nursery.pid}/root", opener(nursery)
     users.check_places(checkpoint, root)
     with (
+        stand_ins(checkpoint, given, listener) as there,
         make_files(
-            checkpoint, open_path=open_path, listener=listener, users=users, made=ground.files
+            checkpoint,
+            open_path=open_path,
+            listener=listener,
+            users=users,
+            made={**ground.files, **there},
         ) as made,
         objects.made(checkpoint, made.objects) as shared,
     ):

@@ -37,6 +37,7 @@ class Place:
     images: Path
     restored: int = 0  # pid
     reaper: int = 0  # its parent, and our child: we are the reaper of orphans
+    handed: tuple[int, ...] = ()  # descriptors that the next commands inherit
 
     def start(self, action: str, *options: object, close_fds: bool = True) -> subprocess.Popen[bytes]:
         words = [
@@ -50,6 +51,7 @@ class Place:
         return subprocess.Popen(
             [sys.executable, "-m", "lazyproc.criu.main", action, *map(str, (*words, *options))],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=close_fds,
+            pass_fds=self.handed,
         )  # fmt: skip
 
     def run(self, action: str, *options: object) -> int:

@@ -275,7 +275,8 @@ def resources(number: int, pools: Pools) -> st.SearchStrategy[Resource]:
 def open_files(draw: st.DrawFn, number: int, pools: Pools) -> OpenFile:
     resource = draw(resources(number, pools))
     seekable = isinstance(resource, RegularFile | MemFd)
-    return OpenFile(number, draw(u31), draw(nanoseconds) if seekable else 0, draw(owners), resource)
+    outside = isinstance(resource, RegularFile | PipeEnd) and number % 3 == 0
+    return OpenFile(number, draw(u31), draw(nanoseconds) if seekable else 0, draw(owners), resource, outside)
 
 
 @st.composite
