@@ -141,9 +141,9 @@ OPTIONS = (
     ),
     Option(
         "restore-sibling",
-        REFUSED,
+        DOES,
         (RESTORE,),
-        "a restored root is a child of its reaper, and not of the caller",
+        "the root is a child of who calls; otherwise of its reaper. With --restore-detached",
         short="S",
         negatable=True,
     ),

@@ -10,11 +10,17 @@ import lazyproc
 from lazyproc.criu import inherited, places, scripts
 from lazyproc.criu.log import INFO, WARNING, Log
 from lazyproc.criu.parse import Given
-from lazyproc.errors import LazyprocError
+from lazyproc.errors import LazyprocError, UsageError
 
 
 def run(given: Given, log: Log) -> None:
     """The tree runs; not detached also until its root ends. Raises LazyprocError, and then nothing is left of it."""
+    if "restore-sibling" in given and not _is_detached(given):
+        raise UsageError(
+            "waits for nothing: the root is a child of the caller",
+            where="--restore-sibling",
+            remedy="add --restore-detached",
+        )
     handed = inherited.descriptors(given)
     scripts.run(given, log, "pre-restore")
     with ExitStack() as stack:
@@ -23,8 +29,12 @@ def run(given: Given, log: Log) -> None:
         inherited.let_go({*handed.values()})
         log.write(INFO, f"restored; the root is pid {restored.root_pid}")
         _attempt(given, log, "post-resume", restored.root_pid)
-        if not {"restore-detached", "daemon"} & given.values.keys():
+        if not _is_detached(given):
             restored.wait_root()
+
+
+def _is_detached(given: Given) -> bool:
+    return bool({"restore-detached", "daemon"} & given.values.keys())
 
 
 def _daemon(given: Given) -> socket.socket:
@@ -51,6 +61,7 @@ def _restored(
         lazy_pages=daemon,
         tcp_close="tcp-close" in given,
         given=handed,
+        sibling="restore-sibling" in given,
         listener=log,
     )
 

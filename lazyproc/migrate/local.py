@@ -41,6 +41,7 @@ def restore(
     tcp_close: bool = False,
     page_server: PageServerOfCriu | None = None,
     given: Mapping[str, int] = NONE_GIVEN,
+    sibling: bool = False,
 ) -> Iterator[Restored]:
     """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`.
 
@@ -66,6 +67,7 @@ def restore(
                 tcp_close=tcp_close,
                 served=served,
                 given=given,
+                sibling=sibling,
             )
         )
         if restored.pager is None:

@@ -71,7 +71,7 @@ class BuiltTree:
         """From here on the tree is never killed for our sake: whatever becomes of us, it runs. The nursery goes first,
         as its end would be that of its pid namespace.
         """
-        if self.checkpoint.root.vpid != 1:
+        if self.nursery.pid != self.root_pid:
             self.nursery.become_parent_of(self.checkpoint.root.vpid)
         self.released, self.nursery.spare = True, False
         for tracee in (self.nursery.tracee, *self._tracees()):
@@ -87,7 +87,7 @@ class BuiltTree:
         if not self.released:
             self.outlive_us()
         with ExitStack() as last_first:  # each is done whatever becomes of the others
-            if self.checkpoint.root.vpid != 1:
+            if self.nursery.pid != self.root_pid:
                 last_first.callback(self.nursery.tracee.detach)
             for tracee in reversed(self._tracees()):
                 last_first.callback(tracee.detach)
@@ -172,6 +172,7 @@ def built_tree(
     steps: Steps | None = None,
     known: Callable[[LazyTree], object] = lambda tree: None,
     given: Mapping[str, int] = NONE_GIVEN,
+    sibling: bool = False,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
@@ -181,6 +182,7 @@ def built_tree(
     `users`, otherwise with ours. Where there was time for that before, `birth` is from `expecting`, and `ground` was
     laid in it. `known` is called as soon as it is known what will be needed to complete the tree. `steps` are those of
     a larger piece of work. Of the `given` descriptors each takes the place of what has its name (lazyproc/outside.py).
+    The root of a `sibling` of ours is a child of our parent, and nobody reaps it for that.
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
@@ -194,7 +196,7 @@ def built_tree(
         try:
             ground = ground and _if_it_suits(ground, checkpoint, listener)
             if ground is None:
-                birth = _birth(birth, checkpoint, listener, pidns, cgroup, stack)
+                birth = _birth(birth, checkpoint, listener, pidns, cgroup, stack, sibling=sibling)
                 ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager, handed=handed))
             steps.done("arrange")
             tree = stack.enter_context(
@@ -234,6 +236,8 @@ def _birth(
     pidns: Pidns,
     cgroup: str | None,
     stack: ExitStack,
+    *,
+    sibling: bool,
 ) -> Birth:
     """The nursery that waits, or another one where that is gone, or a number is taken by now."""
     spare = birth if birth is not None and birth.nursery.spare else None
@@ -241,15 +245,20 @@ def _birth(
     if spare is not None and new == spare.nursery.new_pidns:
         return spare
     label = checkpoint.root.vpid
-    return stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
+    return stack.enter_context(
+        expecting(label, listener, new_pidns=new, cgroup=cgroup, sibling=label if sibling else 0)
+    )
 
 
 @contextmanager
-def expecting(label: int, listener: Listener, *, new_pidns: bool, cgroup: str | None) -> Iterator[Birth]:
+def expecting(
+    label: int, listener: Listener, *, new_pidns: bool, cgroup: str | None, sibling: int = 0
+) -> Iterator[Birth]:
     """A nursery for one tree, whose root's number in its own namespace is `label`; killed at the end unless it was let
     go with the tree. Raises RestoreError and UsageError for `cgroup`, HostLacks.
     """
-    with nursery_in_group(cgroup, label, listener, pidns=new_pidns) as birth, killed_at_end(birth.nursery):
+    group = nursery_in_group(cgroup, label, listener, pidns=new_pidns, sibling=sibling)
+    with group as birth, killed_at_end(birth.nursery):
         yield birth
 
 

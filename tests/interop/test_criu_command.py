@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,6 +205,30 @@ def test_left_stopped_and_restored_stopped(place: Place, tmp_path: Path) -> None
         assert stands_still(program)
         os.kill(place.restored, signal.SIGCONT)
         place.verify(program)
+
+
+@pytest.mark.parametrize(("name", "lazy"), [("threads", False), ("tree", False), ("threads", True)])
+def test_a_sibling_is_the_child_of_who_called(name: str, lazy: bool, place: Place, tmp_path: Path) -> None:
+    with running(name, directory=tmp_path) as program, ExitStack() as stack:
+        program.watch.wait_beats()
+        dumped(place, program, "--shell-job")
+        if lazy:
+            stack.enter_context(lazy_pages("ours", place))
+        place.restore("--restore-sibling", *(["--lazy-pages"] if lazy else []))
+        assert place.reaper == os.getpid()
+        place.reaper = place.restored
+        place.verify(program)
+        gone(place.restored)
+
+
+def test_a_sibling_whose_number_is_taken_is_not_restored(place: Place, tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        place.done("dump", "--tree", program.pid, "--leave-running")
+        assert place.run("restore", "--restore-detached", "--restore-sibling") == 1
+        assert "its number is taken" in place.errors("restore")[0]
+        assert place.run("restore", "--restore-sibling") == 1
+        assert "add --restore-detached" in place.errors("restore")[0]
+        program.stop_and_verify()
 
 
 @pytest.mark.parametrize(
