@@ -62,6 +62,7 @@ class Option:
 
 DOES, ALWAYS, PERMITS, REFUSED = Kind
 _CR = (DUMP, RESTORE)
+_REMOTE = (PAGE_SERVER, LAZY_PAGES)
 _NAMESPACES = "namespaces are not dumped: a tree is restored in those of the command"
 _ITERATIVE = "there is no dump in steps yet; dump once"
 
@@ -301,12 +302,41 @@ OPTIONS = (
         "a page server has an address; use --address and --port",
         "FD",
     ),
-    Option("tls", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "is not built yet", negatable=True),
-    Option("tls-cacert", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "see --tls", "FILE"),
-    Option("tls-cacrl", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "see --tls", "FILE"),
-    Option("tls-cert", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "see --tls", "FILE"),
-    Option("tls-key", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "see --tls", "FILE"),
-    Option("tls-no-cn-verify", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "see --tls"),
+    Option(
+        "tls",
+        DOES,
+        _REMOTE,
+        "TLS 1.3; both ends show a certificate, and no other CA is trusted",
+        negatable=True,
+    ),
+    Option("tls-cacert", DOES, _REMOTE, "the CA's certificate; /etc/pki/CA/cacert.pem otherwise", "FILE"),
+    Option(
+        "tls-cacrl",
+        DOES,
+        _REMOTE,
+        "certificates that it has revoked; /etc/pki/CA/cacrl.pem otherwise, if it is there",
+        "FILE",
+    ),
+    Option("tls-cert", DOES, _REMOTE, "our certificate; /etc/pki/criu/cert.pem otherwise", "FILE"),
+    Option("tls-key", DOES, _REMOTE, "its key; /etc/pki/criu/private/key.pem otherwise", "FILE"),
+    Option(
+        "tls-no-cn-verify",
+        DOES,
+        (LAZY_PAGES,),
+        "the server's certificate need not be for the name of --address",
+    ),
+    Option(
+        "tls-no-cn-verify",
+        ALWAYS,
+        (PAGE_SERVER,),
+        "who has a certificate of the CA may come, whatever its name",
+    ),
+    Option("tls", REFUSED, (DUMP,), "is not built yet", negatable=True),
+    Option("tls-cacert", REFUSED, (DUMP,), "see --tls", "FILE"),
+    Option("tls-cacrl", REFUSED, (DUMP,), "see --tls", "FILE"),
+    Option("tls-cert", REFUSED, (DUMP,), "see --tls", "FILE"),
+    Option("tls-key", REFUSED, (DUMP,), "see --tls", "FILE"),
+    Option("tls-no-cn-verify", REFUSED, (DUMP,), "see --tls"),
     Option("track-mem", REFUSED, (DUMP,), _ITERATIVE, negatable=True),
     Option("prev-images-dir", REFUSED, (DUMP,), _ITERATIVE, "DIR"),
     Option("auto-dedup", REFUSED, WORKING, _ITERATIVE, negatable=True),

@@ -148,12 +148,12 @@ def test_a_lazy_restore_has_its_pages_from_the_daemon(daemon: str, place: Place,
 class lazy_pages:
     """The daemon of one or the other, ready."""
 
-    def __init__(self, whose: str, place: Place) -> None:
+    def __init__(self, whose: str, place: Place, *more: object) -> None:
         reading, writing = os.pipe()
         os.set_inheritable(writing, True)
         options = ["--status-fd", str(writing)]
         if whose == "ours":
-            self._process = place.start("lazy-pages", *options, close_fds=False)
+            self._process = place.start("lazy-pages", *options, *more, close_fds=False)
         else:
             command = [
                 *peer.criu(),
