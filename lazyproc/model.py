@@ -421,6 +421,9 @@ class InetSocket:
     interface: str = ""  # SO_BINDTODEVICE
     tcp: TcpState | None = None
     queue: tuple[Packet, ...] = ()  # UDP
+    absent: bool = (
+        False  # its local address is on no interface: it was bound with IP_FREEBIND, whatever that says now
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,6 +305,8 @@ def write_inet(
     entry.ip_opts.SetInParent()
     entry.tcp_opts.SetInParent()
     write_options(socket.options, (entry.opts, entry.ip_opts, entry.tcp_opts), extra)
+    if socket.absent:
+        extra.absent = True
     if socket.interface:
         entry.opts.so_bound_dev = to_bytes(socket.interface)
     if socket.tcp is not None:
@@ -368,6 +370,7 @@ def read_inet(
         interface=to_text(entry.opts.so_bound_dev.rstrip(b"\0"), where),
         tcp=_read_tcp(open_image(images, name), extra) if name in images else None,
         queue=queue,
+        absent=extra.absent,
     )
     if socket.tcp is not None or entry.proto != _TCP or entry.state not in _CONNECTED or EXTRAS in images:
         return socket

@@ -111,8 +111,9 @@ class UnixSockets:
             self._make_pair(unix, peer)
 
     def _is_mutual(self, unix: UnixSocket) -> bool:
+        """Each is connected to the other; not a datagram socket that is connected to itself."""
         peer = self.sockets.get(unix.peer)
-        return peer is not None and peer.peer == unix.inode
+        return peer is not None and peer is not unix and peer.peer == unix.inode
 
     def _make_pair(self, unix: UnixSocket, peer: UnixSocket | None) -> None:
         here, there = self.callers.socketpair(unix.type, unix.peer_credentials)
