@@ -45,6 +45,7 @@ def _permits(given: Given) -> lazyproc.Permits:
         locks="file-locks" in given,
         led_from_outside="shell-job" in given,
         ghost_limit=_size(given.last("ghost-limit", "1M")),
+        net_apart="network-lock" not in given,
         outside=True,
         external=frozenset(inherited.external(given)),
     )

@@ -236,7 +236,14 @@ OPTIONS = (
         negatable=True,
     ),
     Option("ext-unix-sk", PERMITS, _CR, "unix sockets connected to the outside: refused", "[INODES]", "x"),
-    Option("network-lock", DOES, _CR, "how packets are held back; with nft", "HOW", values=("nftables",)),
+    Option(
+        "network-lock",
+        DOES,
+        _CR,
+        "how packets of the tree are held back; a dump of a tree in a network namespace of its own: refused",
+        "HOW",
+        values=("nftables",),
+    ),
     Option(
         "shell-job",
         PERMITS,

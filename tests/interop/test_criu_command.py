@@ -18,7 +18,7 @@ from lazyproc.dump.walk import tree_of
 from lazyproc.kernel import proc
 from lazyproc.model import PAGE
 from tests import peer
-from tests.live.programs import Program, running, stands_still, wait_until
+from tests.live.programs import Program, compile_program, running, stands_still, wait_until
 from tests.needs import require_root
 
 DEADLINE_S = 60.0
@@ -245,6 +245,16 @@ def test_what_is_refused_is_in_the_log_and_the_program_runs(
         assert words in place.errors("dump")[0]
         assert [path.name for path in place.images.iterdir()] == ["dump.log"]
         program.watch.wait_beats()
+        program.stop_and_verify()
+
+
+def test_a_namespace_of_which_not_all_packets_are_held_back_is_refused(place: Place, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    start.write_text(f'#!/bin/sh\nexec unshare -n {compile_program("threads")} "$@"\n')
+    start.chmod(0o755)
+    with running("threads", directory=tmp_path, binary=start) as program:
+        assert place.run("dump", "--tree", program.pid, "--network-lock", "nftables") == 1
+        assert "leave out --network-lock" in place.errors("dump")[0]
         program.stop_and_verify()
 
 
