@@ -255,12 +255,14 @@ OPTIONS = (
     Option("veth-pair", REFUSED, (RESTORE,), _NAMESPACES, "IN=OUT"),
     # Namespaces, mounts, groups
     Option(
+        "root", DOES, (RESTORE,), "the root directory of the tree; without it that of the command", "DIR", "r"
+    ),
+    Option(
         "root",
-        REFUSED,
-        _CR,
-        "mounts are not dumped: a tree is restored in the root directory of the command",
+        ALWAYS,
+        (DUMP,),
+        "files are called as the tree calls them, from its root directory",
         "DIR",
-        "r",
     ),
     Option("join-ns", REFUSED, (RESTORE,), f"{_NAMESPACES}; start it in them with nsenter", "NS:FILE", "J"),
     Option("empty-ns", REFUSED, _CR, _NAMESPACES, "NS"),

@@ -23,6 +23,11 @@ def work(given: Given) -> Path:
     return _folder(given.last("work-dir"), "--work-dir") if "work-dir" in given else images(given)
 
 
+def root(given: Given) -> str | None:
+    """The root directory of the tree, where that is to be another one than ours. Raises UsageError."""
+    return str(_folder(given.last("root"), "--root").absolute()) if "root" in given else None
+
+
 def log(given: Given) -> Path | None:
     return work(given) / given.last("log-file") if "log-file" in given else None
 

@@ -62,6 +62,7 @@ def _restored(
         tcp_close="tcp-close" in given,
         given=handed,
         sibling="restore-sibling" in given,
+        root=places.root(given),
         listener=log,
     )
 

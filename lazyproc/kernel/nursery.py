@@ -62,6 +62,7 @@ class Nursery:
     new_pidns: bool
     namespace: int  # a descriptor of its pid namespace
     sibling: bool  # of ours: it will be the tree's root itself
+    has_root: bool = field(default=False)  # a root directory that is not ours
     spare: bool = field(default=True)  # it has neither ended nor been let go
 
     @property
@@ -92,6 +93,12 @@ class Nursery:
             calls = [Call("dup3", (self.transport_fd, number, 0)), Call("close", (self.transport_fd,))]
             self._bench().run(self.tracee, calls)
             self.transport_fd = number
+
+    def change_root(self, directory: str) -> None:
+        """Of it and of what is forked from it from now on. Raises TraceeError."""
+        bench = self._bench()
+        bench.run(self.tracee, [Call("chroot", (bench.place(os.fsencode(directory) + b"\0"),))])
+        self.has_root = True
 
     @contextmanager
     def new_clocks(self) -> Iterator[int]:

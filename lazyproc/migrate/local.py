@@ -42,6 +42,7 @@ def restore(
     page_server: PageServerOfCriu | None = None,
     given: Mapping[str, int] = NONE_GIVEN,
     sibling: bool = False,
+    root: str | None = None,
 ) -> Iterator[Restored]:
     """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`.
 
@@ -68,6 +69,7 @@ def restore(
                 served=served,
                 given=given,
                 sibling=sibling,
+                root=root,
             )
         )
         if restored.pager is None:

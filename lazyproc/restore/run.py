@@ -167,6 +167,7 @@ def restore(
     served: Served | None = None,
     given: Mapping[str, int] = NONE_GIVEN,
     sibling: bool = False,
+    root: str | None = None,
 ) -> Iterator[Restored]:
     """Restore the tree in `directory`; it runs when the context is entered, or is `stopped` as by SIGSTOP. Without
     `bulk` only what is touched comes. `ready` is called with the root's pid when the tree is complete and has not run;
@@ -174,7 +175,8 @@ def restore(
     ours, behind the connection `lazy_pages`. With `tcp_close` all its TCP connections have ended. Of
     the `given` descriptors each takes the place of what the tree had open under that name: a path without its first
     slash, "pipe:[INODE]", "socket:[INODE]", or how it was called when it was left outside (lazyproc/outside.py). With
-    `sibling` the root is a child of our parent, which reaps it: there is nothing to wait for here.
+    `sibling` the root is a child of our parent, which reaps it: there is nothing to wait for here. With
+    `root` that is its root directory, and what the images name is looked for there.
 
     The tree is in a cgroup of its own, or in `cgroup`, a path as in /proc/PID/cgroup, which is made when it is missing.
     Faults, which only a lazy restore has, are written to `trace` and to `record` (docs/trace.md). With the policy
@@ -220,6 +222,7 @@ def restore(
                 cgroup=cgroup,
                 given=given,
                 sibling=sibling,
+                root=root,
             ) as tree,
         ):
             stack.callback(remove, tree.lazy_tree.groups)  # in case it ends before us

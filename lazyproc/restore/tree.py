@@ -173,6 +173,7 @@ def built_tree(
     known: Callable[[LazyTree], object] = lambda tree: None,
     given: Mapping[str, int] = NONE_GIVEN,
     sibling: bool = False,
+    root: str | None = None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
@@ -183,6 +184,7 @@ def built_tree(
     laid in it. `known` is called as soon as it is known what will be needed to complete the tree. `steps` are those of
     a larger piece of work. Of the `given` descriptors each takes the place of what has its name (lazyproc/outside.py).
     The root of a `sibling` of ours is a child of our parent, and nobody reaps it for that.
+    With `root` its root directory is that one.
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
@@ -196,7 +198,7 @@ def built_tree(
         try:
             ground = ground and _if_it_suits(ground, checkpoint, listener)
             if ground is None:
-                birth = _birth(birth, checkpoint, listener, pidns, cgroup, stack, sibling=sibling)
+                birth = _birth(birth, checkpoint, listener, pidns, cgroup, stack, sibling=sibling, root=root)
                 ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager, handed=handed))
             steps.done("arrange")
             tree = stack.enter_context(
@@ -206,7 +208,7 @@ def built_tree(
             if pidns in ("host", "same"):
                 raise
             label = checkpoint.root.vpid
-            birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
+            birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup, root=root))
             ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager, handed=handed))
             tree = stack.enter_context(
                 _built(checkpoint, source, steps, listener, ground, users, known, given)
@@ -238,6 +240,7 @@ def _birth(
     stack: ExitStack,
     *,
     sibling: bool,
+    root: str | None,
 ) -> Birth:
     """The nursery that waits, or another one where that is gone, or a number is taken by now."""
     spare = birth if birth is not None and birth.nursery.spare else None
@@ -246,19 +249,27 @@ def _birth(
         return spare
     label = checkpoint.root.vpid
     return stack.enter_context(
-        expecting(label, listener, new_pidns=new, cgroup=cgroup, sibling=label if sibling else 0)
+        expecting(label, listener, new_pidns=new, cgroup=cgroup, sibling=label if sibling else 0, root=root)
     )
 
 
 @contextmanager
 def expecting(
-    label: int, listener: Listener, *, new_pidns: bool, cgroup: str | None, sibling: int = 0
+    label: int,
+    listener: Listener,
+    *,
+    new_pidns: bool,
+    cgroup: str | None,
+    sibling: int = 0,
+    root: str | None = None,
 ) -> Iterator[Birth]:
     """A nursery for one tree, whose root's number in its own namespace is `label`; killed at the end unless it was let
     go with the tree. Raises RestoreError and UsageError for `cgroup`, HostLacks.
     """
     group = nursery_in_group(cgroup, label, listener, pidns=new_pidns, sibling=sibling)
     with group as birth, killed_at_end(birth.nursery):
+        if root is not None:
+            birth.nursery.change_root(root)
         yield birth
 
 
@@ -354,8 +365,8 @@ def files_and_objects(
     its reader see the end.
     """
     nursery = ground.birth.nursery
-    root, open_path = f"/proc/{nursery.pid}/root", opener(nursery)
-    users.check_places(checkpoint, root)
+    open_path = opener(nursery)
+    users.check_places(checkpoint, f"/proc/{nursery.pid}/root")
     with (
         stand_ins(checkpoint, given, listener) as there,
         make_files(
@@ -368,7 +379,7 @@ def files_and_objects(
         objects.made(checkpoint, made.objects) as shared,
     ):
         files = dict(made.files)
-        with make_sockets(checkpoint, files, root=root, maker=ground.maker) as sockets:
+        with make_sockets(checkpoint, files, open_path=open_path, maker=ground.maker) as sockets:
             add_orphans(checkpoint, files)
             yield files, shared, sockets
 

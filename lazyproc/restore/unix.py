@@ -24,6 +24,7 @@ from lazyproc.needs import NameNeed
 from lazyproc.restore.names import address_of, bind, bind_with_file
 from lazyproc.restore.options import apply
 from lazyproc.restore.peercred import Callers
+from lazyproc.restore.workshop import OpenPath
 
 _AMPLE = 1 << 29  # bytes: SO_SNDBUFFORCE doubles it
 _MANY = 4096  # connections
@@ -37,7 +38,7 @@ class UnixSockets:
     """
 
     sockets: Mapping[int, UnixSocket]  # by inode
-    root: str
+    open_path: OpenPath
     callers: Callers
     stack: ExitStack
     made: dict[int, socket.socket] = field(default_factory=dict)
@@ -94,7 +95,7 @@ class UnixSockets:
 
     def _bind(self, sock: socket.socket, unix: UnixSocket) -> None:
         if unix.path:
-            bind_with_file(sock, unix, self.root)
+            bind_with_file(sock, unix, self.open_path)
         else:
             bind(sock, unix.name)
 

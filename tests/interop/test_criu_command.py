@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from lazyproc.dump.walk import tree_of
 from lazyproc.kernel import proc
 from lazyproc.model import PAGE
 from tests import peer
-from tests.live.programs import Program, compile_program, running, stands_still, wait_until
+from tests.live.programs import Program, Watch, compile_program, running, stands_still, wait_until
 from tests.needs import require_root
 
 DEADLINE_S = 60.0
@@ -233,7 +234,7 @@ def test_a_sibling_whose_number_is_taken_is_not_restored(place: Place, tmp_path:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--track-mem"], "--track-mem is not supported"), (["--root", "/"], "--root / is not supported"),
+    [(["--track-mem"], "--track-mem is not supported"), (["--empty-ns", "net"], "--empty-ns net is not supported"),
      (["--network-lock", "iptables"], "--network-lock iptables is not supported"),
      (["--tree", "1"], "pid 1"), ([], "it holds a file lock")],
 )  # fmt: skip
@@ -313,3 +314,44 @@ def test_a_restore_whose_script_fails_leaves_nothing(place: Place, tmp_path: Pat
     gone(program.pid)
     place.restore()
     place.verify(program)
+
+
+def rooted(directory: Path, name: str) -> Path:
+    """A root directory with a program and its libraries, and a script that starts it there."""
+    binary = compile_program(name)
+    shutil.copy(binary, directory / name)
+    listed = subprocess.run(["ldd", binary], capture_output=True, text=True, check=True).stdout
+    for library in (word for word in listed.split() if word.startswith("/")):
+        inside = directory / library.lstrip("/")
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, inside)
+    start = directory / "start"
+    start.write_text(f"#!/bin/sh\nexec chroot {directory} /{name} /{name}.status\n")
+    start.chmod(0o755)
+    return start
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_tree_in_another_root_directory(lazy: bool, place: Place, tmp_path: Path) -> None:
+    """Its paths are from there, symbolic links are followed within it, and it may have moved."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    start = rooted(before, "threads")
+    with ExitStack() as stack:
+        streams = {"stdin": stack.enter_context(start.open()).fileno()}  # a file that is in there
+        program = stack.enter_context(running("threads", directory=before, binary=start, streams=streams))
+        program.watch.wait_beats()
+        dumped(place, program, "--root", before)
+        before.rename(after)
+        (after / "lib").rename(after / "elsewhere")
+        (after / "lib").symlink_to("/elsewhere")
+        assert place.run("restore", "--restore-detached") == 1
+        assert "is not on this host" in place.errors("restore")[0]
+        gone(program.pid)
+        assert place.run("restore", "--restore-detached", "--root", before) == 1
+        assert "is no folder" in place.errors("restore")[0]
+        if lazy:
+            stack.enter_context(lazy_pages("ours", place))
+        place.restore("--root", after, *(["--lazy-pages"] if lazy else []))
+        assert os.readlink(f"/proc/{place.restored}/root") == str(after)
+        place.verify(replace(program, watch=Watch(after / "threads.status")))
