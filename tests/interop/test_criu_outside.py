@@ -171,7 +171,7 @@ def external_file(program: Program, fd: int) -> str:
     return f"file[{fdinfo(proc.read(program.pid, f'fdinfo/{fd}')).mnt_id:x}:{status.st_ino:x}]"
 
 
-@pytest.mark.parametrize("how", ["external", "path"])
+@pytest.mark.parametrize("how", ["external", "path", "criu's"])
 def test_another_file_takes_the_place_of_one(how: str, place: Place, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     with ExitStack() as stack:
@@ -181,9 +181,13 @@ def test_another_file_takes_the_place_of_one(how: str, place: Place, tmp_path: P
         program = stack.enter_context(running("fd_outside", directory=tmp_path, streams=streams))
         before.write(0, 10)
         wait_until(lambda: old.stat().st_size == 10, "all have come")
-        key = external_file(program, 1) if how == "external" else str(old).lstrip("/")
+        key = str(old).lstrip("/") if how == "path" else external_file(program, 1)
         names = {name(program, 0): after.theirs[0]}
-        dumped(place, program, *(["--external", key] if how == "external" else []))
+        if how == "criu's":
+            criu(place, "dump", "-t", program.pid, "--external", key)
+            assert program.process.wait(DEADLINE_S) == -signal.SIGKILL
+        else:
+            dumped(place, program, *(["--external", key] if how == "external" else []))
         new.write_bytes(b"head:")
         with new.open("ab") as other:
             restore(place, "plain", {**names, key: other.fileno()})

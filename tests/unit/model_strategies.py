@@ -247,6 +247,7 @@ def inet_sockets(draw: st.DrawFn, inode: int, file_ids: st.SearchStrategy[int]) 
         interface=draw(names),
         tcp=draw(tcp_states() if is_connection else st.none() | tcp_states()),
         queue=draw(packets(file_ids)),
+        absent=draw(st.booleans()),
     )
 
 
