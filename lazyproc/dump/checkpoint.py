@@ -105,7 +105,7 @@ def checkpoint(
                 if hold is not None and dump.outside and not leave_running:
                     whole = replace(whole, held=hold.session)
                 for name in _left_outside(whole):
-                    listener(Note(f"{name} stays outside: a restore needs --inherit-fd fd[N]:{name}"))
+                    listener(Note(f"{name} stays outside: a restore needs --inherit-fd 'fd[N]:{name}'"))
                 images = to_images(whole)
                 writing_at = time.monotonic()
                 written = write_pages(draft, whole, pages)

@@ -48,7 +48,7 @@ def stand_ins(
                 raise RestoreError(
                     "was shared with a process outside of the tree, and nothing is given in its place",
                     where=name,
-                    remedy=f"lazyproc-criu restore --inherit-fd fd[N]:{name}",
+                    remedy=f"give one with lazyproc-criu restore --inherit-fd 'fd[N]:{name}'",
                 )
         yield made
 
