@@ -384,6 +384,9 @@ class UnixSocket:
     pending: tuple[int, ...] = ()  # inodes of connections not yet accepted (listening sockets)
     path: str = ""  # where the socket file lies, absolute; "" when it was unlinked or the name is abstract
     peer_credentials: tuple[int, int, int] | None = None  # SO_PEERCRED: pid (vpid, 0 unknown), uid, gid
+    peer_name: bytes = (
+        b""  # of a datagram socket's peer outside of the tree, to be connected to again by its name
+    )
 
 
 @dataclass(frozen=True, slots=True)

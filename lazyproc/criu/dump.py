@@ -47,6 +47,7 @@ def _permits(given: Given) -> lazyproc.Permits:
         ghost_limit=_size(given.last("ghost-limit", "1M")),
         net_apart="network-lock" not in given,
         outside=True,
+        datagrams_out="ext-unix-sk" in given,
         external=frozenset(inherited.external(given)),
     )
 

@@ -15,8 +15,12 @@ _STDERR = 2
 
 
 def external(given: Given) -> Iterator[str]:
-    """The names of --external that lazyproc knows, without their values, which mean nothing for these kinds."""
-    return (found[0] for found in map(_EXTERNAL.match, given.every("external")) if found)
+    """The names of --external that lazyproc knows, without their values, which mean nothing for these kinds; and the
+    sockets of --ext-unix-sk.
+    """
+    yield from (found[0] for found in map(_EXTERNAL.match, given.every("external")) if found)
+    inodes = ",".join(given.every("ext-unix-sk")).split(",")
+    yield from (f"unix[{inode}]" for inode in inodes if inode)
 
 
 def descriptors(given: Given) -> dict[str, int]:

@@ -235,7 +235,15 @@ OPTIONS = (
         "a connection that was not accepted yet is not dropped",
         negatable=True,
     ),
-    Option("ext-unix-sk", PERMITS, _CR, "unix sockets connected to the outside: refused", "[INODES]", "x"),
+    Option(
+        "ext-unix-sk",
+        PERMITS,
+        (DUMP,),
+        "datagram sockets connected to a name outside: connected to it again; those of INODES: as by --external",
+        "[INODES]",
+        "x",
+    ),
+    Option("ext-unix-sk", ALWAYS, (RESTORE,), "they are connected again", "[INODES]"),
     Option(
         "network-lock",
         DOES,

@@ -181,7 +181,8 @@ def _see_outside(registry: Registry) -> None:
     files = list(registry.files.items())
     inodes = {file.resource.inode for _, file in files if isinstance(file.resource, UnixSocket)}
     for number, file in files:
-        if isinstance(file.resource, UnixSocket) and file.resource.peer not in (0, *inodes):
+        unix = file.resource
+        if isinstance(unix, UnixSocket) and unix.peer not in (0, *inodes) and not unix.peer_name:
             registry.files[number] = replace(file, outside=True)
 
 

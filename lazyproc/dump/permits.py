@@ -19,6 +19,9 @@ class Permits:
     outside: bool = (
         False  # pipes that end in a process outside of the tree: who restores it has to give others
     )
+    datagrams_out: bool = (
+        False  # unix datagram sockets connected to a name outside of the tree: connected again
+    )
     external: frozenset[str] = frozenset()  # what else stays outside, by the names of lazyproc/outside.py
 
 

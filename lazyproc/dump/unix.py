@@ -48,7 +48,9 @@ def gather_unix(
     """
     inode = os.fstat(sock.fileno()).st_ino
     info = known.sockets[inode]
-    may_lead_out = external_socket(inode) in registry.permits.external
+    outside = known.sockets.get(info.peer) if info.peer not in tree else None
+    peer_name = _name_to_connect_to(registry, sock, outside) if outside else b""
+    may_lead_out = bool(peer_name) or external_socket(inode) in registry.permits.external
     state, peer = _connection(sock, info, known, tree, may_lead_out=may_lead_out)
     bound_here = bool(info.name) and _bound_here(sock, info, known)
     path, mode, uid, gid = _socket_file(registry, sock) if bound_here and info.file else ("", 0, 0, 0)
@@ -69,7 +71,27 @@ def gather_unix(
         pending=_pending(info, tree) if state == TCP_LISTEN else (),
         path=path,
         peer_credentials=None if state == TCP_CLOSE else _peer_credentials(registry, sock),
+        peer_name=peer_name,
     )
+
+
+def _name_to_connect_to(registry: Registry, sock: socket.socket, peer: UnixInfo) -> bytes:
+    """Where that is permitted, of datagram sockets, whose peers are told nothing of a new one; b"" for a name that does
+    not lead to the peer from the tree.
+    """
+    if not registry.permits.datagrams_out or sock.type != socket.SOCK_DGRAM:
+        return b""
+    if peer.name.startswith(b"\0"):
+        return peer.name
+    there = _stat(registry.outside(os.fsdecode(peer.name))) if peer.name.startswith(b"/") else None
+    return peer.name if there and peer.file and there.st_ino & 0xFFFFFFFF == peer.file[0] else b""
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
 
 
 def _connection(

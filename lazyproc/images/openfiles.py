@@ -113,7 +113,7 @@ class FileWriter:
                     extra.outside = True
             case UnixSocket() as socket:
                 sockets.write_unix(file, socket, self._listeners, entry.usk, extra)
-                if file.outside:
+                if file.outside or socket.peer_name:
                     self._write_other_end(socket)
                 sockets.write_queue(file.id, socket.queue, self._writer, self._extras)
             case InetSocket() as socket:
@@ -149,7 +149,7 @@ class FileWriter:
     def _write_other_end(self, socket: UnixSocket) -> None:
         """Of a socket that leads out of the tree: CRIU writes it as a listening one (fix_external_unix_sockets)."""
         entry = pb.file_entry(type=pb.UNIXSK, id=self._new_id())
-        sockets.write_external(socket.peer, entry.id, entry.usk)
+        sockets.write_external(socket, entry.id, entry.usk)
         _write_owner(Owner(), entry.usk.fown)
         self._writer.add(FILES, entry)
 

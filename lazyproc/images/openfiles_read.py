@@ -48,7 +48,7 @@ class FileReader:
         self._extras = extras
         self._shared = shared
         self._entries: dict[int, pb.file_entry] = {}
-        self._outside: set[int] = set()  # inodes of unix sockets that are not in the tree
+        self._outside: dict[int, bytes] = {}  # names of unix sockets that are not in the tree, by inode
         for entry, reader in records(images, FILES, pb.file_entry):
             if entry.type not in MEMBERS or MEMBERS[entry.type] not in {
                 field.name for field, _ in entry.ListFields()
@@ -59,7 +59,8 @@ class FileReader:
                     remedy="restore it with criu",
                 )
             if entry.type == pb.UNIXSK and entry.usk.uflags == sockets.EXTERNAL:
-                self._outside.add(entry.usk.ino)
+                name = entry.usk.name
+                self._outside[entry.usk.ino] = name.rstrip(b"\0") if name.startswith(b"/") else name
                 continue
             self._entries[entry.id] = entry
         self._remaps = read_remaps(records(images, REMAPS, pb.remap_file_path_entry))
@@ -153,7 +154,7 @@ class FileReader:
             pos=member.pos if entry.type in (pb.REG, pb.MEMFD, pb.FIFO) else 0,
             owner=Owner(owner.pid, owner.pid_type, owner.signum, owner.uid, owner.euid),
             resource=self._read_resource(entry, extra),
-            outside=extra.outside or entry.reg.ext or entry.usk.peer in self._outside,
+            outside=extra.outside or entry.reg.ext or sockets.has_to_be_given(entry.usk, self._outside),
         )
 
     def _read_resource(self, entry: pb.file_entry, extra: own.FileExtra) -> Resource:
@@ -163,7 +164,7 @@ class FileReader:
         if entry.type == pb.FIFO:
             return PipeEnd(self._fifo_ids[entry.fifo.pipe_id])
         if entry.type == pb.UNIXSK:
-            return sockets.read_unix(entry.usk, extra, queue)
+            return sockets.read_unix(entry.usk, extra, queue, self._outside)
         if entry.type == pb.INETSK:
             return sockets.read_inet(entry.isk, extra, queue, self._images)
         if entry.type == pb.EVENTFD:

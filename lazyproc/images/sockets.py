@@ -220,10 +220,11 @@ def write_unix(
     write_options(socket.options, (entry.opts,), extra)
 
 
-def write_external(inode: int, number: int, entry: pb.unix_sk_entry) -> None:
-    """A socket outside of the tree, as the file `number`: of it nothing but the inode means anything."""
-    entry.id, entry.ino, entry.type, entry.state = number, inode, _SOCK_DGRAM, _LISTEN
-    entry.flags, entry.uflags, entry.backlog, entry.peer, entry.name = 0, EXTERNAL, 0, 0, b""
+def write_external(socket: UnixSocket, number: int, entry: pb.unix_sk_entry) -> None:
+    """The peer of `socket` outside of the tree, as the file `number`: only inode and name mean anything."""
+    entry.id, entry.ino, entry.type, entry.state = number, socket.peer, _SOCK_DGRAM, _LISTEN
+    entry.flags, entry.uflags, entry.backlog, entry.peer = 0, EXTERNAL, 0, 0
+    entry.name = socket.peer_name + b"\0" * socket.peer_name.startswith(b"/")
     opts = entry.opts
     opts.so_sndbuf = opts.so_rcvbuf = 0
     opts.so_snd_tmo_sec = opts.so_snd_tmo_usec = opts.so_rcv_tmo_sec = opts.so_rcv_tmo_usec = 0
@@ -247,7 +248,10 @@ def _implied_path(entry: pb.unix_sk_entry, name: bytes) -> str:
     return to_text(path, FILES)
 
 
-def read_unix(entry: pb.unix_sk_entry, extra: own.FileExtra, queue: tuple[Packet, ...]) -> UnixSocket:
+def read_unix(
+    entry: pb.unix_sk_entry, extra: own.FileExtra, queue: tuple[Packet, ...], outside: Mapping[int, bytes]
+) -> UnixSocket:
+    """`outside` are the names of sockets that are not in the tree, by inode."""
     if entry.uflags:
         raise ImageError(
             "the unix socket leads out of the tree",
@@ -277,7 +281,13 @@ def read_unix(entry: pb.unix_sk_entry, extra: own.FileExtra, queue: tuple[Packet
         peer_credentials=(
             (credentials.pid, credentials.uid, credentials.gid) if unix.HasField("peer_credentials") else None
         ),
+        peer_name=outside.get(entry.peer, b"") if entry.type == _SOCK_DGRAM else b"",
     )
+
+
+def has_to_be_given(entry: pb.unix_sk_entry, outside: Mapping[int, bytes]) -> bool:
+    """Whether it leads to one of those `outside` that cannot be connected to again by their names."""
+    return entry.peer in outside and not (entry.type == _SOCK_DGRAM and outside[entry.peer])
 
 
 # --- TCP and UDP --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from lazyproc.errors import RestoreError
 from lazyproc.events import Listener, Note
 from lazyproc.facts import replace
-from lazyproc.model import Checkpoint, OpenFile, Pipe, PipeEnd
+from lazyproc.model import Checkpoint, InetSocket, OpenFile, Pipe, PipeEnd, UnixSocket
 from lazyproc.outside import name_of
 from lazyproc.restore.pipes import holds_data, refill
 from lazyproc.restore.workshop import finish, reopen, words
@@ -54,6 +54,10 @@ def stand_ins(
 
 
 def _taken(fd: int, file: OpenFile, name: str) -> int:
+    if _is_kept(file):
+        raise RestoreError(
+            "is a connection that the tree has kept", where=name, remedy="leave out its --inherit-fd"
+        )
     wanted = file.flags & os.O_ACCMODE
     if isinstance(file.resource, PipeEnd) and st.S_ISFIFO(os.fstat(fd).st_mode):
         return reopen(fd, file.flags & ~os.O_DIRECT | os.O_NONBLOCK)  # which finish() takes back
@@ -65,6 +69,17 @@ def _taken(fd: int, file: OpenFile, name: str) -> int:
             remedy="give one that is open for the same",
         )
     return os.dup(fd)
+
+
+def _is_kept(file: OpenFile) -> bool:
+    """Whether another process of the tree, or a host elsewhere, would wait for this very end."""
+    match file.resource:
+        case UnixSocket() as unix:
+            return unix.peer > 0 and not file.outside and not unix.peer_name
+        case InetSocket() as inet:
+            return inet.tcp is not None
+        case _:
+            return False
 
 
 def _refill(pipe: Pipe, end: int, listener: Listener) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyproc.kernel import proc
+from lazyproc.kernel import proc, sockdiag
 from lazyproc.kernel.proc_fdinfo import fdinfo
 from tests import peer
 from tests.interop.test_criu_command import DEADLINE_S, Place, dumped, gone, lazy_pages, place
@@ -166,6 +166,55 @@ def test_a_socket_to_the_outside(mode: str, place: Place, tmp_path: Path) -> Non
         place.verify(program)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "criu_does"),
+    [("", "nothing"), ("", "the dump"), ("\0", "nothing"), ("\0", "the restore")],
+    ids=["path", "path-from-criu", "abstract", "abstract-to-criu"],
+)
+def test_a_datagram_socket_finds_its_peer_by_name(
+    prefix: str, criu_does: str, place: Place, tmp_path: Path
+) -> None:
+    """As of syslog(3); the peer was started again meanwhile."""
+    where = f"{prefix}{tmp_path / 'peer'}"
+    with ends("pipes") as before, ends("pipes") as after, ExitStack() as stack:
+        outside = stack.enter_context(datagrams(where))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as theirs:
+            theirs.connect(where)
+            streams = {"stdin": before.theirs[0], "stdout": theirs.fileno()}
+            program = stack.enter_context(running("fd_outside", directory=tmp_path, streams=streams))
+        before.write(0, 1)
+        assert outside.recv(9) == b"\0"
+        names = {name(program, 0): after.theirs[0]}
+        assert place.run("dump", "--tree", program.pid) == 1
+        assert "outside of the process tree" in place.errors("dump")[0]
+        if criu_does != "the dump":
+            dumped(place, program, "--ext-unix-sk")
+        else:
+            criu(place, "dump", "-t", program.pid, "--ext-unix-sk")
+            assert program.process.wait(DEADLINE_S) == -signal.SIGKILL
+        outside.close()
+        (tmp_path / "peer").unlink(missing_ok=True)
+        place.handed = tuple(names.values())
+        assert place.run("restore", "--restore-detached", *inheriting(names)) == 1
+        assert "nobody outside of the tree answers there" in place.errors("restore")[0]
+        gone(program.pid)
+        again = stack.enter_context(datagrams(where))
+        if criu_does == "the restore":
+            criu(place, "restore", "-d", "--ext-unix-sk", *inheriting(names))
+            place.restored = place.reaper = program.pid
+        else:
+            restore(place, "plain", names)
+        after.write(1, 2)
+        assert again.recv(9) == b"\1"
+        place.verify(program)
+
+
+def datagrams(where: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(where)
+    return sock
+
+
 def external_file(program: Program, fd: int) -> str:
     status = os.stat(f"/proc/{program.pid}/fd/{fd}")
     return f"file[{fdinfo(proc.read(program.pid, f'fdinfo/{fd}')).mnt_id:x}:{status.st_ino:x}]"
@@ -261,3 +310,17 @@ def test_with_criu_at_the_other_end(restorer: str, kind: str, place: Place, tmp_
         after.write(10, 20)
         after.expect(10, 20)
         place.verify(program)
+
+
+def test_what_the_tree_keeps_is_not_replaced(place: Place, tmp_path: Path) -> None:
+    """Its other end would wait for it."""
+    with running("sock_queues", directory=tmp_path) as program, ends("sockets") as there:
+        program.watch.wait_beats()
+        links = [name(program, int(fd)) for fd in os.listdir(f"/proc/{program.pid}/fd")]
+        inodes = {each.inode for each in sockdiag.unix_sockets().values() if each.peer}
+        kept = next(each for each in links if each in {f"socket:[{inode}]" for inode in inodes})
+        dumped(place, program, "--tcp-established")
+        place.handed = (there.theirs[0],)
+        assert place.run("restore", "--restore-detached", *inheriting({kept: there.theirs[0]})) == 1
+        assert "is a connection that the tree has kept" in place.errors("restore")[0]
+        gone(program.pid)
