@@ -179,10 +179,10 @@ def _describe(registry: Registry, number: int, look: Look, resource: Resource | 
 def _see_outside(registry: Registry) -> None:
     """Unix sockets whose other end is not in the tree; whether they may be is known already."""
     files = list(registry.files.items())
-    inodes = {file.resource.inode for _, file in files if isinstance(file.resource, UnixSocket)}
+    inside = {file.resource.inode for _, file in files if isinstance(file.resource, UnixSocket)} | {0}
     for number, file in files:
         unix = file.resource
-        if isinstance(unix, UnixSocket) and unix.peer not in (0, *inodes) and not unix.peer_name:
+        if isinstance(unix, UnixSocket) and unix.peer not in inside and not unix.peer_name:
             registry.files[number] = replace(file, outside=True)
 
 

@@ -28,7 +28,6 @@ def stand_ins(
     tree when nothing is given in its place.
     """
     made: dict[int, int] = {}
-    filled: set[int] = set()
     held = {each.file_id for task in checkpoint.tasks for each in task.descriptors}
     names = {file.id: name_of(file, checkpoint) for file in checkpoint.files.values()}
     for name in given.keys() - names.values():
@@ -37,20 +36,27 @@ def stand_ins(
         for file in checkpoint.files.values():
             name = names[file.id]
             if name in given and (file.id in held or file.outside):
-                with words(name, f"descriptor {given[name]} cannot take its place", "give another one"):
-                    made[file.id] = _taken(given[name], file, name)
-                    stack.callback(os.close, made[file.id])
-                    finish(made[file.id], replace(file, pos=0))  # it has a place in its file already
-                    if isinstance(file.resource, PipeEnd) and file.resource.pipe_id not in filled:
-                        _refill(checkpoint.pipes[file.resource.pipe_id], made[file.id], listener)
-                        filled.add(file.resource.pipe_id)
+                made[file.id] = stack.enter_context(_stand_in(given[name], file, name))
             elif file.outside:
                 raise RestoreError(
                     "was shared with a process outside of the tree, and nothing is given in its place",
                     where=name,
                     remedy=f"give one with lazyproc-criu restore --inherit-fd 'fd[N]:{name}'",
                 )
+        for number, end in _pipes(checkpoint, made).items():
+            _refill(checkpoint.pipes[number], end, listener)
         yield made
+
+
+@contextmanager
+def _stand_in(fd: int, file: OpenFile, name: str) -> Iterator[int]:
+    with words(name, f"descriptor {fd} cannot take its place", "give another one"):
+        taken = _taken(fd, file, name)
+    try:
+        finish(taken, replace(file, pos=0))  # it has a place in its file already
+        yield taken
+    finally:
+        os.close(taken)
 
 
 def _taken(fd: int, file: OpenFile, name: str) -> int:
@@ -75,11 +81,18 @@ def _is_kept(file: OpenFile) -> bool:
     """Whether another process of the tree, or a host elsewhere, would wait for this very end."""
     match file.resource:
         case UnixSocket() as unix:
-            return unix.peer > 0 and not file.outside and not unix.peer_name
+            inside = unix.peer > 0 and not file.outside and not unix.peer_name
+            return inside or bool(unix.pending)
         case InetSocket() as inet:
             return inet.tcp is not None
         case _:
             return False
+
+
+def _pipes(checkpoint: Checkpoint, made: Mapping[int, int]) -> dict[int, int]:
+    """An end of each pipe, by the pipe's number."""
+    resources = {number: checkpoint.files[number].resource for number in made}
+    return {each.pipe_id: made[number] for number, each in resources.items() if isinstance(each, PipeEnd)}
 
 
 def _refill(pipe: Pipe, end: int, listener: Listener) -> None:

@@ -158,11 +158,18 @@ def test_a_socket_to_the_outside(mode: str, place: Place, tmp_path: Path) -> Non
         inode = known.removeprefix("socket:[").removesuffix("]")
         assert place.run("dump", "--tree", program.pid) == 1
         assert "outside of the process tree" in place.errors("dump")[0]
+        program.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, program.pid, os.WSTOPPED | os.WNOWAIT)
+        before.write(10, 11)
+        assert place.run("dump", "--tree", program.pid, "--external", f"unix[{inode}]") == 1
+        assert "that it has not read" in place.errors("dump")[0]
+        program.process.send_signal(signal.SIGCONT)
+        before.expect(10, 11)
         dumped(place, program, "--external", f"unix[{inode}]")
         restore(place, mode, {known: after.theirs[0]})
         after.let_go()
-        after.write(10, 20)
-        after.expect(10, 20)
+        after.write(11, 20)
+        after.expect(11, 20)
         place.verify(program)
 
 
