@@ -7,7 +7,7 @@ at the destination has loaded them before the commit: what it refuses is known w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
@@ -114,7 +114,8 @@ def hand_over(
     listener(StateChanged("prepared", time.monotonic()))
     with ExitStack() as last, ExitStack() as stack:
         steps, frozen_at = Steps(), time.monotonic()
-        sent = stack.enter_context(_stopped(qmp, held, journal, steps))
+        sent = stack.enter_context(_recorded(qmp, held, journal))
+        steps.done("stop")
         state = devices.saved(qmp, guest.machine)
         steps.done("devices")
         control.send(Images(pack({devices.NAME: state})))
@@ -151,24 +152,30 @@ def _agree(chain: Chain, guest: Guest, order: Order, trace: TraceFile | None, li
 
 
 @contextmanager
-def _stopped(qmp: Qmp, held: HeldGuest, journal: Journal, steps: Steps) -> Iterator[Event]:
-    """Inside, the guest stands still. It goes on here after an error before COMMIT was sent, and when the other side
-    says no; after any other it stays, since it may run there. The record comes first: whoever finds it lets it go on.
-    """
+def _recorded(qmp: Qmp, held: HeldGuest, journal: Journal) -> Iterator[Event]:
+    """As `standing`. The record comes first: whoever finds it lets the guest go on."""
     facts = {"held": to_facts(held.guest), "root_vpid": held.root_pid, "frozen_at": time.time()}
     journal.write("parked", durable=False, **facts)
+    with standing(qmp, held, journal.remove) as sent:
+        yield sent
+
+
+@contextmanager
+def standing(qmp: Qmp, held: HeldGuest, called_off: Callable[[], object] = lambda: None) -> Iterator[Event]:
+    """Inside, the guest stands still. It goes on here after an error before the event was set, or when the other side
+    says no: then it was `called_off`. After any other error it stays, since it may run there.
+    """
     sent = Event()
     try:
         if held.guest.running:
             qmp.execute("stop")
-        steps.done("stop")
         yield sent
     except BaseException as error:
         if sent.is_set() and not isinstance(error, Refused):
             raise
         qmp.close()  # it may be out of step, and is in the way of another
         held.let_run()
-        journal.remove()
+        called_off()
         raise
 
 
