@@ -9,6 +9,7 @@ from lazyproc.criu import places, scripts
 from lazyproc.criu.log import INFO, Log
 from lazyproc.criu.parse import Given
 from lazyproc.errors import UsageError
+from lazyproc.events import Event, StateChanged
 
 TIMEOUT_S = 10  # CRIU's default
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -20,7 +21,16 @@ def run(given: Given, log: Log) -> None:
     if pid <= 0:
         raise UsageError("no process is named", where="dump", remedy="give its pid with --tree")
     scripts.run(given, log, "pre-dump")
-    report = lazyproc.checkpoint(
+    report = _lazily(given, log, pid) if "lazy-pages" in given else _at_once(given, log, pid)
+    (places.work(given) / "stats-dump").write_bytes(report.stats())
+    log.write(
+        INFO,
+        f"dumped {report.tasks} processes, {report.pages_total} pages, frozen for {report.frozen_ms:.1f} ms",
+    )
+
+
+def _at_once(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
+    return lazyproc.checkpoint(
         pid,
         places.images(given),
         leave_running="leave-running" in given,
@@ -28,15 +38,44 @@ def run(given: Given, log: Log) -> None:
         tcp_close="tcp-close" in given,
         keep_connections="tcp-established" in given,
         permits=_permits(given),
-        timeout_ms=1000 * given.number("timeout", TIMEOUT_S),
+        timeout_ms=_timeout_ms(given),
         last=partial(scripts.run, given, log, "post-dump"),
         listener=log,
     )
-    (places.work(given) / "stats-dump").write_bytes(report.stats())
-    log.write(
-        INFO,
-        f"dumped {report.tasks} processes, {report.pages_total} pages, frozen for {report.frozen_ms:.1f} ms",
+
+
+def _lazily(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
+    """A client has all the pages, and the tree may run there."""
+    from lazyproc.migrate.criu_dump import LISTENING, LazyDump, dump_lazily
+
+    for option in ("leave-running", "leave-stopped"):
+        if option in given:
+            raise UsageError(
+                "the tree would run in two places",
+                where=f"--lazy-pages --{option}",
+                remedy="leave one of them out",
+            )
+
+    def hear(event: Event) -> None:
+        log(event)
+        if isinstance(event, StateChanged) and event.state == LISTENING:
+            places.say_ready(given)
+
+    order = LazyDump(
+        pid,
+        places.images(given),
+        tcp_close="tcp-close" in given,
+        keep_connections="tcp-established" in given,
+        permits=_permits(given),
+        timeout_ms=_timeout_ms(given),
+        address=places.peer(given),
+        insecure=places.insecure(given),
     )
+    return dump_lazily(order, last=partial(scripts.run, given, log, "post-dump"), listener=hear)
+
+
+def _timeout_ms(given: Given) -> int:
+    return 1000 * given.number("timeout", TIMEOUT_S)
 
 
 def _permits(given: Given) -> lazyproc.Permits:

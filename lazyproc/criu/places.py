@@ -66,3 +66,8 @@ def peer(given: Given) -> str:
     if not port:
         raise UsageError("is not given", where="--port", remedy="name the port of the page server")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def insecure(given: Given) -> bool:
+    """Whether the other end of a page server's connection may be anybody."""
+    return "insecure" in given
