@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 import lazyproc
@@ -30,31 +31,35 @@ def run(given: Given, log: Log) -> None:
 
 
 def _at_once(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
-    return lazyproc.checkpoint(
-        pid,
-        places.images(given),
-        leave_running="leave-running" in given,
-        leave_stopped="leave-stopped" in given,
-        tcp_close="tcp-close" in given,
-        keep_connections="tcp-established" in given,
-        permits=_permits(given),
-        timeout_ms=_timeout_ms(given),
-        last=partial(scripts.run, given, log, "post-dump"),
-        listener=log,
-    )
+    with ExitStack() as stack:
+        server = places.page_server(given) if "page-server" in given else None
+        return lazyproc.checkpoint(
+            pid,
+            places.images(given),
+            leave_running="leave-running" in given,
+            leave_stopped="leave-stopped" in given,
+            tcp_close="tcp-close" in given,
+            keep_connections="tcp-established" in given,
+            permits=_permits(given),
+            timeout_ms=_timeout_ms(given),
+            last=partial(scripts.run, given, log, "post-dump"),
+            store=stack.enter_context(server.sending()) if server else None,
+            listener=log,
+        )
 
 
 def _lazily(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
     """A client has all the pages, and the tree may run there."""
     from lazyproc.migrate.criu_dump import LISTENING, LazyDump, dump_lazily
 
-    for option in ("leave-running", "leave-stopped"):
-        if option in given:
-            raise UsageError(
-                "the tree would run in two places",
-                where=f"--lazy-pages --{option}",
-                remedy="leave one of them out",
-            )
+    reasons = {
+        "leave-running": "the tree would run in two places",
+        "leave-stopped": "the tree would run in two places",
+        "page-server": "the lazy pages are given from here, and the others lie in the folder",
+    }
+    for option in given.values.keys() & reasons:
+        where = f"--lazy-pages --{option}"
+        raise UsageError(reasons[option], where=where, remedy="leave one of them out")
 
     def hear(event: Event) -> None:
         log(event)

@@ -19,14 +19,9 @@ def run(given: Given, log: Log) -> None:
 
     report = lazyproc.lazy_pages(
         places.images(given),
-        page_server=_server(given) if "page-server" in given else None,
+        page_server=places.page_server(given) if "page-server" in given else None,
         work_dir=places.work(given),
         ready=ready,
         listener=log,
     )
     log.write(INFO, f"all pages are there: {dict(report)}")
-
-
-def _server(given: Given) -> lazyproc.PageServerOfCriu:
-    """CRIU's, or ours that speaks its language."""
-    return lazyproc.PageServerOfCriu(places.peer(given), insecure=places.insecure(given))

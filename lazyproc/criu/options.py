@@ -287,7 +287,9 @@ OPTIONS = (
         "lazy pages stay where they are and are given to one lazy-pages daemon, ours or CRIU's",
     ),
     Option("page-server", DOES, (LAZY_PAGES,), "what the images lack comes from there", negatable=True),
-    Option("page-server", REFUSED, (DUMP,), "is not built yet; copy the folder", negatable=True),
+    Option(
+        "page-server", DOES, (DUMP,), "pages and pagemaps are stored there, CRIU's or ours", negatable=True
+    ),
     Option(
         "address", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "where a page server is; 127.0.0.1 otherwise", "IP"
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import lazyproc
 from lazyproc.criu.parse import Given
 from lazyproc.errors import UsageError
 
@@ -71,3 +72,8 @@ def peer(given: Given) -> str:
 def insecure(given: Given) -> bool:
     """Whether the other end of a page server's connection may be anybody."""
     return "insecure" in given
+
+
+def page_server(given: Given) -> lazyproc.PageServerOfCriu:
+    """CRIU's, or ours that speaks its language. Raises UsageError."""
+    return lazyproc.PageServerOfCriu(peer(given), insecure=insecure(given))

@@ -155,14 +155,14 @@ def checkpoint(
     permits: Permits = ALL,
     timeout_ms: int = FREEZE_MS,
     last: Callable[[], object] = lambda: None,
-    store: Store = storing.whole,
+    store: Store | None = None,
 ) -> CheckpointReport:
     """Freeze the tree under `pid`, write it to `directory`, and end it unless `leave_running`, or `leave_stopped` as
     by SIGSTOP. With `keep_connections` the peers of its TCP connections are told nothing of its end, and the packets of
     these connections are held back until it is restored, which takes nf_tables. It is frozen within `timeout_ms`, or
     left alone. `last` is called when all is written and the tree stands still; what it raises is an error like any
     other.
-    What the `permits` do not have is an obstacle. `store` says what is written where.
+    What the `permits` do not have is an obstacle. `store` writes images and pages, both into the folder without it.
 
     On any error the tree runs on as before and the folder is not left looking whole. Raises CannotBeDone with all
     obstacles, ImageError (a full disk), NoSuchProcess, PermissionDenied, TraceeError.
@@ -176,7 +176,7 @@ def checkpoint(
         with written(
             pid,
             draft,
-            store,
+            store or storing.whole,
             hold=new_hold() if keep_connections else None,
             ends=not leave_running,
             tcp_close=tcp_close,

@@ -87,14 +87,21 @@ def criu(
         process.wait()
 
 
-def run_criu(host: Host, images: Path, action: str, *options: object, work: Path | None = None) -> None:
+def run_criu(
+    host: Host,
+    images: Path,
+    action: str,
+    *options: object,
+    work: Path | None = None,
+    command: Sequence[str] | None = None,
+) -> None:
     """A command of CRIU that must succeed."""
     done = host.run(
-        argv(images, action, *options, work=work),
+        argv(images, action, *options, work=work, command=command),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=END_S,
     )  # fmt: skip
-    command = Criu(done, (work or images) / f"{action}.log")  # type: ignore[arg-type]
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}{command.errors()}"
+    ended = Criu(done, (work or images) / f"{action}.log")  # type: ignore[arg-type]
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{ended.errors()}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`lazyproc-criu dump --lazy-pages`: a frozen process gives its pages to CRIU, and to lazyproc."""
+"""`lazyproc-criu` and page servers between two hosts: CRIU at the other end, and lazyproc."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,9 +24,19 @@ from lazyproc.pages.criu_source import LazyRuns
 from lazyproc.pages.images import ImagePages
 from lazyproc.wire.criu import Status
 from tests.faults.helpers import SOURCE, journals, sessions
-from tests.interop.criu_hosts import END_S, Criu, criu, restored_by_criu, running_there
+from tests.faults.hostile import listening
+from tests.interop.criu_hosts import (
+    END_S,
+    Criu,
+    argv,
+    criu,
+    large_pipes,
+    restored_by_criu,
+    run_criu,
+    running_there,
+)
 from tests.live.criu_client import CriuClient
-from tests.live.moving import INSECURE, run_cli
+from tests.live.moving import INSECURE, restore, run_cli
 from tests.live.programs import Program, stands_still, wait_until
 from tests.live.real import network_of
 
@@ -54,29 +65,64 @@ def at(pair: Pair) -> tuple[object, ...]:
     return "--address", pair.source.address, "--port", PORT
 
 
-ours = partial(criu, command=(sys.executable, "-m", "lazyproc.criu.main"))
-Daemon = Callable[..., AbstractContextManager[Criu]]
+COMMAND = (sys.executable, "-m", "lazyproc.criu.main")
+ours = partial(criu, command=COMMAND)
+Command = Callable[..., AbstractContextManager[Criu]]
 
 
 @pytest.mark.parametrize("daemon", [criu, ours])
-def test_criu_restores_it(daemon: Daemon, pair: Pair, program: Program) -> None:
-    work = pair.shared / "work"
-    work.mkdir()
-    insecure = ("--insecure",) if daemon is ours else ()
+def test_criu_restores_it(daemon: Command, pair: Pair, program: Program) -> None:
     with (
         dumping(pair, program) as (images, dump),
-        daemon(
-            pair.destination, images, "lazy-pages", "--page-server", *at(pair), *insecure, work=work
-        ) as lazy,
-        restored_by_criu(pair.destination, images, "--lazy-pages", work=work) as pid,
+        restoring(pair, images, daemon) as (pid, lazy),
     ):
         program.watch.wait_beats()
         lazy.finish()
         dump.finish()
         assert program.process.wait(END_S) == -signal.SIGKILL
+        ends_well(program, pid)
+
+
+@pytest.mark.parametrize("server", [criu, ours])
+def test_our_daemon_asks_both_servers(server: Command, pair: Pair, program: Program) -> None:
+    """They give images away, in CRIU's protocol."""
+    images = pair.shared / "images"
+    images.mkdir()
+    run_criu(pair.source, images, "dump", "--tree", pair.source.vpid(program.pid), command=COMMAND)
+    program.process.wait(END_S)
+    with (
+        large_pipes(),
+        server(pair.source, images, "page-server", "--lazy-pages", *at(pair), *insecure(server)) as serving,
+        restoring(pair, images, ours) as (pid, lazy),
+    ):
         program.watch.wait_beats()
-        os.kill(pid, signal.SIGTERM)
-        program.watch.wait_ended()
+        lazy.finish()
+        serving.finish()
+        ends_well(program, pid)
+
+
+@contextmanager
+def restoring(pair: Pair, images: Path, daemon: Command) -> Iterator[tuple[int, Criu]]:
+    """By CRIU, whose lazy pages the daemon gets from the source."""
+    work = pair.shared / "work"
+    work.mkdir()
+    words = ("--page-server", *at(pair), *insecure(daemon))
+    with (
+        daemon(pair.destination, images, "lazy-pages", *words, work=work) as lazy,
+        restored_by_criu(pair.destination, images, "--lazy-pages", work=work) as pid,
+    ):
+        yield pid, lazy
+
+
+def insecure(command: Command) -> tuple[str, ...]:
+    """What CRIU is unasked."""
+    return ("--insecure",) if command is ours else ()
+
+
+def ends_well(program: Program, pid: int) -> None:
+    program.watch.wait_beats()
+    os.kill(pid, signal.SIGTERM)
+    program.watch.wait_ended()
 
 
 def test_lazyproc_restores_it(pair: Pair, program: Program) -> None:
@@ -86,9 +132,7 @@ def test_lazyproc_restores_it(pair: Pair, program: Program) -> None:
         pid = pair.destination.pid(json.loads(run_cli(pair.destination, *words).stdout)["root_pid"])
         dump.finish()
         assert program.process.wait(END_S) == -signal.SIGKILL
-        program.watch.wait_beats()
-        os.kill(pid, signal.SIGTERM)
-        program.watch.wait_ended()
+        ends_well(program, pid)
 
 
 @contextmanager
@@ -182,4 +226,57 @@ def test_once_a_page_is_given_it_is_parked(end: str, pair: Pair, program: Progra
     run_cli(pair.source, "resume", session["id"], expected=2)
     run_cli(pair.source, "resume", session["id"], "--here", expected=2)
     run_cli(pair.source, "resume", session["id"], "--here", "--force")
+    unharmed(pair, program)
+
+
+@contextmanager
+def receiving(whose: str, pair: Pair, folder: Path) -> Iterator[str]:
+    """A page server at the destination, and its port; at the end it has stored everything and is content."""
+    if whose == "criu":
+        address = ("--address", pair.destination.address, "--port", PORT)
+        with criu(pair.destination, folder, "page-server", *address) as server:
+            yield str(PORT)
+            server.finish()
+    else:
+        with listening(pair.destination, "serve", "-D", folder, "--receive", *INSECURE) as listener:
+            yield listener.address.rpartition(":")[2]
+            assert listener.process.wait(END_S) == 0
+
+
+@pytest.mark.parametrize("whose", ["criu", "lazyproc"])
+def test_the_pages_of_a_dump_go_to_a_server(whose: str, pair: Pair, program: Program) -> None:
+    """Both store into the folder of the other images."""
+    images, work = pair.shared / "images", pair.shared / "work"
+    images.mkdir()
+    work.mkdir()
+    with receiving(whose, pair, images) as port:
+        words = ("--page-server", "--address", pair.destination.address, "--port", port, "--insecure")
+        tree = ("--tree", pair.source.vpid(program.pid))
+        run_criu(pair.source, images, "dump", *tree, *words, work=work, command=COMMAND)
+    assert program.process.wait(END_S) == -signal.SIGKILL
+    assert {path.name for path in images.glob("pages-*")} >= {"pages-65537.img"}
+    assert not (images / "pages-1.img").exists()
+    if whose == "lazyproc":
+        ends_well(program, restore(pair.destination, images).pid)
+        return
+    with restored_by_criu(pair.destination, images, work=work) as pid:
+        ends_well(program, pid)
+
+
+def test_a_server_that_is_lost_lets_it_run_on(pair: Pair, program: Program) -> None:
+    images = pair.shared / "images"
+    images.mkdir()
+    with network_of(pair.destination), socket.create_server((str(pair.destination.address), PORT)) as door:
+        words = ("--page-server", "--address", pair.destination.address, "--port", PORT, "--insecure")
+        tree = ("--tree", pair.source.vpid(program.pid))
+        command = argv(images, "dump", *tree, *words, command=COMMAND)
+        dump = pair.source.popen(command, stdin=subprocess.DEVNULL)
+        caller, _ = door.accept()
+        with caller:
+            caller.recv(100)
+            caller.sendall(b"\0")  # it has no parent
+            caller.recv(100)
+    assert dump.wait(END_S) == 1
+    assert f"{pair.destination.address}:{PORT}: the connection broke" in (images / "dump.log").read_text()
+    assert not Folder(images).images()
     unharmed(pair, program)
