@@ -21,6 +21,8 @@ def run(given: Given, log: Log) -> None:
     pid = given.number("tree", 0)
     if pid <= 0:
         raise UsageError("no process is named", where="dump", remedy="give its pid with --tree")
+    if "lazy-pages" in given:
+        _demand_only_lazy(given)
     scripts.run(given, log, "pre-dump")
     report = _lazily(given, log, pid) if "lazy-pages" in given else _at_once(given, log, pid)
     (places.work(given) / "stats-dump").write_bytes(report.stats())
@@ -52,15 +54,6 @@ def _lazily(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
     """A client has all the pages, and the tree may run there."""
     from lazyproc.migrate.criu_dump import LISTENING, LazyDump, dump_lazily
 
-    reasons = {
-        "leave-running": "the tree would run in two places",
-        "leave-stopped": "the tree would run in two places",
-        "page-server": "the lazy pages are given from here, and the others lie in the folder",
-    }
-    for option in given.values.keys() & reasons:
-        where = f"--lazy-pages --{option}"
-        raise UsageError(reasons[option], where=where, remedy="leave one of them out")
-
     def hear(event: Event) -> None:
         log(event)
         if isinstance(event, StateChanged) and event.state == LISTENING:
@@ -76,7 +69,19 @@ def _lazily(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
         address=places.peer(given),
         insecure=places.insecure(given),
     )
-    return dump_lazily(order, last=partial(scripts.run, given, log, "post-dump"), listener=hear)
+    last, alone = partial(scripts.run, given, log, "post-dump"), partial(places.close_status, given)
+    return dump_lazily(order, last=last, alone=alone, listener=hear)
+
+
+def _demand_only_lazy(given: Given) -> None:
+    reasons = {
+        "leave-running": "the tree would run in two places",
+        "leave-stopped": "the tree would run in two places",
+        "page-server": "the lazy pages are given from here, and the others lie in the folder",
+    }
+    for option in given.values.keys() & reasons:
+        where = f"--lazy-pages --{option}"
+        raise UsageError(reasons[option], where=where, remedy="leave one of them out")
 
 
 def _timeout_ms(given: Given) -> int:

@@ -53,12 +53,18 @@ def say_ready(given: Given) -> None:
         return
     try:
         os.write(fd, b"\0")
-        os.close(fd)
+        close_status(given)
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
         raise UsageError(
             f"cannot be written ({reason})", where=f"--status-fd {fd}", remedy="give an open one"
         ) from None
+
+
+def close_status(given: Given) -> None:
+    """In every process that has --status-fd: who reads it waits for its end. Raises OSError unless it is open."""
+    if (fd := given.number("status-fd", -1)) >= 0:
+        os.close(fd)
 
 
 def peer(given: Given) -> str:

@@ -59,13 +59,15 @@ class LazyDump:
     tls: Tls | None = None
 
 
-def dump_lazily(order: LazyDump, *, last: Callable[[], object], listener: Listener) -> CheckpointReport:
+def dump_lazily(
+    order: LazyDump, *, last: Callable[[], object], alone: Callable[[], object], listener: Listener
+) -> CheckpointReport:
     """The tree is written but for its lazy pages, which one client gets. Returns when that has all of them and has said
     so; then the tree has ended here. The state `listening` tells that clients may come.
 
-    The work is done in a process that outlives this one, `last` in it too (see `checkpoint`). Raises what `checkpoint`
-    and `listen` raise with the tree running as before and no image left; Parked when the client has ended without all
-    the pages: the tree is in `sessions` then.
+    The work is done in processes that outlive this one, `last` too (see `checkpoint`); `alone` closes there what is to
+    end with this one. Raises what `checkpoint` and `listen` raise with the tree running as before and no image left;
+    Parked when the client has ended without all the pages: the tree is in `sessions` then.
     """
     demand_apart(order.pid)
     session = Session.new().id
@@ -79,10 +81,12 @@ def dump_lazily(order: LazyDump, *, last: Callable[[], object], listener: Listen
             journal.write("preparing", durable=False, **begun, **crew())
             return _dump(order, journal, last, client.tell)
 
+    def staff() -> Desk:
+        alone()
+        return Desk(session, SOURCE)
+
     lost = f"see lazyproc sessions, and {_remedy(session)}"
-    return apart(
-        first, partial(_again, session), listener, NAME, staff=lambda: Desk(session, SOURCE), lost=lost
-    )
+    return apart(first, partial(_again, session), listener, NAME, staff=staff, lost=lost)
 
 
 def _dump(

@@ -80,7 +80,7 @@ def criu(
     started = Criu(process, log)
     try:
         with os.fdopen(reading, "rb") as ready:
-            assert ready.read(1) == b"\0", started.errors()
+            assert ready.read() == b"\0", started.errors()
         yield started
     finally:
         process.kill()

@@ -209,6 +209,7 @@ def test_left_stopped_and_restored_stopped(place: Place, tmp_path: Path) -> None
     ("options", "words"),
     [(["--track-mem"], "--track-mem is not supported"), (["--root", "/"], "--root / is not supported"),
      (["--network-lock", "iptables"], "--network-lock iptables is not supported"),
+     (["--lazy-pages", "--port", 7000, "-R"], "the tree would run in two places"),
      (["--tree", "1"], "pid 1"), ([], "it holds a file lock")],
 )  # fmt: skip
 def test_what_is_refused_is_in_the_log_and_the_program_runs(
