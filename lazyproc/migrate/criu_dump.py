@@ -14,21 +14,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from queue import Queue
 
 from lazyproc.dump.checkpoint import CheckpointReport, Written, demand_possible, written
+from lazyproc.dump.freeze import FrozenTree
 from lazyproc.dump.permits import Permits
-from lazyproc.errors import ConnectionLost, LazyprocError, Parked
+from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess, Parked
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.facts import asdict, dataclass
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
+from lazyproc.kernel import proc
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.netfilter import DUMPED, Hold
 from lazyproc.migrate.apart import Client, apart
 from lazyproc.migrate.desk import Desk
-from lazyproc.migrate.holding import from_facts
+from lazyproc.migrate.holding import Holding, from_facts
 from lazyproc.migrate.journal import SOURCE, Journal, find
+from lazyproc.migrate.lost import source_ended
 from lazyproc.migrate.source import crew, demand_apart, end_here, parked_tree, run_on
 from lazyproc.model import Checkpoint, Extent, MemoryObject
 from lazyproc.pages.criu_server import Given, Shelf, answer
@@ -41,7 +43,9 @@ from lazyproc.wire.native import Party
 
 NAME = "lazyproc-dump"
 LISTENING = "listening"
+GIVEN = "given"  # in the record: the next thing is a page on its way
 DOOR_S = 0.2
+LOOK_S = 1.0  # how often a frozen tree is looked after
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +113,15 @@ def _dump(
             last()
             with _clients(order, it, listener) as clients:
                 listener(StateChanged(LISTENING, time.monotonic()))
-                clients.await_first()
-                with parked_tree(it.tree, it.dump, it.hold, journal, began, Steps()) as (_, given):
-                    unfinished.close()  # the images are somebody's from here on
+                _await_first(clients, it.tree)
+                with parked_tree(it.tree, it.dump, it.hold, journal, began, Steps()) as (held, given):
+                    held.demand_there()
                     ignore_interrupts()
                     over.enter_context(deaf())
+                    journal.write("parked", durable=False, **{GIVEN: True})
+                    unfinished.close()  # the images are somebody's from here on
                     given.set()
-                    _give_all(clients, journal, listener)
+                    _give_all(clients, held, journal, listener)
                     report = it.report(started, time.monotonic())
                     journal.note("parked", listener, {"report": asdict(report)})
                     it.end()
@@ -123,13 +129,28 @@ def _dump(
     return report
 
 
-def _give_all(clients: Clients, journal: Journal, listener: Listener) -> None:
-    """Raises Parked when the client ends without all the pages."""
-    try:
-        clients.give_all()
-    except LazyprocError as error:
-        journal.note("parked", listener, {"reason": str(error)})
-        raise _parked(journal.session, str(error)) from None
+def _await_first(clients: Clients, tree: FrozenTree) -> None:
+    """Raises NoSuchProcess when somebody kills what stands still: it is whole or nobody gets it."""
+    while not clients.await_first(LOOK_S):
+        for task in tree.tasks.values():
+            if not (task.zombie or proc.lives(task.pid, task.stat.start_time)):
+                raise NoSuchProcess("was killed while it stood still", where=f"pid {task.pid}")
+
+
+def _give_all(clients: Clients, held: Holding, journal: Journal, listener: Listener) -> None:
+    """Raises Parked when the client ends without all the pages, LostAfterCommit when they are gone."""
+    clients.begin_to_give()
+    while not clients.await_end(LOOK_S):
+        _demand_there(held, journal)
+    if (why := clients.failure()) is not None:
+        _demand_there(held, journal)
+        journal.note("parked", listener, {"reason": why})
+        raise _parked(journal.session, why)
+
+
+def _demand_there(held: Holding, journal: Journal) -> None:
+    if (pid := held.ended()) is not None:
+        raise source_ended(pid, journal.session)
 
 
 def _again(session: str, _: Client) -> CheckpointReport:
@@ -140,7 +161,8 @@ def _again(session: str, _: Client) -> CheckpointReport:
     if held is not None and "report" in record.facts:
         end_here(journal, held)
         return CheckpointReport(**record.facts["report"])
-    if held is not None and held.stands():
+    if held is not None and GIVEN in record.facts:
+        _demand_there(held, journal)
         raise _parked(session, "the process that gave its pages was killed")
     run_on(journal, held)
     images = Folder(Path(record.facts["dumped"]))
@@ -186,7 +208,7 @@ def _lazy(whole: Checkpoint) -> Mapping[MemoryObject, Sequence[Extent]]:
 class Clients:
     """Anybody may ask, and the first one who gets a page is the only one who gets any: he may run the tree.
 
-    Each has a thread. The one that traces the tree waits in `await_first`, parks it, and says so by `give_all`.
+    Each has a thread. The one that traces the tree waits in `await_first`, parks it, and says so by `begin_to_give`.
     """
 
     def __init__(self, shelf: Shelf, listener: Listener) -> None:
@@ -195,8 +217,8 @@ class Clients:
         self._given = Given(shelf)
         self._choice = threading.Lock()
         self._only: socket.socket | None = None
-        self._chosen, self._granted = threading.Event(), threading.Event()
-        self._ended: Queue[LazyprocError | None] = Queue()
+        self._chosen, self._granted, self._ended = (threading.Event() for _ in range(3))
+        self._error: LazyprocError | None = None
 
     @contextmanager
     def let_in_by(self, door: Door) -> Iterator[None]:
@@ -222,18 +244,23 @@ class Clients:
         """A Caller."""
         threading.Thread(target=self._serve, args=(sock, where), daemon=True).start()
 
-    def await_first(self) -> None:
-        """Somebody wants a page, and waits for it."""
-        self._chosen.wait()
+    def await_first(self, seconds: float) -> bool:
+        """Whether somebody wants a page by then; he waits for it."""
+        return self._chosen.wait(seconds)
 
-    def give_all(self) -> None:
-        """He gets what he asks for. Raises LazyprocError when he ends without all of it."""
+    def begin_to_give(self) -> None:
+        """He gets what he asks for."""
         self._granted.set()
-        error = self._ended.get()
-        if error is None and not self._given.missing:
-            return
-        missing = f"{self._given.missing} pages were not asked for"
-        raise error or ConnectionLost(f"CRIU's client has closed its connection, and {missing}")
+
+    def await_end(self, seconds: float) -> bool:
+        """Whether he has ended by then."""
+        return self._ended.wait(seconds)
+
+    def failure(self) -> str | None:
+        """Why he has ended without all the pages, if so."""
+        missing = self._given.missing
+        unasked = f"CRIU's client has closed its connection without {missing} pages" if missing else None
+        return str(self._error) if self._error is not None else unasked
 
     def _serve(self, sock: socket.socket, where: str) -> None:
         error: LazyprocError | None = None
@@ -247,7 +274,8 @@ class Clients:
             except LazyprocError as caught:
                 error = caught
         if self._only is sock:
-            self._ended.put(error)
+            self._error = error
+            self._ended.set()
         elif error is not None:
             self._listener(Note(f"ended a connection: {error}"))
 

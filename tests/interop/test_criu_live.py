@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from lazyproc.hosts import Pair
+from lazyproc.hosts import Pair, Trio
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
 from lazyproc.model import PAGE, Extent
 from lazyproc.pages.criu_source import LazyRuns
 from lazyproc.pages.images import ImagePages
 from lazyproc.wire.criu import Status
-from tests.faults.helpers import SOURCE, journals, sessions
+from tests.faults.helpers import SOURCE, gone, journals, kill, sessions
 from tests.faults.hostile import listening
 from tests.interop.criu_hosts import (
     END_S,
@@ -39,6 +39,8 @@ from tests.live.criu_client import CriuClient
 from tests.live.moving import INSECURE, restore, run_cli
 from tests.live.programs import Program, stands_still, wait_until
 from tests.live.real import network_of
+from tests.live.test_bad_luck_moments import tables
+from tests.live.test_tcp_close import Service, service
 
 PORT = 7000
 MIB = 16
@@ -52,11 +54,11 @@ def program(pair: Pair) -> Iterator[Program]:
 
 
 @contextmanager
-def dumping(pair: Pair, program: Program, *options: object) -> Iterator[tuple[Path, Criu]]:
+def dumping(pair: Pair, root: Program | Service, *options: object) -> Iterator[tuple[Path, Criu]]:
     """The images are there, and clients may come."""
     images = pair.shared / "images"
     images.mkdir()
-    words = ("--tree", pair.source.vpid(program.pid), "--lazy-pages", "--insecure", *at(pair), *options)
+    words = ("--tree", pair.source.vpid(root.pid), "--lazy-pages", "--insecure", *at(pair), *options)
     with ours(pair.source, images, "dump", *words) as dump:
         yield images, dump
 
@@ -187,13 +189,33 @@ def test_who_gets_no_page_changes_nothing(pair: Pair, program: Program) -> None:
     unharmed(pair, program)
 
 
-def test_a_killed_dump_lets_it_run_on(pair: Pair, program: Program) -> None:
+@pytest.mark.parametrize("whom", ["command", "server"])
+def test_a_killed_dump_lets_it_run_on(whom: str, pair: Pair, program: Program) -> None:
     with dumping(pair, program) as (images, dump):
-        (journal,) = journals(pair.source, SOURCE)
-        os.kill(pair.source.pid(journal["server_pid"]), signal.SIGKILL)
-        assert dump.process.wait(END_S) == 1
+        if whom == "command":
+            dump.process.kill()
+            wait_until(lambda: not journals(pair.source, SOURCE), "who worked for it gives up")
+        else:
+            os.kill(pair.source.pid(journals(pair.source, SOURCE)[0]["server_pid"]), signal.SIGKILL)
+            assert dump.process.wait(END_S) == 1
         assert not Folder(images).images()
     unharmed(pair, program)
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_a_process_that_is_killed_is_said_to_be_lost(parked: bool, pair: Pair, program: Program) -> None:
+    with dumping(pair, program) as (images, dump):
+        vpid, run = next(lazy_runs(images))
+        with client(pair) as it:
+            if parked:
+                it.get(vpid, run.addr, 1)
+            program.process.kill()
+            wait_until(lambda: gone(program.pid), "it has ended")
+            if parked:
+                it.ask(vpid, run.addr, 1)
+            assert dump.process.wait(END_S) == 1
+    assert ("the parked process has ended" if parked else "was killed while it stood still") in dump.errors()
+    assert bool(Folder(images).images()) == parked
 
 
 def unharmed(pair: Pair, program: Program) -> None:
@@ -280,3 +302,29 @@ def test_a_server_that_is_lost_lets_it_run_on(pair: Pair, program: Program) -> N
     assert f"{pair.destination.address}:{PORT}: the connection broke" in (images / "dump.log").read_text()
     assert not Folder(images).images()
     unharmed(pair, program)
+
+
+@pytest.mark.parametrize("outcome", ["is killed", "all is given"])
+def test_the_peers_of_its_connections_hear_nothing(outcome: str, trio: Trio) -> None:
+    """While it is parked, and after its end; what they say meanwhile comes when it runs on here."""
+    pair = Pair(trio.source, trio.destination)
+    with service(trio) as served:
+        with dumping(pair, served, "--tcp-established") as (images, dump):
+            runs = list(lazy_runs(images))
+            with client(pair) as it:
+                wanted = runs if outcome == "all is given" else runs[:1]
+                for vpid, run in wanted:
+                    assert len(it.get(vpid, run.addr, run.count)) == run.count * PAGE
+                (session,) = sessions(pair.source)
+                served.client.sendall(b"still there\n")
+                if outcome == "is killed":
+                    kill(pair.source, SOURCE, "keeper", "server")
+                elif outcome == "all is given":
+                    assert it.close_in_order() == Status(0)
+            assert dump.process.wait(END_S) == (outcome != "all is given")
+        assert f"lazyproc_dump_{session['id']}_kept" in tables(pair)
+        assert not served.client_ended(0.1)
+        if outcome != "all is given":
+            run_cli(pair.source, "resume", session["id"], "--here", "--force")
+            assert served.client.recv(99) == b"STILL THERE\n"
+            assert "lazyproc_" not in tables(pair)
