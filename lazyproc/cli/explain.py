@@ -51,10 +51,11 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         tcp_close=args.tcp_close,
         listener=listen,
     )
+    of = {"pid": args.pid} if args.qemu is None else {"qemu": args.qemu}
     fields = [obstacle_fields(obstacle) for obstacle in obstacles]
     return Outcome(
         obstacles_text(obstacles) or _nothing(args),
-        {"pid": args.pid, "qemu": args.qemu, "peer": args.peer, "obstacles": fields, "notes": stats.notes},
+        {**of, "peer": args.peer, "obstacles": fields, "notes": stats.notes},
         OBSTACLES if obstacles else 0,
     )
 

@@ -64,23 +64,20 @@ def add_pid(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pid_or_qemu(parser: argparse.ArgumentParser) -> None:
-    """See `of_pid_or_qemu`."""
-    parser.add_argument("pid", metavar="PID", type=pid, nargs="?", help="the root of the process tree")
-    parser.add_argument(
-        "--qemu", metavar="QMP", help="the guest whose QMP monitor is this unix socket, instead"
+    """One of them; see `of_pid_or_qemu`."""
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("pid", metavar="PID", type=pid, nargs="?", help="the root of the process tree")
+    either.add_argument(
+        "--qemu", metavar="QMP", help="the guest of the QEMU whose QMP monitor is this unix socket"
     )
 
 
 def of_pid_or_qemu(
     args: argparse.Namespace, tree: Callable[..., _Found], guest: Callable[..., _Found]
 ) -> Callable[..., _Found]:
-    """The work on a tree or on a guest, with what it is to be done on. Raises UsageError unless one is named."""
+    """The work on a tree or on a guest, with what it is to be done on."""
     from functools import partial
 
-    from lazyproc.errors import UsageError
-
-    if (args.pid is None) == (args.qemu is None):
-        raise UsageError("name either a PID or, with --qemu, a monitor")
     return partial(tree, args.pid) if args.qemu is None else partial(guest, args.qemu)
 
 
