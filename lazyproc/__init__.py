@@ -5,11 +5,14 @@ from importlib import import_module
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from lazyproc import errors as errors
+    from lazyproc.dump.checkpoint import CheckpointReport as CheckpointReport
     from lazyproc.dump.checkpoint import checkpoint as checkpoint
     from lazyproc.dump.permits import Permits as Permits
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.explain import explain as explain
     from lazyproc.migrate.explain import explain_guest as explain_guest
+    from lazyproc.migrate.guest_checkpoint import checkpoint_guest as checkpoint_guest
+    from lazyproc.migrate.guest_serve import qemu_serve as qemu_serve
     from lazyproc.migrate.guest_source import migrate_guest as migrate_guest
     from lazyproc.migrate.lazypages import lazy_pages as lazy_pages
     from lazyproc.migrate.local import PageServerOfCriu as PageServerOfCriu
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from lazyproc.uffd.region import LazyRegion as LazyRegion
 
 _MODULES = {
+    "CheckpointReport": "lazyproc.dump.checkpoint",
     "LazyRegion": "lazyproc.uffd.region",
     "abort": "lazyproc.migrate.sessions",
     "PageServerOfCriu": "lazyproc.migrate.local",
@@ -32,10 +36,12 @@ _MODULES = {
     "Restored": "lazyproc.restore.run",
     "Tls": "lazyproc.pages.tls",
     "checkpoint": "lazyproc.dump.checkpoint",
+    "checkpoint_guest": "lazyproc.migrate.guest_checkpoint",
     "explain": "lazyproc.migrate.explain",
     "explain_guest": "lazyproc.migrate.explain",
     "lazy_pages": "lazyproc.migrate.lazypages",
     "migrate_guest": "lazyproc.migrate.guest_source",
+    "qemu_serve": "lazyproc.migrate.guest_serve",
     "read_trace": "lazyproc.trace",
     "receive": "lazyproc.migrate.destination",
     "resume": "lazyproc.migrate.sessions",
@@ -45,6 +51,7 @@ _MODULES = {
 _PACKAGES = ("errors", "migrate", "restore")  # the last two are callable, see callables.py
 
 __all__ = [
+    "CheckpointReport",
     "LazyRegion",
     "PageServerOfCriu",
     "Permits",
@@ -52,12 +59,14 @@ __all__ = [
     "Tls",
     "abort",
     "checkpoint",
+    "checkpoint_guest",
     "errors",
     "explain",
     "explain_guest",
     "lazy_pages",
     "migrate",
     "migrate_guest",
+    "qemu_serve",
     "read_trace",
     "receive",
     "restore",

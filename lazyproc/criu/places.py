@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import lazyproc
 from lazyproc.criu.parse import Given
 from lazyproc.errors import UsageError
+
+# criu/tls.c, as distributions build it.
+CERT, KEY = "/etc/pki/criu/cert.pem", "/etc/pki/criu/private/key.pem"
+CA, CRL = "/etc/pki/CA/cacert.pem", "/etc/pki/CA/cacrl.pem"
 
 
 def images(given: Given) -> Path:
@@ -16,6 +21,11 @@ def images(given: Given) -> Path:
 
 def work(given: Given) -> Path:
     return _folder(given.last("work-dir"), "--work-dir") if "work-dir" in given else images(given)
+
+
+def root(given: Given) -> str | None:
+    """The root directory of the tree, where that is to be another one than ours. Raises UsageError."""
+    return str(_folder(given.last("root"), "--root").absolute()) if "root" in given else None
 
 
 def log(given: Given) -> Path | None:
@@ -52,12 +62,32 @@ def say_ready(given: Given) -> None:
         return
     try:
         os.write(fd, b"\0")
-        os.close(fd)
+        close_status(given)
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
         raise UsageError(
             f"cannot be written ({reason})", where=f"--status-fd {fd}", remedy="give an open one"
         ) from None
+
+
+def tls(given: Given) -> lazyproc.Tls | None:
+    """With --tls: the files that are given, otherwise those of CRIU's own folders."""
+    if "tls" not in given:
+        return None
+    crl = CRL if os.access(CRL, os.R_OK) else ""
+    return lazyproc.Tls(
+        given.last("tls-cert", CERT),
+        given.last("tls-key", KEY),
+        given.last("tls-cacert", CA),
+        given.last("tls-cacrl", crl),
+        names="tls-no-cn-verify" not in given,
+    )
+
+
+def close_status(given: Given) -> None:
+    """In every process that has --status-fd: who reads it waits for its end. Raises OSError unless it is open."""
+    if (fd := given.number("status-fd", -1)) >= 0:
+        os.close(fd)
 
 
 def peer(given: Given) -> str:
@@ -66,3 +96,13 @@ def peer(given: Given) -> str:
     if not port:
         raise UsageError("is not given", where="--port", remedy="name the port of the page server")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def insecure(given: Given) -> bool:
+    """Whether the other end of a page server's connection may be anybody."""
+    return "insecure" in given
+
+
+def page_server(given: Given) -> lazyproc.PageServerOfCriu:
+    """CRIU's, or ours that speaks its language. Raises UsageError."""
+    return lazyproc.PageServerOfCriu(peer(given), insecure=insecure(given), tls=tls(given))

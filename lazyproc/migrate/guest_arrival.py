@@ -11,7 +11,6 @@ from typing import Any
 
 from lazyproc.errors import ConnectionLost, LazyprocError, Obstacle, ProtocolError
 from lazyproc.events import Later, Note, StateChanged
-from lazyproc.facts import dataclass
 from lazyproc.images.files import unpack
 from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.ready import readable
@@ -48,12 +47,12 @@ class GuestArrival(Arrival):
                 self._admit_guest(order)
             wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
             make_room(AMPLE)
-            offered = _offered(order)
+            machine, running, theirs = _offered(order)
             terms = self._terms
             self._shell = shell = stack.enter_context(
                 empty_shell(terms.command, terms.cgroup, self.outputs, self._listener)
             )
-            if unlike := shell.compare(offered.machine, offered.blocks):
+            if unlike := shell.compare(machine, theirs):
                 raise Unfit(unlike)
             tree = shell.arm(pager, self._listener)
             facts = {
@@ -77,7 +76,7 @@ class GuestArrival(Arrival):
             self._load(shell, unpack(data))
             steps.done("load")
             self._commit(shell, drafting, steps)
-            self._run(shell, tree, offered.running, steps)
+            self._run(shell, tree, running, steps)
             return tree
 
     def _load(self, shell: Shell, images: Mapping[str, bytes]) -> None:
@@ -121,21 +120,11 @@ class GuestArrival(Arrival):
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups={})
 
 
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """The guest, as its source describes it."""
-
-    machine: str
-    running: bool
-    blocks: tuple[Block, ...]
-
-
-def _offered(order: Mapping[str, Any]) -> Offered:
-    """Raises ProtocolError."""
-    guest = order.get("guest")
+def _offered(order: Mapping[str, Any]) -> tuple[str, bool, tuple[Block, ...]]:
+    """The guest's machine, whether it ran, and its RAM blocks. Raises ProtocolError."""
     try:
-        assert isinstance(guest, dict)
-        found = tuple(Block.of(number, row) for number, row in enumerate(guest["blocks"]))
-        return Offered(str(guest["machine"]), guest["running"] is True, found)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ProtocolError(f"PREPARE does not describe a guest ({error})") from error
+        guest = order["guest"]
+        blocks = tuple(Block.of(number, row) for number, row in enumerate(guest["blocks"]))
+        return str(guest["machine"]), guest["running"] is True, blocks
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"PREPARE does not describe a guest ({error!r})") from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.restore import run
 from lazyproc.restore.run import Restored
-from lazyproc.restore.tree import Pidns
+from lazyproc.restore.tree import NONE_GIVEN, Pidns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from lazyproc.migrate.criu_supply import CriuSupply
     from lazyproc.migrate.journal import Journal
+    from lazyproc.pages.storing import Store
     from lazyproc.pages.tls import Tls
 
 
@@ -40,6 +41,9 @@ def restore(
     lazy_pages: socket.socket | None = None,
     tcp_close: bool = False,
     page_server: PageServerOfCriu | None = None,
+    given: Mapping[str, int] = NONE_GIVEN,
+    sibling: bool = False,
+    root: str | None = None,
 ) -> Iterator[Restored]:
     """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`.
 
@@ -64,6 +68,9 @@ def restore(
                 lazy_pages=lazy_pages,
                 tcp_close=tcp_close,
                 served=served,
+                given=given,
+                sibling=sibling,
+                root=root,
             )
         )
         if restored.pager is None:
@@ -87,6 +94,15 @@ class PageServerOfCriu:
     older: bool = False
     insecure: bool = False
     tls: Tls | None = None
+
+    def sending(self) -> AbstractContextManager[Store]:
+        """`checkpoint` stores the pages there: `criu page-server`, 4.2, or `lazyproc serve --receive`. It is dialled at
+        once. Raises UsageError for the address, ConnectionLost, PermissionDenied.
+        """
+        from lazyproc.pages.criu_sender import sending
+        from lazyproc.pages.peer import Trust
+
+        return sending(self.address, Trust(self.insecure, tls=self.tls))
 
     def supply(self, session: str) -> CriuSupply:
         """For a restore that is its session."""

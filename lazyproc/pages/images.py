@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -198,11 +198,23 @@ def write_pages(draft: Draft, checkpoint: Checkpoint, source: PageSource, *, laz
 
     With `lazy` False only the eager pages are written; the pagemaps must then say that the lazy ones are elsewhere.
     """
+    return write_pages_of(draft, memory_objects(checkpoint), checkpoint.memory, source, lazy=lazy)
+
+
+def write_pages_of(
+    draft: Draft,
+    objects: Iterable[MemoryObject],
+    memory: Mapping[MemoryObject, Sequence[Extent]],
+    source: PageSource,
+    *,
+    lazy: bool = True,
+) -> int:
+    """The same of these objects, in their order."""
     written = 0
-    for pages_id, obj in enumerate(memory_objects(checkpoint), start=1):
+    for pages_id, obj in enumerate(objects, start=1):
         extents = [
             extent
-            for extent in merge(checkpoint.memory.get(obj, ()))
+            for extent in merge(memory.get(obj, ()))
             if not extent.in_parent and (lazy or not extent.lazy)
         ]
         draft.write_file(f"pages-{pages_id}.img", _pieces(obj, extents, source))

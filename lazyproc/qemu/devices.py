@@ -7,14 +7,12 @@ the section with the machine's name before the first device.
 from __future__ import annotations
 
 import os
-import struct
 
 from lazyproc.errors import ProtocolError
 from lazyproc.qemu.qmp import Qmp
+from lazyproc.qemu.stream import CONFIGURATION, HEADER, configuration
 
 NAME = "devices.img"  # among the images of a hand-over
-_HEADER = struct.pack(">II", 0x5145564D, 3)  # QEMU_VM_FILE_MAGIC, QEMU_VM_FILE_VERSION
-_CONFIGURATION = b"\x07"  # QEMU_VM_CONFIGURATION
 SAVE_S = 30.0
 
 
@@ -44,10 +42,9 @@ def saved(qmp: Qmp, machine: str) -> bytes:
 
 def stream(devices: bytes, machine: str) -> bytes:
     """With the section that names the machine. Raises ProtocolError."""
-    if not devices.startswith(_HEADER):
-        raise ProtocolError(f"QEMU's device state begins with {devices[: len(_HEADER)].hex()}")
-    rest = devices[len(_HEADER) :]
-    if rest.startswith(_CONFIGURATION):
+    if not devices.startswith(HEADER):
+        raise ProtocolError(f"QEMU's device state begins with {devices[: len(HEADER)].hex()}")
+    rest = devices[len(HEADER) :]
+    if rest.startswith(bytes([CONFIGURATION])):
         return devices
-    name = machine.encode()
-    return _HEADER + _CONFIGURATION + struct.pack(">I", len(name)) + name + rest
+    return HEADER + configuration(machine) + rest

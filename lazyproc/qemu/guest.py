@@ -97,8 +97,9 @@ def look(qmp: Qmp) -> Guest:
 
 
 def machine_of(qmp: Qmp) -> str:
-    """What an alias like "pc" stands for: "pc-i440fx-7.2"."""
-    return str(qmp.execute("qom-get", {"path": "/machine", "property": "type"})).removesuffix("-machine")
+    """With its version, whatever alias it was started by."""
+    name = str(qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
+    return name.removesuffix("-machine")
 
 
 def _process(qmp: Qmp) -> int:

@@ -136,6 +136,7 @@ def test_the_new_qemu_is_killed_before_the_commit(pair: Pair, kind: Type) -> Non
         assert not journals(pair.source, SOURCE)
 
 
+@pytest.mark.long
 def test_the_new_qemu_ends_with_its_keeper(pair: Pair) -> None:
     """Before the commit, also one that has dropped its rights. The guest goes on where it was."""
     with prepared(pair, replace(SMALL, options=AS_NOBODY)) as (guest, receiver):
@@ -203,6 +204,29 @@ def test_who_is_interrupted_before_the_commit_leaves_it_running(pair: Pair) -> N
             moving(pair, guest, receiver, by=address) as journey,
         ):
             assert "interrupted" in journey.finish(expected=1)["error"]
+            assert trap.error is None
+        goes_on(guest.serial)
+
+
+def test_who_continues_it_before_the_commit_has_called_it_off(pair: Pair) -> None:
+    """Somebody else who has a monitor; the guest goes on where it is."""
+    second = pair.source.scratch / "second"
+    more = ("-qmp", f"unix:{second},server=on,wait=off")
+    with (
+        beating(SMALL, pair.shared, *more, host=pair.source) as guest,
+        waiting(pair, guest) as receiver,
+    ):
+
+        def go_on() -> None:
+            with Qmp(str(pair.source.outside / "second")) as qmp:
+                qmp.execute("cont")
+
+        trap = Trap(go_on)
+        with (
+            frame_trap(pair, receiver, AtFrame(Type.BUILT), trap) as address,
+            moving(pair, guest, receiver, by=address) as journey,
+        ):
+            assert "continued the guest" in journey.finish(expected=1)["error"]
             assert trap.error is None
         goes_on(guest.serial)
 
