@@ -28,6 +28,8 @@ from lazyproc.qemu.qmp import Qmp
 from tests.needs import require
 from tests.qemu.kernel import boot, mini
 
+AS_NOBODY = ("-runas", "nobody")
+SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")  # libvirt's
 BEAT_S = 0.005  # between two beats of a guest that nothing holds up
 START_S = 30.0
 _PIECE = 1 << 16  # bytes that are read at once

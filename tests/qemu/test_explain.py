@@ -15,7 +15,7 @@ from lazyproc.facts import replace
 from lazyproc.qemu import ram
 from lazyproc.qemu.guest import look
 from tests.live.moving import CLI
-from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor, started
+from tests.qemu.guests import AS_NOBODY, Guest, Serial, Shape, beating, empty_disk, monitor, started
 
 SMALL = Shape(memory=96, visited=4)
 
@@ -67,7 +67,7 @@ def test_an_image_that_cannot_be_taken_again_is_named(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, Serial(tmp_path / "serial") as serial:
         disk = empty_disk(Path(folder))
         disk.parent.chmod(0o755)
-        shape = replace(SMALL, disk=disk, options=("-runas", "nobody"))
+        shape = replace(SMALL, disk=disk, options=AS_NOBODY)
         with started(shape, serial, tmp_path) as guest:
             monitor(guest).close()
             (obstacle,) = lazyproc.explain_guest(str(guest.qmp))

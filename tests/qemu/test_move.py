@@ -23,12 +23,20 @@ from tests.faults.test_links_cut import cut
 from tests.live.moving import CLI, Receiver, receiving, run_cli
 from tests.live.programs import wait_until
 from tests.live.real import Journey, ending, migrating
-from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor, needs_kvm
+from tests.qemu.guests import (
+    AS_NOBODY,
+    SANDBOX,
+    Guest,
+    Serial,
+    Shape,
+    beating,
+    empty_disk,
+    monitor,
+    needs_kvm,
+)
 
 SLOW = ("--max-rate", "40000000")
 SMALL = Shape(memory=96, visited=16)
-SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")  # libvirt's
-AS_NOBODY = ("-runas", "nobody")
 
 
 @contextmanager
