@@ -24,7 +24,6 @@ from lazyproc.pages.criu_source import LazyRuns
 from lazyproc.pages.images import ImagePages
 from lazyproc.wire.criu import Status
 from tests.faults.helpers import SOURCE, gone, journals, kill, sessions
-from tests.faults.hostile import listening
 from tests.interop.criu_hosts import (
     END_S,
     Criu,
@@ -274,34 +273,21 @@ def test_once_a_page_is_given_it_is_parked(end: str, pair: Pair, program: Progra
     unharmed(pair, program)
 
 
-@contextmanager
-def receiving(whose: str, pair: Pair, folder: Path) -> Iterator[str]:
-    """A page server at the destination, and its port; at the end it has stored everything and is content."""
-    if whose == "criu":
-        address = ("--address", pair.destination.address, "--port", PORT)
-        with criu(pair.destination, folder, "page-server", *address) as server:
-            yield str(PORT)
-            server.finish()
-    else:
-        with listening(pair.destination, "serve", "-D", folder, "--receive", *INSECURE) as listener:
-            yield listener.address.rpartition(":")[2]
-            assert listener.process.wait(END_S) == 0
-
-
-@pytest.mark.parametrize("whose", ["criu", "lazyproc"])
-def test_the_pages_of_a_dump_go_to_a_server(whose: str, pair: Pair, program: Program) -> None:
-    """Both store into the folder of the other images."""
+@pytest.mark.parametrize("server", [criu, ours])
+def test_the_pages_of_a_dump_go_to_a_server(server: Command, pair: Pair, program: Program) -> None:
+    """Which stores into the folder of the other images."""
     images, work = pair.shared / "images", pair.shared / "work"
     images.mkdir()
     work.mkdir()
-    with receiving(whose, pair, images) as port:
-        words = ("--page-server", "--address", pair.destination.address, "--port", port, "--insecure")
-        tree = ("--tree", pair.source.vpid(program.pid))
-        run_criu(pair.source, images, "dump", *tree, *words, work=work, command=COMMAND)
+    there = ("--address", pair.destination.address, "--port", PORT)
+    with server(pair.destination, images, "page-server", *there, *insecure(server)) as receiving:
+        words = ("--tree", pair.source.vpid(program.pid), "--page-server", *there, "--insecure")
+        run_criu(pair.source, images, "dump", *words, work=work, command=COMMAND)
+        receiving.finish()
     assert program.process.wait(END_S) == -signal.SIGKILL
     assert {path.name for path in images.glob("pages-*")} >= {"pages-65537.img"}
     assert not (images / "pages-1.img").exists()
-    if whose == "lazyproc":
+    if server is ours:
         ends_well(program, restore(pair.destination, images).pid)
         return
     with restored_by_criu(pair.destination, images, work=work) as pid:
