@@ -10,7 +10,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from lazyproc.events import Listener, PagesMoved, StateChanged
 from lazyproc.facts import dataclass
 from lazyproc.images.files import Folder
 from lazyproc.images.sums import check_sums
+from lazyproc.kernel.ready import readable
 from lazyproc.migrate.guest_source import looked_at, standing
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.pages.images import ImagePages
@@ -59,6 +60,7 @@ def qemu_serve(
     target: str,
     *,
     recover: bool = False,
+    preempt: bool = False,
     insecure: bool = False,
     tls: Tls | None = None,
     listener: Listener,
@@ -67,11 +69,15 @@ def qemu_serve(
     (HOST:PORT or unix:PATH) with the capability postcopy-ram; returns when that has every page.
 
     A running guest is stopped, and QEMU here quits in the end; until the word to run is sent it goes on here after any
-    error. With `recover` the guest runs there already and has lost its source (QMP migrate-recover). Raises UsageError,
-    ImageError, CannotBeDone, ConnectionLost, ProtocolError; Parked when a guest that was stopped here may run there.
+    error. With `recover` the guest runs there already and has lost its source (QMP migrate-recover); with `preempt`
+    QEMU there has the capability postcopy-preempt, and what its guest waits for goes by a connection of its own. Raises
+    UsageError, ImageError, CannotBeDone, ConnectionLost, ProtocolError; Parked when a guest that was stopped here may
+    run there.
     """
-    with closing(_dialled(target, Trust(insecure, tls=tls))) as sock:
-        talk = Talk(sock, target)
+    with ExitStack() as stack:
+        trust = Trust(insecure, tls=tls)
+        socks = [stack.enter_context(closing(_dialled(target, trust))) for _ in range(2 if preempt else 1)]
+        talk = Talk(socks, target)
         if isinstance(source, Path) and source.is_dir():
             return _from_folder(source, talk, recover, listener)
         return _from_guest(str(source), talk, recover, listener)
@@ -155,22 +161,40 @@ def _dialled(target: str, trust: Trust) -> socket.socket:
 
 
 class Talk:
-    """The connection to a QEMU that takes a guest in. `bytes` is what went."""
+    """A QEMU that takes a guest in. What its guest waits for goes by the last of the connections, everything else by
+    the first; QEMU tells them apart by their order. `bytes` is what went.
+    """
 
-    def __init__(self, sock: socket.socket, target: str) -> None:
-        self._sock = sock
+    def __init__(self, socks: Sequence[socket.socket], target: str) -> None:
+        self._sock, self._fast = socks[0], socks[-1]
         self._target = target
         self._path = ReturnPath()
         self._events: deque[Event] = deque()
         self._started = time.monotonic()
         self._run_ms = 0.0
+        self._loaded = False
         self.bytes = 0
-        sock.settimeout(ANSWER_S)
+        for sock in socks:
+            sock.settimeout(ANSWER_S)
 
     def begin(self, machine: str, blocks: Sequence[Block]) -> None:
         """What comes, and that the other end understands it. Raises ConnectionLost, ProtocolError."""
         self._send(stream.begins(machine, blocks))
         self._expect(Pong)
+        self._demand_fast()
+
+    def _demand_fast(self) -> None:
+        """Before the guest waits for pages by it: without the capability QEMU has closed it by now."""
+        if self._preempts and readable([self._fast.fileno()], 0):
+            raise ConnectionLost(
+                "QEMU takes no second connection",
+                where=self._target,
+                remedy="set its capability postcopy-preempt as well, or leave out --preempt",
+            )
+
+    @property
+    def _preempts(self) -> bool:
+        return self._fast is not self._sock
 
     def run(self, state: bytes) -> None:
         """From here on the guest may run there."""
@@ -184,12 +208,18 @@ class Talk:
             left.received(self._expect(Received))
         self._send(stream.resumes())
         self._expect(Resumed)
+        self._loaded = True  # its monitor has answered since
 
     def serve(self, left: PagesLeft, listener: Listener) -> GuestServed:
         """Every page, and the end."""
         listener(StateChanged("running", time.monotonic()))
-        while self._step(left):
+        self._hear(left)
+        more = True
+        while more or not self._loaded:
+            more = self._step(left, more)
             listener(PagesMoved(left.total, left.urgent + left.bulk, left.zero, left.urgent, left.bulk, 0))
+        if self._preempts:
+            self._send(stream.END_OF_RAM, self._fast)
         self._send(stream.ends())
         shut = self._expect(Shut)
         if shut.error:
@@ -199,26 +229,36 @@ class Talk:
             self._target, left.urgent, left.bulk, left.zero, self.bytes, self._run_ms, total_ms
         )
 
-    def _step(self, left: PagesLeft) -> bool:
-        """What can be read and sent now; whether there is more to send."""
+    def _step(self, left: PagesLeft, more: bool) -> bool:
+        """What can be read now, and sent if there is `more`; whether there is then."""
         poll = select.poll()
-        poll.register(self._sock, select.POLLIN | select.POLLOUT)
+        poll.register(self._sock, select.POLLIN | (select.POLLOUT if more else 0))
         ready = poll.poll(ANSWER_S * 1e3)
         if not ready:
             raise ConnectionLost("QEMU there takes nothing", where=self._target)
         if ready[0][1] & ~select.POLLOUT:
             self._receive()
-        for event in self._taken():
-            if not isinstance(event, Wanted):
-                raise ProtocolError(
-                    f"{type(event).__name__} from a QEMU that misses pages", where=self._target
-                )
-            left.want(event)
-        if ready[0][1] & select.POLLOUT:
-            data = left.next_urgent() or left.next_bulk()
-            self._send(data)
-            return bool(data)
-        return True
+            self._hear(left)
+            more = True
+        if self._preempts:
+            while records := left.next_urgent():
+                self._send(records, self._fast)
+        if not ready[0][1] & select.POLLOUT:
+            return more
+        if records := left.next_urgent() or left.next_bulk():
+            self._send(stream.part(records))
+        return bool(records)
+
+    def _hear(self, left: PagesLeft) -> None:
+        while self._events:
+            event = self._events.popleft()
+            if isinstance(event, Wanted):
+                left.want(event)
+            elif isinstance(event, Pong):
+                self._loaded = True
+            else:
+                what = type(event).__name__
+                raise ProtocolError(f"{what} from a QEMU that misses pages", where=self._target)
 
     def _expect(self, kind: type[_E]) -> _E:
         """The next event of this kind; what is waited for meanwhile is kept for `_step`."""
@@ -234,10 +274,6 @@ class Talk:
                 raise ConnectionLost(f"QEMU there has given up ({event.error})", where=self._target)
             kept.append(event)
 
-    def _taken(self) -> Iterator[Event]:
-        while self._events:
-            yield self._events.popleft()
-
     def _receive(self) -> None:
         try:
             data = self._sock.recv(PIECE)
@@ -247,9 +283,9 @@ class Talk:
             raise self._lost("it has hung up")
         self._events.extend(self._path.feed(data))
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes, sock: socket.socket | None = None) -> None:
         try:
-            self._sock.sendall(data)
+            (sock or self._sock).sendall(data)
         except OSError as error:
             raise self._lost(error.strerror or "it takes nothing") from error
         self.bytes += len(data)

@@ -7,7 +7,7 @@ import math
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,16 @@ def answer(*words: object) -> dict[str, Any]:
 
 
 @contextmanager
-def waiting(shape: Shape, serial: Serial, folder: Path, *more: str) -> Iterator[tuple[Guest, str]]:
+def waiting(
+    shape: Shape, serial: Serial, folder: Path, *more: str, capabilities: Sequence[str] = ()
+) -> Iterator[tuple[Guest, str]]:
     """A QEMU that waits for post-copy, and where."""
     folder.mkdir()
     where = f"unix:{folder / 'incoming'}"
     with started(shape, serial, folder, "-incoming", "defer", *more) as guest:
         with monitor(guest) as qmp:
-            wanted = [{"capability": "postcopy-ram", "state": True}]
+            names = ("postcopy-ram", *capabilities)
+            wanted = [{"capability": name, "state": True} for name in names]
             qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
             qmp.execute("migrate-incoming", {"uri": where})
         yield guest, where
@@ -188,3 +191,24 @@ def test_a_lost_connection_is_recovered(tmp_path: Path) -> None:
         report = answer("qemu-serve", "-D", images, "--to", again, "--recover")
         assert report["bytes_wire"] < 90 << 20
         goes_on(serial)
+
+
+def test_what_is_waited_for_has_a_connection_of_its_own(tmp_path: Path) -> None:
+    with (
+        saved(SMALL, tmp_path) as (images, serial),
+        waiting(SMALL, serial, tmp_path / "there", capabilities=["postcopy-preempt"]) as (_, where),
+    ):
+        report = answer("qemu-serve", "-D", images, "--to", where, "--preempt")
+        assert report["pages_urgent"] > 0
+        goes_on(serial)
+
+
+def test_a_qemu_without_a_second_connection_is_refused(tmp_path: Path) -> None:
+    """Before the guest waits for pages by it."""
+    with (
+        beating(SMALL, tmp_path) as guest,
+        waiting(SMALL, guest.serial, tmp_path / "there") as (_, where),
+    ):
+        refused = lazyproc("qemu-serve", guest.qmp, "--to", where, "--preempt", expected=1)
+        assert "postcopy-preempt" in refused.stderr
+        goes_on(guest.serial)
