@@ -20,6 +20,7 @@ def run(given: Given, log: Log) -> None:
     report = lazyproc.lazy_pages(
         places.images(given),
         peer=places.peer(given) if "page-server" in given else None,
+        tls=places.tls(given),
         work_dir=places.work(given),
         ready=ready,
         listener=log,

@@ -30,6 +30,7 @@ def run(given: Given, log: Log) -> None:
         places.peer(given),
         Order(),
         insecure=False,
+        tls=places.tls(given),
         once=True,
         ready=ready,
         listener=log,

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import lazyproc
 from lazyproc.criu.parse import Given
 from lazyproc.errors import UsageError
+
+# criu/tls.c, as distributions build it.
+CERT, KEY = "/etc/pki/criu/cert.pem", "/etc/pki/criu/private/key.pem"
+CA, CRL = "/etc/pki/CA/cacert.pem", "/etc/pki/CA/cacrl.pem"
 
 
 def images(given: Given) -> Path:
@@ -16,6 +21,11 @@ def images(given: Given) -> Path:
 
 def work(given: Given) -> Path:
     return _folder(given.last("work-dir"), "--work-dir") if "work-dir" in given else images(given)
+
+
+def root(given: Given) -> str | None:
+    """The root directory of the tree, where that is to be another one than ours. Raises UsageError."""
+    return str(_folder(given.last("root"), "--root").absolute()) if "root" in given else None
 
 
 def log(given: Given) -> Path | None:
@@ -58,6 +68,20 @@ def say_ready(given: Given) -> None:
         raise UsageError(
             f"cannot be written ({reason})", where=f"--status-fd {fd}", remedy="give an open one"
         ) from None
+
+
+def tls(given: Given) -> lazyproc.Tls | None:
+    """With --tls: the files that are given, otherwise those of CRIU's own folders."""
+    if "tls" not in given:
+        return None
+    crl = CRL if os.access(CRL, os.R_OK) else ""
+    return lazyproc.Tls(
+        given.last("tls-cert", CERT),
+        given.last("tls-key", KEY),
+        given.last("tls-cacert", CA),
+        given.last("tls-cacrl", crl),
+        names="tls-no-cn-verify" not in given,
+    )
 
 
 def peer(given: Given) -> str:

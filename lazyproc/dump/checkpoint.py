@@ -17,7 +17,7 @@ from lazyproc.dump.permits import ALL, Permits
 from lazyproc.dump.source import dump_pages
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import CannotBeDone
-from lazyproc.events import Listener, StateChanged, StepDone
+from lazyproc.events import Listener, Note, StateChanged, StepDone
 from lazyproc.facts import dataclass, replace
 from lazyproc.images.convert import to_images
 from lazyproc.images.draft import filled
@@ -25,7 +25,8 @@ from lazyproc.images.files import Folder
 from lazyproc.images.stats import dump_stats
 from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.netfilter import DUMPED, Hold
-from lazyproc.model import PAGE
+from lazyproc.model import PAGE, Checkpoint
+from lazyproc.outside import name_of
 from lazyproc.pages.images import write_pages
 
 
@@ -103,6 +104,8 @@ def checkpoint(
                 whole = dump.for_images()
                 if hold is not None and dump.outside and not leave_running:
                     whole = replace(whole, held=hold.session)
+                for name in _left_outside(whole):
+                    listener(Note(f"{name} stays outside: a restore needs --inherit-fd 'fd[N]:{name}'"))
                 images = to_images(whole)
                 writing_at = time.monotonic()
                 written = write_pages(draft, whole, pages)
@@ -133,6 +136,10 @@ def checkpoint(
         writing_ms=writing_ms,
         bytes=written * PAGE + sum(map(len, images.values())),
     )
+
+
+def _left_outside(checkpoint: Checkpoint) -> list[str]:
+    return sorted({name_of(file, checkpoint) for file in checkpoint.files.values() if file.outside})
 
 
 def _end(tree: FrozenTree, dump: Dump, hold: Hold | None) -> None:

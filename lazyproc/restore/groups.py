@@ -14,6 +14,7 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import cgroup
 from lazyproc.kernel.cgroup import SYSTEMD, V2, Hierarchy, Place
 from lazyproc.kernel.nursery import Nursery, nursery
+from lazyproc.restore.creation import pid_taken
 from lazyproc.restore.inherited import Inherited
 
 UNITS = (".service", ".scope")  # who stops one kills all that is in its group and below
@@ -102,21 +103,25 @@ class Birth:
 
 
 @contextmanager
-def nursery_in_group(named: str | None, label: int, listener: Listener, *, pidns: bool) -> Iterator[Birth]:
-    """The nursery of a tree, stopped.
+def nursery_in_group(
+    named: str | None, label: int, listener: Listener, *, pidns: bool, sibling: int = 0
+) -> Iterator[Birth]:
+    """The nursery of a tree, stopped; with the number `sibling` as its root, a child of our parent.
 
     `label` is a part of their names. Where none can be made the tree is in our own groups, and `listener` is told.
-    Raises RestoreError for a group that was named, UsageError, HostLacks.
+    Raises RestoreError for a group that was named, UsageError, PidTaken for `sibling`, HostLacks.
     """
     with ExitStack() as stack:
         there: Sequence[Place] = ()
         try:
             there = stack.enter_context(_ready(named, label))
-            birth = stack.enter_context(nursery(pidns=pidns, groups=there))
+            birth = stack.enter_context(nursery(pidns=pidns, groups=there, sibling=sibling))
+        except FileExistsError as error:
+            raise pid_taken(sibling) from error
         except cgroup.NotJoined as error:
             there = ()
             _left_in_ours(named, error, listener)
-            birth = stack.enter_context(nursery(pidns=pidns))
+            birth = stack.enter_context(nursery(pidns=pidns, sibling=sibling))
         yield Birth(birth, [place.folder for place in there if named is None], Inherited.of(birth))
 
 

@@ -128,13 +128,13 @@ def test_a_terminal_is_refused(tmp_path: Path) -> None:
         os.close(theirs)
 
 
-def test_a_socket_to_the_outside_is_refused(tmp_path: Path) -> None:
+def test_a_socket_to_the_outside_has_to_be_given(tmp_path: Path) -> None:
     """criu dump --ext-unix-sk"""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outside:
         outside.bind(str(tmp_path / "outside"))
         code = f"import socket; s = socket.socket(1, 2); s.connect({str(tmp_path / 'outside')!r})\n{_WAITS}"
         with _dumped(code, tmp_path, "--ext-unix-sk") as images:
-            _restore_fails(images, "files.img", "unix socket", "out of the tree")
+            _restore_fails(images, "socket:[", "outside of the tree", "--inherit-fd")
 
 
 @pytest.mark.parametrize(
