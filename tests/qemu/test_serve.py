@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lazyproc.keys import make_keys
 from tests.live.moving import CLI
 from tests.live.programs import wait_until
 from tests.qemu.guests import Guest, Serial, Shape, beating, monitor, started
@@ -35,17 +36,21 @@ def answer(*words: object) -> dict[str, Any]:
 
 @contextmanager
 def waiting(
-    shape: Shape, serial: Serial, folder: Path, *more: str, capabilities: Sequence[str] = ()
+    shape: Shape, serial: Serial, folder: Path, *more: str, capabilities: Sequence[str] = (), tls: str = ""
 ) -> Iterator[tuple[Guest, str]]:
-    """A QEMU that waits for post-copy, and where."""
+    """A QEMU that waits for post-copy, and where: with the credentials `tls` on TCP."""
     folder.mkdir()
-    where = f"unix:{folder / 'incoming'}"
+    where = "tcp:127.0.0.1:0" if tls else f"unix:{folder / 'incoming'}"
     with started(shape, serial, folder, "-incoming", "defer", *more) as guest:
         with monitor(guest) as qmp:
             names = ("postcopy-ram", *capabilities)
             wanted = [{"capability": name, "state": True} for name in names]
             qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
+            qmp.execute("migrate-set-parameters", {"tls-creds": tls})
             qmp.execute("migrate-incoming", {"uri": where})
+            if tls:
+                (address,) = qmp.execute("query-migrate")["socket-address"]
+                where = f"127.0.0.1:{address['port']}"
         yield guest, where
 
 
@@ -211,4 +216,29 @@ def test_a_qemu_without_a_second_connection_is_refused(tmp_path: Path) -> None:
     ):
         refused = lazyproc("qemu-serve", guest.qmp, "--to", where, "--preempt", expected=1)
         assert "postcopy-preempt" in refused.stderr
+        goes_on(guest.serial)
+
+
+@pytest.mark.parametrize(
+    "preempt", [pytest.param(False, id="one"), pytest.param(True, id="two", marks=pytest.mark.long)]
+)
+def test_with_tls_as_qemu_speaks_it(preempt: bool, tmp_path: Path) -> None:
+    """Each end has a certificate of one CA; who comes without is refused, and the guest goes on."""
+    options, capabilities = (["--preempt"], ["postcopy-preempt"]) if preempt else ([], [])
+    here, there = make_keys(tmp_path / "keys", ("localhost", "127.0.0.1"))
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    for name, path in (("ca-cert", there.ca), ("server-cert", there.cert), ("server-key", there.key)):
+        (folder / f"{name}.pem").symlink_to(path)
+    credentials = ("-object", f"tls-creds-x509,id=tls,dir={folder},endpoint=server,verify-peer=on")
+    trust = ["--tls-cert", here.cert, "--tls-key", here.key, "--tls-ca", here.ca]
+    with (
+        beating(SMALL, tmp_path) as guest,
+        waiting(
+            SMALL, guest.serial, tmp_path / "there", *credentials, capabilities=capabilities, tls="tls"
+        ) as (_, where),
+    ):
+        lazyproc("qemu-serve", guest.qmp, "--to", where, *options, expected=1)
+        goes_on(guest.serial)
+        answer("qemu-serve", guest.qmp, "--to", where, *options, *trust)
         goes_on(guest.serial)
