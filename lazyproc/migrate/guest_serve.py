@@ -10,8 +10,8 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,8 +71,7 @@ def qemu_serve(
     A running guest is stopped, and QEMU here quits in the end; until the word to run is sent it goes on here after any
     error. With `recover` the guest runs there already and has lost its source (QMP migrate-recover); with `preempt`
     QEMU there has the capability postcopy-preempt, and what its guest waits for goes by a connection of its own. Raises
-    UsageError, ImageError, CannotBeDone, ConnectionLost, ProtocolError; Parked when a guest that was stopped here may
-    run there.
+    UsageError, ImageError, CannotBeDone, ConnectionLost, ProtocolError; Parked when its guest may run there by then.
     """
     with ExitStack() as stack:
         trust = Trust(insecure, tls=tls)
@@ -90,12 +89,11 @@ def _from_folder(directory: Path, talk: Talk, recover: bool, listener: Listener)
     found = saved.read(images)
     with ImagePages(folder, [block.object for block in found.blocks]) as pages:
         left = PagesLeft(found.blocks, pages.extents(), pages)
-        if recover:
-            talk.recover(found.blocks, left)
-        else:
+        if not recover:
             talk.begin(found.machine, found.blocks)
-            talk.run(found.devices)
-        return talk.serve(left, listener)
+        with _recoverable(f"-D {directory}", "its images stay here"):
+            talk.recover(found.blocks, left) if recover else talk.run(found.devices)
+            return talk.serve(left, listener)
 
 
 def _from_guest(monitor: str, talk: Talk, recover: bool, listener: Listener) -> GuestServed:
@@ -111,17 +109,24 @@ def _from_guest(monitor: str, talk: Talk, recover: bool, listener: Listener) -> 
         pages = stack.enter_context(held.open())
         left = PagesLeft(guest.blocks, held.extents(), pages)
         gone.set()
-        try:
+        with _recoverable(monitor, "it stays stopped here"):
             talk.recover(guest.blocks, left) if recover else talk.run(state)
             report = talk.serve(left, listener)
-        except LazyprocError as error:
-            raise Parked(
-                f"the guest may run there, and misses pages ({error}); it stays stopped here",
-                where=monitor,
-                remedy=f"use migrate-recover there, and lazyproc qemu-serve {monitor} --to ... --recover",
-            ) from error
     held.end()
     return report
+
+
+@contextmanager
+def _recoverable(source: str, here: str) -> Iterator[None]:
+    """Inside, the guest may run at the other end: an error is Parked."""
+    try:
+        yield
+    except LazyprocError as error:
+        raise Parked(
+            f"the guest may run there, and misses pages ({error}); {here}",
+            where=source,
+            remedy=f"use migrate-recover there, and lazyproc qemu-serve {source} --to ... --recover",
+        ) from error
 
 
 def _demand_state(guest: Guest, recover: bool) -> None:
@@ -137,6 +142,8 @@ def _demand_state(guest: Guest, recover: bool) -> None:
 def _dialled(target: str, trust: Trust) -> socket.socket:
     """TLS as QEMU has it: from byte 0. Raises UsageError, ConnectionLost, PermissionDenied."""
     if target.startswith(UNIX):
+        if trust.tls is not None:
+            raise UsageError("TLS is for HOST:PORT", where=target, remedy="leave out the --tls options")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.connect(target.removeprefix(UNIX))
@@ -291,10 +298,11 @@ class Talk:
         self.bytes += len(data)
 
     def _lost(self, why: str) -> ConnectionLost:
+        if self._run_ms or self._loaded:
+            return ConnectionLost(f"QEMU is lost: {why}", where=self._target)
         return ConnectionLost(
-            f"no QEMU that takes a guest in by post-copy: {why}"
-            if not self._run_ms
-            else f"QEMU is lost: {why}",
+            f"no QEMU that takes a guest in by post-copy: {why}",
             where=self._target,
-            remedy="see what it says, and whether it has the capability postcopy-ram",
+            remedy="see what it says, whether it has the capability postcopy-ram, and with postcopy-preempt use "
+            "--preempt",
         )
