@@ -64,6 +64,7 @@ def items(file: IO[bytes]) -> Iterator[Item]:
 
 def sections(file: IO[bytes]) -> Iterator[Item]:
     """The same without the header, as after a loss of the connection."""
+    block = ""
     while (kind := exactly(file, 1)[0]) != stream.EOF:
         if kind == stream.CONFIGURATION:
             yield Machine(exactly(file, _number(file, ">I")).decode())
@@ -74,7 +75,9 @@ def sections(file: IO[bytes]) -> Iterator[Item]:
             if kind == stream.SECTION_START:
                 assert _name(file) == "ram"
                 assert (_number(file, ">I"), _number(file, ">I")) == (0, stream.RAM_VERSION)
-            yield from ram(file)
+            for item in ram(file, block):
+                block = item.block if isinstance(item, Page) else block
+                yield item
             assert exactly(file, 1)[0] == stream.FOOTER
             assert _number(file, ">I") == section
             if kind == stream.SECTION_END:
@@ -92,9 +95,10 @@ def command(file: IO[bytes]) -> Told:
     return Told(number, payload)
 
 
-def ram(file: IO[bytes]) -> Iterator[Sizes | Page]:
-    """Records up to EOS; all there are on a connection for what is waited for."""
-    block = ""
+def ram(file: IO[bytes], block: str = "") -> Iterator[Sizes | Page]:
+    """Records up to EOS; all there are on a connection for what is waited for. The first may belong to the `block` of
+    the section before.
+    """
     while True:
         word = _number(file, ">Q")
         addr, flags = word & _ADDRESS, word & ~_ADDRESS
