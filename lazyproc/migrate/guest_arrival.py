@@ -47,12 +47,12 @@ class GuestArrival(Arrival):
                 self._admit_guest(order)
             wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
             make_room(AMPLE)
-            running, theirs = _offered(order)
+            machine, running, theirs = _offered(order)
             terms = self._terms
             self._shell = shell = stack.enter_context(
                 empty_shell(terms.command, terms.cgroup, self.outputs, self._listener)
             )
-            tree = shell.arm(theirs, pager, self._listener)
+            tree = shell.arm(machine, theirs, pager, self._listener)
             facts = {
                 "tree": to_facts(tree),
                 "wishes": wishes.fields(),
@@ -118,13 +118,11 @@ class GuestArrival(Arrival):
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups={})
 
 
-def _offered(order: Mapping[str, Any]) -> tuple[bool, tuple[Block, ...]]:
-    """Whether the guest ran, and its RAM blocks. Raises ProtocolError."""
-    guest = order.get("guest")
+def _offered(order: Mapping[str, Any]) -> tuple[str, bool, tuple[Block, ...]]:
+    """The guest's machine, whether it ran, and its RAM blocks. Raises ProtocolError."""
     try:
-        assert isinstance(guest, dict)
-        return guest["running"] is True, tuple(
-            Block.of(number, row) for number, row in enumerate(guest["blocks"])
-        )
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ProtocolError(f"PREPARE does not describe a guest ({error})") from error
+        guest = order["guest"]
+        blocks = tuple(Block.of(number, row) for number, row in enumerate(guest["blocks"]))
+        return str(guest["machine"]), guest["running"] is True, blocks
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"PREPARE does not describe a guest ({error!r})") from error

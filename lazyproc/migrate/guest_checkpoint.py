@@ -10,7 +10,7 @@ from lazyproc.events import Listener, StateChanged, StepDone
 from lazyproc.facts import dataclass
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
-from lazyproc.migrate.guest_source import looked_at, standing
+from lazyproc.migrate.guest_source import let_go_on, looked_at, standing
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.model import PAGE
 from lazyproc.qemu import devices, saved
@@ -54,8 +54,7 @@ def checkpoint_guest(
                     over.set()
             frozen_ms = (time.monotonic() - frozen_at) * 1e3
             if leave_running:
-                qmp.close()
-                held.let_run()
+                let_go_on(qmp, held)
                 frozen_ms = (time.monotonic() - frozen_at) * 1e3
     if not leave_running:
         held.end()

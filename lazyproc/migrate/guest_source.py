@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
 
-from lazyproc.errors import CannotBeDone, UsageError
+from lazyproc.errors import CannotBeDone, LazyprocError, UsageError
 from lazyproc.events import Listener, Over, StateChanged
 from lazyproc.facts import asdict
 from lazyproc.images.files import pack
@@ -128,7 +128,7 @@ def hand_over(
         listener(StateChanged("frozen", frozen_at))
         expect(control, Built, BUILD_S)
         steps.done("built")
-        held.demand_there()
+        _demand_stopped(qmp)
         ignore_interrupts()
         last.enter_context(deaf())  # until all is put away
         control.send(Commit())
@@ -138,6 +138,16 @@ def hand_over(
         report = report_of(journal.facts, serving.until_drained(None), server, chain)
     _put_away(report, held, serving, journal, listener)
     return report
+
+
+def _demand_stopped(qmp: Qmp) -> None:
+    """Raises LazyprocError when somebody else has let it go on meanwhile, ConnectionLost when QEMU has ended."""
+    if qmp.execute("query-status")["running"] is not False:
+        raise LazyprocError(
+            "somebody else has continued the guest",
+            where=qmp.path,
+            remedy="leave its monitors alone, and try again",
+        )
 
 
 def _agree(chain: Chain, guest: Guest, order: Order, trace: TraceFile | None, listener: Listener) -> None:
@@ -166,6 +176,10 @@ def standing(qmp: Qmp, held: HeldGuest, called_off: Callable[[], object] = lambd
     says no: then it was `called_off`. After any other error it stays, since it may run there.
     """
     sent = Event()
+    if (qmp.execute("query-status")["running"] is True) != held.guest.running:
+        raise LazyprocError(
+            "somebody else has stopped or continued the guest", where=qmp.path, remedy="try again"
+        )
     try:
         if held.guest.running:
             qmp.execute("stop")
@@ -173,10 +187,19 @@ def standing(qmp: Qmp, held: HeldGuest, called_off: Callable[[], object] = lambd
     except BaseException as error:
         if sent.is_set() and not isinstance(error, Refused):
             raise
-        qmp.close()  # it may be out of step, and is in the way of another
-        held.let_run()
+        let_go_on(qmp, held)
         called_off()
         raise
+
+
+def let_go_on(qmp: Qmp, held: HeldGuest) -> None:
+    """By the connection that is there: whoever waits for the monitor would get in before us. Raises as let_run does."""
+    try:
+        if held.guest.running:
+            qmp.execute("cont")
+    except (LazyprocError, TimeoutError):  # it may be out of step
+        qmp.close()
+        held.let_run()
 
 
 def _put_away(

@@ -84,16 +84,21 @@ def look(qmp: Qmp) -> Guest:
     """
     pid = _process(qmp)
     status = qmp.execute("query-status")
-    machine = str(qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
     return Guest(
         qmp=os.path.abspath(qmp.path),
         pid=pid,
         started=proc.stat(proc.read(pid, "stat")).start_time,
-        machine=machine.removesuffix("-machine"),
+        machine=machine_of(qmp),
         version=".".join(map(str, qmp.version)),
         running=status["running"] is True,
         blocks=blocks(pid, rows(qmp.hmp("info ramblock"))),
     )
+
+
+def machine_of(qmp: Qmp) -> str:
+    """With its version, whatever alias it was started by."""
+    name = str(qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
+    return name.removesuffix("-machine")
 
 
 def _process(qmp: Qmp) -> int:

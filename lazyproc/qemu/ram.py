@@ -21,6 +21,7 @@ from lazyproc.model import PAGE, MemoryObject, ObjectKind
 
 WORDS = 16  # how many 8-byte words before the name host, used_length and max_length are sought
 PIECE = 1 << 20
+ARENA = 64 << 20  # bytes that malloc(3) reserves for a thread; what is larger is RAM, or the code of TCG
 NAME_SIZE = 256  # RAMBlock.idstr
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _ROW = re.compile(r"^ *(\S+) +([\d.]+) (\w+) +0x([0-9a-f]+) +0x([0-9a-f]+) +0x([0-9a-f]+)", re.MULTILINE)
@@ -84,7 +85,7 @@ def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
     places: dict[str, set[int]] = {each.name: set() for each in named}
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
         for entry in _heaps(maps.values()):
-            if all(places.values()):
+            if entry.end - entry.start > ARENA and all(places.values()):
                 break
             for addr, data in _pieces(mem.fileno(), entry.start, entry.end):
                 for each in named:
@@ -112,11 +113,11 @@ def _all(hosts: Iterable[int]) -> str:
 
 
 def _heaps(maps: Iterable[SmapsEntry]) -> Iterator[MapsEntry]:
-    """Where malloc(3) may have put them: the heap, then what is anonymous, the smallest first: the largest is RAM."""
+    """Where malloc(3) may have put them: the heap, then what is anonymous, the smallest first."""
     found = [each for each in maps if each.entry.perms == "rw-p" and each.rss > 0]
     yield from (each.entry for each in found if each.entry.path == "[heap]")
     anonymous = [each for each in found if each.entry.path == ""]
-    yield from (each.entry for each in sorted(anonymous, key=lambda each: each.rss))
+    yield from sorted((each.entry for each in anonymous), key=lambda each: each.end - each.start)
 
 
 def _pieces(mem: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:

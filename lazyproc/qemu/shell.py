@@ -17,6 +17,7 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import family, proc
 from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.kernel.visit import call_in, visiting
+from lazyproc.qemu.guest import machine_of
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.ram import Block, blocks, demand_same, rows
 from lazyproc.restore.anchoring import plant
@@ -51,8 +52,14 @@ class Shell:
     def pid(self) -> int:
         return self.process.pid
 
-    def arm(self, theirs: Sequence[Block], pager: Pager, listener: Listener) -> LazyTree:
-        """Its RAM is emptied, and the pager's from now on. Raises LazyprocError when it is not that of the source."""
+    def arm(self, machine: str, theirs: Sequence[Block], pager: Pager, listener: Listener) -> LazyTree:
+        """Its RAM is emptied, and the pager's from now on. Raises LazyprocError when it is not as at the source."""
+        if (own := machine_of(self.qmp)) != machine:
+            raise LazyprocError(
+                f"the machine of the QEMU here is {own}, and that of the source {machine}",
+                where=f"pid {self.pid}",
+                remedy=f"start it with -machine {machine}",
+            )
         here = {each.name: each for each in blocks(self.pid, rows(self.qmp.hmp("info ramblock")))}
         demand_same(tuple(here.values()), theirs)
         self.blocks = [Block.of(each.number, each.row(), here[each.name].addr) for each in theirs]

@@ -181,18 +181,45 @@ def test_who_is_interrupted_before_the_commit_leaves_it_running(pair: Pair) -> N
         goes_on(guest.serial)
 
 
+def test_who_continues_it_before_the_commit_has_called_it_off(pair: Pair) -> None:
+    """Somebody else who has a monitor; the guest goes on where it is."""
+    second = pair.source.scratch / "second"
+    more = ("-qmp", f"unix:{second},server=on,wait=off")
+    with (
+        beating(SMALL, pair.shared, *more, host=pair.source) as guest,
+        waiting(pair, guest) as receiver,
+    ):
+
+        def go_on() -> None:
+            with Qmp(str(pair.source.outside / "second")) as qmp:
+                qmp.execute("cont")
+
+        trap = Trap(go_on)
+        with (
+            frame_trap(pair, receiver, AtFrame(Type.BUILT), trap) as address,
+            moving(pair, guest, receiver, by=address) as journey,
+        ):
+            assert "continued the guest" in journey.finish(expected=1)["error"]
+            assert trap.error is None
+        goes_on(guest.serial)
+
+
 def test_wrong_receivers_refuse(pair: Pair) -> None:
     """One for trees, and one whose QEMU is another machine; the guest goes on."""
     with beating(SMALL, pair.shared, host=pair.source) as guest:
         with receiving(pair.destination) as receiver, moving(pair, guest, receiver) as journey:
             assert "receive --listen" in str(journey.finish(expected=3))
-        other = Shape(memory=64)
-        command = other.command(pair.shared / "nothing", pair.destination.scratch / "qmp")
-        with (
-            receiving(pair.destination, "--", *command) as receiver,
-            moving(pair, guest, receiver) as journey,
-        ):
-            assert "the RAM block 'pc.ram' is not the same" in journey.finish(expected=1)["error"]
+        others = (
+            (Shape(memory=64), "the RAM block 'pc.ram' is not the same"),
+            (Shape("q35"), "the machine of"),
+        )
+        for other, words in others:
+            command = other.command(pair.shared / "nothing", pair.destination.scratch / "qmp")
+            with (
+                receiving(pair.destination, "--", *command) as receiver,
+                moving(pair, guest, receiver) as journey,
+            ):
+                assert words in journey.finish(expected=1)["error"]
         goes_on(guest.serial)
 
 
