@@ -5,6 +5,7 @@ from importlib import import_module
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from lazyproc import errors as errors
+    from lazyproc.dump.checkpoint import CheckpointReport as CheckpointReport
     from lazyproc.dump.checkpoint import checkpoint as checkpoint
     from lazyproc.dump.permits import Permits as Permits
     from lazyproc.migrate.destination import receive as receive
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lazyproc.uffd.region import LazyRegion as LazyRegion
 
 _MODULES = {
+    "CheckpointReport": "lazyproc.dump.checkpoint",
     "LazyRegion": "lazyproc.uffd.region",
     "abort": "lazyproc.migrate.sessions",
     "PageServerOfCriu": "lazyproc.migrate.local",
@@ -49,6 +51,7 @@ _MODULES = {
 _PACKAGES = ("errors", "migrate", "restore")  # the last two are callable, see callables.py
 
 __all__ = [
+    "CheckpointReport",
     "LazyRegion",
     "PageServerOfCriu",
     "Permits",

@@ -37,7 +37,7 @@ class PagesMoved:
 
 @dataclass(frozen=True, slots=True)
 class StateChanged:
-    """The migration entered a state: prepared, frozen, built, committed, running, drained, released."""
+    """The migration entered a state: prepared, frozen, listening, built, committed, running, drained, released."""
 
     state: str
     at: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 import lazyproc
@@ -9,6 +10,7 @@ from lazyproc.criu import inherited, places, scripts
 from lazyproc.criu.log import INFO, Log
 from lazyproc.criu.parse import Given
 from lazyproc.errors import UsageError
+from lazyproc.events import Event, StateChanged
 
 TIMEOUT_S = 10  # CRIU's default
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -19,24 +21,71 @@ def run(given: Given, log: Log) -> None:
     pid = given.number("tree", 0)
     if pid <= 0:
         raise UsageError("no process is named", where="dump", remedy="give its pid with --tree")
+    if "lazy-pages" in given:
+        _demand_only_lazy(given)
     scripts.run(given, log, "pre-dump")
-    report = lazyproc.checkpoint(
-        pid,
-        places.images(given),
-        leave_running="leave-running" in given,
-        leave_stopped="leave-stopped" in given,
-        tcp_close="tcp-close" in given,
-        keep_connections="tcp-established" in given,
-        permits=_permits(given),
-        timeout_ms=1000 * given.number("timeout", TIMEOUT_S),
-        last=partial(scripts.run, given, log, "post-dump"),
-        listener=log,
-    )
+    report = _lazily(given, log, pid) if "lazy-pages" in given else _at_once(given, log, pid)
     (places.work(given) / "stats-dump").write_bytes(report.stats())
     log.write(
         INFO,
         f"dumped {report.tasks} processes, {report.pages_total} pages, frozen for {report.frozen_ms:.1f} ms",
     )
+
+
+def _at_once(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
+    with ExitStack() as stack:
+        server = places.page_server(given) if "page-server" in given else None
+        return lazyproc.checkpoint(
+            pid,
+            places.images(given),
+            leave_running="leave-running" in given,
+            leave_stopped="leave-stopped" in given,
+            tcp_close="tcp-close" in given,
+            keep_connections="tcp-established" in given,
+            permits=_permits(given),
+            timeout_ms=_timeout_ms(given),
+            last=partial(scripts.run, given, log, "post-dump"),
+            store=stack.enter_context(server.sending()) if server else None,
+            listener=log,
+        )
+
+
+def _lazily(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
+    """A client has all the pages, and the tree may run there."""
+    from lazyproc.migrate.criu_dump import LISTENING, LazyDump, dump_lazily
+
+    def hear(event: Event) -> None:
+        log(event)
+        if isinstance(event, StateChanged) and event.state == LISTENING:
+            places.say_ready(given)
+
+    order = LazyDump(
+        pid,
+        places.images(given),
+        tcp_close="tcp-close" in given,
+        keep_connections="tcp-established" in given,
+        permits=_permits(given),
+        timeout_ms=_timeout_ms(given),
+        address=places.peer(given),
+        insecure=places.insecure(given),
+    )
+    last, alone = partial(scripts.run, given, log, "post-dump"), partial(places.close_status, given)
+    return dump_lazily(order, last=last, alone=alone, listener=hear)
+
+
+def _demand_only_lazy(given: Given) -> None:
+    reasons = {
+        "leave-running": "the tree would run in two places",
+        "leave-stopped": "the tree would run in two places",
+        "page-server": "the lazy pages are given from here, and the others lie in the folder",
+    }
+    for option in given.values.keys() & reasons:
+        where = f"--lazy-pages --{option}"
+        raise UsageError(reasons[option], where=where, remedy="leave one of them out")
+
+
+def _timeout_ms(given: Given) -> int:
+    return 1000 * given.number("timeout", TIMEOUT_S)
 
 
 def _permits(given: Given) -> lazyproc.Permits:

@@ -19,8 +19,7 @@ def run(given: Given, log: Log) -> None:
 
     report = lazyproc.lazy_pages(
         places.images(given),
-        peer=places.peer(given) if "page-server" in given else None,
-        tls=places.tls(given),
+        page_server=places.page_server(given) if "page-server" in given else None,
         work_dir=places.work(given),
         ready=ready,
         listener=log,

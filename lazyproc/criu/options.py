@@ -98,7 +98,7 @@ OPTIONS = (
     Option(
         "status-fd",
         DOES,
-        (PAGE_SERVER, LAZY_PAGES),
+        (DUMP, PAGE_SERVER, LAZY_PAGES),
         "a zero byte is written to it when the command is ready",
         "FD",
     ),
@@ -305,13 +305,27 @@ OPTIONS = (
         "the daemon behind lazy-pages.socket brings pages when they are touched",
     ),
     Option("lazy-pages", DOES, (PAGE_SERVER,), "the images are given to a lazy-pages daemon, ours or CRIU's"),
-    Option("lazy-pages", REFUSED, (DUMP,), "a dump is not lazy yet; `lazyproc serve PID` is"),
+    Option(
+        "lazy-pages",
+        DOES,
+        (DUMP,),
+        "lazy pages stay where they are and are given to one lazy-pages daemon, ours or CRIU's",
+    ),
     Option("page-server", DOES, (LAZY_PAGES,), "what the images lack comes from there", negatable=True),
-    Option("page-server", REFUSED, (DUMP,), "is not built yet; copy the folder", negatable=True),
+    Option(
+        "page-server", DOES, (DUMP,), "pages and pagemaps are stored there, CRIU's or ours", negatable=True
+    ),
     Option(
         "address", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "where a page server is; 127.0.0.1 otherwise", "IP"
     ),
     Option("port", DOES, (DUMP, PAGE_SERVER, LAZY_PAGES), "the same", "NUM"),
+    Option(
+        "insecure",
+        DOES,
+        (DUMP, PAGE_SERVER, LAZY_PAGES),
+        "lazyproc's own: the other end may be anybody, which CRIU allows unasked; otherwise root or our user here",
+        negatable=True,
+    ),
     Option(
         "ps-socket",
         REFUSED,

@@ -29,7 +29,7 @@ def run(given: Given, log: Log) -> None:
         places.images(given),
         places.peer(given),
         Order(),
-        insecure=False,
+        insecure=places.insecure(given),
         tls=places.tls(given),
         once=True,
         ready=ready,

@@ -62,7 +62,7 @@ def say_ready(given: Given) -> None:
         return
     try:
         os.write(fd, b"\0")
-        os.close(fd)
+        close_status(given)
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
         raise UsageError(
@@ -84,9 +84,25 @@ def tls(given: Given) -> lazyproc.Tls | None:
     )
 
 
+def close_status(given: Given) -> None:
+    """In every process that has --status-fd: who reads it waits for its end. Raises OSError unless it is open."""
+    if (fd := given.number("status-fd", -1)) >= 0:
+        os.close(fd)
+
+
 def peer(given: Given) -> str:
     """HOST:PORT of a page server. Raises UsageError."""
     host, port = given.last("address", "127.0.0.1"), given.number("port", 0)
     if not port:
         raise UsageError("is not given", where="--port", remedy="name the port of the page server")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def insecure(given: Given) -> bool:
+    """Whether the other end of a page server's connection may be anybody."""
+    return "insecure" in given
+
+
+def page_server(given: Given) -> lazyproc.PageServerOfCriu:
+    """CRIU's, or ours that speaks its language. Raises UsageError."""
+    return lazyproc.PageServerOfCriu(peer(given), insecure=insecure(given), tls=tls(given))

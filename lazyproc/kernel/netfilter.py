@@ -76,9 +76,9 @@ def _rules(flow: Flow) -> Iterator[tuple[str, bytes]]:
 
 
 def release_session(session: str) -> None:
-    """Let through what is kept back for it, by whomever; where there is no nf_tables that is nothing."""
+    """Let through what is kept back for it, as a dump too, by whomever; where there is no nf_tables that is nothing."""
     with suppress(HostLacks), Netfilter() as netfilter:
-        netfilter.change([nftables.destroy(PREFIX + session + KEPT)])
+        netfilter.change([nftables.destroy(PREFIX + name + KEPT) for name in (session, DUMPED + session)])
 
 
 class Hold:
@@ -123,9 +123,10 @@ class Hold:
     def keep_only(self, flows: Iterable[Flow]) -> None:
         """The same for these of those that are held back; all others come through again."""
         kept, self._flows = self._flows.intersection(flows), frozenset()
-        if self._netfilter is not None and kept:
-            rules = drops(self._table + KEPT, kept, owned=False)
-            self._netfilter.change((nftables.destroy(self._table), *rules))
+        if self._netfilter is not None:
+            rules = drops(self._table + KEPT, kept, owned=False) if kept else ()
+            before = nftables.destroy(self._table), nftables.destroy(self._table + KEPT)
+            self._netfilter.change((*before, *rules))
 
     def forget(self) -> None:
         """What is kept is somebody else's to release."""

@@ -91,7 +91,7 @@ def _from_folder(directory: Path, talk: Talk, recover: bool, listener: Listener)
         left = PagesLeft(found.blocks, pages.extents(), pages)
         if not recover:
             talk.begin(found.machine, found.blocks)
-        with _recoverable(f"-D {directory}", "its images stay here"):
+        with _recoverable(f"-D {directory}", "its images are as they were"):
             talk.recover(found.blocks, left) if recover else talk.run(found.devices)
             return talk.serve(left, listener)
 
@@ -118,14 +118,15 @@ def _from_guest(monitor: str, talk: Talk, recover: bool, listener: Listener) -> 
 
 @contextmanager
 def _recoverable(source: str, here: str) -> Iterator[None]:
-    """Inside, the guest may run at the other end: an error is Parked."""
+    """Inside, the guest may run at the other end: an error or an interrupt is Parked."""
     try:
         yield
-    except LazyprocError as error:
+    except (LazyprocError, KeyboardInterrupt) as error:
         raise Parked(
-            f"the guest may run there, and misses pages ({error}); {here}",
+            f"the guest may run there, and misses pages ({str(error) or 'interrupted'}); {here}",
             where=source,
-            remedy=f"use migrate-recover there, and lazyproc qemu-serve {source} --to ... --recover",
+            remedy=f"use migrate-recover there, and lazyproc qemu-serve {source} --to ... --recover; when it was "
+            "lost before it ran there, let it go on here (cont)",
         ) from error
 
 

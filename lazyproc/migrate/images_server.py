@@ -6,7 +6,6 @@ no more than another.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -14,22 +13,20 @@ from typing import NamedTuple
 
 from lazyproc.errors import UsageError
 from lazyproc.events import Listener
-from lazyproc.facts import replace
-from lazyproc.images.convert import from_images, to_images
+from lazyproc.images.convert import from_images
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder, unpack
 from lazyproc.migrate.answering import heard
 from lazyproc.migrate.identity import identity, is_same_moment, is_same_tree
 from lazyproc.migrate.link import Link, Redial, linked
 from lazyproc.migrate.talk import expect
-from lazyproc.model import Checkpoint, ObjectKind, Vma
+from lazyproc.model import Checkpoint
 from lazyproc.pages import PageSource
 from lazyproc.pages.bundle import NAME, BundledPages
-from lazyproc.pages.images import write_pages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import RemotePages
+from lazyproc.pages.storing import without_lazy
 from lazyproc.pages.transport import Session
-from lazyproc.runs import Extents
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Prepared, Running
 
 ANSWER_S = 30.0
@@ -74,25 +71,8 @@ def demand_same(ours: Identity, theirs: Identity, target: str) -> None:
 
 def fill(directory: Path, checkpoint: Checkpoint, source: PageSource) -> None:
     """The images, with the pages that CRIU wants to have at once. Raises ImageError, and what `source` raises."""
-    vmas = {task.vpid: task.mm.vmas for task in checkpoint.tasks if task.mm}
-    memory = {
-        obj: _as_criu_marks(pages, vmas[obj.id]) if obj.kind is ObjectKind.TASK else pages.as_eager()
-        for obj, pages in (
-            (obj, Extents.of(runs).without_parent()) for obj, runs in checkpoint.memory.items()
-        )
-    }
-    whole = replace(checkpoint, memory=memory)
     with filled(Folder(directory), early=True) as draft:
-        draft.write(to_images(whole, lazy_elsewhere=True))
-        write_pages(draft, whole, source, lazy=False)
-
-
-def _as_criu_marks(extents: Extents, vmas: Sequence[Vma]) -> Extents:
-    """Lazy is only what CRIU leaves to userfaultfd; the vdso's pages are wanted as well."""
-    inside = ((vma, extents.within(vma.start, vma.end)) for vma in vmas)
-    return Extents.joined(
-        part if vma.may_be_lazy and vma.flags & mmap.MAP_PRIVATE else part.as_eager() for vma, part in inside
-    )
+        without_lazy(draft, checkpoint, source)
 
 
 class Refetch(Redial):

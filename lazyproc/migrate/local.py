@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from lazyproc.migrate.criu_supply import CriuSupply
     from lazyproc.migrate.journal import Journal
+    from lazyproc.pages.storing import Store
     from lazyproc.pages.tls import Tls
 
 
@@ -93,6 +94,15 @@ class PageServerOfCriu:
     older: bool = False
     insecure: bool = False
     tls: Tls | None = None
+
+    def sending(self) -> AbstractContextManager[Store]:
+        """`checkpoint` stores the pages there: `criu page-server`, 4.2, or `lazyproc serve --receive`. It is dialled at
+        once. Raises UsageError for the address, ConnectionLost, PermissionDenied.
+        """
+        from lazyproc.pages.criu_sender import sending
+        from lazyproc.pages.peer import Trust
+
+        return sending(self.address, Trust(self.insecure, tls=self.tls))
 
     def supply(self, session: str) -> CriuSupply:
         """For a restore that is its session."""

@@ -107,6 +107,11 @@ def resume(
     if record.role == SOURCE and here:
         _run_here(record, force)
         return None
+    if record.role == SOURCE and "dumped" in record.facts:
+        raise UsageError(
+            "its client was CRIU's, or spoke its language, and cannot come back", where=session,
+            remedy="make sure that it does not run elsewhere, and add --here --force; or end it with lazyproc abort",
+        )  # fmt: skip
     if record.role == SOURCE:
         from lazyproc.migrate.source import migrate_on
 

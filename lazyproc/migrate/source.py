@@ -183,10 +183,8 @@ class TreeMove:
     """A process tree, by its root."""
 
     def __init__(self, pid: int, order: Order) -> None:
-        """Raises CannotBeDone when this very process is in the tree: what does the work is not."""
-        if os.getpid() in tree_of(pid):
-            why = (os.getpid(), "process", "is lazyproc itself", "start lazyproc outside of the tree")
-            raise CannotBeDone((Obstacle(*why),))
+        """Raises CannotBeDone."""
+        demand_apart(pid)
         self._pid = pid
         self._order = order
         self.facts = {"root_pid": pid, "mode": order.mode, "release": order.release}
@@ -224,7 +222,7 @@ def moved(
             file = stack.enter_context(TraceFile(trace, client.tell)) if trace is not None else None
             move.look(client.tell)
             begun = {**way.facts, **move.facts, "started": started}
-            journal.write("preparing", durable=False, **begun, **_crew())
+            journal.write("preparing", durable=False, **begun, **crew())
             chain = stack.enter_context(way.chain(way.first(stack), retry_for, client))
             journal.write("preparing", durable=False, peer=chain.current.control.peer)
             return move.hand_over(chain, journal, client.tell, file)
@@ -258,6 +256,14 @@ def _apart(
         if reports and not any((each.session, each.role) == (session, SOURCE) for each in records()):
             return reports[-1]  # they were killed when nothing was left to do
         raise
+
+
+def demand_apart(pid: int) -> None:
+    """Raises CannotBeDone when this very process is in the tree: what does the work is not."""
+    if os.getpid() in tree_of(pid):
+        raise CannotBeDone(
+            (Obstacle(os.getpid(), "process", "is lazyproc itself", "start lazyproc outside of the tree"),)
+        )
 
 
 def migrate_on(record: Record, *, retry_for: float | None, listener: Listener) -> MigrateReport:
@@ -346,7 +352,7 @@ def hand_over(
         serving = Serving(chain, server, lazy, pid, listener, trace)
         serving.answer(chain.current)
         steps.done("serve")
-        with _parked(tree, dump, hold, journal, began, steps) as (held, commit_sent):
+        with parked_tree(tree, dump, hold, journal, began, steps) as (held, commit_sent):
             steps.done("park")
             listener(StateChanged("frozen", frozen_at))  # only now: who hears it takes a processor
             _await_built(control, dump, held, steps)
@@ -417,11 +423,11 @@ def _described(
 
 
 @contextmanager
-def _parked(
-    tree: FrozenTree, dump: Dump, hold: Hold, journal: Journal, frozen_at: float, steps: Steps
+def parked_tree(
+    tree: FrozenTree, dump: Dump, hold: Hold | None, journal: Journal, frozen_at: float, steps: Steps
 ) -> Iterator[tuple[Holding, Event]]:
     """Inside, no thread of the tree runs on, whatever becomes of us. It goes on here after an error before COMMIT was
-    sent, and when the other side says no; after any other error it stays, since it may run there.
+    sent (the Event is set), and when the other side says no; after any other error it stays, since it may run there.
     """
     processes = parking(tree)
     held = holding_of(dump, processes)
@@ -432,11 +438,13 @@ def _parked(
     sent = Event()
     try:
         park_tree(tree, processes)
-        hold.keep()
+        if hold is not None:
+            hold.keep()
         yield held, sent
     except BaseException as error:
         if sent.is_set() and not isinstance(error, Refused):
-            hold.forget()
+            if hold is not None:
+                hold.forget()
             raise
         unpark_tree(tree, processes)
         journal.remove()
@@ -457,13 +465,13 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
     Raises LazyprocError when nothing was parked yet: then the tree runs. Raises LostAfterCommit when it has ended.
     """
     journal = Journal(record.session, SOURCE, record.facts)
-    journal.facts |= _crew()
+    journal.facts |= crew()
     held = held_by(record.facts) if "held" in record.facts else None
     if held is not None and "report" in record.facts:  # killed while it ended what is left here
-        _end(journal, held)
+        end_here(journal, held)
         return MigrateReport(**record.facts["report"])
     if held is None or (record.state == "parked" and not held.stands()):
-        _run_on(journal, held)
+        run_on(journal, held)
         raise LazyprocError(
             "the process that was moving it was killed; it runs here as before",
             where=f"pid {record.facts['root_pid']}",
@@ -481,7 +489,7 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
             try:
                 serving.until_committed()
             except Refused:
-                _run_on(journal, held)
+                run_on(journal, held)
                 raise
         frozen_ms = (time.time() - float(record.facts["frozen_at"])) * 1e3
         running = serving.until_running()
@@ -496,7 +504,7 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
         journal.note(journal.facts["state"], listener, {"report": asdict(report)})
         serving.release()
         listener(Over(report))
-        _end(journal, held)
+        end_here(journal, held)
         listener(StateChanged("released", time.monotonic()))
     return report
 
@@ -511,7 +519,7 @@ def _opened(held: Held, record: Record) -> FrozenPages:
         raise source_ended(held.ended() or held.root_pid, record.session) from error
 
 
-def _run_on(journal: Journal, held: Held | None) -> None:
+def run_on(journal: Journal, held: Held | None) -> None:
     """Whatever of it is parked runs on here, and that is the end of the session."""
     if held is not None:
         held.let_run()
@@ -519,13 +527,13 @@ def _run_on(journal: Journal, held: Held | None) -> None:
     journal.remove()
 
 
-def _end(journal: Journal, held: Held) -> None:
+def end_here(journal: Journal, held: Held) -> None:
     """Every page is there, and nothing of it is needed here."""
     held.end()
     netfilter.release_session(journal.session)
     journal.remove()
 
 
-def _crew() -> dict[str, int]:
+def crew() -> dict[str, int]:
     """Who works on it, for `sessions` and `abort`."""
     return {"server_pid": os.getpid(), "keeper_pid": os.getppid()}

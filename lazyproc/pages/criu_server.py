@@ -63,6 +63,22 @@ class _Runs:
         return max(0, self.ends[index] - addr) // PAGE if index >= 0 else 0
 
 
+class Given:
+    """Which pages of a shelf were given, once or more often."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._runs = [((vpid, start), bytearray((end - start) // PAGE)) for vpid, start, end in sorted(shelf)]
+        self._starts = [start for start, _ in self._runs]
+        self.missing = sum(len(pages) for _, pages in self._runs)
+
+    def add(self, vpid: int, addr: int, count: int) -> None:
+        """`count` pages within one run."""
+        (_, start), pages = self._runs[bisect_right(self._starts, (vpid, addr)) - 1]
+        first = (addr - start) // PAGE
+        self.missing -= pages.count(0, first, first + count)
+        pages[first : first + count] = b"\1" * count
+
+
 def answer(sock: socket.socket, where: str, shelf: Shelf, delivered: Delivered) -> bool:
     """Answer a client's GETs until its connection ends; whether it ends in order: it has said CLOSE, and read all of
     the answers (who closes with something unread resets the connection).

@@ -41,21 +41,7 @@ class CriuServer:
     @classmethod
     def dial(cls, address: str, dialect: Dialect, trust: Trust) -> CriuServer:
         """Raises UsageError for the address and the files of `trust`, ConnectionLost, PermissionDenied."""
-        sock = connect(address, STALL_S)
-        _ends_with(sock, _RESET)
-        try:
-            if trust.tls is not None:
-                from lazyproc.pages.tls import handshaken
-
-                sock = handshaken(sock, trust.tls, parse_address(address)[0], address)
-            else:
-                _demand_trusted(sock, trust)
-            tune(sock)
-            sock.settimeout(None)
-        except BaseException:
-            sock.close()
-            raise
-        return cls(sock, address, dialect)
+        return cls(connected(address, trust), address, dialect)
 
     def reset(self) -> None:
         """The source runs on."""
@@ -117,8 +103,7 @@ class CriuServer:
                 left -= min(left, len(bin_))
         if event != Status(0):
             raise ProtocolError(f"the end is answered with {event}", where=self.where)
-        _ends_with(self.sock, _IN_ORDER)
-        self.sock.close()
+        end_in_order(self.sock)
 
     def let_go(self) -> None:
         """Another process of ours has it."""
@@ -148,6 +133,31 @@ class CriuServer:
 
     def _lost(self, error: OSError) -> ConnectionLost:
         return ConnectionLost(f"the connection broke ({error.strerror or error})", where=self.where)
+
+
+def connected(address: str, trust: Trust) -> socket.socket:
+    """To a page server; it ends with RST but by `end_in_order`. Raises what CriuServer.dial raises."""
+    sock = connect(address, STALL_S)
+    _ends_with(sock, _RESET)
+    try:
+        if trust.tls is not None:
+            from lazyproc.pages.tls import handshaken
+
+            sock = handshaken(sock, trust.tls, parse_address(address)[0], address)
+        else:
+            _demand_trusted(sock, trust)
+        tune(sock)
+        sock.settimeout(None)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def end_in_order(sock: socket.socket) -> None:
+    """With FIN: all has been said."""
+    _ends_with(sock, _IN_ORDER)
+    sock.close()
 
 
 def _demand_trusted(sock: socket.socket, trust: Trust) -> None:

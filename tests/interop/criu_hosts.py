@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +36,17 @@ class Criu:
         assert code == expected, f"exit {code}: {self.errors()}"
 
 
-def argv(images: Path, action: str, *options: object, work: Path | None = None) -> list[str]:
-    """`work`: where logs and sockets are put, if not among the images."""
+def argv(
+    images: Path,
+    action: str,
+    *options: object,
+    work: Path | None = None,
+    command: Sequence[str] | None = None,
+) -> list[str]:
+    """`work`: where logs and sockets are put, if not among the images. `command`: what takes CRIU's place."""
     where = ["-D", str(images), *(["-W", str(work)] if work else [])]
     return [
-        *peer.criu(),
+        *(command or peer.criu()),
         action,
         "--no-default-config",
         *where,
@@ -52,7 +58,14 @@ def argv(images: Path, action: str, *options: object, work: Path | None = None) 
 
 
 @contextmanager
-def criu(host: Host, images: Path, action: str, *options: object, work: Path | None = None) -> Iterator[Criu]:
+def criu(
+    host: Host,
+    images: Path,
+    action: str,
+    *options: object,
+    work: Path | None = None,
+    command: Sequence[str] | None = None,
+) -> Iterator[Criu]:
     """A command of CRIU on `host`, which has said that it is ready; killed at the end if it still runs."""
     reading, writing = os.pipe()
     log = (work or images) / f"{action}.log"
@@ -60,28 +73,35 @@ def criu(host: Host, images: Path, action: str, *options: object, work: Path | N
         log.unlink()
     with (host.outside / f"criu-{action}.out").open("w") as out:
         process = host.popen(
-            argv(images, action, "--status-fd", writing, *options, work=work),
+            argv(images, action, "--status-fd", writing, *options, work=work, command=command),
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=(writing,),
         )  # fmt: skip
     os.close(writing)
-    command = Criu(process, log)
+    started = Criu(process, log)
     try:
         with os.fdopen(reading, "rb") as ready:
-            assert ready.read(1) == b"\0", command.errors()
-        yield command
+            assert ready.read() == b"\0", started.errors()
+        yield started
     finally:
         process.kill()
         process.wait()
 
 
-def run_criu(host: Host, images: Path, action: str, *options: object, work: Path | None = None) -> None:
+def run_criu(
+    host: Host,
+    images: Path,
+    action: str,
+    *options: object,
+    work: Path | None = None,
+    command: Sequence[str] | None = None,
+) -> None:
     """A command of CRIU that must succeed."""
     done = host.run(
-        argv(images, action, *options, work=work),
+        argv(images, action, *options, work=work, command=command),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=END_S,
     )  # fmt: skip
-    command = Criu(done, (work or images) / f"{action}.log")  # type: ignore[arg-type]
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}{command.errors()}"
+    ended = Criu(done, (work or images) / f"{action}.log")  # type: ignore[arg-type]
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{ended.errors()}"
 
 
 @contextmanager

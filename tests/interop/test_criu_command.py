@@ -236,6 +236,7 @@ def test_a_sibling_whose_number_is_taken_is_not_restored(place: Place, tmp_path:
     ("options", "words"),
     [(["--track-mem"], "--track-mem is not supported"), (["--empty-ns", "net"], "--empty-ns net is not supported"),
      (["--network-lock", "iptables"], "--network-lock iptables is not supported"),
+     (["--lazy-pages", "--port", 7000, "-R"], "the tree would run in two places"),
      (["--tree", "1"], "pid 1"), ([], "it holds a file lock")],
 )  # fmt: skip
 def test_what_is_refused_is_in_the_log_and_the_program_runs(
