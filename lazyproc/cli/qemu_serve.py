@@ -34,6 +34,11 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="the guest runs there already and has lost its source; QEMU waits for another (migrate-recover)",
     )
+    parser.add_argument(
+        "--preempt",
+        action="store_true",
+        help="QEMU there has the capability postcopy-preempt: what the guest waits for has a connection of its own",
+    )
     add_trust(parser)
     add_json(parser)
 
@@ -50,6 +55,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         Path(args.directory) if args.directory else args.qmp,
         args.to,
         recover=args.recover,
+        preempt=args.preempt,
         insecure=args.insecure,
         tls=tls_of(args),
         listener=listener,

@@ -39,10 +39,12 @@ from lazyproc.pages.storing import as_criu_marks, without_lazy
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Door, Session, listen
 from lazyproc.steps import Steps
+from lazyproc.wire.criu import ENOUGH
 from lazyproc.wire.native import Party
 
 NAME = "lazyproc-dump"
 LISTENING = "listening"
+WRITING = "writing"  # in the record: the folder had no images, those that it has are ours
 GIVEN = "given"  # in the record: the next thing is a page on its way
 DOOR_S = 0.2
 LOOK_S = 1.0  # how often a frozen tree is looked after
@@ -100,6 +102,7 @@ def _dump(
     demand_possible(order.pid, tcp_close=order.tcp_close, permits=order.permits, listener=listener)
     with ExitStack() as over, ExitStack() as unfinished:
         draft = unfinished.enter_context(filled(Folder(order.directory), early=True))
+        journal.write("preparing", durable=False, **{WRITING: True})
         with written(
             order.pid,
             draft,
@@ -165,9 +168,10 @@ def _again(session: str, _: Client) -> CheckpointReport:
         _demand_there(held, journal)
         raise _parked(session, "the process that gave its pages was killed")
     run_on(journal, held)
-    images = Folder(Path(record.facts["dumped"]))
-    for name in images.images():  # nobody has their pages
-        images.remove(name)
+    if WRITING in record.facts:
+        images = Folder(Path(record.facts["dumped"]))
+        for name in images.images():  # nobody has their pages
+            images.remove(name)
     raise LazyprocError(
         "the process that was dumping it was killed; it runs as before",
         where=f"pid {record.facts['root_pid']}",
@@ -219,6 +223,7 @@ class Clients:
         self._only: socket.socket | None = None
         self._chosen, self._granted, self._ended = (threading.Event() for _ in range(3))
         self._error: LazyprocError | None = None
+        self._enough = False
 
     @contextmanager
     def let_in_by(self, door: Door) -> Iterator[None]:
@@ -258,19 +263,20 @@ class Clients:
 
     def failure(self) -> str | None:
         """Why he has ended without all the pages, if so."""
-        missing = self._given.missing
-        unasked = f"CRIU's client has closed its connection without {missing} pages" if missing else None
-        return str(self._error) if self._error is not None else unasked
+        if self._enough:
+            return None
+        missing = f"CRIU's client has closed its connection without {self._given.missing} pages"
+        return missing if self._error is None else str(self._error)
 
     def _serve(self, sock: socket.socket, where: str) -> None:
         error: LazyprocError | None = None
         with sock:
             try:
-                in_order = answer(sock, where, self._shelf, partial(self._give, sock, where))
-                if not in_order:
+                closed = answer(sock, where, self._shelf, partial(self._give, sock, where))
+                if closed is None:
                     error = ConnectionLost("CRIU's client is gone without a word", where=where)
-                elif not self._given.missing:  # there may have been nothing to give
-                    self._choose(sock)
+                elif (closed == ENOUGH or not self._given.missing) and self._choose(sock):
+                    self._enough = True  # maybe without a page
             except LazyprocError as caught:
                 error = caught
         if self._only is sock:

@@ -11,7 +11,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from lazyproc.events import Listener, PagesMoved, StateChanged
 from lazyproc.facts import dataclass
 from lazyproc.images.files import Folder
 from lazyproc.images.sums import check_sums
+from lazyproc.kernel.ready import readable
 from lazyproc.migrate.guest_source import looked_at, standing
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.pages.images import ImagePages
@@ -59,6 +60,7 @@ def qemu_serve(
     target: str,
     *,
     recover: bool = False,
+    preempt: bool = False,
     insecure: bool = False,
     tls: Tls | None = None,
     listener: Listener,
@@ -67,11 +69,14 @@ def qemu_serve(
     (HOST:PORT or unix:PATH) with the capability postcopy-ram; returns when that has every page.
 
     A running guest is stopped, and QEMU here quits in the end; until the word to run is sent it goes on here after any
-    error. With `recover` the guest runs there already and has lost its source (QMP migrate-recover). Raises UsageError,
-    ImageError, CannotBeDone, ConnectionLost, ProtocolError; Parked when a guest that was stopped here may run there.
+    error. With `recover` the guest runs there already and has lost its source (QMP migrate-recover); with `preempt`
+    QEMU there has the capability postcopy-preempt, and what its guest waits for goes by a connection of its own. Raises
+    UsageError, ImageError, CannotBeDone, ConnectionLost, ProtocolError; Parked when its guest may run there by then.
     """
-    with closing(_dialled(target, Trust(insecure, tls=tls))) as sock:
-        talk = Talk(sock, target)
+    with ExitStack() as stack:
+        trust = Trust(insecure, tls=tls)
+        socks = [stack.enter_context(closing(_dialled(target, trust))) for _ in range(2 if preempt else 1)]
+        talk = Talk(socks, target)
         if isinstance(source, Path) and source.is_dir():
             return _from_folder(source, talk, recover, listener)
         return _from_guest(str(source), talk, recover, listener)
@@ -84,12 +89,11 @@ def _from_folder(directory: Path, talk: Talk, recover: bool, listener: Listener)
     found = saved.read(images)
     with ImagePages(folder, [block.object for block in found.blocks]) as pages:
         left = PagesLeft(found.blocks, pages.extents(), pages)
-        if recover:
-            talk.recover(found.blocks, left)
-        else:
+        if not recover:
             talk.begin(found.machine, found.blocks)
-            talk.run(found.devices)
-        return talk.serve(left, listener)
+        with _recoverable(f"-D {directory}", "its images are as they were"):
+            talk.recover(found.blocks, left) if recover else talk.run(found.devices)
+            return talk.serve(left, listener)
 
 
 def _from_guest(monitor: str, talk: Talk, recover: bool, listener: Listener) -> GuestServed:
@@ -105,17 +109,25 @@ def _from_guest(monitor: str, talk: Talk, recover: bool, listener: Listener) -> 
         pages = stack.enter_context(held.open())
         left = PagesLeft(guest.blocks, held.extents(), pages)
         gone.set()
-        try:
+        with _recoverable(monitor, "it stays stopped here"):
             talk.recover(guest.blocks, left) if recover else talk.run(state)
             report = talk.serve(left, listener)
-        except LazyprocError as error:
-            raise Parked(
-                f"the guest may run there, and misses pages ({error}); it stays stopped here",
-                where=monitor,
-                remedy=f"use migrate-recover there, and lazyproc qemu-serve {monitor} --to ... --recover",
-            ) from error
     held.end()
     return report
+
+
+@contextmanager
+def _recoverable(source: str, here: str) -> Iterator[None]:
+    """Inside, the guest may run at the other end: an error or an interrupt is Parked."""
+    try:
+        yield
+    except (LazyprocError, KeyboardInterrupt) as error:
+        raise Parked(
+            f"the guest may run there, and misses pages ({str(error) or 'interrupted'}); {here}",
+            where=source,
+            remedy=f"use migrate-recover there, and lazyproc qemu-serve {source} --to ... --recover; when it was "
+            "lost before it ran there, let it go on here (cont)",
+        ) from error
 
 
 def _demand_state(guest: Guest, recover: bool) -> None:
@@ -131,6 +143,8 @@ def _demand_state(guest: Guest, recover: bool) -> None:
 def _dialled(target: str, trust: Trust) -> socket.socket:
     """TLS as QEMU has it: from byte 0. Raises UsageError, ConnectionLost, PermissionDenied."""
     if target.startswith(UNIX):
+        if trust.tls is not None:
+            raise UsageError("TLS is for HOST:PORT", where=target, remedy="leave out the --tls options")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.connect(target.removeprefix(UNIX))
@@ -155,22 +169,40 @@ def _dialled(target: str, trust: Trust) -> socket.socket:
 
 
 class Talk:
-    """The connection to a QEMU that takes a guest in. `bytes` is what went."""
+    """A QEMU that takes a guest in. What its guest waits for goes by the last of the connections, everything else by
+    the first; QEMU tells them apart by their order. `bytes` is what went.
+    """
 
-    def __init__(self, sock: socket.socket, target: str) -> None:
-        self._sock = sock
+    def __init__(self, socks: Sequence[socket.socket], target: str) -> None:
+        self._sock, self._fast = socks[0], socks[-1]
         self._target = target
         self._path = ReturnPath()
         self._events: deque[Event] = deque()
         self._started = time.monotonic()
         self._run_ms = 0.0
+        self._loaded = False
         self.bytes = 0
-        sock.settimeout(ANSWER_S)
+        for sock in socks:
+            sock.settimeout(ANSWER_S)
 
     def begin(self, machine: str, blocks: Sequence[Block]) -> None:
         """What comes, and that the other end understands it. Raises ConnectionLost, ProtocolError."""
         self._send(stream.begins(machine, blocks))
         self._expect(Pong)
+        self._demand_fast()
+
+    def _demand_fast(self) -> None:
+        """Before the guest waits for pages by it: without the capability QEMU has closed it by now."""
+        if self._preempts and readable([self._fast.fileno()], 0):
+            raise ConnectionLost(
+                "QEMU takes no second connection",
+                where=self._target,
+                remedy="set its capability postcopy-preempt as well, or leave out --preempt",
+            )
+
+    @property
+    def _preempts(self) -> bool:
+        return self._fast is not self._sock
 
     def run(self, state: bytes) -> None:
         """From here on the guest may run there."""
@@ -184,12 +216,18 @@ class Talk:
             left.received(self._expect(Received))
         self._send(stream.resumes())
         self._expect(Resumed)
+        self._loaded = True  # its monitor has answered since
 
     def serve(self, left: PagesLeft, listener: Listener) -> GuestServed:
         """Every page, and the end."""
         listener(StateChanged("running", time.monotonic()))
-        while self._step(left):
+        self._hear(left)
+        more = True
+        while more or not self._loaded:
+            more = self._step(left, more)
             listener(PagesMoved(left.total, left.urgent + left.bulk, left.zero, left.urgent, left.bulk, 0))
+        if self._preempts:
+            self._send(stream.END_OF_RAM, self._fast)
         self._send(stream.ends())
         shut = self._expect(Shut)
         if shut.error:
@@ -199,26 +237,36 @@ class Talk:
             self._target, left.urgent, left.bulk, left.zero, self.bytes, self._run_ms, total_ms
         )
 
-    def _step(self, left: PagesLeft) -> bool:
-        """What can be read and sent now; whether there is more to send."""
+    def _step(self, left: PagesLeft, more: bool) -> bool:
+        """What can be read now, and sent if there is `more`; whether there is then."""
         poll = select.poll()
-        poll.register(self._sock, select.POLLIN | select.POLLOUT)
+        poll.register(self._sock, select.POLLIN | (select.POLLOUT if more else 0))
         ready = poll.poll(ANSWER_S * 1e3)
         if not ready:
             raise ConnectionLost("QEMU there takes nothing", where=self._target)
         if ready[0][1] & ~select.POLLOUT:
             self._receive()
-        for event in self._taken():
-            if not isinstance(event, Wanted):
-                raise ProtocolError(
-                    f"{type(event).__name__} from a QEMU that misses pages", where=self._target
-                )
-            left.want(event)
-        if ready[0][1] & select.POLLOUT:
-            data = left.next_urgent() or left.next_bulk()
-            self._send(data)
-            return bool(data)
-        return True
+            self._hear(left)
+            more = True
+        if self._preempts:
+            while records := left.next_urgent():
+                self._send(records, self._fast)
+        if not ready[0][1] & select.POLLOUT:
+            return more
+        if records := left.next_urgent() or left.next_bulk():
+            self._send(stream.part(records))
+        return bool(records)
+
+    def _hear(self, left: PagesLeft) -> None:
+        while self._events:
+            event = self._events.popleft()
+            if isinstance(event, Wanted):
+                left.want(event)
+            elif isinstance(event, Pong):
+                self._loaded = True
+            else:
+                what = type(event).__name__
+                raise ProtocolError(f"{what} from a QEMU that misses pages", where=self._target)
 
     def _expect(self, kind: type[_E]) -> _E:
         """The next event of this kind; what is waited for meanwhile is kept for `_step`."""
@@ -234,10 +282,6 @@ class Talk:
                 raise ConnectionLost(f"QEMU there has given up ({event.error})", where=self._target)
             kept.append(event)
 
-    def _taken(self) -> Iterator[Event]:
-        while self._events:
-            yield self._events.popleft()
-
     def _receive(self) -> None:
         try:
             data = self._sock.recv(PIECE)
@@ -247,18 +291,19 @@ class Talk:
             raise self._lost("it has hung up")
         self._events.extend(self._path.feed(data))
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes, sock: socket.socket | None = None) -> None:
         try:
-            self._sock.sendall(data)
+            (sock or self._sock).sendall(data)
         except OSError as error:
             raise self._lost(error.strerror or "it takes nothing") from error
         self.bytes += len(data)
 
     def _lost(self, why: str) -> ConnectionLost:
+        if self._run_ms or self._loaded:
+            return ConnectionLost(f"QEMU is lost: {why}", where=self._target)
         return ConnectionLost(
-            f"no QEMU that takes a guest in by post-copy: {why}"
-            if not self._run_ms
-            else f"QEMU is lost: {why}",
+            f"no QEMU that takes a guest in by post-copy: {why}",
             where=self._target,
-            remedy="see what it says, and whether it has the capability postcopy-ram",
+            remedy="see what it says, whether it has the capability postcopy-ram, and with postcopy-preempt use "
+            "--preempt",
         )

@@ -9,7 +9,7 @@ from lazyproc.errors import ProtocolError
 from lazyproc.model import PAGE, Extent, MemoryObject
 from lazyproc.pages import PageSource
 from lazyproc.qemu.ram import Block
-from lazyproc.qemu.stream import Received, Wanted, pages, part
+from lazyproc.qemu.stream import Received, Wanted, pages
 
 _EMPTY, _CONTENT, _SENT = 0, 1, 2  # of a page: not sent, without and with content; sent
 URGENT, BULK = 8, 16  # pages in one part, at most
@@ -56,7 +56,7 @@ class PagesLeft:
                 states[number] = _SENT
 
     def next_urgent(self) -> bytes:
-        """What is waited for; b"" when nothing is. Raises what the source does."""
+        """Records of what is waited for; b"" when nothing is. Raises what the source does."""
         records: list[bytes] = []
         while self._wanted and len(records) < URGENT:
             name, number = self._wanted.popleft()
@@ -65,13 +65,15 @@ class PagesLeft:
                 self.urgent += state == _CONTENT
                 self.zero += state == _EMPTY
                 records += self._taken(name, number, 1)
-        return part(records) if records else b""
+        return b"".join(records)
 
     def next_bulk(self) -> bytes:
-        """What nobody waits for; b"" when all has gone. Pages without content do not go: they are zeros there too."""
+        """Those that nobody waits for; b"" when all have gone. Pages without content do not go: they are zeros there
+        too.
+        """
         for name, number, count in self._bulk:
             self.bulk += count
-            return part(self._taken(name, number, count))
+            return b"".join(self._taken(name, number, count))
         return b""
 
     def _runs(self) -> Iterator[tuple[str, int, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from lazyproc.errors import ProtocolError
 from lazyproc.facts import dataclass
@@ -83,9 +83,9 @@ def ram_begins(blocks: Sequence[Block]) -> bytes:
     return _section(SECTION_START, start + struct.pack(">Q", total | MEM_SIZE) + rows + END_OF_RAM)
 
 
-def part(records: Iterable[bytes]) -> bytes:
+def part(records: bytes) -> bytes:
     """Pages, as `pages` gives them."""
-    return _section(SECTION_PART, b"".join(records) + END_OF_RAM)
+    return _section(SECTION_PART, records + END_OF_RAM)
 
 
 def pages(block: Block, addr: int, data: bytes) -> Iterator[bytes]:
@@ -132,9 +132,11 @@ def begins(machine: str, blocks: Sequence[Block]) -> bytes:
 
 
 def runs(devices: bytes) -> bytes:
-    """The state of the guest's devices, as devices.saved has it: with this the guest runs there."""
+    """The state of the guest's devices, as devices.saved has it: with this the guest runs there. Answered with Pong
+    when it is loaded: until then QEMU may wait for a page, and must not have been sent the end.
+    """
     inner = devices_of(devices)
-    return packaged(command(Command.LISTEN) + inner + command(Command.RUN))
+    return packaged(command(Command.LISTEN) + inner + command(Command.PING, bytes(4)) + command(Command.RUN))
 
 
 def devices_of(stream: bytes) -> bytes:
