@@ -14,6 +14,7 @@ import struct
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 from lazyproc.errors import ConnectionLost, ImageError, PermissionDenied, ProtocolError
@@ -27,6 +28,7 @@ from lazyproc.wire.criu import ENOUGH, LACKING, Command, Connection, Dialect, Ev
 
 MAX_PAGES = 64  # in a request
 ACCEPT_S, LOOK_S = 2.0, 0.02
+GOODBYE_S = 1.0
 _RESET, _IN_ORDER = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger (socket(7)): RST, or FIN
 
 
@@ -155,7 +157,11 @@ def connected(address: str, trust: Trust) -> socket.socket:
 
 
 def end_in_order(sock: socket.socket) -> None:
-    """With FIN: all has been said."""
+    """With FIN, and in TLS with the alert before it (close_notify): all has been said."""
+    if (unwrap := getattr(sock, "unwrap", None)) is not None:
+        sock.settimeout(GOODBYE_S)
+        with suppress(OSError):  # the other end need not answer it
+            unwrap()
     _ends_with(sock, _IN_ORDER)
     sock.close()
 

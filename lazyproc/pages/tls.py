@@ -61,13 +61,16 @@ class Tls:
         return cls(facts["cert"], facts["key"], facts["ca"], facts.get("crl", ""), names)
 
 
-def dialling(tls: Tls) -> ssl.SSLContext:
-    """For who connects: the other end's certificate must be for the name it was called by. Raises UsageError."""
+def dialling(tls: Tls, *protocols: str) -> ssl.SSLContext:
+    """For who connects, and says in the handshake that he speaks one of `protocols`: the other end's certificate must
+    be for the name it was called by. Raises UsageError.
+    """
     import ssl
 
     context = _context(tls, ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = tls.names
-    context.set_alpn_protocols([PROTOCOL])
+    if protocols:
+        context.set_alpn_protocols(protocols)
     return context
 
 
@@ -149,7 +152,7 @@ def secured(sock: socket.socket, tls: Tls, host: str, where: str) -> ssl.SSLSock
     """A connection to lazyproc when both ends have taken the other's certificate; see `handshaken`."""
     import ssl
 
-    far = handshaken(sock, tls, host, where)
+    far = handshaken(sock, tls, host, where, PROTOCOL)
     try:
         with _blamed(tls, where):
             said = far.recv(len(LET_IN))
@@ -161,15 +164,15 @@ def secured(sock: socket.socket, tls: Tls, host: str, where: str) -> ssl.SSLSock
     return far
 
 
-def handshaken(sock: socket.socket, tls: Tls, host: str, where: str) -> ssl.SSLSocket:
+def handshaken(sock: socket.socket, tls: Tls, host: str, where: str, *protocols: str) -> ssl.SSLSocket:
     """The connected socket after the handshake; `sock` is used up. The other end may still say that it does not take
-    our certificate.
+    our certificate. It is not told that we are lazyproc, unless that is one of the `protocols`.
 
     Its timeout is the limit of every step. `host` is the name or address the other end must prove to have. Raises
     PermissionDenied, ConnectionLost, UsageError for the files.
     """
     try:
-        sock = far = dialling(tls).wrap_socket(
+        sock = far = dialling(tls, *protocols).wrap_socket(
             sock,
             server_hostname=host.partition("%")[0],
             suppress_ragged_eofs=False,
