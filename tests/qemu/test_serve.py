@@ -83,6 +83,7 @@ def test_a_saved_guest_goes_on(tmp_path: Path) -> None:
         goes_on(serial)
 
 
+@pytest.mark.long
 def test_a_running_guest_is_left_running(tmp_path: Path) -> None:
     with beating(SMALL, tmp_path) as guest:
         answer("checkpoint", "--qemu", guest.qmp, "-D", tmp_path / "images", "--leave-running")
@@ -101,7 +102,7 @@ def test_a_running_guest_goes_on_there(tmp_path: Path) -> None:
         goes_on(guest.serial)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_go_on_from_one(tmp_path: Path) -> None:
     """Each on a serial line of its own, from where the first was heard last."""
     with saved(SMALL, tmp_path) as (images, serial), ExitStack() as stack:
@@ -126,7 +127,13 @@ def test_two_go_on_from_one(tmp_path: Path) -> None:
             assert line.beats()[0].number - last in (1, 2)
 
 
-@pytest.mark.parametrize("says", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"], ids=["nothing", "something else"])
+@pytest.mark.parametrize(
+    "says",
+    [
+        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", id="something else"),
+        pytest.param(b"", id="nothing", marks=pytest.mark.long),
+    ],
+)
 def test_who_is_no_qemu_is_refused(tmp_path: Path, says: bytes) -> None:
     """And the guest goes on."""
     with beating(SMALL, tmp_path) as guest, socket.socket(socket.AF_UNIX) as listener:
@@ -214,7 +221,7 @@ def test_a_lost_connection_is_recovered(preempt: bool, tmp_path: Path) -> None:
         goes_on(serial)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_guest_that_ran_here_is_recovered(tmp_path: Path) -> None:
     """It stands here until all of it is there."""
     with (
@@ -243,6 +250,7 @@ def test_what_is_waited_for_has_a_connection_of_its_own(tmp_path: Path) -> None:
         goes_on(serial)
 
 
+@pytest.mark.long
 def test_a_qemu_without_a_second_connection_is_refused(tmp_path: Path) -> None:
     """Before the guest waits for pages by it."""
     with (
@@ -254,9 +262,8 @@ def test_a_qemu_without_a_second_connection_is_refused(tmp_path: Path) -> None:
         goes_on(guest.serial)
 
 
-@pytest.mark.parametrize(
-    "preempt", [pytest.param(False, id="one"), pytest.param(True, id="two", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("preempt", [False, True], ids=["one", "two"])
 def test_with_tls_as_qemu_speaks_it(preempt: bool, tmp_path: Path) -> None:
     """Each end has a certificate of one CA; who comes without is refused, and the guest goes on."""
     options, capabilities = (["--preempt"], ["postcopy-preempt"]) if preempt else ([], [])
