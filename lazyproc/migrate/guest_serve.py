@@ -189,11 +189,16 @@ class Talk:
         """What comes, and that the other end understands it. Raises ConnectionLost, ProtocolError."""
         self._send(stream.begins(machine, blocks))
         self._expect(Pong)
-        self._demand_fast()
+        if self._preempts:
+            self._demand_fast()
 
     def _demand_fast(self) -> None:
-        """Before the guest waits for pages by it: without the capability QEMU has closed it by now."""
-        if self._preempts and readable([self._fast.fileno()], 0):
+        """Before the guest waits for pages by it. Without the capability QEMU stops listening once it has run out of
+        what was sent (migration/socket.c, socket_accept_incoming_migration): so what comes later tells.
+        """
+        self._send(stream.ping())
+        self._expect(Pong)
+        if readable([self._fast.fileno()], 0):
             raise ConnectionLost(
                 "QEMU takes no second connection",
                 where=self._target,
