@@ -304,7 +304,12 @@ OPTIONS = (
         (RESTORE,),
         "the daemon behind lazy-pages.socket brings pages when they are touched",
     ),
-    Option("lazy-pages", DOES, (PAGE_SERVER,), "the images are given to a lazy-pages daemon, ours or CRIU's"),
+    Option(
+        "lazy-pages",
+        DOES,
+        (PAGE_SERVER,),
+        "images are given to a lazy-pages daemon; else a dump's pages are taken",
+    ),
     Option(
         "lazy-pages",
         DOES,

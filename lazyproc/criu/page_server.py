@@ -1,4 +1,4 @@
-"""`lazyproc-criu page-server --lazy-pages`: images for one lazy-pages daemon, ours or CRIU's."""
+"""`lazyproc-criu page-server`: stores the pages of a dump, or gives images to a lazy-pages daemon, CRIU's or ours."""
 
 from __future__ import annotations
 
@@ -8,18 +8,11 @@ import lazyproc
 from lazyproc.criu import places
 from lazyproc.criu.log import Log
 from lazyproc.criu.parse import Given
-from lazyproc.errors import UsageError
 from lazyproc.migrate.source import Order
 
 
 def run(given: Given, log: Log) -> None:
-    """Returns when the daemon has all it wants. Raises LazyprocError."""
-    if "lazy-pages" not in given:
-        raise UsageError(
-            "takes no pages yet",
-            where="page-server",
-            remedy="copy the folder of images, or serve it with --lazy-pages",
-        )
+    """Returns when the dump is complete, or the daemon has all it wants. Raises LazyprocError."""
 
     def ready() -> None:
         places.write_pidfile(given, os.getpid())
@@ -33,5 +26,6 @@ def run(given: Given, log: Log) -> None:
         tls=places.tls(given),
         once=True,
         ready=ready,
+        receive="lazy-pages" not in given,
         listener=log,
     )

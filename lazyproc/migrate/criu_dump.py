@@ -39,6 +39,7 @@ from lazyproc.pages.storing import as_criu_marks, without_lazy
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Door, Session, listen
 from lazyproc.steps import Steps
+from lazyproc.wire.criu import ENOUGH
 from lazyproc.wire.native import Party
 
 NAME = "lazyproc-dump"
@@ -219,6 +220,7 @@ class Clients:
         self._only: socket.socket | None = None
         self._chosen, self._granted, self._ended = (threading.Event() for _ in range(3))
         self._error: LazyprocError | None = None
+        self._enough = False
 
     @contextmanager
     def let_in_by(self, door: Door) -> Iterator[None]:
@@ -258,19 +260,20 @@ class Clients:
 
     def failure(self) -> str | None:
         """Why he has ended without all the pages, if so."""
-        missing = self._given.missing
-        unasked = f"CRIU's client has closed its connection without {missing} pages" if missing else None
-        return str(self._error) if self._error is not None else unasked
+        if self._enough:
+            return None
+        missing = f"CRIU's client has closed its connection without {self._given.missing} pages"
+        return missing if self._error is None else str(self._error)
 
     def _serve(self, sock: socket.socket, where: str) -> None:
         error: LazyprocError | None = None
         with sock:
             try:
-                in_order = answer(sock, where, self._shelf, partial(self._give, sock, where))
-                if not in_order:
+                closed = answer(sock, where, self._shelf, partial(self._give, sock, where))
+                if closed is None:
                     error = ConnectionLost("CRIU's client is gone without a word", where=where)
-                elif not self._given.missing:  # there may have been nothing to give
-                    self._choose(sock)
+                elif (closed == ENOUGH or not self._given.missing) and self._choose(sock):
+                    self._enough = True  # maybe without a page
             except LazyprocError as caught:
                 error = caught
         if self._only is sock:

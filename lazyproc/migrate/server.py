@@ -49,11 +49,11 @@ def serve(
     listener: Listener,
 ) -> None:
     """A process tree by the pid of its root, or a folder of images; see `serve_process` and `serve_folder`, which has
-    `once` and `ready`. With `receive` pages are stored there: `receive_pages`.
+    `once`. With `receive` pages are stored there: `receive_pages`. These two have `ready`.
     """
     trust = Trust(insecure, tls=tls)
     if receive and not isinstance(target, int):
-        pages = receive_pages(target, address, trust=trust, listener=listener)
+        pages = receive_pages(target, address, trust=trust, ready=ready, listener=listener)
         listener(Note(f"{pages} pages stored in {target}"))
     elif isinstance(target, int):
         serve_process(target, address, order, trust=trust, listener=listener)
@@ -133,7 +133,14 @@ def serve_folder(
                 threading.Thread(target=client.run, daemon=True).start()
 
 
-def receive_pages(directory: Path, address: str, *, trust: Trust, listener: Listener) -> int:
+def receive_pages(
+    directory: Path,
+    address: str,
+    *,
+    trust: Trust,
+    ready: Callable[[], object] = lambda: None,
+    listener: Listener,
+) -> int:
     """Store what `criu dump --page-server` sends in `directory`, which is made; returns how many pages it was, when one
     transfer is complete. What breaks off leaves nothing, and the next one may come.
     """
@@ -152,6 +159,7 @@ def receive_pages(directory: Path, address: str, *, trust: Trust, listener: List
 
     with listen(address, Party.DESTINATION, trust=trust, report=listener, criu=begin) as door:
         listener(Note(f"listening on port {door.port}"))
+        ready()
         while stored.empty():
             if (channel := door.accept(DOOR_S)) is not None:
                 with suppress(LazyprocError):

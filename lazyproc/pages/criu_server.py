@@ -79,15 +79,15 @@ class Given:
         pages[first : first + count] = b"\1" * count
 
 
-def answer(sock: socket.socket, where: str, shelf: Shelf, delivered: Delivered) -> bool:
-    """Answer a client's GETs until its connection ends; whether it ends in order: it has said CLOSE, and read all of
-    the answers (who closes with something unread resets the connection).
+def answer(sock: socket.socket, where: str, shelf: Shelf, delivered: Delivered) -> Message | None:
+    """Answer a client's GETs until its connection ends; its CLOSE, if it has said so and read all of the answers (who
+    closes with something unread resets the connection).
 
     `sock` is a blocking stream, and stays the caller's. `delivered` is told of pages before they are sent. Raises
     ConnectionLost, ProtocolError, and what Shelf.read raises.
     """
     connection = Connection(Role.SERVER)
-    closed = False
+    closed: Message | None = None
     with _blamed(where):
         while data := sock.recv(_READ):
             for event in connection.receive_data(data):
@@ -96,7 +96,7 @@ def answer(sock: socket.socket, where: str, shelf: Shelf, delivered: Delivered) 
                         _give(sock, connection, event, shelf, delivered)
                     case Message(Command.CLOSE | Command.FORCE_CLOSE):
                         sock.sendall(connection.send(Status(0)))
-                        closed = True
+                        closed = event
                     case Message(command):
                         raise ProtocolError(
                             f"{command.name}: pages are given here, and none are taken",

@@ -23,7 +23,7 @@ from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.transport import STALL_S, connect, parse_address, tune
 from lazyproc.runs import Segment
-from lazyproc.wire.criu import LACKING, Command, Connection, Dialect, Event, Message, Role, Status
+from lazyproc.wire.criu import ENOUGH, LACKING, Command, Connection, Dialect, Event, Message, Role, Status
 
 MAX_PAGES = 64  # in a request
 ACCEPT_S, LOOK_S = 2.0, 0.02
@@ -94,7 +94,7 @@ class CriuServer:
 
     def finish(self) -> None:
         """Every page is here: the server is told, and ends its source. Raises ConnectionLost, ProtocolError."""
-        self._send(Message(Command.CLOSE))
+        self._send(ENOUGH)
         bin_ = bytearray(MAX_PAGES * PAGE)
         while isinstance(event := self._receive(), Message):  # of what was asked for over again
             left = event.payload

@@ -18,7 +18,7 @@ from lazyproc.images.files import GUEST, ImageWriter, demand
 from lazyproc.images.pagemap import write_pagemap
 from lazyproc.model import Extent, MemoryObject
 from lazyproc.pages import PageSource
-from lazyproc.pages.images import write_pages_of
+from lazyproc.pages.images import write_content
 from lazyproc.qemu.devices import NAME
 from lazyproc.qemu.guest import Guest
 from lazyproc.qemu.ram import Block
@@ -44,15 +44,15 @@ def write(
     extents: Mapping[MemoryObject, Sequence[Extent]],
     source: PageSource,
 ) -> int:
-    """All of it; how many pages that were. Raises ImageError."""
+    """All of it; how many pages that were. Of zeros are many, which a guest has freed. Raises ImageError."""
     objects = [block.object for block in guest.blocks]
-    written = write_pages_of(draft, objects, extents, source)
+    written = write_content(draft, objects, extents, source)
     writer = ImageWriter()
     for pages_id, obj in enumerate(objects, start=1):
-        write_pagemap(writer, pagemap_name(obj), pages_id, extents.get(obj, ()))
+        write_pagemap(writer, pagemap_name(obj), pages_id, written[obj])
     facts = json.dumps({"format": VERSION, **guest.offer()}).encode()
     draft.write({**writer.finish(), NAME: devices, GUEST: facts})
-    return written
+    return sum(extent.count for runs in written.values() for extent in runs)
 
 
 def read(images: Mapping[str, bytes]) -> Saved:

@@ -453,8 +453,9 @@ def _finish(site: Site, parent: Site | None, checkpoint: Checkpoint) -> None:
     _unmap_bench(site, task)
     if task.state is TaskState.STOPPED:
         stop(site, parent, checkpoint.tasks)
+    dressed = zip(task.threads, vectors.areas(task), strict=True)
     ptrace.dress(
-        [(site.threads[t.tid], resumed.get(t.tid, t.registers), t.xsave, t.blocked) for t in task.threads]
+        [(site.threads[t.tid], resumed.get(t.tid, t.registers), area, t.blocked) for t, area in dressed]
     )
 
 

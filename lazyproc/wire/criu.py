@@ -81,6 +81,9 @@ class Message:
 
 # The answer to a GET of a page that is not there (include/page-xfer.h). CRIU's own server hangs up instead.
 LACKING = Message(Command.ADD)
+# CRIU's client says CLOSE after a restore that has failed as well, with zeros behind it, at which its servers do not
+# look. Ours says this one, and only when it will never want another page.
+ENOUGH = Message(Command.CLOSE, vaddr=int.from_bytes(b"lazyproc", "little"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +176,8 @@ def detect(start: bytes | bytearray | memoryview) -> Dialect | None:
 
     Bytes 8 to 16 are a number of pages in the newer header and an address in the older one, and no sensible
     value is both. OPEN2 and PARENT carry neither: there bytes 16 to 24 are the object's number in the older
-    header and the address, 0, in the newer one. A first CLOSE looks the same in both and is served the same
-    way: one answer, then the end. What is no message at all is left for `decode` to refuse.
+    header and the address, 0, in the newer one. A first CLOSE looks the same in both, but for ENOUGH, and is served
+    the same way: one answer, then the end. What is no message at all is left for `decode` to refuse.
     """
     if len(start) < Dialect.V4_1.size:
         return None
@@ -182,7 +185,7 @@ def detect(start: bytes | bytearray | memoryview) -> Dialect | None:
     if word & 0xFFFF in _WITH_PAGES:
         return Dialect.V4_2 if at_8 % PAGE else Dialect.V4_1
     if word & 0xFFFF in _LAST:
-        return Dialect.V4_1
+        return Dialect.V4_2 if at_16 == ENOUGH.vaddr else Dialect.V4_1
     return Dialect.V4_1 if at_16 else Dialect.V4_2
 
 
