@@ -112,15 +112,8 @@ def test_two_go_on_from_one(tmp_path: Path) -> None:
             stack.enter_context(waiting(SMALL, line, tmp_path / f"there{number}"))[1]
             for number, line in enumerate(lines)
         ]
-        serving = [
-            subprocess.Popen([*CLI, "qemu-serve", "-D", str(images), "--to", where]) for where in targets
-        ]
-        try:
-            assert [each.wait(60) for each in serving] == [0, 0]
-        finally:
-            for each in serving:
-                each.kill()
-                each.wait()
+        report = answer("qemu-serve", "-D", images, *(word for where in targets for word in ("--to", where)))
+        assert [each["target"] for each in report["guests"]] == targets
         for line in lines:
             goes_on(line)
             # One may have been cut in two: its first half is on the line where the guest was before.
