@@ -129,22 +129,29 @@ def test_two_go_on_from_one(tmp_path: Path) -> None:
 )
 def test_who_is_no_qemu_is_refused(tmp_path: Path, says: bytes) -> None:
     """And the guest goes on."""
-    with beating(SMALL, tmp_path) as guest, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "stranger"))
+    with beating(SMALL, tmp_path) as guest, stranger(tmp_path / "stranger", says) as where:
+        done = lazyproc("qemu-serve", guest.qmp, "--to", where, expected=1)
+        assert "no QEMU that takes a guest in" in done.stderr or "which no QEMU does" in done.stderr
+        goes_on(guest.serial)
+
+
+@contextmanager
+def stranger(path: Path, says: bytes) -> Iterator[str]:
+    """The address of somebody who answers the first that comes with this, and hangs up."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
         listener.listen()
 
         def be_strange() -> None:
-            stranger, _ = listener.accept()
-            with stranger:
-                stranger.recv(1)
-                stranger.sendall(says)
+            visitor, _ = listener.accept()
+            with visitor:
+                visitor.recv(1)
+                visitor.sendall(says)
 
         thread = threading.Thread(target=be_strange)
         thread.start()
-        done = lazyproc("qemu-serve", guest.qmp, "--to", f"unix:{tmp_path / 'stranger'}", expected=1)
+        yield f"unix:{path}"
         thread.join()
-        assert "no QEMU that takes a guest in" in done.stderr or "which no QEMU does" in done.stderr
-        goes_on(guest.serial)
 
 
 CUT_AFTER = 16 << 20  # bytes
@@ -212,6 +219,36 @@ def test_a_lost_connection_is_recovered(preempt: bool, tmp_path: Path) -> None:
         report = answer("qemu-serve", "-D", images, "--to", again, "--recover", *options)
         assert (report["pages_urgent"] + report["pages_bulk"]) * PAGE <= whole - CUT_AFTER // 2
         goes_on(serial)
+
+
+@pytest.mark.long
+def test_a_clone_that_is_lost_leaves_the_others_alone(tmp_path: Path) -> None:
+    with (
+        saved(SMALL, tmp_path) as (images, _),
+        Serial(tmp_path / "one") as one,
+        Serial(tmp_path / "two") as two,
+        waiting(SMALL, one, tmp_path / "there") as (there, where),
+        waiting(SMALL, two, tmp_path / "elsewhere") as (_, elsewhere),
+    ):
+        with cut_short(where, tmp_path / "cut") as cut:
+            lost = lazyproc("qemu-serve", "-D", images, "--to", cut, "--to", elsewhere, expected=4)
+            assert f"unix:{tmp_path / 'cut'}: QEMU is lost" in lost.stderr
+        goes_on(two)
+        again = recovering(there, tmp_path / "again")
+        answer("qemu-serve", "-D", images, "--to", again, "--recover")
+        goes_on(one)
+
+
+@pytest.mark.long
+def test_no_clone_runs_before_all_are_taken_in(tmp_path: Path) -> None:
+    with (
+        saved(SMALL, tmp_path) as (images, _),
+        Serial(tmp_path / "one") as one,
+        waiting(SMALL, one, tmp_path / "there") as (_, where),
+        stranger(tmp_path / "stranger", b"") as nobody,
+    ):
+        lazyproc("qemu-serve", "-D", images, "--to", where, "--to", nobody, expected=1)
+        assert one.beats() == []
 
 
 @pytest.mark.long
