@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lazyproc.events import Listener, ignore
-from lazyproc.migrate.guest_serve import GuestServed, Talk, opened, recoverable, talk_with
+from lazyproc.migrate.guest_serve import GuestServed, Talk, opened, recoverable_from, talk_with
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
 from lazyproc.qemu.postcopy import PagesLeft
@@ -40,7 +40,7 @@ def qemu_clone(
             talk.begin(found.machine, found.blocks)
         extents = pages.extents()
         left = [PagesLeft(found.blocks, extents, pages) for _ in talks]
-        with recoverable(f"-D {directory}", "its images are as they were"):
+        with recoverable_from(directory):
             return _served(talks, left, found.devices, listener)
 
 

@@ -11,7 +11,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -103,7 +103,7 @@ def _from_folder(directory: Path, talk: Talk, recover: bool, listener: Listener)
         left = PagesLeft(found.blocks, pages.extents(), pages)
         if not recover:
             talk.begin(found.machine, found.blocks)
-        with recoverable(f"-D {directory}", "its images are as they were"):
+        with recoverable_from(directory):
             talk.recover(found.blocks, left) if recover else talk.run(found.devices)
             return talk.serve(left, listener)
 
@@ -121,24 +121,29 @@ def _from_guest(monitor: str, talk: Talk, recover: bool, listener: Listener) -> 
         pages = stack.enter_context(held.open())
         left = PagesLeft(guest.blocks, held.extents(), pages)
         gone.set()
-        with recoverable(monitor, "it stays stopped here"):
+        otherwise = "when it was lost before it ran there, let it go on here (cont)"
+        with _recoverable(monitor, "it stays stopped here", otherwise):
             talk.recover(guest.blocks, left) if recover else talk.run(state)
             report = talk.serve(left, listener)
     held.end()
     return report
 
 
+def recoverable_from(directory: Path) -> AbstractContextManager[None]:
+    """Inside, the guest of the folder may run at the other end: an error or an interrupt is Parked."""
+    otherwise = "or begin anew in another QEMU, without what the guest has done there"
+    return _recoverable(f"-D {directory}", "its images are as they were", otherwise)
+
+
 @contextmanager
-def recoverable(source: str, here: str) -> Iterator[None]:
-    """Inside, the guest may run at the other end: an error or an interrupt is Parked."""
+def _recoverable(source: str, here: str, otherwise: str) -> Iterator[None]:
     try:
         yield
     except (LazyprocError, KeyboardInterrupt) as error:
         raise Parked(
             f"the guest may run there, and misses pages ({str(error) or 'interrupted'}); {here}",
             where=source,
-            remedy=f"use migrate-recover there, and lazyproc qemu-serve {source} --to ... --recover; when it was "
-            "lost before it ran there, let it go on here (cont)",
+            remedy=f"use migrate-recover there, and lazyproc qemu-serve {source} --to ... --recover; {otherwise}",
         ) from error
 
 
