@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lazyproc.migrate.explain import explain as explain
     from lazyproc.migrate.explain import explain_guest as explain_guest
     from lazyproc.migrate.guest_checkpoint import checkpoint_guest as checkpoint_guest
+    from lazyproc.migrate.guest_clone import qemu_clone as qemu_clone
     from lazyproc.migrate.guest_serve import qemu_serve as qemu_serve
     from lazyproc.migrate.guest_source import migrate_guest as migrate_guest
     from lazyproc.migrate.lazypages import lazy_pages as lazy_pages
@@ -41,6 +42,7 @@ _MODULES = {
     "explain_guest": "lazyproc.migrate.explain",
     "lazy_pages": "lazyproc.migrate.lazypages",
     "migrate_guest": "lazyproc.migrate.guest_source",
+    "qemu_clone": "lazyproc.migrate.guest_clone",
     "qemu_serve": "lazyproc.migrate.guest_serve",
     "read_trace": "lazyproc.trace",
     "receive": "lazyproc.migrate.destination",
@@ -66,6 +68,7 @@ __all__ = [
     "lazy_pages",
     "migrate",
     "migrate_guest",
+    "qemu_clone",
     "qemu_serve",
     "read_trace",
     "receive",

@@ -25,9 +25,12 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--to",
+        dest="targets",
+        action="append",
         metavar="HOST:PORT",
         required=True,
-        help="where QEMU waits (-incoming), its capability postcopy-ram set; or unix:PATH",
+        help="where QEMU waits (-incoming), its capability postcopy-ram set; or unix:PATH. With -D more than once: the "
+        "guest goes on in each",
     )
     parser.add_argument(
         "--recover",
@@ -51,13 +54,17 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     from lazyproc.cli.outcome import Outcome
     from lazyproc.show.reports import guest_served_text, report_fields
 
-    report = lazyproc.qemu_serve(
-        Path(args.directory) if args.directory else args.qmp,
-        args.to,
-        recover=args.recover,
-        preempt=args.preempt,
-        insecure=args.insecure,
-        tls=tls_of(args),
-        listener=listener,
-    )
+    trust = {"preempt": args.preempt, "insecure": args.insecure, "tls": tls_of(args), "listener": listener}
+    if len(args.targets) > 1:
+        if args.directory is None or args.recover:
+            raise lazyproc.errors.UsageError(
+                "only a saved guest goes on in several QEMUs",
+                remedy="name one --to, or a folder and no --recover",
+            )
+        clones = lazyproc.qemu_clone(Path(args.directory), args.targets, **trust)
+        return Outcome(
+            "\n".join(map(guest_served_text, clones)), {"guests": [report_fields(each) for each in clones]}
+        )
+    source = Path(args.directory) if args.directory else args.qmp
+    report = lazyproc.qemu_serve(source, *args.targets, recover=args.recover, **trust)
     return Outcome(guest_served_text(report), report_fields(report))

@@ -11,7 +11,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,25 +73,37 @@ def qemu_serve(
     QEMU there has the capability postcopy-preempt, and what its guest waits for goes by a connection of its own. Raises
     UsageError, ImageError, CannotBeDone, ConnectionLost, ProtocolError; Parked when its guest may run there by then.
     """
-    with ExitStack() as stack:
-        trust = Trust(insecure, tls=tls)
-        socks = [stack.enter_context(closing(_dialled(target, trust))) for _ in range(2 if preempt else 1)]
-        talk = Talk(socks, target)
+    with talk_with(target, Trust(insecure, tls=tls), preempt) as talk:
         if isinstance(source, Path) and source.is_dir():
             return _from_folder(source, talk, recover, listener)
         return _from_guest(str(source), talk, recover, listener)
 
 
-def _from_folder(directory: Path, talk: Talk, recover: bool, listener: Listener) -> GuestServed:
+@contextmanager
+def talk_with(target: str, trust: Trust, preempt: bool) -> Iterator[Talk]:
+    """Connected. Raises UsageError, ConnectionLost, PermissionDenied."""
+    with ExitStack() as stack:
+        socks = [stack.enter_context(closing(_dialled(target, trust))) for _ in range(2 if preempt else 1)]
+        yield Talk(socks, target)
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[tuple[saved.Saved, ImagePages]]:
+    """A saved guest. Raises ImageError."""
     folder = Folder(directory)
     images = folder.read()
     check_sums(images)
     found = saved.read(images)
     with ImagePages(folder, [block.object for block in found.blocks]) as pages:
+        yield found, pages
+
+
+def _from_folder(directory: Path, talk: Talk, recover: bool, listener: Listener) -> GuestServed:
+    with opened(directory) as (found, pages):
         left = PagesLeft(found.blocks, pages.extents(), pages)
         if not recover:
             talk.begin(found.machine, found.blocks)
-        with _recoverable(f"-D {directory}", "its images are as they were"):
+        with recoverable_from(directory):
             talk.recover(found.blocks, left) if recover else talk.run(found.devices)
             return talk.serve(left, listener)
 
@@ -109,24 +121,29 @@ def _from_guest(monitor: str, talk: Talk, recover: bool, listener: Listener) -> 
         pages = stack.enter_context(held.open())
         left = PagesLeft(guest.blocks, held.extents(), pages)
         gone.set()
-        with _recoverable(monitor, "it stays stopped here"):
+        otherwise = "when it was lost before it ran there, let it go on here (cont)"
+        with _recoverable(monitor, "it stays stopped here", otherwise):
             talk.recover(guest.blocks, left) if recover else talk.run(state)
             report = talk.serve(left, listener)
     held.end()
     return report
 
 
+def recoverable_from(directory: Path) -> AbstractContextManager[None]:
+    """Inside, the guest of the folder may run at the other end: an error or an interrupt is Parked."""
+    otherwise = "or begin anew in another QEMU, without what the guest has done there"
+    return _recoverable(f"-D {directory}", "its images are as they were", otherwise)
+
+
 @contextmanager
-def _recoverable(source: str, here: str) -> Iterator[None]:
-    """Inside, the guest may run at the other end: an error or an interrupt is Parked."""
+def _recoverable(source: str, here: str, otherwise: str) -> Iterator[None]:
     try:
         yield
     except (LazyprocError, KeyboardInterrupt) as error:
         raise Parked(
             f"the guest may run there, and misses pages ({str(error) or 'interrupted'}); {here}",
             where=source,
-            remedy=f"use migrate-recover there, and lazyproc qemu-serve {source} --to ... --recover; when it was "
-            "lost before it ran there, let it go on here (cont)",
+            remedy=f"use migrate-recover there, and lazyproc qemu-serve {source} --to ... --recover; {otherwise}",
         ) from error
 
 
@@ -189,11 +206,16 @@ class Talk:
         """What comes, and that the other end understands it. Raises ConnectionLost, ProtocolError."""
         self._send(stream.begins(machine, blocks))
         self._expect(Pong)
-        self._demand_fast()
+        if self._preempts:
+            self._demand_fast()
 
     def _demand_fast(self) -> None:
-        """Before the guest waits for pages by it: without the capability QEMU has closed it by now."""
-        if self._preempts and readable([self._fast.fileno()], 0):
+        """Before the guest waits for pages by it. Without the capability QEMU stops listening once it has run out of
+        what was sent (migration/socket.c, socket_accept_incoming_migration): so what comes later tells.
+        """
+        self._send(stream.ping())
+        self._expect(Pong)
+        if readable([self._fast.fileno()], 0):
             raise ConnectionLost(
                 "QEMU takes no second connection",
                 where=self._target,
@@ -208,6 +230,12 @@ class Talk:
         """From here on the guest may run there."""
         self._send(stream.runs(state))
         self._run_ms = (time.monotonic() - self._started) * 1e3
+
+    def hang_up(self) -> None:
+        """Whoever talks meanwhile, in another thread, gets a ConnectionLost."""
+        for sock in {self._sock, self._fast}:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def recover(self, blocks: Sequence[Block], left: PagesLeft) -> None:
         """After a loss of the connection: what is there does not go again."""

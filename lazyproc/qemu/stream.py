@@ -59,6 +59,11 @@ def command(number: Command, payload: bytes = b"") -> bytes:
     return struct.pack(">BHH", COMMAND, number, len(payload)) + payload
 
 
+def ping() -> bytes:
+    """Answered with Pong."""
+    return command(Command.PING, bytes(4))
+
+
 def packaged(content: bytes) -> bytes:
     """Bytes that the destination reads whole before it does what they say."""
     return command(Command.PACKAGED, struct.pack(">I", len(content))) + content
@@ -126,7 +131,7 @@ def begins(machine: str, blocks: Sequence[Block]) -> bytes:
             command(Command.ADVISE, advise),
             ram_begins(blocks),
             *discards,
-            command(Command.PING, bytes(4)),
+            ping(),
         )
     )
 
@@ -136,7 +141,7 @@ def runs(devices: bytes) -> bytes:
     when it is loaded: until then QEMU may wait for a page, and must not have been sent the end.
     """
     inner = devices_of(devices)
-    return packaged(command(Command.LISTEN) + inner + command(Command.PING, bytes(4)) + command(Command.RUN))
+    return packaged(command(Command.LISTEN) + inner + ping() + command(Command.RUN))
 
 
 def devices_of(stream: bytes) -> bytes:

@@ -83,6 +83,7 @@ def test_a_saved_guest_goes_on(tmp_path: Path) -> None:
         goes_on(serial)
 
 
+@pytest.mark.long
 def test_a_running_guest_is_left_running(tmp_path: Path) -> None:
     with beating(SMALL, tmp_path) as guest:
         answer("checkpoint", "--qemu", guest.qmp, "-D", tmp_path / "images", "--leave-running")
@@ -101,7 +102,7 @@ def test_a_running_guest_goes_on_there(tmp_path: Path) -> None:
         goes_on(guest.serial)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_go_on_from_one(tmp_path: Path) -> None:
     """Each on a serial line of its own, from where the first was heard last."""
     with saved(SMALL, tmp_path) as (images, serial), ExitStack() as stack:
@@ -111,40 +112,46 @@ def test_two_go_on_from_one(tmp_path: Path) -> None:
             stack.enter_context(waiting(SMALL, line, tmp_path / f"there{number}"))[1]
             for number, line in enumerate(lines)
         ]
-        serving = [
-            subprocess.Popen([*CLI, "qemu-serve", "-D", str(images), "--to", where]) for where in targets
-        ]
-        try:
-            assert [each.wait(60) for each in serving] == [0, 0]
-        finally:
-            for each in serving:
-                each.kill()
-                each.wait()
+        report = answer("qemu-serve", "-D", images, *(word for where in targets for word in ("--to", where)))
+        assert [each["target"] for each in report["guests"]] == targets
         for line in lines:
             goes_on(line)
             # One may have been cut in two: its first half is on the line where the guest was before.
             assert line.beats()[0].number - last in (1, 2)
 
 
-@pytest.mark.parametrize("says", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"], ids=["nothing", "something else"])
+@pytest.mark.parametrize(
+    "says",
+    [
+        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", id="something else"),
+        pytest.param(b"", id="nothing", marks=pytest.mark.long),
+    ],
+)
 def test_who_is_no_qemu_is_refused(tmp_path: Path, says: bytes) -> None:
     """And the guest goes on."""
-    with beating(SMALL, tmp_path) as guest, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "stranger"))
+    with beating(SMALL, tmp_path) as guest, stranger(tmp_path / "stranger", says) as where:
+        done = lazyproc("qemu-serve", guest.qmp, "--to", where, expected=1)
+        assert "no QEMU that takes a guest in" in done.stderr or "which no QEMU does" in done.stderr
+        goes_on(guest.serial)
+
+
+@contextmanager
+def stranger(path: Path, says: bytes) -> Iterator[str]:
+    """The address of somebody who answers the first that comes with this, and hangs up."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
         listener.listen()
 
         def be_strange() -> None:
-            stranger, _ = listener.accept()
-            with stranger:
-                stranger.recv(1)
-                stranger.sendall(says)
+            visitor, _ = listener.accept()
+            with visitor:
+                visitor.recv(1)
+                visitor.sendall(says)
 
         thread = threading.Thread(target=be_strange)
         thread.start()
-        done = lazyproc("qemu-serve", guest.qmp, "--to", f"unix:{tmp_path / 'stranger'}", expected=1)
+        yield f"unix:{path}"
         thread.join()
-        assert "no QEMU that takes a guest in" in done.stderr or "which no QEMU does" in done.stderr
-        goes_on(guest.serial)
 
 
 CUT_AFTER = 16 << 20  # bytes
@@ -214,7 +221,37 @@ def test_a_lost_connection_is_recovered(preempt: bool, tmp_path: Path) -> None:
         goes_on(serial)
 
 
-@pytest.mark.slow
+@pytest.mark.long
+def test_a_clone_that_is_lost_leaves_the_others_alone(tmp_path: Path) -> None:
+    with (
+        saved(SMALL, tmp_path) as (images, _),
+        Serial(tmp_path / "one") as one,
+        Serial(tmp_path / "two") as two,
+        waiting(SMALL, one, tmp_path / "there") as (there, where),
+        waiting(SMALL, two, tmp_path / "elsewhere") as (_, elsewhere),
+    ):
+        with cut_short(where, tmp_path / "cut") as cut:
+            lost = lazyproc("qemu-serve", "-D", images, "--to", cut, "--to", elsewhere, expected=4)
+            assert f"unix:{tmp_path / 'cut'}: QEMU is lost" in lost.stderr
+        goes_on(two)
+        again = recovering(there, tmp_path / "again")
+        answer("qemu-serve", "-D", images, "--to", again, "--recover")
+        goes_on(one)
+
+
+@pytest.mark.long
+def test_no_clone_runs_before_all_are_taken_in(tmp_path: Path) -> None:
+    with (
+        saved(SMALL, tmp_path) as (images, _),
+        Serial(tmp_path / "one") as one,
+        waiting(SMALL, one, tmp_path / "there") as (_, where),
+        stranger(tmp_path / "stranger", b"") as nobody,
+    ):
+        lazyproc("qemu-serve", "-D", images, "--to", where, "--to", nobody, expected=1)
+        assert one.beats() == []
+
+
+@pytest.mark.long
 def test_a_guest_that_ran_here_is_recovered(tmp_path: Path) -> None:
     """It stands here until all of it is there."""
     with (
@@ -243,6 +280,7 @@ def test_what_is_waited_for_has_a_connection_of_its_own(tmp_path: Path) -> None:
         goes_on(serial)
 
 
+@pytest.mark.long
 def test_a_qemu_without_a_second_connection_is_refused(tmp_path: Path) -> None:
     """Before the guest waits for pages by it."""
     with (
@@ -254,9 +292,8 @@ def test_a_qemu_without_a_second_connection_is_refused(tmp_path: Path) -> None:
         goes_on(guest.serial)
 
 
-@pytest.mark.parametrize(
-    "preempt", [pytest.param(False, id="one"), pytest.param(True, id="two", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("preempt", [False, True], ids=["one", "two"])
 def test_with_tls_as_qemu_speaks_it(preempt: bool, tmp_path: Path) -> None:
     """Each end has a certificate of one CA; who comes without is refused, and the guest goes on."""
     options, capabilities = (["--preempt"], ["postcopy-preempt"]) if preempt else ([], [])

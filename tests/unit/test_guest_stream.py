@@ -175,12 +175,13 @@ class Other:
     def until_run(self) -> list[streams.Item]:
         """What came before pages."""
         found: list[streams.Item] = []
-        while Told(Command.PING, bytes(4)) not in found:
-            found.append(self.next())
-        self.say(Pong())
-        while not isinstance(found[-1], Told) or found[-1].number != Command.PACKAGED:
-            found.append(self.next())
-        return found
+        while True:
+            item = self.next()
+            found.append(item)
+            if isinstance(item, Told) and item.number == Command.PACKAGED:
+                return found
+            if item == Told(Command.PING, bytes(4)):
+                self.say(Pong())
 
     def page(self) -> Page | Ends:
         item = self.next()
