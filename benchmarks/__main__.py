@@ -25,6 +25,7 @@ from benchmarks import (
     paths,
     plots,
     policies,
+    qemu,
     record,
     redis,
     restore_start,
@@ -67,6 +68,7 @@ SCENES: Mapping[str, Scene] = {
     "starts": Scene(starts.run),
     "heap": Scene(heap.run),
     "redis": Scene(redis.run),
+    "qemu": Scene(qemu.run, 6),
 }
 APART = ", ".join(name for name, scene in SCENES.items() if scene.apart)
 LIMIT_MIN = 30  # for all of them

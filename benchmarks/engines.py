@@ -24,15 +24,17 @@ Engine = Callable[[Pair, int, Path], AbstractContextManager[Report]]
 
 @contextmanager
 def by_lazyproc(pair: Pair, vpid: int, _images: Path, options: Sequence[str] = ()) -> Iterator[Report]:
-    with receiving(pair, "--insecure") as address, migrating(pair, vpid, address, options) as report:
+    with receiving(pair, "--insecure") as address, migrating(pair, [vpid], address, options) as report:
         yield report
 
 
 @contextmanager
-def migrating(pair: Pair, vpid: int, address: str, options: Sequence[str] = ()) -> Iterator[Report]:
-    """To a receiver that is there."""
+def migrating(
+    pair: Pair, what: Sequence[object], address: str, options: Sequence[str] = ()
+) -> Iterator[Report]:
+    """`what` the command calls it, to a receiver that is there."""
     migrate = pair.source.popen(
-        lazyproc("migrate", vpid, address, "--insecure", "--json", *options),
+        lazyproc("migrate", *what, address, "--insecure", "--json", *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

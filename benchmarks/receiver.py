@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lazyproc.hosts import Pair
@@ -18,11 +18,15 @@ def lazyproc(*words: object) -> list[str]:
 
 
 @contextmanager
-def receiving(pair: Pair, *trust: str) -> Iterator[str]:
-    """Where it listens; at the end it has the tree. Killed when the block fails."""
+def receiving(pair: Pair, *trust: str, command: Sequence[str] = ()) -> Iterator[str]:
+    """Where it listens; at the end it has the tree, or the guest for which it starts `command`. Killed when the block
+    fails.
+    """
     address = f"{pair.destination.address}:{PORT}"
     receiver = pair.destination.popen(
-        lazyproc("receive", "--listen", address, "--once", *trust, "--json"),
+        lazyproc(
+            "receive", "--listen", address, "--once", *trust, "--json", *(["--", *command] if command else [])
+        ),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -33,7 +37,7 @@ def receiving(pair: Pair, *trust: str) -> Iterator[str]:
             if "listening" in line:
                 break
         yield address
-        receiver.communicate(timeout=DEADLINE_S)
+        receiver.wait(DEADLINE_S)  # not for the end of its words: a QEMU that it has started speaks on
     finally:
         receiver.kill()
         receiver.wait()

@@ -52,7 +52,7 @@ def _evict_criu() -> None:
 @contextmanager
 def _lazyproc(pair: Pair) -> Iterator[Engine]:
     with receiving(pair.destination) as receiver:
-        yield lambda source, vpid, _images: migrating(source, vpid, receiver.address)
+        yield lambda source, vpid, _images: migrating(source, [vpid], receiver.address)
 
 
 @contextmanager

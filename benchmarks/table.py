@@ -26,6 +26,13 @@ class Row:
     samples: Sequence[str] = ()
 
 
+GUEST_WAYS = ("no limit", "1gbit", "100mbit")
+OF_A_GUEST = {
+    "longest gap, {}: lazyproc / QEMU's best": "a guest, {}: longest gap, of QEMU's best post-copy",
+    "visits, {}: QEMU's best / lazyproc": "its work during the copy, QEMU's best / lazyproc",
+    "total, {}: lazyproc / QEMU's best": "total time, of QEMU's best",
+    "stop to run, {}, ms": "stop to run, ms",
+}
 GOALS = (
     Row(
         "random toucher, 512 MiB: time until all resident, of CRIU's",
@@ -69,6 +76,12 @@ GOALS = (
         "working-set",
         "faults of the second / of the first",
     ),
+    *(
+        Row(words.format(way), "qemu", goal.format(way))
+        for way in GUEST_WAYS
+        for goal, words in OF_A_GUEST.items()
+    ),
+    Row("longest gap there, ms", "qemu", "longest gap, 100mbit, ms"),
 )
 # Scenes all of whose medians are shown; those of the others are in the JSON.
 SHOWN = ("starts", "redis", "heap")
@@ -156,6 +169,20 @@ def policy_table(found: Newest) -> Iterator[str]:
         yield f"| `{policy}` | " + " | ".join(cells) + " |"
 
 
+def guest_table(found: Newest) -> Iterator[str]:
+    """The scene `qemu`: a row for each link and who moved the guest over it."""
+    samples: Mapping[str, Any] = found["qemu"][2]["samples"] if "qemu" in found else {}
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, each in samples.items():
+        what, *row = name.split(", ")
+        rows.setdefault(tuple(row), {})[f"{what}, {each['unit']}"] = brief(each["median"])
+    columns = list(next(iter(rows.values()), {}))
+    yield "| link | who | " + " | ".join(columns) + " |"
+    yield "|---|---|" + "---|" * len(columns)
+    for (way, who), cells in rows.items():
+        yield f"| {way} | {who} | " + " | ".join(cells[column] for column in columns) + " |"
+
+
 def median_table(found: Newest) -> Iterator[str]:
     yield "| scene | what | median | median lies in |"
     yield "|---|---|---|---|"
@@ -179,6 +206,7 @@ TABLES = {
     "links": link_table,
     "medians": median_table,
     "policies": policy_table,
+    "guests": guest_table,
 }
 
 

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from lazyproc.dump.permits import Permits as Permits
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.explain import explain as explain
+    from lazyproc.migrate.explain import explain_guest as explain_guest
+    from lazyproc.migrate.guest_checkpoint import checkpoint_guest as checkpoint_guest
+    from lazyproc.migrate.guest_serve import qemu_serve as qemu_serve
+    from lazyproc.migrate.guest_source import migrate_guest as migrate_guest
     from lazyproc.migrate.lazypages import lazy_pages as lazy_pages
     from lazyproc.migrate.local import PageServerOfCriu as PageServerOfCriu
     from lazyproc.migrate.local import restore as restore
@@ -32,8 +36,12 @@ _MODULES = {
     "Restored": "lazyproc.restore.run",
     "Tls": "lazyproc.pages.tls",
     "checkpoint": "lazyproc.dump.checkpoint",
+    "checkpoint_guest": "lazyproc.migrate.guest_checkpoint",
     "explain": "lazyproc.migrate.explain",
+    "explain_guest": "lazyproc.migrate.explain",
     "lazy_pages": "lazyproc.migrate.lazypages",
+    "migrate_guest": "lazyproc.migrate.guest_source",
+    "qemu_serve": "lazyproc.migrate.guest_serve",
     "read_trace": "lazyproc.trace",
     "receive": "lazyproc.migrate.destination",
     "resume": "lazyproc.migrate.sessions",
@@ -51,10 +59,14 @@ __all__ = [
     "Tls",
     "abort",
     "checkpoint",
+    "checkpoint_guest",
     "errors",
     "explain",
+    "explain_guest",
     "lazy_pages",
     "migrate",
+    "migrate_guest",
+    "qemu_serve",
     "read_trace",
     "receive",
     "restore",

@@ -384,6 +384,9 @@ class UnixSocket:
     pending: tuple[int, ...] = ()  # inodes of connections not yet accepted (listening sockets)
     path: str = ""  # where the socket file lies, absolute; "" when it was unlinked or the name is abstract
     peer_credentials: tuple[int, int, int] | None = None  # SO_PEERCRED: pid (vpid, 0 unknown), uid, gid
+    peer_name: bytes = (
+        b""  # of a datagram socket's peer outside of the tree, to be connected to again by its name
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,6 +424,9 @@ class InetSocket:
     interface: str = ""  # SO_BINDTODEVICE
     tcp: TcpState | None = None
     queue: tuple[Packet, ...] = ()  # UDP
+    absent: bool = (
+        False  # its local address is on no interface: it was bound with IP_FREEBIND, whatever that says now
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -486,13 +492,16 @@ Resource = (
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """One open file description (what dup and fork share), with the status flags O_* and the position."""
+    """One open file description (what dup and fork share), with the status flags O_* and the position. What is
+    `outside` is shared with processes outside of the tree, and given to it by who restores (lazyproc/outside.py).
+    """
 
     id: int
     flags: int
     pos: int
     owner: Owner
     resource: Resource
+    outside: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ _PACKAGES = {
     "nsenter": "util-linux",
     "pgbench": "postgresql-contrib",
     "postgres": "postgresql",
+    "qemu-system-x86_64": "qemu-system-x86",
     "redis-benchmark": "redis-tools",
     "redis-cli": "redis-tools",
     "redis-server": "redis-server",

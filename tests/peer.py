@@ -8,19 +8,17 @@ folder's dynamic linker. Nothing is installed. The folder is $XDG_CACHE_HOME/laz
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 
-from tests.needs import lacking
+from tests.fetched import filled, run
 
 _SUITE = "forky"
 _PACKAGES = ("criu", "python3-pycriu")
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
-_COMPLETE = ".complete"
+_ROOT = "root"
 
 
 def criu() -> list[str]:
@@ -51,23 +49,12 @@ def _linker() -> list[str]:
 def _root() -> Path:
     """The folder with the unpacked packages, filled at the first use."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "/var/tmp") / "lazyproc-peer"
-    root = base / "root"
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        with open(base / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two test sessions may start at once
-            if not (base / _COMPLETE).exists():
-                _fill(base, root)
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", "") or str(error)
-        lacking(
-            f"there is no CRIU 4.2 to test against ({detail.strip().splitlines()[-1]})",
-            f"make Debian's suite {_SUITE} reachable for apt-get, then: rm -r {base}",
-        )
-    return root
+    remedy = f"make Debian's suite {_SUITE} reachable for apt-get"
+    return filled(base, _fill, "there is no CRIU 4.2 to test against", remedy) / _ROOT
 
 
-def _fill(base: Path, root: Path) -> None:
+def _fill(base: Path) -> None:
+    root = base / _ROOT
     for folder in (root, base / "lists/partial", base / "archives/partial"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -83,23 +70,18 @@ def _fill(base: Path, root: Path) -> None:
         "-oAPT::Install-Recommends=0",
         "-oAPT::Sandbox::User=root",
     ]
-    _run("apt-get", *options, "-q", "update")
-    _run("apt-get", *options, "-q", "-y", "--download-only", "install", *_PACKAGES)
+    run("apt-get", *options, "-q", "update")
+    run("apt-get", *options, "-q", "-y", "--download-only", "install", *_PACKAGES)
     for package in sorted((base / "archives").glob("*.deb")):
-        _run("dpkg", "-x", str(package), str(root))
+        run("dpkg", "-x", str(package), str(root))
     shutil.rmtree(base / "archives")
-    (base / _COMPLETE).touch()
 
 
 def _mirror() -> str:
     """The address of the Debian mirror that this machine uses."""
-    lines = _run("apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI)", "Created-By: Packages")
+    lines = run("apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI)", "Created-By: Packages")
     for line in lines.splitlines():
         origin, _, address = line.partition(" ")
         if origin == "Debian" and "security" not in address:
             return address
     raise OSError("apt knows no mirror of Debian")
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout

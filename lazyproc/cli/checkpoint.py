@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_directory, add_json, add_pid, add_tcp_close, command
+from lazyproc.cli.options import (
+    Commands,
+    add_directory,
+    add_json,
+    add_pid_or_qemu,
+    add_tcp_close,
+    command,
+)
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -14,7 +21,7 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     parser = command(commands, run, "checkpoint", "write a process tree into CRIU-format images and end it")
-    add_pid(parser)
+    add_pid_or_qemu(parser)
     add_directory(parser, "folder for the images, made unless it is there")
     parser.add_argument("--leave-running", action="store_true", help="let the tree run on afterwards")
     add_tcp_close(parser)
@@ -27,11 +34,19 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
 
     import lazyproc
     from lazyproc.cli.outcome import Outcome
-    from lazyproc.show.reports import checkpoint_text, report_fields
+    from lazyproc.show.reports import checkpoint_text, guest_checkpoint_text, report_fields
 
+    directory = Path(args.directory)
+    if args.qemu is not None:
+        if args.tcp_close:
+            raise lazyproc.errors.UsageError("a guest is saved as a whole", remedy="leave out --tcp-close")
+        saved = lazyproc.checkpoint_guest(
+            args.qemu, directory, leave_running=args.leave_running, listener=listener
+        )
+        return Outcome(guest_checkpoint_text(saved, args.directory), report_fields(saved))
     report = lazyproc.checkpoint(
         args.pid,
-        Path(args.directory),
+        directory,
         leave_running=args.leave_running,
         tcp_close=args.tcp_close,
         listener=listener,

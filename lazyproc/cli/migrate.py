@@ -9,7 +9,7 @@ from lazyproc.cli.options import (
     Commands,
     add_json,
     add_pace,
-    add_pid,
+    add_pid_or_qemu,
     add_policy,
     add_retry,
     add_tcp_close,
@@ -17,6 +17,7 @@ from lazyproc.cli.options import (
     add_trust,
     command,
     destination,
+    of_pid_or_qemu,
     tls_of,
 )
 
@@ -30,7 +31,7 @@ def add(commands: Commands) -> None:
     parser = command(
         commands, run, "migrate", "move a process tree to another host, where `lazyproc receive` waits"
     )
-    add_pid(parser)
+    add_pid_or_qemu(parser)
     parser.add_argument(
         "target",
         metavar=HOST_PORT,
@@ -79,8 +80,8 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         tcp_close=args.tcp_close,
         release=args.release,
     )
-    report = lazyproc.migrate(
-        args.pid,
+    move = of_pid_or_qemu(args, lazyproc.migrate, lazyproc.migrate_guest)
+    report = move(
         args.target,
         order,
         insecure=args.insecure,
@@ -89,4 +90,4 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         retry_for=args.retry_for,
         trace=args.trace,
     )
-    return Outcome(migrate_text(report, args.pid, args.target), report_fields(report))
+    return Outcome(migrate_text(report, report.root_vpid, args.target), report_fields(report))

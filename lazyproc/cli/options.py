@@ -8,12 +8,15 @@ from collections.abc import Callable
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
+    from typing import TypeVar
+
     from lazyproc import PageServerOfCriu, Tls
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import Listener
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
     Run = Callable[[argparse.Namespace, Listener], Outcome]
+    _Found = TypeVar("_Found")
 else:
     Commands = argparse._SubParsersAction
 
@@ -58,6 +61,24 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_pid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pid", metavar="PID", type=pid, help="the root of the process tree")
+
+
+def add_pid_or_qemu(parser: argparse.ArgumentParser) -> None:
+    """One of them; see `of_pid_or_qemu`."""
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("pid", metavar="PID", type=pid, nargs="?", help="the root of the process tree")
+    either.add_argument(
+        "--qemu", metavar="QMP", help="the guest of the QEMU whose QMP monitor is this unix socket"
+    )
+
+
+def of_pid_or_qemu(
+    args: argparse.Namespace, tree: Callable[..., _Found], guest: Callable[..., _Found]
+) -> Callable[..., _Found]:
+    """The work on a tree or on a guest, with what it is to be done on."""
+    from functools import partial
+
+    return partial(tree, args.pid) if args.qemu is None else partial(guest, args.qemu)
 
 
 def add_directory(parser: argparse.ArgumentParser, words: str) -> None:

@@ -44,6 +44,12 @@ def add(commands: Commands) -> None:
     add_own_policy(parser, "that of the source")
     add_trust(parser)
     add_json(parser)
+    parser.add_argument(
+        "command",
+        metavar="-- qemu-system-x86_64 ...",
+        nargs="*",
+        help="take in guests of QEMU, each into one that is started so; the same command line as at the source",
+    )
 
 
 def run(args: argparse.Namespace, listener: Listener) -> Outcome:
@@ -70,6 +76,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
                 frozenset(args.allow_uid),
                 policy=args.policy,
                 record=args.record,
+                command=tuple(args.command),
             ),
             once=args.once,
             insecure=args.insecure,

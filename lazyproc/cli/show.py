@@ -23,6 +23,10 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
 
     from lazyproc.cli.outcome import Outcome
     from lazyproc.show.checkpoints import checkpoint_fields, checkpoint_text, read_checkpoint
+    from lazyproc.show.guests import guest_fields, guest_text, read_guest
 
+    guest = read_guest(Path(args.directory))
+    if guest is not None:
+        return Outcome(guest_text(guest), guest_fields(guest))
     checkpoint = read_checkpoint(Path(args.directory))
     return Outcome(checkpoint_text(checkpoint), checkpoint_fields(checkpoint))

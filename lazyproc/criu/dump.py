@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import lazyproc
-from lazyproc.criu import places, scripts
+from lazyproc.criu import inherited, places, scripts
 from lazyproc.criu.log import INFO, Log
 from lazyproc.criu.parse import Given
 from lazyproc.errors import UsageError
@@ -94,6 +94,10 @@ def _permits(given: Given) -> lazyproc.Permits:
         locks="file-locks" in given,
         led_from_outside="shell-job" in given,
         ghost_limit=_size(given.last("ghost-limit", "1M")),
+        net_apart="network-lock" not in given,
+        outside=True,
+        datagrams_out="ext-unix-sk" in given,
+        external=frozenset(inherited.external(given)),
     )
 
 

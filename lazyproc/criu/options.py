@@ -62,6 +62,7 @@ class Option:
 
 DOES, ALWAYS, PERMITS, REFUSED = Kind
 _CR = (DUMP, RESTORE)
+_REMOTE = (PAGE_SERVER, LAZY_PAGES)
 _NAMESPACES = "namespaces are not dumped: a tree is restored in those of the command"
 _ITERATIVE = "there is no dump in steps yet; dump once"
 
@@ -141,9 +142,9 @@ OPTIONS = (
     ),
     Option(
         "restore-sibling",
-        REFUSED,
+        DOES,
         (RESTORE,),
-        "a restored root is a child of its reaper, and not of the caller",
+        "the root is a child of who calls; otherwise of its reaper. With --restore-detached",
         short="S",
         negatable=True,
     ),
@@ -203,12 +204,19 @@ OPTIONS = (
     ),
     Option(
         "inherit-fd",
-        REFUSED,
+        DOES,
         (RESTORE,),
-        "no descriptor of the command takes the place of a dumped file yet",
+        "descriptor N takes the place of what the tree had: `pipe:[INODE]`, `socket:[INODE]`, a path without its first "
+        "slash, or what --external has left outside",
         "fd[N]:KEY",
     ),
-    Option("external", PERMITS, _CR, "resources that stay outside: refused where they occur", "RESOURCE"),
+    Option(
+        "external",
+        PERMITS,
+        _CR,
+        "`file[MNT:INODE]`, `tty[RDEV:DEV]`, `unix[INODE]`: stay outside; others: refused where they occur",
+        "RESOURCE",
+    ),
     # Sockets
     Option(
         "tcp-established",
@@ -227,8 +235,23 @@ OPTIONS = (
         "a connection that was not accepted yet is not dropped",
         negatable=True,
     ),
-    Option("ext-unix-sk", PERMITS, _CR, "unix sockets connected to the outside: refused", "[INODES]", "x"),
-    Option("network-lock", DOES, _CR, "how packets are held back; with nft", "HOW", values=("nftables",)),
+    Option(
+        "ext-unix-sk",
+        PERMITS,
+        (DUMP,),
+        "datagram sockets connected to a name outside: connected to it again; those of INODES: as by --external",
+        "[INODES]",
+        "x",
+    ),
+    Option("ext-unix-sk", ALWAYS, (RESTORE,), "they are connected again", "[INODES]"),
+    Option(
+        "network-lock",
+        DOES,
+        _CR,
+        "how packets of the tree are held back; a dump of a tree in a network namespace of its own: refused",
+        "HOW",
+        values=("nftables",),
+    ),
     Option(
         "shell-job",
         PERMITS,
@@ -240,12 +263,14 @@ OPTIONS = (
     Option("veth-pair", REFUSED, (RESTORE,), _NAMESPACES, "IN=OUT"),
     # Namespaces, mounts, groups
     Option(
+        "root", DOES, (RESTORE,), "the root directory of the tree; without it that of the command", "DIR", "r"
+    ),
+    Option(
         "root",
-        REFUSED,
-        _CR,
-        "mounts are not dumped: a tree is restored in the root directory of the command",
+        ALWAYS,
+        (DUMP,),
+        "files are called as the tree calls them, from its root directory",
         "DIR",
-        "r",
     ),
     Option("join-ns", REFUSED, (RESTORE,), f"{_NAMESPACES}; start it in them with nsenter", "NS:FILE", "J"),
     Option("empty-ns", REFUSED, _CR, _NAMESPACES, "NS"),
@@ -313,12 +338,41 @@ OPTIONS = (
         "a page server has an address; use --address and --port",
         "FD",
     ),
-    Option("tls", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "is not built yet", negatable=True),
-    Option("tls-cacert", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "see --tls", "FILE"),
-    Option("tls-cacrl", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "see --tls", "FILE"),
-    Option("tls-cert", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "see --tls", "FILE"),
-    Option("tls-key", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "see --tls", "FILE"),
-    Option("tls-no-cn-verify", REFUSED, (DUMP, PAGE_SERVER, LAZY_PAGES), "see --tls"),
+    Option(
+        "tls",
+        DOES,
+        _REMOTE,
+        "TLS 1.3; both ends show a certificate, and no other CA is trusted",
+        negatable=True,
+    ),
+    Option("tls-cacert", DOES, _REMOTE, "the CA's certificate; /etc/pki/CA/cacert.pem otherwise", "FILE"),
+    Option(
+        "tls-cacrl",
+        DOES,
+        _REMOTE,
+        "certificates that it has revoked; /etc/pki/CA/cacrl.pem otherwise, if it is there",
+        "FILE",
+    ),
+    Option("tls-cert", DOES, _REMOTE, "our certificate; /etc/pki/criu/cert.pem otherwise", "FILE"),
+    Option("tls-key", DOES, _REMOTE, "its key; /etc/pki/criu/private/key.pem otherwise", "FILE"),
+    Option(
+        "tls-no-cn-verify",
+        DOES,
+        (LAZY_PAGES,),
+        "the server's certificate need not be for the name of --address",
+    ),
+    Option(
+        "tls-no-cn-verify",
+        ALWAYS,
+        (PAGE_SERVER,),
+        "who has a certificate of the CA may come, whatever its name",
+    ),
+    Option("tls", REFUSED, (DUMP,), "is not built yet", negatable=True),
+    Option("tls-cacert", REFUSED, (DUMP,), "see --tls", "FILE"),
+    Option("tls-cacrl", REFUSED, (DUMP,), "see --tls", "FILE"),
+    Option("tls-cert", REFUSED, (DUMP,), "see --tls", "FILE"),
+    Option("tls-key", REFUSED, (DUMP,), "see --tls", "FILE"),
+    Option("tls-no-cn-verify", REFUSED, (DUMP,), "see --tls"),
     Option("track-mem", REFUSED, (DUMP,), _ITERATIVE, negatable=True),
     Option("prev-images-dir", REFUSED, (DUMP,), _ITERATIVE, "DIR"),
     Option("auto-dedup", REFUSED, WORKING, _ITERATIVE, negatable=True),

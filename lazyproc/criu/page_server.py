@@ -23,6 +23,7 @@ def run(given: Given, log: Log) -> None:
         places.peer(given),
         Order(),
         insecure=places.insecure(given),
+        tls=places.tls(given),
         once=True,
         ready=ready,
         receive="lazy-pages" not in given,

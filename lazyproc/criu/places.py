@@ -9,6 +9,10 @@ import lazyproc
 from lazyproc.criu.parse import Given
 from lazyproc.errors import UsageError
 
+# criu/tls.c, as distributions build it.
+CERT, KEY = "/etc/pki/criu/cert.pem", "/etc/pki/criu/private/key.pem"
+CA, CRL = "/etc/pki/CA/cacert.pem", "/etc/pki/CA/cacrl.pem"
+
 
 def images(given: Given) -> Path:
     """Raises UsageError unless it is a folder: CRIU makes none."""
@@ -17,6 +21,11 @@ def images(given: Given) -> Path:
 
 def work(given: Given) -> Path:
     return _folder(given.last("work-dir"), "--work-dir") if "work-dir" in given else images(given)
+
+
+def root(given: Given) -> str | None:
+    """The root directory of the tree, where that is to be another one than ours. Raises UsageError."""
+    return str(_folder(given.last("root"), "--root").absolute()) if "root" in given else None
 
 
 def log(given: Given) -> Path | None:
@@ -61,6 +70,20 @@ def say_ready(given: Given) -> None:
         ) from None
 
 
+def tls(given: Given) -> lazyproc.Tls | None:
+    """With --tls: the files that are given, otherwise those of CRIU's own folders."""
+    if "tls" not in given:
+        return None
+    crl = CRL if os.access(CRL, os.R_OK) else ""
+    return lazyproc.Tls(
+        given.last("tls-cert", CERT),
+        given.last("tls-key", KEY),
+        given.last("tls-cacert", CA),
+        given.last("tls-cacrl", crl),
+        names="tls-no-cn-verify" not in given,
+    )
+
+
 def close_status(given: Given) -> None:
     """In every process that has --status-fd: who reads it waits for its end. Raises OSError unless it is open."""
     if (fd := given.number("status-fd", -1)) >= 0:
@@ -82,4 +105,4 @@ def insecure(given: Given) -> bool:
 
 def page_server(given: Given) -> lazyproc.PageServerOfCriu:
     """CRIU's, or ours that speaks its language. Raises UsageError."""
-    return lazyproc.PageServerOfCriu(peer(given), insecure=insecure(given))
+    return lazyproc.PageServerOfCriu(peer(given), insecure=insecure(given), tls=tls(given))

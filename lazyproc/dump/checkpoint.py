@@ -17,7 +17,7 @@ from lazyproc.dump.permits import ALL, Permits
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import CannotBeDone
-from lazyproc.events import Listener, StateChanged, StepDone
+from lazyproc.events import Listener, Note, StateChanged, StepDone
 from lazyproc.facts import dataclass, replace
 from lazyproc.images.draft import Draft, filled
 from lazyproc.images.files import Folder
@@ -25,6 +25,7 @@ from lazyproc.images.stats import dump_stats
 from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.netfilter import DUMPED, Hold
 from lazyproc.model import PAGE, Checkpoint
+from lazyproc.outside import name_of
 from lazyproc.pages import storing
 from lazyproc.pages.storing import Store, Stored
 
@@ -125,11 +126,17 @@ def written(
             whole = dump.for_images()
             if hold is not None and dump.outside and ends:
                 whole = replace(whole, held=hold.session)
+            for name in _left_outside(whole):
+                listener(Note(f"{name} stays outside: a restore needs --inherit-fd 'fd[N]:{name}'"))
             stored = store(draft, whole, pages)
             if ends:
                 draft.sync()
             dump.demand_idle_rings()
             yield Written(tree, dump, pages, whole, stored, hold, frozen_at)
+
+
+def _left_outside(checkpoint: Checkpoint) -> list[str]:
+    return sorted({name_of(file, checkpoint) for file in checkpoint.files.values() if file.outside})
 
 
 def demand_possible(pid: int, *, tcp_close: bool, permits: Permits, listener: Listener) -> None:

@@ -19,7 +19,7 @@ from lazyproc.dump.refusals import refusal
 from lazyproc.dump.registry import FileSeen, Refused, Registry, TaskRef
 from lazyproc.dump.sockets import SocketTable
 from lazyproc.errors import NoSuchProcess, Obstacle
-from lazyproc.facts import dataclass
+from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.kernel.proc_fdinfo import fdinfo
@@ -33,7 +33,9 @@ from lazyproc.model import (
     RegularFile,
     Resource,
     SharedMemory,
+    UnixSocket,
 )
+from lazyproc.outside import external_name
 
 SOCKET_LINK = "socket:["
 
@@ -146,11 +148,13 @@ def _inspect(
             hold(sockets.flows())
         if registry.contents_wanted:
             sockets.read_queues()
-    for number, look in looks.items():
+    # What has a path comes last: see pipes._number.
+    for number, look in sorted(looks.items(), key=lambda item: item[1].link.startswith("/")):
         if not look.link.startswith(SOCKET_LINK):
             _describe(registry, number, look)
     for number, socket in sockets.resolve().items():
         _describe(registry, number, looks[number], socket)
+    _see_outside(registry)
     pipes.finish_pipes(registry, looks)
 
 
@@ -160,11 +164,26 @@ def _describe(registry: Registry, number: int, look: Look, resource: Resource | 
         if not registry.contents_wanted and os.readlink(f"/proc/self/fd/{taken}") != look.link:
             return  # a running process has closed it and opened another file under its number
         refuse_locks(registry, look)
-        if resource is None:
-            resource = _gatherer(look, os.fstat(taken))(registry, look, taken)
+        status = os.fstat(taken)
+        name = external_name(status, look.info.mnt_id) if look.link.startswith("/") else ""
+        outside = name in registry.permits.external
+        if outside:
+            resource = RegularFile(name, status.st_mode)
+        elif resource is None:
+            resource = _gatherer(look, status)(registry, look, taken)
         flags = look.info.flags & ~os.O_CLOEXEC
         owner = _owner(registry, look, taken)
-        registry.files[number] = OpenFile(number, flags, look.info.pos, owner, resource)
+        registry.files[number] = OpenFile(number, flags, look.info.pos, owner, resource, outside)
+
+
+def _see_outside(registry: Registry) -> None:
+    """Unix sockets whose other end is not in the tree; whether they may be is known already."""
+    files = list(registry.files.items())
+    inside = {file.resource.inode for _, file in files if isinstance(file.resource, UnixSocket)} | {0}
+    for number, file in files:
+        unix = file.resource
+        if isinstance(unix, UnixSocket) and unix.peer not in inside and not unix.peer_name:
+            registry.files[number] = replace(file, outside=True)
 
 
 def _add_sockets(registry: Registry, sockets: SocketTable, looks: dict[int, Look]) -> None:

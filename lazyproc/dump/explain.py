@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from lazyproc.dump import aio
 from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.descriptors import look_at_descriptors
+from lazyproc.dump.guests import point_to_guests, qemus_of
 from lazyproc.dump.memory import has_guards, refused_mappings
 from lazyproc.dump.needs import needs_of
 from lazyproc.dump.permits import MOVED, Permits
@@ -68,8 +69,11 @@ def examine(
     of_resources, wanted, seen = _resources(facts, tcp_close, permits, guarded)
     guards = tuple(Wanted(FeatureNeed("guard regions"), pid, "process") for pid in sorted(guarded)[:1])
     smaps = {pid: process.smaps for pid, process in alive.items()}
-    of_tree = (*obstacles(facts), *(() if permits.led_from_outside else _led_from_outside(facts)))
-    return Examined((*of_tree, *of_resources), (*wanted, *guards), smaps, seen)
+    of_tree = [*obstacles(facts)]
+    of_tree += () if permits.led_from_outside else _led_from_outside(facts)
+    of_tree += () if permits.net_apart else _net_apart(facts)
+    found = point_to_guests((*of_tree, *of_resources), qemus_of(alive))
+    return Examined(found, (*wanted, *guards), smaps, seen)
 
 
 def _guarded(processes: Iterable[ProcessFacts]) -> Iterator[int]:
@@ -195,6 +199,14 @@ def _led_from_outside(facts: TreeFacts) -> Iterator[Obstacle]:
                 yield Obstacle(
                     process.pid, "process", why, "start it with setsid, or say that it is a job of a shell"
                 )
+
+
+def _net_apart(facts: TreeFacts) -> Iterator[Obstacle]:
+    if facts.root.namespaces.get("net") not in (None, facts.our_namespaces["net"]):
+        why = (
+            "is in a network namespace of its own, of which only the packets of its connections are held back"
+        )
+        yield Obstacle(facts.root.pid, "process", why, "leave out --network-lock")
 
 
 def _note_of_copies(facts: TreeFacts) -> Iterator[str]:

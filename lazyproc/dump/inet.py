@@ -14,7 +14,8 @@ from lazyproc.dump.registry import Refused
 from lazyproc.dump.tcp import FIN_SENT, read_connection, read_ended
 from lazyproc.facts import dataclass
 from lazyproc.kernel import tcp
-from lazyproc.kernel.netfilter import End, Flow, plain
+from lazyproc.kernel.netfilter import LOOPBACK, End, Flow, plain
+from lazyproc.kernel.netns import namespace_of
 from lazyproc.kernel.sockdiag import InetInfo
 from lazyproc.kernel.sockopt import (
     IP_PKTINFO,
@@ -120,7 +121,26 @@ def gather_inet(
         interface=interface,
         tcp=connection,
         queue=queue,
+        absent=remote is None and _is_absent(sock, local[0], interface),
     )
+
+
+def _is_absent(sock: socket.socket, host: bytes, interface: str) -> bool:
+    """Whether no socket can be bound to the address unless it is told to (IP_FREEBIND, ip(7)), as this one was."""
+    if not any(host) or host in LOOPBACK.values():
+        return False
+    with namespace_of(sock), socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
+        if interface:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        return _bind_error(probe, socket.inet_ntop(sock.family, host)) == errno.EADDRNOTAVAIL
+
+
+def _bind_error(sock: socket.socket, host: str) -> int:
+    try:
+        sock.bind((host, 0))
+    except OSError as error:
+        return error.errno or 0
+    return 0
 
 
 def _connection(sock: socket.socket, state: int, shutdown: int) -> TcpState | None:

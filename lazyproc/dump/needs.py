@@ -18,7 +18,7 @@ from lazyproc.dump.threads import credentials
 from lazyproc.errors import NoSuchProcess
 from lazyproc.kernel import proc, sysvipc
 from lazyproc.kernel.netfilter import plain
-from lazyproc.kernel.sockopt import EARLY, TCP_CLOSE
+from lazyproc.kernel.sockopt import EARLY, FREEBIND, TCP_CLOSE
 from lazyproc.model import InetSocket, Inotify, OpenFile, PipeEnd, RegularFile, UnixSocket, VmaKind
 from lazyproc.needs import (
     AddressNeed,
@@ -174,9 +174,10 @@ def _of_inet(
     shares = tcp and (inet.remote is not None or (inet.state == TCP_CLOSE and bool(inet.shutdown)))
     host, port = inet.local
     if port and (any(host) or not shares):
+        free = {option: b"\1\0\0\0" for option in FREEBIND if inet.absent and option in inet.options.values}
         options = tuple(
             (level, name, value)
-            for (level, name), value in sorted(inet.options.values.items())
+            for (level, name), value in sorted({**inet.options.values, **free}.items())
             if (level, name) in EARLY or (level, name) == _CONGESTION
         )
         yield AddressNeed(

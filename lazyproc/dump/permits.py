@@ -14,7 +14,15 @@ class Permits:
     connections: bool = True  # established TCP
     locks: bool = True  # file locks and leases
     led_from_outside: bool = True  # sessions and groups whose leader is not in the tree
+    net_apart: bool = True  # a network namespace of its own, whose other packets pass while it stands still
     ghost_limit: int = CONTENT_LIMIT  # bytes of a deleted file
+    outside: bool = (
+        False  # pipes that end in a process outside of the tree: who restores it has to give others
+    )
+    datagrams_out: bool = (
+        False  # unix datagram sockets connected to a name outside of the tree: connected again
+    )
+    external: frozenset[str] = frozenset()  # what else stays outside, by the names of lazyproc/outside.py
 
 
 ALL = Permits()

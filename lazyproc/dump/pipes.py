@@ -26,7 +26,7 @@ _REMEDY = (
 
 def gather_pipe_end(registry: Registry, look: Look, taken: int) -> PipeEnd:
     status = os.fstat(taken)
-    number, _ = registry.pipe_numbers.of((status.st_dev, status.st_ino))
+    number = _number(registry, look, status)
     if number not in registry.pipes:
         path = fifo_path(registry, look.link, taken) if look.link.startswith("/") else ""
         capacity = fcntl.fcntl(taken, fcntl.F_GETPIPE_SZ)
@@ -34,6 +34,17 @@ def gather_pipe_end(registry: Registry, look: Look, taken: int) -> PipeEnd:
         lengths = tuple(map(len, packets)) if len(packets) > 1 else ()  # a plain pipe is read in one go
         registry.pipes[number] = Pipe(number, capacity, b"".join(packets), path, lengths)
     return PipeEnd(number)
+
+
+def _number(registry: Registry, look: Look, status: os.stat_result) -> int:
+    """A pipe has that of its inode, by which --inherit-fd names it. FIFOs, which come later, have what is left."""
+    inode = (status.st_dev, status.st_ino)
+    if inode not in registry.pipe_numbers:
+        number = 1 if look.link.startswith("/") else status.st_ino
+        while number in registry.pipes:
+            number += 1
+        registry.pipe_numbers[inode] = number
+    return registry.pipe_numbers[inode]
 
 
 def _packets(taken: int, look: Look, capacity: int) -> tuple[bytes, ...]:
@@ -104,8 +115,8 @@ class _Ends:
 def finish_pipes(registry: Registry, looks: Mapping[int, Look]) -> None:
     """What only all ends of a pipe together tell; `looks` holds a descriptor for each file.
 
-    A pipe of which only a process outside the tree has the other end is an obstacle. Nobody at all having it
-    is fine: that is EOF, or EPIPE.
+    A pipe of which only a process outside the tree has the other end is an obstacle, or stays outside where that is
+    permitted. Nobody at all having it is fine: that is EOF, or EPIPE.
     """
     ends: dict[int, _Ends] = {}
     for number, file in registry.files.items():
@@ -120,7 +131,7 @@ def finish_pipes(registry: Registry, looks: Mapping[int, Look]) -> None:
         if any(look.info.flags & os.O_DIRECT for look in pipe.writing):
             _mark_single_packet(registry, number)
         if (not pipe.reading or not pipe.writing) and not registry.unread:
-            _refuse_shared(registry, (pipe.reading or pipe.writing)[0], bool(pipe.writing))
+            _see_outside(registry, number, pipe)
 
 
 def _mark_single_packet(registry: Registry, number: int) -> None:
@@ -129,11 +140,19 @@ def _mark_single_packet(registry: Registry, number: int) -> None:
         registry.pipes[number] = replace(pipe, packets=(len(pipe.data),))
 
 
-def _refuse_shared(registry: Registry, look: Look, writes: bool) -> None:
+def _see_outside(registry: Registry, number: int, ends: _Ends) -> None:
+    look = (ends.reading or ends.writing)[0]
     with attempt(registry, look.pid, f"fd {look.fd}"):
-        if _held_outside(registry, look):
-            other = "reading" if writes else "writing"
+        if not _held_outside(registry, look):
+            return
+        if not registry.permits.outside or registry.pipes[number].path:
+            other = "reading" if ends.writing else "writing"
             raise Refused(f"the {other} end of {look.link} is open in a process outside the tree", _REMEDY)
+        if ends.writing:  # what lies in it is for the process outside
+            registry.pipes[number] = replace(registry.pipes[number], data=b"", packets=())
+        for file in list(registry.files.values()):
+            if file.resource == PipeEnd(number):
+                registry.files[file.id] = replace(file, outside=True)
 
 
 def _held_outside(registry: Registry, look: Look) -> bool:

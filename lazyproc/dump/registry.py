@@ -101,7 +101,7 @@ class Registry:
     queue: deque[Place] = field(default_factory=deque)
     unread: bool = False  # a message that was not looked at waits in a socket, perhaps with descriptors
     objects: Numbers = field(default_factory=Numbers)  # SharedMemory, by Inode
-    pipe_numbers: Numbers = field(default_factory=Numbers)  # by Inode
+    pipe_numbers: dict[Inode, int] = field(default_factory=dict)
     content_numbers: Numbers = field(default_factory=Numbers)  # by Inode
     _file_numbers: Numbers = field(default_factory=Numbers)
     _places: dict[Inode, list[Place]] = field(default_factory=dict)  # each list in the order of kcmp

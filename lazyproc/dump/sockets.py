@@ -17,7 +17,7 @@ from types import TracebackType
 from lazyproc.dump.inet import Ends, ends_of, gather_inet, refuse_state, refuse_unsent, refuse_waiting
 from lazyproc.dump.peek import read_queue
 from lazyproc.dump.registry import Place, Refused, Registry
-from lazyproc.dump.unix import UnixNamespace, gather_unix, has_peer, view
+from lazyproc.dump.unix import UnixNamespace, gather_unix, has_peer, holds_data, view
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import netns, sockdiag, tcp
 from lazyproc.kernel.netfilter import End, Flow, plain
@@ -200,7 +200,7 @@ class SocketTable:
 
     def _resource(self, taken: _Taken, known: _Known) -> UnixSocket | InetSocket:
         queue, ends = taken.queue or (), taken.ends
-        self.registry.unread |= taken.queue is None and ends is None and _holds_data(taken.sock)
+        self.registry.unread |= taken.queue is None and ends is None and holds_data(taken.sock)
         if ends is not None and ends.is_connection and not self._is_permitted(ends):
             raise _NOT_PERMITTED
         values = read_options(taken.sock, connected=ends is not None and ends.is_connection)
@@ -256,12 +256,6 @@ class SocketTable:
 
     def _refuse(self, place: Place, refused: Refused) -> None:
         self.registry.refuse(place.pid, f"fd {place.fd}", refused)
-
-
-def _holds_data(sock: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return any(events & select.POLLIN for _fd, events in poll.poll(0))
 
 
 def _has_queue(sock: socket.socket) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ from lazyproc.kernel.netns import namespace_of
 from lazyproc.kernel.sockdiag import UnixInfo
 from lazyproc.kernel.sockopt import SIOCUNIXFILE, SOL_SOCKET, TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN
 from lazyproc.model import Packet, SocketOptions, UnixSocket
+from lazyproc.outside import external_socket
 
 _UCRED = struct.Struct("=iii")
+_READ = "let the program read it first"
 _MOMENT = "try again in a moment, or let the program accept it first"
 
 
@@ -45,7 +48,10 @@ def gather_unix(
     """
     inode = os.fstat(sock.fileno()).st_ino
     info = known.sockets[inode]
-    state, peer = _connection(sock, info, known, tree)
+    outside = known.sockets.get(info.peer) if info.peer not in tree else None
+    peer_name = _name_to_connect_to(registry, sock, outside) if outside else b""
+    may_lead_out = bool(peer_name) or external_socket(inode) in registry.permits.external
+    state, peer = _connection(sock, info, known, tree, may_lead_out=may_lead_out)
     bound_here = bool(info.name) and _bound_here(sock, info, known)
     path, mode, uid, gid = _socket_file(registry, sock) if bound_here and info.file else ("", 0, 0, 0)
     return UnixSocket(
@@ -65,14 +71,34 @@ def gather_unix(
         pending=_pending(info, tree) if state == TCP_LISTEN else (),
         path=path,
         peer_credentials=None if state == TCP_CLOSE else _peer_credentials(registry, sock),
+        peer_name=peer_name,
     )
 
 
+def _name_to_connect_to(registry: Registry, sock: socket.socket, peer: UnixInfo) -> bytes:
+    """Where that is permitted, of datagram sockets, whose peers are told nothing of a new one; b"" for a name that does
+    not lead to the peer from the tree.
+    """
+    if not registry.permits.datagrams_out or sock.type != socket.SOCK_DGRAM:
+        return b""
+    if peer.name.startswith(b"\0"):
+        return peer.name
+    there = _stat(registry.outside(os.fsdecode(peer.name))) if peer.name.startswith(b"/") else None
+    return peer.name if there and peer.file and there.st_ino & 0xFFFFFFFF == peer.file[0] else b""
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
 def _connection(
-    sock: socket.socket, info: UnixInfo, known: UnixNamespace, tree: frozenset[int]
+    sock: socket.socket, info: UnixInfo, known: UnixNamespace, tree: frozenset[int], *, may_lead_out: bool
 ) -> tuple[int, int]:
-    """The state (a connected datagram socket is ESTABLISHED, whatever the kernel says) and the peer in the
-    tree.
+    """The state (a connected datagram socket is ESTABLISHED, whatever the kernel says) and the peer, which is in the
+    tree unless it `may_lead_out`.
 
     ESTABLISHED with peer 0: the peer was closed, or the connection waits in the `pending` of a listening
     socket.
@@ -80,7 +106,11 @@ def _connection(
     if info.state == TCP_LISTEN:
         return TCP_LISTEN, 0
     if info.peer:
-        if info.peer not in tree:
+        if info.peer not in tree and may_lead_out:
+            # A stream whose other end is shut down can be read as well: that is its end.
+            if info.rqueue or (sock.type != socket.SOCK_STREAM and holds_data(sock)):
+                raise Refused("holds data from outside of the process tree that it has not read", _READ)
+        elif info.peer not in tree:
             raise Refused(
                 f"is connected to {_described(known.sockets.get(info.peer))} outside of the process tree",
                 "move both ends in one tree, or close it before the move and connect again after it",
@@ -103,6 +133,12 @@ def _described(info: UnixInfo | None) -> str:
         return "an unnamed socket"
     text = os.fsdecode(info.name)
     return f"socket @{text[1:]}" if text.startswith("\0") else f"socket {text}"
+
+
+def holds_data(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return any(events & select.POLLIN for _fd, events in poll.poll(0))
 
 
 def has_peer(sock: socket.socket) -> bool:

@@ -110,7 +110,7 @@ def _mm_problems(vpid: int, mm: Mm, checkpoint: Checkpoint) -> Iterator[str]:
 def _file_problems(file: OpenFile, checkpoint: Checkpoint) -> Iterator[str]:
     match file.resource:
         case RegularFile(path, content_id=content_id):
-            if not path.startswith("/") or len(path) >= _PATH_MAX:
+            if not (path.startswith("/") or file.outside) or len(path) >= _PATH_MAX:
                 yield f"file {file.id} has no absolute path"
             if content_id and content_id not in checkpoint.contents:
                 yield f"file {file.id} refers to the missing content {content_id}"

@@ -18,6 +18,7 @@ from lazyproc.images.contents import read_contents, write_contents
 from lazyproc.images.extras import VERSION, Extras, read_extras
 from lazyproc.images.files import (
     EXTRAS,
+    GUEST,
     INVENTORY,
     ImageWriter,
     M,
@@ -232,6 +233,12 @@ def from_images(
     Raises ImageError when an image is missing, truncated, garbled or contradicts another, and when the
     checkpoint has something that lazyproc cannot restore: nothing is left out in silence.
     """
+    if GUEST in images:
+        raise ImageError(
+            "holds the guest of a QEMU, and no process",
+            where=GUEST,
+            remedy="resume it with lazyproc qemu-serve -D",
+        )
     try:
         checkpoint = _from_images(images, foreseen)
         check.check(checkpoint)

@@ -31,6 +31,7 @@ INVENTORY = "inventory.img"
 FILES = "files.img"
 EXTRAS = "lazyproc.img"
 SUMS = "lazyproc-sums.img"
+GUEST = "lazyproc-guest.img"  # of a QEMU: then there is no process in the folder
 
 MAGICS = {
     "pstree": 0x50273030,

@@ -109,8 +109,12 @@ class FileWriter:
                 self._write_regular(file, regular, entry.reg, extra)
             case PipeEnd(pipe_id):
                 self._write_pipe_end(file, self._checkpoint.pipes[pipe_id], entry)
+                if file.outside:
+                    extra.outside = True
             case UnixSocket() as socket:
                 sockets.write_unix(file, socket, self._listeners, entry.usk, extra)
+                if file.outside or socket.peer_name:
+                    self._write_other_end(socket)
                 sockets.write_queue(file.id, socket.queue, self._writer, self._extras)
             case InetSocket() as socket:
                 sockets.write_inet(file, socket, entry.isk, extra, self._writer)
@@ -142,10 +146,19 @@ class FileWriter:
                 return table
         return {}
 
+    def _write_other_end(self, socket: UnixSocket) -> None:
+        """Of a socket that leads out of the tree: CRIU writes it as a listening one (fix_external_unix_sockets)."""
+        entry = pb.file_entry(type=pb.UNIXSK, id=self._new_id())
+        sockets.write_external(socket, entry.id, entry.usk)
+        _write_owner(Owner(), entry.usk.fown)
+        self._writer.add(FILES, entry)
+
     def _write_regular(
         self, file: OpenFile, regular: RegularFile, entry: pb.reg_file_entry, extra: own.FileExtra
     ) -> None:
         entry.pos, entry.name, entry.mode = file.pos, to_bytes(regular.path), regular.mode
+        if file.outside:
+            entry.ext = True
         if stat.S_ISREG(regular.mode):
             entry.size = regular.size
         elif regular.size:

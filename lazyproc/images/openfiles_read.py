@@ -48,6 +48,7 @@ class FileReader:
         self._extras = extras
         self._shared = shared
         self._entries: dict[int, pb.file_entry] = {}
+        self._outside: dict[int, bytes] = {}  # names of unix sockets that are not in the tree, by inode
         for entry, reader in records(images, FILES, pb.file_entry):
             if entry.type not in MEMBERS or MEMBERS[entry.type] not in {
                 field.name for field, _ in entry.ListFields()
@@ -57,6 +58,10 @@ class FileReader:
                     where=reader.name,
                     remedy="restore it with criu",
                 )
+            if entry.type == pb.UNIXSK and entry.usk.uflags == sockets.EXTERNAL:
+                name = entry.usk.name
+                self._outside[entry.usk.ino] = name.rstrip(b"\0") if name.startswith(b"/") else name
+                continue
             self._entries[entry.id] = entry
         self._remaps = read_remaps(records(images, REMAPS, pb.remap_file_path_entry))
         self._queues = sockets.read_queues(images, extras)
@@ -142,12 +147,14 @@ class FileReader:
     def _read_file(self, entry: pb.file_entry) -> OpenFile:
         member = self._path_of(entry) if entry.type == pb.FIFO else getattr(entry, MEMBERS[entry.type])
         owner = member.fown
+        extra = self._extras.files.get(entry.id, own.FileExtra(id=entry.id))
         return OpenFile(
             id=entry.id,
             flags=member.flags,
             pos=member.pos if entry.type in (pb.REG, pb.MEMFD, pb.FIFO) else 0,
             owner=Owner(owner.pid, owner.pid_type, owner.signum, owner.uid, owner.euid),
-            resource=self._read_resource(entry, self._extras.files.get(entry.id, own.FileExtra(id=entry.id))),
+            resource=self._read_resource(entry, extra),
+            outside=extra.outside or entry.reg.ext or sockets.has_to_be_given(entry.usk, self._outside),
         )
 
     def _read_resource(self, entry: pb.file_entry, extra: own.FileExtra) -> Resource:
@@ -157,7 +164,7 @@ class FileReader:
         if entry.type == pb.FIFO:
             return PipeEnd(self._fifo_ids[entry.fifo.pipe_id])
         if entry.type == pb.UNIXSK:
-            return sockets.read_unix(entry.usk, extra, queue)
+            return sockets.read_unix(entry.usk, extra, queue, self._outside)
         if entry.type == pb.INETSK:
             return sockets.read_inet(entry.isk, extra, queue, self._images)
         if entry.type == pb.EVENTFD:
@@ -175,8 +182,6 @@ class FileReader:
         return self._read_regular(entry.reg, extra)
 
     def _read_regular(self, entry: pb.reg_file_entry, extra: own.FileExtra) -> RegularFile:
-        if entry.ext:
-            raise ImageError(f"file {entry.id} is external", where=FILES, remedy="restore it with criu")
         build_id = struct.pack(f"<{len(entry.build_id)}I", *entry.build_id)
         return RegularFile(
             path=to_text(entry.name, FILES),

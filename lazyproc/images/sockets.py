@@ -31,6 +31,7 @@ from lazyproc.model import InetSocket, OpenFile, Packet, SocketOptions, TcpState
 
 QUEUES = "sk-queues.img"
 _SCM_RIGHTS = 1
+EXTERNAL = 1  # unix_sk_entry.uflags: USK_EXTERN of CRIU's sk-unix.c
 _ESTABLISHED, _LISTEN = 1, 10
 _SOCK_DGRAM = 2
 _CLOSE, _CONNECTED = 7, (1, 4, 5, 8, 9, 11)  # TCP_* of include/net/tcp_states.h
@@ -219,6 +220,16 @@ def write_unix(
     write_options(socket.options, (entry.opts,), extra)
 
 
+def write_external(socket: UnixSocket, number: int, entry: pb.unix_sk_entry) -> None:
+    """The peer of `socket` outside of the tree, as the file `number`: only inode and name mean anything."""
+    entry.id, entry.ino, entry.type, entry.state = number, socket.peer, _SOCK_DGRAM, _LISTEN
+    entry.flags, entry.uflags, entry.backlog, entry.peer = 0, EXTERNAL, 0, 0
+    entry.name = socket.peer_name + b"\0" * socket.peer_name.startswith(b"/")
+    opts = entry.opts
+    opts.so_sndbuf = opts.so_rcvbuf = 0
+    opts.so_snd_tmo_sec = opts.so_snd_tmo_usec = opts.so_rcv_tmo_sec = opts.so_rcv_tmo_usec = 0
+
+
 def _write_path(socket: UnixSocket, entry: pb.unix_sk_entry) -> None:
     """Where the socket file lies: CRIU has the folder of a relative name, and whether the file is gone."""
     if not socket.name or socket.name[0] == 0 or not socket.bound_here:
@@ -237,7 +248,10 @@ def _implied_path(entry: pb.unix_sk_entry, name: bytes) -> str:
     return to_text(path, FILES)
 
 
-def read_unix(entry: pb.unix_sk_entry, extra: own.FileExtra, queue: tuple[Packet, ...]) -> UnixSocket:
+def read_unix(
+    entry: pb.unix_sk_entry, extra: own.FileExtra, queue: tuple[Packet, ...], outside: Mapping[int, bytes]
+) -> UnixSocket:
+    """`outside` are the names of sockets that are not in the tree, by inode."""
     if entry.uflags:
         raise ImageError(
             "the unix socket leads out of the tree",
@@ -267,7 +281,13 @@ def read_unix(entry: pb.unix_sk_entry, extra: own.FileExtra, queue: tuple[Packet
         peer_credentials=(
             (credentials.pid, credentials.uid, credentials.gid) if unix.HasField("peer_credentials") else None
         ),
+        peer_name=outside.get(entry.peer, b"") if entry.type == _SOCK_DGRAM else b"",
     )
+
+
+def has_to_be_given(entry: pb.unix_sk_entry, outside: Mapping[int, bytes]) -> bool:
+    """Whether it leads to one of those `outside` that cannot be connected to again by their names."""
+    return entry.peer in outside and not (entry.type == _SOCK_DGRAM and outside[entry.peer])
 
 
 # --- TCP and UDP --------------------------------------------------------------------------------------------
@@ -295,6 +315,8 @@ def write_inet(
     entry.ip_opts.SetInParent()
     entry.tcp_opts.SetInParent()
     write_options(socket.options, (entry.opts, entry.ip_opts, entry.tcp_opts), extra)
+    if socket.absent:
+        extra.absent = True
     if socket.interface:
         entry.opts.so_bound_dev = to_bytes(socket.interface)
     if socket.tcp is not None:
@@ -358,6 +380,7 @@ def read_inet(
         interface=to_text(entry.opts.so_bound_dev.rstrip(b"\0"), where),
         tcp=_read_tcp(open_image(images, name), extra) if name in images else None,
         queue=queue,
+        absent=extra.absent,
     )
     if socket.tcp is not None or entry.proto != _TCP or entry.state not in _CONNECTED or EXTRAS in images:
         return socket

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from struct import Struct
 
 from lazyproc.errors import ImageError
@@ -74,6 +74,22 @@ def _places(enabled: int, size: int) -> tuple[_Component, ...]:
             packed.append(replace(part, offset=at))
         at += part.size
     return tuple(packed)
+
+
+def relaid(area: bytes, offsets: Mapping[int, int]) -> bytes:
+    """The area with its components where a processor has them, by these `offsets` of their bits (CPUID leaf 0xD).
+
+    CRIU's image has components by name and does not say where they were: those have Intel's places here (`from_entry`).
+    """
+    parts = [part for part in _layout(area) if part.bit in offsets]
+    if all(offsets[part.bit] == part.offset for part in parts):
+        return area
+    ends = [offsets[part.bit] + part.size for part in parts]
+    fitted = bytearray(area[:_EXTENDED].ljust(max(ends), b"\0"))
+    for part in parts:
+        at = offsets[part.bit]
+        fitted[at : at + part.size] = area[part.offset : part.offset + part.size]
+    return bytes(fitted)
 
 
 def to_extra(area: bytes, entry: pb.user_x86_fpregs_entry, extra: own.ThreadExtra) -> None:

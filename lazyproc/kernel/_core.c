@@ -549,6 +549,34 @@ static long start_middle(struct middle *m)
 	return pid;
 }
 
+/* A child of our parent, by the number that is wanted; without a middle process, whose end our parent would be told. */
+static long start_sibling(const struct lp_birth *birth, int report)
+{
+	pid_t number = birth->sibling;
+	struct clone_args arguments = { .flags = CLONE_PARENT | birth->namespaces,
+					.set_tid = (uint64_t)(uintptr_t)&number,
+					.set_tid_size = 1 };
+	long pid;
+	int err;
+
+	if (birth->cgroup >= 0) {
+		arguments.flags |= CLONE_INTO_CGROUP;
+		arguments.cgroup = (uint64_t)birth->cgroup;
+	}
+	pid = syscall(SYS_clone3, &arguments, sizeof(arguments));
+	if (pid < 0)
+		return birth->cgroup < 0 || errno == EEXIST ? -errno : -errno - LP_NOT_JOINED;
+	if (pid == 0) {
+		err = raise_descriptor_limit();
+		if (err == 0)
+			err = join_v1_groups(birth);
+		if (err == 0)
+			err = become(birth, &report);
+		report_and_exit(report, err);
+	}
+	return pid;
+}
+
 /* Reads what the middle process and its child report, in either order, up to the end of file: exec has closed
  * the pipe, or both have ended. Returns the first error, else 0; `nursery` is the child's pid, 0 without one. */
 static int read_reports(int report, long *nursery)
@@ -556,7 +584,6 @@ static int read_reports(int report, long *nursery)
 	int err = 0;
 	int32_t message;
 
-	*nursery = 0;
 	for (;;) {
 		ssize_t got = read(report, &message, sizeof(message));
 
@@ -579,7 +606,7 @@ static void reap(long pid)
 		continue;
 }
 
-/* Starts the executable `exe_fd` as a child of the caller in new `namespaces` (CLONE_NEW* bits), with an empty
+/* Starts the executable `exe_fd` as a child of the caller, or as its sibling, in new `namespaces` (CLONE_NEW* bits), with an empty
  * environment and no descriptor but `keep_fd` as number `keep_as`. Returns its pid once exec has happened. */
 long lp_spawn(const struct lp_birth *birth, int *pidfd)
 {
@@ -588,7 +615,10 @@ long lp_spawn(const struct lp_birth *birth, int *pidfd)
 
 	if (pipe2(report, O_CLOEXEC) < 0)
 		return -errno;
-	pid = start_middle(&(struct middle){ birth, report[1] });
+	if (birth->sibling)
+		pid = nursery = start_sibling(birth, report[1]);
+	else
+		pid = start_middle(&(struct middle){ birth, report[1] });
 	err = pid < 0 ? (int)pid : 0;
 	close(report[1]);
 	if (err == 0)
@@ -596,7 +626,8 @@ long lp_spawn(const struct lp_birth *birth, int *pidfd)
 	close(report[0]);
 	if (pid < 0)
 		return err;
-	reap(pid);
+	if (!birth->sibling)
+		reap(pid);
 	if (err == 0) {
 		*pidfd = (int)syscall(SYS_pidfd_open, nursery, 0);
 		if (*pidfd >= 0)

@@ -63,6 +63,7 @@ struct lp_birth {
 	uint64_t namespaces;
 	int32_t exe_fd, keep_fd, keep_as;
 	int32_t cgroup;       /* the v2 group in which it is born, or -1 for the caller's */
+	int32_t sibling;      /* a number: it is born with it, and as a child of the caller's parent; or 0 */
 	int32_t tasks_count;
 	const int32_t *tasks; /* files `tasks` of v1 groups to be born in */
 };

@@ -26,7 +26,7 @@ struct lp_dress {
 struct lp_birth {
     const char *const *argv; uint64_t namespaces;
     int32_t exe_fd; int32_t keep_fd; int32_t keep_as;
-    int32_t cgroup; int32_t tasks_count; const int32_t *tasks;
+    int32_t cgroup; int32_t sibling; int32_t tasks_count; const int32_t *tasks;
 };
 long lp_syscall(long nr, long a, long b, long c, long d, long e, long f);
 long lp_ptrace(long request, int pid, uint64_t addr, uint64_t data);

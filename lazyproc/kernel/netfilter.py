@@ -54,6 +54,10 @@ def _unmapped(flow: Flow) -> Flow:
     return Flow(flow.protocol, plain(flow.local), plain(flow.remote) if flow.remote else None)
 
 
+# By the length of an address.
+LOOPBACK = {4: bytes((127, 0, 0, 1)), 16: bytes(15) + b"\1"}
+
+
 def plain(end: End) -> End:
     """An IPv4 address in IPv6 clothes (::ffff:a.b.c.d) as it is on the wire."""
     address, port = end

@@ -61,6 +61,8 @@ class Nursery:
     memory: Memory
     new_pidns: bool
     namespace: int  # a descriptor of its pid namespace
+    sibling: bool  # of ours: it will be the tree's root itself
+    has_root: bool = field(default=False)  # a root directory that is not ours
     spare: bool = field(default=True)  # it has neither ended nor been let go
 
     @property
@@ -91,6 +93,12 @@ class Nursery:
             calls = [Call("dup3", (self.transport_fd, number, 0)), Call("close", (self.transport_fd,))]
             self._bench().run(self.tracee, calls)
             self.transport_fd = number
+
+    def change_root(self, directory: str) -> None:
+        """Of it and of what is forked from it from now on. Raises TraceeError."""
+        bench = self._bench()
+        bench.run(self.tracee, [Call("chroot", (bench.place(os.fsencode(directory) + b"\0"),))])
+        self.has_root = True
 
     @contextmanager
     def new_clocks(self) -> Iterator[int]:
@@ -137,9 +145,9 @@ def _having_clocks() -> Iterator[None]:
 
 
 def _spawn(
-    transport: socket.socket, transport_fd: int, *, pidns: bool, groups: Sequence[cgroup.Place]
+    transport: socket.socket, transport_fd: int, *, pidns: bool, groups: Sequence[cgroup.Place], sibling: int
 ) -> tuple[int, int]:
-    """Start it: its pid and a pidfd. HostLacks, NotJoined."""
+    """Start it: its pid and a pidfd. HostLacks, NotJoined, FileExistsError for the number `sibling`."""
     image = os.memfd_create("lazyproc-nursery", os.MFD_CLOEXEC)
     try:
         os.write(image, elf())
@@ -148,12 +156,13 @@ def _spawn(
         birth = ffi.new("struct lp_birth *")
         birth.argv, birth.exe_fd, birth.keep_fd, birth.keep_as = argv, image, transport.fileno(), transport_fd
         birth.namespaces = CLONE_NEWPID | CLONE_NEWNS if pidns else 0
+        birth.sibling = sibling
         pidfd = ffi.new("int *")
         with cgroup.doors(groups) as (birth.cgroup, numbers):
             tasks = ffi.new("int32_t[]", numbers)
             birth.tasks, birth.tasks_count = tasks, len(numbers)
             return _demand_joined(lib.lp_spawn(birth, pidfd)), int(pidfd[0])
-    except cgroup.NotJoined:
+    except (cgroup.NotJoined, FileExistsError):
         raise
     except OSError as error:
         raise HostLacks(
@@ -174,21 +183,23 @@ def _demand_joined(result: int) -> int:
 
 @contextmanager
 def nursery(
-    *, pidns: bool, transport_fd: int = TRANSPORT_FD, groups: Sequence[cgroup.Place] = ()
+    *, pidns: bool, transport_fd: int = TRANSPORT_FD, groups: Sequence[cgroup.Place] = (), sibling: int = 0
 ) -> Iterator[Nursery]:
     """A stopped nursery, which ends with us (EXITKILL), and with it everything forked from it, unless it was let go.
 
-    It is born in `groups`, and what is forked from it too. HostLacks, NotJoined.
+    It is born in `groups`, and what is forked from it too. With the number `sibling` it is the root itself, and a child
+    of our parent. HostLacks, NotJoined; FileExistsError when that number is taken.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        pid, pidfd = _spawn(theirs, transport_fd, pidns=pidns, groups=groups)
+        pid, pidfd = _spawn(theirs, transport_fd, pidns=pidns, groups=groups, sibling=sibling)
         try:
             tracee = Tracee(pid)
             tracee.seize(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL)
             tracee.interrupt()
             tracee.wait_stop(STOP_MS)
             with ptrace.memory(pid) as memory, open(f"/proc/{pid}/ns/pid") as namespace:
-                yield Nursery(tracee, pidfd, ours, transport_fd, memory, pidns, namespace.fileno())
+                namespace_fd = namespace.fileno()
+                yield Nursery(tracee, pidfd, ours, transport_fd, memory, pidns, namespace_fd, sibling > 0)
         finally:
             os.close(pidfd)

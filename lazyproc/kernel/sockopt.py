@@ -131,6 +131,7 @@ LATE = (
     *_LAST,
 )
 EARLY = _EARLY
+FREEBIND = ((SOL_IP, IP_FREEBIND), (SOL_IPV6, IPV6_FREEBIND))  # one bit of the socket with two names
 # They hold an interface's number, which means another interface elsewhere.
 INTERFACE_NUMBERS = ((SOL_IP, IP_UNICAST_IF), (SOL_IPV6, IPV6_UNICAST_IF), (SOL_IPV6, IPV6_MULTICAST_IF))
 

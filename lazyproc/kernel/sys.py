@@ -17,9 +17,11 @@ SYS_FALLOCATE = 285
 SYS_KCMP = 312
 SYS_PROCESS_VM_READV = 310
 SYS_PIDFD_OPEN = 434
+SYS_OPENAT2 = 437
 SYS_PIDFD_GETFD = 438
 SYS_IOPRIO_SET, SYS_IOPRIO_GET = 251, 252
 IOPRIO_WHO_PROCESS = 1
+RESOLVE_IN_ROOT = 0x10
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
 # enum kcmp_type, include/uapi/linux/kcmp.h
@@ -55,6 +57,19 @@ def _since(version: str, name: str) -> Iterator[None]:
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def open_in(root: int, path: str, flags: int) -> int:
+    """openat2(2), RESOLVE_IN_ROOT: the directory `root` is the root directory, of absolute symbolic links too."""
+    how = ffi.new("uint64_t[3]", [flags, 0, RESOLVE_IN_ROOT])  # struct open_how: flags, mode, resolve
+    name = ffi.new("char[]", os.fsencode(path))
+    where, what = (int(ffi.cast("uintptr_t", each)) for each in (how, name))
+    while True:
+        try:
+            with _since("5.6", "openat2"):
+                return syscall(SYS_OPENAT2, root, what, where, ffi.sizeof(how))
+        except BlockingIOError:  # something was renamed or mounted while a ".." was walked
+            continue
 
 
 def pidfd_open(pid: int, flags: int = 0) -> int:

@@ -8,9 +8,12 @@ arch/x86/kernel/fpu/xstate.c).
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
+from functools import cache
 
 from lazyproc.kernel._core import ffi, lib
 from lazyproc.kernel.arch_x86_64 import SYS
+from lazyproc.kernel.sys import cpuid
 from lazyproc.kernel.tracee import XSAVE_MAX
 
 # arch/x86/include/uapi/asm/prctl.h
@@ -26,6 +29,15 @@ def supported() -> int:
     mask = ffi.new("uint64_t *")
     lib.lp_syscall(SYS["arch_prctl"], ARCH_GET_XCOMP_SUPP, int(ffi.cast("uintptr_t", mask)), 0, 0, 0, 0)
     return int(mask[0])
+
+
+@cache
+def offsets() -> Mapping[int, int]:
+    """Where this processor has its components in the standard format, by their bits: Intel leaves room for those that
+    it lacks, AMD does not (CPUID leaf 0xD).
+    """
+    leaves = {bit: cpuid(0xD, bit) for bit in range(2, XTILEDATA + 1)}
+    return {bit: offset for bit, (size, offset, where, _) in leaves.items() if size and not where & 1}
 
 
 def blank_area(components: int) -> bytes:

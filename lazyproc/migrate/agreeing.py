@@ -52,7 +52,7 @@ def agreed(
             remedy="update it, or leave out --release",
         )
     if trace is not None:
-        _begin_trace(trace, session, control.peer, answer)
+        begin_trace(trace, session, control.peer, answer)
     return reader
 
 
@@ -64,7 +64,7 @@ def _briefed(before: Before, revision: int) -> tuple[Reader, bytes | None]:
     return Reader(revision, before.written, frozenset(before.forecast.mappings)), forecast
 
 
-def _begin_trace(trace: TraceFile, session: str, peer: str, answer: Prepared) -> None:
+def begin_trace(trace: TraceFile, session: str, peer: str, answer: Prepared) -> None:
     clock = answer.fields.get("trace")
     if not isinstance(clock, dict):
         raise LazyprocError(

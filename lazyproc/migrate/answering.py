@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from lazyproc.errors import LazyprocError, Obstacle, RestoreError, UsageError
-from lazyproc.facts import dataclass
+from lazyproc.facts import dataclass, replace
 from lazyproc.migrate.needs import needs_in
-from lazyproc.migrate.prepare import Offer, objections
+from lazyproc.migrate.prepare import Offer, objections, vdso_build_id
 from lazyproc.migrate.promises import promises
 from lazyproc.migrate.room import Room, least_room
 from lazyproc.migrate.talk import checked, next_event
@@ -79,6 +79,12 @@ def obstacles_here(
 
     Raises ProtocolError.
     """
+    if "guest" in order:
+        yield Obstacle(
+            0, "host", "takes process trees in, and no guests of QEMU",
+            "start the receiver with QEMU's command line: receive --listen HOST:PORT -- qemu-system-x86_64 ...",
+        )  # fmt: skip
+        return
     if isinstance(groups, LazyprocError):
         yield Obstacle(0, "host", f"{groups.where}: {groups.what}", groups.remedy)
         groups = {}
@@ -95,6 +101,25 @@ def obstacles_here(
 
     for each, lack in unmet(wanted, pidns=pidns, users=whom.users if whom else ()):
         yield Obstacle(each.pid, each.where, f"{lack.where}: {lack.what}", lack.remedy)
+
+
+def obstacles_to_guest(order: Mapping[str, JsonValue], *, overcommit: bool) -> Iterator[Obstacle]:
+    """The same for the guest of a QEMU, at a receiver that has the command line of one. The processor and the kernel
+    are QEMU's business. Raises ProtocolError.
+    """
+    if "guest" not in order:
+        yield Obstacle(
+            0, "host", "takes guests of QEMU in, and no process trees",
+            "start another receiver there without a command line, or name the guest's monitor with --qemu",
+        )  # fmt: skip
+        return
+    room = Room(1 << 62) if overcommit else least_room({}, tuple(promises()))
+    offer = replace(Offer.of(order), cpu={}, vdso=vdso_build_id().hex())
+    yield from objections(offer, room)
+    if order.get("policy") not in POLICIES or order.get("mode") != "postcopy":
+        why = f"policy {order.get('policy')!r} or mode {order.get('mode')!r} is not known here for guests"
+        yield Obstacle(0, "host", why, "choose another, or use the same lazyproc on both hosts")
+    yield from _features((), LAZY, "host")
 
 
 def numbers_of(wanted: Sequence[Wanted]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, suppress
-from typing import Any
+from typing import Any, Protocol
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
 from lazyproc.events import Later, Listener, Note, StateChanged
@@ -56,6 +56,7 @@ class Terms:
     uids: frozenset[int] = frozenset()  # as whom they may run; as anybody when there is none
     policy: str | None = None  # what comes next, recorded:FILE too; None: as the source wants it
     record: str | None = None  # a file for the faults of the one tree that comes
+    command: tuple[str, ...] = ()  # of a QEMU: guests are taken in, and nothing else
 
     def whom(self) -> Whom | None:
         """None: as anybody."""
@@ -95,6 +96,12 @@ class Wishes:
             "trace": self.traced,
             "release": self.release,
         }
+
+
+class Outliving(Protocol):
+    """What is built, and ends with us until then."""
+
+    def outlive_us(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -320,7 +327,10 @@ class Arrival:
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
-    def _commit(self, tree: BuiltTree, drafting: Drafting, steps: Steps) -> None:
+    def _before_it_holds(self) -> None:
+        """The last moment in which it may be called off, by an error."""
+
+    def _commit(self, tree: Outliving, drafting: Drafting, steps: Steps) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
         """
@@ -329,6 +339,7 @@ class Arrival:
         steps.done("draft")
         expect(self._link.control, Commit, FREEZE_S)
         steps.done("wait for commit")
+        self._before_it_holds()
         self._settle()
         self._journal.publish(committed)
         steps.done("durable")

@@ -11,6 +11,7 @@ from lazyproc.migrate.prepare import Offer
 from lazyproc.migrate.talk import checked, expect
 from lazyproc.needs import Wanted
 from lazyproc.pages.transport import Channel
+from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Abort, Control, Forecast, Obstacles, Prepare, Prepared
 
 PREPARE_S = 30.0
@@ -21,7 +22,7 @@ def obstacles_there(
     control: Channel,
     offer: Offer,
     wanted: Sequence[Wanted],
-    order: Mapping[str, str | int | bool],
+    order: Mapping[str, JsonValue],
     listener: Listener,
 ) -> tuple[Obstacle, ...]:
     """What at the destination stands in the way of the tree; when nothing does, it is ready for the images."""
@@ -33,7 +34,7 @@ def asked(
     control: Channel,
     offer: Offer,
     wanted: Sequence[Wanted],
-    order: Mapping[str, str | int | bool],
+    order: Mapping[str, JsonValue],
     listener: Listener,
     *,
     forecast: bytes | None = None,

@@ -46,6 +46,8 @@ def receive(
     """
     if terms.record is not None and not once:
         raise UsageError("a record is of one tree", where=terms.record, remedy="add --once")
+    if terms.command and terms.uids:
+        raise UsageError("a guest runs as QEMU does", remedy="leave out --allow-uid, and give QEMU -runas")
     forget_old()
     trust = Trust(insecure, terms.uids, tls)
     with (

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from lazyproc.dump.explain import Examined, examine
-from lazyproc.errors import Obstacle
+from collections.abc import Mapping, Sequence
+
+from lazyproc.dump.explain import examine
+from lazyproc.errors import Obstacle, UsageError
 from lazyproc.events import Listener, ignore
+from lazyproc.migrate.prepare import Offer, offer_of
+from lazyproc.needs import Wanted
 from lazyproc.pages.tls import Tls
+from lazyproc.wire.jsonobject import JsonValue
 
 
 def explain(
@@ -26,24 +31,56 @@ def explain(
     examined = examine(pid, tcp_close=tcp_close, listener=listener)
     if peer is None or not examined.smaps:  # nothing that lives could move
         return examined.obstacles
-    return (*examined.obstacles, *_obstacles_of(peer, examined, insecure, tls, listener))
+    offer = offer_of(examined.smaps)
+    return (*examined.obstacles, *_obstacles_of(peer, offer, examined.wanted, {}, insecure, tls, listener))
+
+
+def explain_guest(
+    monitor: str,
+    *,
+    peer: str | None = None,
+    insecure: bool = False,
+    tls: Tls | None = None,
+    tcp_close: bool = False,
+    listener: Listener = ignore,
+) -> tuple[Obstacle, ...]:
+    """The same for the guest of the QEMU whose QMP monitor is the unix socket `monitor`; it runs on. Raises HostLacks
+    when its RAM cannot be found, and what `explain` does.
+    """
+    from lazyproc.qemu.guest import look, obstacles
+    from lazyproc.qemu.qmp import Qmp
+
+    if tcp_close:
+        raise UsageError("a guest moves as a whole", remedy="leave out --tcp-close")
+    with Qmp(monitor) as qmp:
+        guest = look(qmp)
+        found = tuple(obstacles(qmp, guest))
+    if peer is None:
+        return found
+    offer, more = Offer(guest.pages, 1, 0, {}, ""), {"guest": guest.offer()}
+    return (*found, *_obstacles_of(peer, offer, (), more, insecure, tls, listener))
 
 
 def _obstacles_of(
-    peer: str, examined: Examined, insecure: bool, tls: Tls | None, listener: Listener
+    peer: str,
+    offer: Offer,
+    wanted: Sequence[Wanted],
+    more: Mapping[str, JsonValue],
+    insecure: bool,
+    tls: Tls | None,
+    listener: Listener,
 ) -> tuple[Obstacle, ...]:
     from lazyproc.migrate.asking import ONLY_ASKED, obstacles_there
     from lazyproc.migrate.link import dialled
-    from lazyproc.migrate.prepare import offer_of
     from lazyproc.migrate.source import Order
     from lazyproc.migrate.talk import Refused
     from lazyproc.pages.peer import Trust
     from lazyproc.wire.native import Party
 
-    offer = offer_of(examined.smaps)
+    order = {**Order().fields(), **more}
     with dialled(peer, Party.SOURCE, Trust(insecure, tls=tls)) as link:
         try:
-            found = obstacles_there(link.control, offer, examined.wanted, Order().fields(), listener)
+            found = obstacles_there(link.control, offer, wanted, order, listener)
         except Refused as refused:  # an older receiver gives one reason, and no way out of its own
             return (Obstacle(0, "host", f"{peer}: {refused.what}", "look at that host's log"),)
         if not found:

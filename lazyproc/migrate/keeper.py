@@ -24,6 +24,7 @@ from lazyproc.migrate.apart import Client, Messages, result, stream, unplug
 from lazyproc.migrate.arrival import Arrival, Terms
 from lazyproc.migrate.crew import Clients, Member, amend, heard, say
 from lazyproc.migrate.desk import Desk, Request, ask
+from lazyproc.migrate.guest_arrival import GuestArrival
 from lazyproc.migrate.journal import DESTINATION, Journal, Record
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.paging import Paging, Preferences
@@ -59,10 +60,11 @@ def keep(
         ours.close()
         for each in not_ours:
             each.close()
+        outputs = (os.dup(1), os.dup(2)) if terms.command else ()  # QEMU says there what is wrong
         unplug()
         facts = {"token": link.session.token, "peer": link.control.peer, **place.facts()}
         journal = Journal(link.session.id, DESTINATION, facts)
-        Keeper(link.session, journal, place, Client(theirs), preferences).take_in(link, terms)
+        Keeper(link.session, journal, place, Client(theirs), preferences).take_in(link, terms, outputs)
 
     with theirs:
         family.daemon(run, NAME)
@@ -166,13 +168,13 @@ class Keeper:
 
     # --- the keeper ---
 
-    def take_in(self, link: Link, terms: Terms) -> None:
-        """A new session, from PREPARE to the last page."""
+    def take_in(self, link: Link, terms: Terms, outputs: Sequence[int]) -> None:
+        """A new session, from PREPARE to the last page. `outputs` are for the QEMU of a guest."""
         self._connections = link.sockets
         tables = Pager()  # its threads run in the pager; here its tables are filled
         self._pager = self._new_pager()
         self._guard = self._new_guard()
-        arrival = Arrival(
+        arrival = (GuestArrival if terms.command else Arrival)(
             link,
             terms,
             self._journal,
@@ -180,6 +182,9 @@ class Keeper:
             settle=ignore_interrupts,
             outlived=self._note_outlived,
         )
+        if isinstance(arrival, GuestArrival):
+            arrival.outputs, arrival.noted = outputs, self._note_crew
+            arrival.runs = lambda: say(self._near, "run", None)
 
         def serve() -> None:
             say(self._near, "serve", None)

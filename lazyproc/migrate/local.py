@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.restore import run
 from lazyproc.restore.run import Restored
-from lazyproc.restore.tree import Pidns
+from lazyproc.restore.tree import NONE_GIVEN, Pidns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def restore(
     lazy_pages: socket.socket | None = None,
     tcp_close: bool = False,
     page_server: PageServerOfCriu | None = None,
+    given: Mapping[str, int] = NONE_GIVEN,
+    sibling: bool = False,
+    root: str | None = None,
 ) -> Iterator[Restored]:
     """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`.
 
@@ -65,6 +68,9 @@ def restore(
                 lazy_pages=lazy_pages,
                 tcp_close=tcp_close,
                 served=served,
+                given=given,
+                sibling=sibling,
+                root=root,
             )
         )
         if restored.pager is None:

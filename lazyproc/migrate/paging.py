@@ -153,14 +153,15 @@ class Paging:
         return True
 
     def _await_the_run(self, drain: Drain, redial: Redial | None) -> bool:
-        """A tree that somebody else restores: he may touch its memory meanwhile, and may still be about to register it,
-        so nothing else is put there before the tree runs. False when it never will.
+        """A tree that somebody else restores, or a guest that QEMU loads: they may touch its memory meanwhile, and may
+        still be about to register it, so nothing else is put there before the tree runs. False when it never will.
         """
-        while not any(kind == "run" for kind, _ in heard(self._keeper, STEP_S, 1)):
-            if redial is not None:
-                self._call(drain, redial)
+        while not self._take_links(drain, redial, STEP_S):
             if self._is_alone():
-                if forestall(self._journal.facts["restorer"][0]):
+                restorer = self._journal.facts.get("restorer")
+                if restorer is None:  # a guest: QEMU has ended with the keeper, unless it was let run
+                    return self._journal.facts.get("state") != ARRIVING
+                if forestall(restorer[0]):
                     return False
                 amend(self._journal, {"state": "running"}, self._clients.tell)
                 return True
@@ -176,14 +177,18 @@ class Paging:
         facts = self._journal.facts
         return Refetch(*where, facts["offered"]) if facts.get("criu") else Redial(*where)
 
-    def _take_links(self, drain: Drain, redial: Redial | None) -> None:
-        for kind, fds in heard(self._keeper, 0 if drain.linked else STEP_S):
-            if kind == "run":  # said to one before us as well
+    def _take_links(self, drain: Drain, redial: Redial | None, timeout: float) -> bool:
+        """Whether the keeper has said that the tree runs, which he may have said to one before us as well."""
+        runs = False
+        for kind, fds in heard(self._keeper, timeout):
+            if kind == "run":
+                runs = True
                 continue
             link = self._duplicated(fds)
             drain.take(link) if kind == "take" else drain.attach(link)
         if redial is not None:
             self._call(drain, redial)
+        return runs
 
     def _call(self, drain: Drain, redial: Redial) -> None:
         if drain.linked:
@@ -235,7 +240,7 @@ class Paging:
         """
         until, reason, told = math.inf, self._journal.facts.get("reason", ""), False
         while not drain.over and (drain.stays or time.monotonic() < until):
-            self._take_links(drain, redial)
+            self._take_links(drain, redial, 0 if drain.linked else STEP_S)
             drain.step(STEP_S if drain.linked else 0)
             waits = redial is None and not (drain.linked or drain.alone or drain.report)
             if waits and self._is_alone():

@@ -17,7 +17,7 @@ from lazyproc.images.files import EXTRAS, Folder, pack
 from lazyproc.migrate.asking import obstacles_there
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.prepare import Offer, vdso_build_id
-from lazyproc.migrate.source import BUILD_S, Order, Way, comes_back, look, moved
+from lazyproc.migrate.source import BUILD_S, Order, TreeMove, Way, comes_back, look, moved
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.model import Checkpoint
 from lazyproc.pages.bundle import NAME, pack_bundle
@@ -77,7 +77,7 @@ def serve_process(pid: int, address: str, order: Order, *, trust: Trust, listene
             if link is None:
                 continue
             try:
-                moved(pid, _way(link, door, trust), order, listener=listener, let_go=link.close)
+                moved(TreeMove(pid, order), _way(link, door, trust), listener=listener, let_go=link.close)
                 return
             except LazyprocError as error:
                 if error.exit_code != 1 and not isinstance(error, Unfit):

@@ -13,8 +13,8 @@ from lazyproc.events import Listener, ignore
 from lazyproc.facts import asdict, dataclass
 from lazyproc.kernel import netfilter
 from lazyproc.kernel.sys import pidfd_open
-from lazyproc.migrate import holding
 from lazyproc.migrate.desk import is_staffed
+from lazyproc.migrate.held import held_by
 from lazyproc.migrate.journal import DESTINATION, RELEASING, SOURCE, Journal, Record, find, records
 from lazyproc.migrate.promises import pages_remaining
 from lazyproc.migrate.supply import Supply
@@ -191,7 +191,7 @@ def _run_here(record: Record, force: bool) -> None:
             remedy="make sure that it does not run there, and add --force",
         )
     if record.state == "parked":
-        holding.from_facts(record.facts["held"]).let_run()
+        held_by(record.facts).let_run()
         netfilter.release_session(record.session)
     Journal(record.session, SOURCE).remove()
 
@@ -259,7 +259,7 @@ def _signal(pidfds: Sequence[int], number: int) -> None:
 
 def _end_tree(record: Record) -> None:
     if record.role == SOURCE and record.state in ("parked", *RUNS_THERE):
-        holding.from_facts(record.facts["held"]).end()
+        held_by(record.facts).end()
     if "tree" in record.facts:
         end_tree(from_facts(record.facts["tree"]))
     if record.facts.get("server"):

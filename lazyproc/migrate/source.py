@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Protocol
 
 from lazyproc import events
 from lazyproc.dump.before import Before, look_before, observed_sleeps
@@ -43,7 +44,8 @@ from lazyproc.migrate.agreeing import agreed
 from lazyproc.migrate.apart import Client, Work, apart
 from lazyproc.migrate.description import description
 from lazyproc.migrate.desk import Desk
-from lazyproc.migrate.holding import Holding, from_facts, holding_of, to_facts
+from lazyproc.migrate.held import Held, held_by
+from lazyproc.migrate.holding import Holding, holding_of, to_facts
 from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record, find, records
 from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
 from lazyproc.migrate.lost import source_ended
@@ -106,7 +108,13 @@ def migrate(
     """
     if order.release and order.mode != "postcopy":
         raise UsageError(f"nothing is released in mode {order.mode}", remedy="leave out --mode or --release")
-    session, trust = Session.new(), Trust(insecure, tls=tls)
+    way = way_to(target, Trust(insecure, tls=tls))
+    return moved(TreeMove(pid, order), way, listener=listener, retry_for=retry_for, trace=trace)
+
+
+def way_to(target: str, trust: Trust) -> Way:
+    """To a receiver at HOST:PORT, or behind ssh://. Raises UsageError."""
+    session = Session.new()
     if target.startswith(SCHEME):
         _demand_usable(target, trust)
 
@@ -117,8 +125,7 @@ def migrate(
         peer = str(find(session.id, SOURCE).facts["peer"])
         return linked(peer, Party.SOURCE, trust, session, resume=True)
 
-    way = Way(session, first, again, {"peer": target, "token": session.token, **trust.facts()})
-    return moved(pid, way, order, listener=listener, retry_for=retry_for, trace=trace)
+    return Way(session, first, again, {"peer": target, "token": session.token, **trust.facts()})
 
 
 def _demand_usable(target: str, trust: Trust) -> None:
@@ -156,10 +163,48 @@ class Way:
         return closing(Chain(self.session.id, first, self.again, retry_for, client.tell))
 
 
+class Move(Protocol):
+    """What is moved. `look` comes before the other side is called, `hand_over` when it has answered."""
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """For the journal; after `look`."""
+
+    def look(self, listener: Listener) -> None:
+        """Raises CannotBeDone."""
+
+    def hand_over(
+        self, chain: Chain, journal: Journal, listener: Listener, trace: TraceFile | None
+    ) -> MigrateReport:
+        """To the last page. Before COMMIT is sent every error leaves it running here."""
+
+
+class TreeMove:
+    """A process tree, by its root."""
+
+    def __init__(self, pid: int, order: Order) -> None:
+        """Raises CannotBeDone."""
+        demand_apart(pid)
+        self._pid = pid
+        self._order = order
+        self.facts = {"root_pid": pid, "mode": order.mode, "release": order.release}
+
+    def look(self, listener: Listener) -> None:
+        self._before = look(self._pid, listener, tcp_close=self._order.tcp_close)
+        self._looked = time.monotonic()
+
+    def hand_over(
+        self, chain: Chain, journal: Journal, listener: Listener, trace: TraceFile | None
+    ) -> MigrateReport:
+        if time.monotonic() - self._looked > FRESH_S:
+            self.look(listener)
+        order, settle = self._order, ignore_interrupts
+        return hand_over(self._pid, chain, self._before, order, journal, listener, trace=trace, settle=settle)
+
+
 def moved(
-    pid: int,
+    move: Move,
     way: Way,
-    order: Order,
     *,
     listener: Listener,
     retry_for: float | None = None,
@@ -167,36 +212,25 @@ def moved(
     let_go: Callable[[], object] = lambda: None,
 ) -> MigrateReport:
     """The whole move, by processes that outlive this one; see `migrate`, and `apart` for `let_go`."""
-    session = way.session.id
+    session, started = way.session.id, time.time()
+    journal = Journal(session, SOURCE)
 
     def first(client: Client) -> MigrateReport:
         client.stop_without_it()
         with ExitStack() as stack:
             stack.callback(journal.remove_if, "preparing")
             file = stack.enter_context(TraceFile(trace, client.tell)) if trace is not None else None
-            before, looked = look(pid, client.tell, tcp_close=order.tcp_close), time.monotonic()
+            move.look(client.tell)
+            begun = {**way.facts, **move.facts, "started": started}
             journal.write("preparing", durable=False, **begun, **crew())
             chain = stack.enter_context(way.chain(way.first(stack), retry_for, client))
             journal.write("preparing", durable=False, peer=chain.current.control.peer)
-            if time.monotonic() - looked > FRESH_S:
-                before = look(pid, client.tell, tcp_close=order.tcp_close)
-            return hand_over(
-                pid, chain, before, order, journal, client.tell, trace=file, settle=ignore_interrupts
-            )
+            return move.hand_over(chain, journal, client.tell, file)
 
     def again(client: Client) -> MigrateReport:
         with way.chain(None, retry_for, client) as chain:
             return go_on(find(session, SOURCE), chain, client.tell)
 
-    demand_apart(pid)
-    journal = Journal(session, SOURCE)
-    begun = {
-        **way.facts,
-        "root_pid": pid,
-        "mode": order.mode,
-        "release": order.release,
-        "started": time.time(),
-    }
     return _apart(first, again, session, listener, let_go)
 
 
@@ -326,7 +360,7 @@ def hand_over(
             last.enter_context(deaf())  # until all is put away
             control.send(Commit())
             commit_sent.set()
-            _await_running(serving, journal, steps, listener)
+            await_running(serving, journal, steps, listener)
             hang_up(dump.given_up)
             with _releaser(order.release, held, server, journal, listener, traced=True) as releaser:
                 drained = serving.until_drained(releaser)
@@ -344,7 +378,7 @@ def _await_built(control: Channel, dump: Dump, held: Holding, steps: Steps) -> N
     steps.done("check")
 
 
-def _await_running(serving: Serving, journal: Journal, steps: Steps, listener: Listener) -> None:
+def await_running(serving: Serving, journal: Journal, steps: Steps, listener: Listener) -> None:
     """From COMMIT on. Of the record only its last word is for a host without power."""
     serving.until_committed()
     steps.done("committed")
@@ -418,9 +452,11 @@ def parked_tree(
 
 
 def _releaser(
-    wanted: bool, held: Holding, server: PageServer, journal: Journal, listener: Listener, *, traced: bool
+    wanted: bool, held: Held, server: PageServer, journal: Journal, listener: Listener, *, traced: bool
 ) -> AbstractContextManager[Releaser | None]:
-    return Releaser(held, server, journal, listener, traced=traced) if wanted else nullcontext()
+    if not wanted or not isinstance(held, Holding):
+        return nullcontext()
+    return Releaser(held, server, journal, listener, traced=traced)
 
 
 def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
@@ -430,7 +466,7 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
     """
     journal = Journal(record.session, SOURCE, record.facts)
     journal.facts |= crew()
-    held = from_facts(record.facts["held"]) if "held" in record.facts else None
+    held = held_by(record.facts) if "held" in record.facts else None
     if held is not None and "report" in record.facts:  # killed while it ended what is left here
         end_here(journal, held)
         return MigrateReport(**record.facts["report"])
@@ -473,7 +509,7 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
     return report
 
 
-def _opened(held: Holding, record: Record) -> FrozenPages:
+def _opened(held: Held, record: Record) -> FrozenPages:
     """Its pages, where they lie. It may be killed at any moment: raises LostAfterCommit when it may run elsewhere."""
     try:
         return held.open()
@@ -483,7 +519,7 @@ def _opened(held: Holding, record: Record) -> FrozenPages:
         raise source_ended(held.ended() or held.root_pid, record.session) from error
 
 
-def run_on(journal: Journal, held: Holding | None) -> None:
+def run_on(journal: Journal, held: Held | None) -> None:
     """Whatever of it is parked runs on here, and that is the end of the session."""
     if held is not None:
         held.let_run()
@@ -491,7 +527,7 @@ def run_on(journal: Journal, held: Holding | None) -> None:
     journal.remove()
 
 
-def end_here(journal: Journal, held: Holding) -> None:
+def end_here(journal: Journal, held: Held) -> None:
     """Every page is there, and nothing of it is needed here."""
     held.end()
     netfilter.release_session(journal.session)

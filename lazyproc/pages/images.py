@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,6 +28,7 @@ from lazyproc.runs import Segments, interleaved
 
 _PIECE = 256  # pages that are read and written at once: 1 MiB
 _MAX_PARENTS = 1024
+_ZEROS = bytes(PAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +207,45 @@ def write_pages(draft: Draft, checkpoint: Checkpoint, source: PageSource, *, laz
             for extent in merge(checkpoint.memory.get(obj, ()))
             if not extent.in_parent and (lazy or not extent.lazy)
         ]
-        draft.write_file(f"pages-{pages_id}.img", _pieces(obj, extents, source))
+        pieces = (data for _, data in _pieces(obj, extents, source))
+        draft.write_file(f"pages-{pages_id}.img", pieces)
         written += sum(extent.count for extent in extents)
     return written
 
 
-def _pieces(obj: MemoryObject, extents: Sequence[Extent], source: PageSource) -> Iterator[bytes]:
+def write_content(
+    draft: Draft,
+    objects: Iterable[MemoryObject],
+    memory: Mapping[MemoryObject, Sequence[Extent]],
+    source: PageSource,
+) -> dict[MemoryObject, tuple[Extent, ...]]:
+    """Writes pages-*.img of these objects, in their order, without pages of zeros; which pages it wrote."""
+    found: dict[MemoryObject, tuple[Extent, ...]] = {}
+    for pages_id, obj in enumerate(objects, start=1):
+        kept: list[Extent] = []
+        draft.write_file(f"pages-{pages_id}.img", _content(obj, memory.get(obj, ()), source, kept))
+        found[obj] = tuple(merge(kept))
+    return found
+
+
+def _content(
+    obj: MemoryObject, extents: Sequence[Extent], source: PageSource, kept: list[Extent]
+) -> Iterator[bytes]:
+    """The pages that are not zeros; which, is `kept`."""
+    for addr, data in _pieces(obj, extents, source):
+        at = 0
+        pages = (data[place : place + PAGE] == _ZEROS for place in range(0, len(data), PAGE))
+        for zeros, run in groupby(pages):
+            start, at = at, at + PAGE * len(list(run))
+            if not zeros:
+                kept.append(Extent(addr + start, (at - start) // PAGE, lazy=True))
+                yield data[start:at]
+
+
+def _pieces(obj: MemoryObject, extents: Sequence[Extent], source: PageSource) -> Iterator[tuple[int, bytes]]:
+    """Each with its address."""
     for extent in extents:
         for done in range(0, extent.count, _PIECE):
             count = min(_PIECE, extent.count - done)
-            yield source.read(obj, extent.addr + done * PAGE, count)
+            addr = extent.addr + done * PAGE
+            yield addr, source.read(obj, addr, count)

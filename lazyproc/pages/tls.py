@@ -34,25 +34,31 @@ class Tls:
     """Files in PEM: our certificate (with what is between it and the CA), its private key, and the CA's certificate.
 
     They are read when a connection is opened, so renewed ones are used from the next connection on. `lazyproc keys`
-    makes a set.
+    makes a set. `crl` is a list of certificates that the CA has revoked, "" without one. Without `names` who dials
+    takes every certificate of the CA, whatever the other end is called.
     """
 
     cert: str
     key: str
     ca: str
+    crl: str = ""
+    names: bool = True
 
     def __post_init__(self) -> None:
         """Whoever goes on from a journal has another working directory."""
-        for name in ("cert", "key", "ca"):
-            object.__setattr__(self, name, os.path.abspath(getattr(self, name)))
+        for name in ("cert", "key", "ca", "crl"):
+            if path := getattr(self, name):
+                object.__setattr__(self, name, os.path.abspath(path))
 
     def facts(self) -> dict[str, str]:
-        """The names of the files, for a journal."""
-        return {"cert": self.cert, "key": self.key, "ca": self.ca}
+        """For a journal: the names of the files, and "yes" for `names`."""
+        names = "yes" if self.names else ""
+        return {"cert": self.cert, "key": self.key, "ca": self.ca, "crl": self.crl, "names": names}
 
     @classmethod
     def of(cls, facts: Mapping[str, str]) -> Tls:
-        return cls(facts["cert"], facts["key"], facts["ca"])
+        names = bool(facts.get("names", "yes"))
+        return cls(facts["cert"], facts["key"], facts["ca"], facts.get("crl", ""), names)
 
 
 def dialling(tls: Tls) -> ssl.SSLContext:
@@ -60,6 +66,7 @@ def dialling(tls: Tls) -> ssl.SSLContext:
     import ssl
 
     context = _context(tls, ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = tls.names
     context.set_alpn_protocols([PROTOCOL])
     return context
 
@@ -80,12 +87,14 @@ def _context(tls: Tls, protocol: ssl._SSLMethod) -> ssl.SSLContext:
 
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    for path in (tls.cert, tls.key, tls.ca):
+    for path in (tls.cert, tls.key, tls.ca, *([tls.crl] if tls.crl else ())):
         _demand_readable(path)
     try:
         context.load_verify_locations(tls.ca)
     except ssl.SSLError:
         raise UsageError("is no certificate in PEM", where=tls.ca, remedy=f"check {OPTIONS}") from None
+    if tls.crl:
+        _load_revoked(context, tls.crl)
     try:
         context.load_cert_chain(tls.cert, tls.key, password=_no_password)
     except ssl.SSLError as error:
@@ -100,6 +109,17 @@ def _context(tls: Tls, protocol: ssl._SSLMethod) -> ssl.SSLContext:
             remedy="store it without (openssl pkey -in KEY -out NEW), readable by its owner alone",
         ) from None
     return context
+
+
+def _load_revoked(context: ssl.SSLContext, path: str) -> None:
+    """A certificate is refused when it is in the list, or when the list is not of its CA, or is too old."""
+    import ssl
+
+    try:
+        context.load_verify_locations(path)
+    except ssl.SSLError:
+        raise UsageError("is no revocation list in PEM", where=path, remedy="see openssl-ca(1)") from None
+    context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
 
 
 class _Encrypted(Exception):
@@ -295,6 +315,11 @@ def _not_taken(error: ssl.SSLCertVerificationError, tls: Tls, where: str) -> Per
             return PermissionDenied(
                 f"its certificate {what}", where=where, remedy=f"{RENEW}, or check the clocks"
             )
+        case 23:
+            return PermissionDenied("its certificate was revoked", where=where, remedy=RENEW)
+        case 3 | 12:
+            what = "is too old" if error.verify_code == 12 else "is not of the CA of its certificate"
+            return PermissionDenied(f"the revocation list {tls.crl} {what}", where=where, remedy="renew it")
         case 62 | 64:
             return PermissionDenied(
                 "its certificate is not for that name or address",

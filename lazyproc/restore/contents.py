@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lazyproc.errors import RestoreError
-from lazyproc.model import FileContent
+from lazyproc.model import FileContent, RegularFile
 from lazyproc.restore.workshop import OpenPath, Workshop, words
 
 _HERE = "make room there, or give the path to the user who restores"
@@ -21,7 +21,9 @@ _HERE = "make room there, or give the path to the user who restores"
 
 def make_named_contents(workshop: Workshop) -> None:
     """Create what is missing of the files with a path, directories first. Undone when the restore fails."""
-    named = [content for content in workshop.checkpoint.contents.values() if content.path]
+    open_already, wanted = _references(workshop)
+    contents = workshop.checkpoint.contents.values()
+    named = [content for content in contents if content.path and content.id not in open_already - wanted]
     for content in sorted(named, key=lambda content: content.path.count("/")):
         with parent_of(workshop.open_path, content.path) as (parent, name):
             try:
@@ -35,6 +37,15 @@ def make_named_contents(workshop: Workshop) -> None:
                 workshop.stack.push(_Undo(os.dup(parent), name, st.S_ISDIR(content.mode)))
             else:
                 _check_same(parent, name, content, found)
+
+
+def _references(workshop: Workshop) -> tuple[set[int], set[int]]:
+    """The contents of files that are open already, and of all others."""
+    of_files: tuple[set[int], set[int]] = set(), set()
+    for file in workshop.checkpoint.files.values():
+        if isinstance(file.resource, RegularFile):
+            of_files[file.id not in workshop.files].add(file.resource.content_id)
+    return of_files
 
 
 def ghost(workshop: Workshop, content_id: int, path: str) -> int:

@@ -119,7 +119,7 @@ class Maker:
             tracee, bench = self.sites[parent].leader, self.sites[parent].bench
         else:
             tracee, bench = self.nursery.tracee, self.nursery.bench(self.nursery.memory, signal.SIGURG)
-        if task.vpid == 1:
+        if task.vpid == 1 or (self.nursery.sibling and not parent):
             return self._site(task, tracee)
         args = _clone_args(bench, CLONE_PTRACE, task.vpid, exit_signal=task.exit_signal)
         _check_made(task.vpid, *bench.run(tracee, [Call("clone3", args, may_fail=True)]))

@@ -16,6 +16,7 @@ from lazyproc.images.forecast import Forecast, Room
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.nursery import TRANSPORT_FD, Nursery
+from lazyproc.kernel.sys import open_in
 from lazyproc.model import Checkpoint, Mm, SharedMemory, Task
 from lazyproc.restore import memory, pages
 from lazyproc.restore.creation import Maker, ending_for
@@ -135,9 +136,19 @@ def laid(forecast: Forecast, birth: Birth, pager: Pager | None) -> Iterator[Grou
 
 
 def opener(nursery: Nursery) -> OpenPath:
-    """Opens paths from the root directory of the tree."""
+    """Opens paths from the root directory of the tree; where that is not ours symbolic links stay within it."""
     root = f"/proc/{nursery.pid}/root"
-    return lambda path, flags, mode: os.open(root + path, flags, mode)
+    if not nursery.has_root:
+        return lambda path, flags, mode: os.open(root + path, flags, mode)
+
+    def open_inside(path: str, flags: int, _mode: int) -> int:
+        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return open_in(directory, path, flags)
+        finally:
+            os.close(directory)
+
+    return open_inside
 
 
 def _with_slack(room: Room) -> Room:

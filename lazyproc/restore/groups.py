@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from lazyproc.errors import RestoreError, UsageError
 from lazyproc.events import Listener, Note
@@ -13,6 +14,7 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel import cgroup
 from lazyproc.kernel.cgroup import SYSTEMD, V2, Hierarchy, Place
 from lazyproc.kernel.nursery import Nursery, nursery
+from lazyproc.restore.creation import pid_taken
 from lazyproc.restore.inherited import Inherited
 
 UNITS = (".service", ".scope")  # who stops one kills all that is in its group and below
@@ -101,28 +103,59 @@ class Birth:
 
 
 @contextmanager
-def nursery_in_group(named: str | None, label: int, listener: Listener, *, pidns: bool) -> Iterator[Birth]:
-    """The nursery of a tree, stopped.
+def nursery_in_group(
+    named: str | None, label: int, listener: Listener, *, pidns: bool, sibling: int = 0
+) -> Iterator[Birth]:
+    """The nursery of a tree, stopped; with the number `sibling` as its root, a child of our parent.
 
     `label` is a part of their names. Where none can be made the tree is in our own groups, and `listener` is told.
-    Raises RestoreError for a group that was named, UsageError, HostLacks.
+    Raises RestoreError for a group that was named, UsageError, PidTaken for `sibling`, HostLacks.
     """
     with ExitStack() as stack:
         there: Sequence[Place] = ()
         try:
             there = stack.enter_context(_ready(named, label))
-            birth = stack.enter_context(nursery(pidns=pidns, groups=there))
+            birth = stack.enter_context(nursery(pidns=pidns, groups=there, sibling=sibling))
+        except FileExistsError as error:
+            raise pid_taken(sibling) from error
         except cgroup.NotJoined as error:
-            if named is not None:
-                raise _refused(named, error) from error
             there = ()
-            listener(
-                Note(
-                    f"the tree is in the cgroup of this command and may end with it ({error.strerror}): {AMENDS}"
-                )
-            )
-            birth = stack.enter_context(nursery(pidns=pidns))
+            _left_in_ours(named, error, listener)
+            birth = stack.enter_context(nursery(pidns=pidns, sibling=sibling))
         yield Birth(birth, [place.folder for place in there if named is None], Inherited.of(birth))
+
+
+@contextmanager
+def joined(pid: int, named: str | None, listener: Listener) -> Iterator[Sequence[str]]:
+    """A process that somebody else has started is put into the groups of a tree; the directories of those that were
+    made, which go at the end unless it lives there. Raises as `nursery_in_group`.
+    """
+    with ExitStack() as stack:
+        there: Sequence[Place] = ()
+        try:
+            there = stack.enter_context(_ready(named, pid))
+            for place in there:
+                _put(pid, place.folder)
+        except cgroup.NotJoined as error:
+            there = ()
+            _left_in_ours(named, error, listener)
+        yield [place.folder for place in there if named is None]
+
+
+def _put(pid: int, folder: str) -> None:
+    try:
+        Path(folder, "cgroup.procs").write_text(str(pid))
+    except OSError as error:
+        raise cgroup.NotJoined(error.errno, error.strerror) from error
+
+
+def _left_in_ours(named: str | None, error: cgroup.NotJoined, listener: Listener) -> None:
+    """Raises RestoreError for a group that was named."""
+    if named is not None:
+        raise _refused(named, error) from error
+    listener(
+        Note(f"the tree is in the cgroup of this command and may end with it ({error.strerror}): {AMENDS}")
+    )
 
 
 @contextmanager

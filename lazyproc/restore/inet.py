@@ -11,13 +11,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from lazyproc.errors import RestoreError
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import inject, tcp
-from lazyproc.kernel.netfilter import End, Flow, plain
+from lazyproc.kernel.netfilter import LOOPBACK, End, Flow, plain
 from lazyproc.kernel.sockopt import (
     EARLY,
+    IP_FREEBIND,
     LATE,
     RCV_SHUTDOWN,
     SO_MEMINFO,
     SO_RCVBUFFORCE,
+    SO_REUSEADDR,
+    SO_REUSEPORT,
+    SOL_IP,
     SOL_SOCKET,
     TCP_CLOSE,
     TCP_LISTEN,
@@ -29,7 +33,6 @@ from lazyproc.restore.tcp import connect_repaired, end, leave_repair
 
 _AMPLE = 1 << 28
 _MOMENT = 5.0  # seconds for a packet to pass the loopback interface
-_LOOPBACK = {4: socket.inet_pton(socket.AF_INET, "127.0.0.1"), 16: socket.inet_pton(socket.AF_INET6, "::1")}
 
 
 @dataclass(slots=True)
@@ -54,6 +57,9 @@ class InetSockets:
         for inet in sorted(self.sockets.values(), key=lambda inet: inet.tcp is not None):
             with _words(inet, inet.local):
                 self._make(inet)
+        for inet in self.sockets.values():
+            for option in self._only_for_bind(inet):
+                self.made[inet.inode].setsockopt(*option, _is_set(inet, option))
 
     def leave_repair(self) -> None:
         for inet in self.sockets.values():
@@ -76,7 +82,21 @@ class InetSockets:
         elif inet.tcp is not None and inet.state == TCP_CLOSE:
             _make_ended(sock, inet)
         else:
+            for option in self._only_for_bind(inet):
+                sock.setsockopt(*option, True)
             _make_other(sock, inet)
+
+    def _only_for_bind(self, inet: InetSocket) -> list[tuple[int, int]]:
+        """What bind(2) has to be allowed, and the program has taken back since: to have an address that is not here,
+        to have the port that another socket of the tree has.
+        """
+        others = [other for other in self.sockets.values() if other is not inet and _collide(inet, other)]
+        sharing = [inet, *others]
+        share = SOL_SOCKET, SO_REUSEPORT
+        if inet.protocol == socket.IPPROTO_UDP and not any(_is_set(each, share) for each in sharing):
+            share = SOL_SOCKET, SO_REUSEADDR
+        needs_share = bool(others) and not all(_is_set(each, share) for each in sharing)
+        return [(SOL_IP, IP_FREEBIND)] * inet.absent + [share] * needs_share
 
     @staticmethod
     def _make_connection(sock: socket.socket, inet: InetSocket) -> None:
@@ -101,6 +121,22 @@ class InetSockets:
     def _is_inside(self, inet: InetSocket) -> bool:
         """Whether the other end of a connection is in the tree."""
         return inet.remote is not None and (plain(inet.remote), plain(inet.local)) in self._connections
+
+
+def _is_set(inet: InetSocket, option: tuple[int, int]) -> bool:
+    return any(inet.options.values.get(option, b""))
+
+
+def _collide(one: InetSocket, other: InetSocket) -> bool:
+    """Whether they want the same port of the same address, and neither is a TCP connection, which nobody minds."""
+    if one.protocol != other.protocol or one.local[1] != other.local[1] or not one.local[1]:
+        return False
+    if one.protocol == socket.IPPROTO_TCP and any(each.remote or each.tcp for each in (one, other)):
+        return False
+    if one.family != other.family and (one.v6only or other.v6only):
+        return False
+    hosts = plain(one.local)[0], plain(other.local)[0]
+    return not all(map(any, hosts)) or hosts[0] == hosts[1]
 
 
 def _new(inet: InetSocket | AddressNeed, options: SocketOptions) -> socket.socket:
@@ -187,7 +223,7 @@ def _sender(packet: Packet) -> End:
 def _target(inet: InetSocket, sender: End) -> End:
     """The socket's own address, or the loopback address when it listens on all."""
     host, port = plain(inet.local)
-    return host if any(host) else _LOOPBACK[len(sender[0])], port
+    return host if any(host) else LOOPBACK[len(sender[0])], port
 
 
 def _reaches(listener: InetSocket, target: End) -> bool:

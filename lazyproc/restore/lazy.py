@@ -30,7 +30,7 @@ def introduce(pager: Pager, tree: BuiltTree, listener: Listener) -> None:
         site = tree.sites[vpid]
         pager.add_regions(pager.add_space(os.dup(fd), vpid, site.pid), site.regions)
     if any(r.object.kind is ObjectKind.SHARED for r in tree.lazy):
-        _watch_removals(pager, listener)
+        watch_removals(pager, listener)
     count = 0
     for obj, extents in tree.checkpoint.memory.items():
         eager = Extents.of(extents).where(lazy=False)
@@ -40,7 +40,7 @@ def introduce(pager: Pager, tree: BuiltTree, listener: Listener) -> None:
     pager.add_eager(count)
 
 
-def _watch_removals(pager: Pager, listener: Listener) -> None:
+def watch_removals(pager: Pager, listener: Listener) -> None:
     try:
         pager.watch_removals()
     except OSError as error:

@@ -22,6 +22,8 @@ from lazyproc.errors import RestoreError
 from lazyproc.kernel.sockopt import SIOCUNIXFILE
 from lazyproc.kernel.sys import syscall
 from lazyproc.model import UnixSocket
+from lazyproc.restore.contents import parent_of
+from lazyproc.restore.workshop import OpenPath
 
 SYS_UNSHARE, CLONE_FS = 272, 0x200
 SYS_SETRESUID, SYS_SETRESGID, SYS_SETFSUID = 117, 119, 122
@@ -37,20 +39,21 @@ def bind(sock: socket.socket, name: bytes) -> None:
         _bind_below(sock, name, stage)
 
 
-def bind_with_file(sock: socket.socket, unix: UnixSocket, root: str) -> None:
-    """Give a name and put the socket file in its place, with its permissions; `root` is the tree's root
+def bind_with_file(sock: socket.socket, unix: UnixSocket, open_path: OpenPath) -> None:
+    """Give a name and put the socket file in its place, with its permissions; `open_path` begins at the tree's root
     directory.
 
     Raises RestoreError when the directory is missing or something else lies there. A socket file that no
     socket is bound to any more, such as the one the original left behind, is replaced.
     """
-    place = root.rstrip("/") + unix.path
-    check_place(place, unix.path)
-    with tempfile.TemporaryDirectory(prefix=".lazyproc-", dir=os.path.dirname(place)) as stage:
-        file = _bind_below(sock, unix.name, stage)
-        os.chown(file, unix.uid, unix.gid)
-        os.chmod(file, stat.S_IMODE(unix.mode))
-        os.rename(file, place)
+    with parent_of(open_path, unix.path) as (parent, name):
+        place = f"/proc/self/fd/{parent}/{name}"
+        check_place(place, unix.path)
+        with tempfile.TemporaryDirectory(prefix=".lazyproc-", dir=os.path.dirname(place)) as stage:
+            file = _bind_below(sock, unix.name, stage)
+            os.chown(file, unix.uid, unix.gid)
+            os.chmod(file, stat.S_IMODE(unix.mode))
+            os.rename(file, place)
 
 
 def check_place(place: str, path: str) -> None:

@@ -8,7 +8,7 @@ import stat as st
 import termios
 
 from lazyproc.errors import RestoreError
-from lazyproc.events import Note
+from lazyproc.events import Listener, Note
 from lazyproc.model import OpenFile, Pipe, PipeEnd
 from lazyproc.restore.workshop import LARGEFILE, Workshop, probe, reopen
 
@@ -27,7 +27,7 @@ def make_pipe_end(workshop: Workshop, file: OpenFile, resource: PipeEnd) -> int:
 def _make_pipe(workshop: Workshop, pipe: Pipe) -> int:
     """Both ends stay open until the workshop closes, so that opening one end does not wait for the other."""
     reading, writing = (workshop.keep(fd) for fd in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
-    _refill(workshop, pipe, writing)
+    refill(pipe, writing, workshop.listener)
     workshop.originals |= {(Pipe, pipe.id, os.O_RDONLY): reading, (Pipe, pipe.id, os.O_WRONLY): writing}
     return reading
 
@@ -36,14 +36,19 @@ def _make_fifo(workshop: Workshop, pipe: Pipe) -> int:
     with probe(workshop.open_path, pipe.path) as found:
         check_fifo(pipe.path, found)
         fifo = workshop.keep(reopen(found, os.O_RDWR | os.O_NONBLOCK))
-    if any(fcntl.ioctl(fifo, termios.FIONREAD, bytes(4))):
+    if holds_data(fifo):
         raise RestoreError(
             "is in use on this host: there is data in it",
             where=f"file {pipe.path}",
             remedy="end what uses it",
         )
-    _refill(workshop, pipe, fifo)
+    refill(pipe, fifo, workshop.listener)
     return fifo
+
+
+def holds_data(fd: int) -> bool:
+    """Whether something could be read: FIONREAD, on either end."""
+    return any(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
 
 
 def check_fifo(path: str, probe: int) -> None:
@@ -52,12 +57,13 @@ def check_fifo(path: str, probe: int) -> None:
         raise RestoreError("is no FIFO on this host", where=f"file {path}", remedy=f"mkfifo {path}")
 
 
-def _refill(workshop: Workshop, pipe: Pipe, writing: int) -> None:
+def refill(pipe: Pipe, writing: int, listener: Listener) -> None:
+    """What lies in a pipe, and how much may, through an end for writing. Raises RestoreError."""
     if fcntl.fcntl(writing, fcntl.F_GETPIPE_SZ) != pipe.capacity:
         try:
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, pipe.capacity)
         except PermissionError:
-            workshop.listener(Note(f"a pipe of {pipe.capacity} bytes is smaller now: raise fs.pipe-max-size"))
+            listener(Note(f"a pipe of {pipe.capacity} bytes is smaller now: raise fs.pipe-max-size"))
     if pipe.packets:  # with O_DIRECT each write is a packet
         fcntl.fcntl(writing, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)
     at = 0

@@ -26,7 +26,7 @@ from lazyproc.restore.crius import fitted, taken_over
 from lazyproc.restore.handing import hand_over, shared_at_once
 from lazyproc.restore.lazy import finish, introduce
 from lazyproc.restore.lazytree import LazyTree
-from lazyproc.restore.tree import BuiltTree, Pidns, built_tree
+from lazyproc.restore.tree import NONE_GIVEN, BuiltTree, Pidns, built_tree
 from lazyproc.runs import Extents
 from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.planner import follow
@@ -165,11 +165,18 @@ def restore(
     lazy_pages: socket.socket | None = None,
     tcp_close: bool = False,
     served: Served | None = None,
+    given: Mapping[str, int] = NONE_GIVEN,
+    sibling: bool = False,
+    root: str | None = None,
 ) -> Iterator[Restored]:
     """Restore the tree in `directory`; it runs when the context is entered, or is `stopped` as by SIGSTOP. Without
     `bulk` only what is touched comes. `ready` is called with the root's pid when the tree is complete and has not run;
     when it raises, the tree is ended. Private memory that can be lazy is brought by the daemon of `criu lazy-pages`, or
-    ours, behind the connection `lazy_pages`. With `tcp_close` all its TCP connections have ended.
+    ours, behind the connection `lazy_pages`. With `tcp_close` all its TCP connections have ended. Of
+    the `given` descriptors each takes the place of what the tree had open under that name: a path without its first
+    slash, "pipe:[INODE]", "socket:[INODE]", or how it was called when it was left outside (lazyproc/outside.py). With
+    `sibling` the root is a child of our parent, which reaps it: there is nothing to wait for here. With
+    `root` that is its root directory, and what the images name is looked for there.
 
     The tree is in a cgroup of its own, or in `cgroup`, a path as in /proc/PID/cgroup, which is made when it is missing.
     Faults, which only a lazy restore has, are written to `trace` and to `record` (docs/trace.md). With the policy
@@ -206,7 +213,16 @@ def restore(
         with (
             taken_over(checkpoint, network_lock(images)) as let_go,
             built_tree(
-                checkpoint, source, listener, pager=pager, handed=handed, pidns=pidns, cgroup=cgroup
+                checkpoint,
+                source,
+                listener,
+                pager=pager,
+                handed=handed,
+                pidns=pidns,
+                cgroup=cgroup,
+                given=given,
+                sibling=sibling,
+                root=root,
             ) as tree,
         ):
             stack.callback(remove, tree.lazy_tree.groups)  # in case it ends before us

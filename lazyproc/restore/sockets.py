@@ -9,16 +9,17 @@ The code for a kind of sockets is imported when the checkpoint has one of that k
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from socket import socket
 from typing import TYPE_CHECKING, TypeVar
 
-from lazyproc.facts import dataclass
+from lazyproc.facts import dataclass, replace
 from lazyproc.kernel.sockopt import LATE
 from lazyproc.model import Checkpoint, InetSocket, OpenFile, UnixSocket
 from lazyproc.restore.options import apply
-from lazyproc.restore.workshop import finish
+from lazyproc.restore.workshop import OpenPath, finish
 
 if TYPE_CHECKING:
     from lazyproc.kernel.netfilter import Flow
@@ -62,18 +63,19 @@ def make_sockets(
     checkpoint: Checkpoint,
     files: dict[int, int],
     *,
-    root: str = "/",
+    open_path: OpenPath = os.open,
     maker: Maker | None = None,
 ) -> Iterator[MadeSockets]:
-    """Every socket of the checkpoint, added to `files` (file id to a descriptor of ours); all are closed on
-    leaving.
+    """Every socket of the checkpoint that is not in `files` yet (file id to a descriptor of ours), added to them; all
+    are closed on leaving.
 
-    `root` is where the tree's root directory lies for us; `maker` has its tasks, for SO_PEERCRED. TCP
+    `open_path` opens a path from the tree's root directory; `maker` has its tasks, for SO_PEERCRED. TCP
     connections are in repair mode: closing them sends nothing. Raises RestoreError naming the address or the path and
     what to do.
     """
     with ExitStack() as stack:
-        unix, inet = _unix_sockets(checkpoint, root, maker, stack), _inet_sockets(checkpoint, stack)
+        checkpoint = replace(checkpoint, files={n: f for n, f in checkpoint.files.items() if n not in files})
+        unix, inet = _unix_sockets(checkpoint, open_path, maker, stack), _inet_sockets(checkpoint, stack)
         made: dict[int, socket] = {}
         for kind in (unix, inet):
             if kind is not None:
@@ -87,7 +89,7 @@ def make_sockets(
 
 
 def _unix_sockets(
-    checkpoint: Checkpoint, root: str, maker: Maker | None, stack: ExitStack
+    checkpoint: Checkpoint, open_path: OpenPath, maker: Maker | None, stack: ExitStack
 ) -> UnixSockets | None:
     sockets = _by_inode(checkpoint, UnixSocket)
     if not sockets:
@@ -95,7 +97,7 @@ def _unix_sockets(
     from lazyproc.restore.peercred import Callers
     from lazyproc.restore.unix import UnixSockets
 
-    return UnixSockets(sockets, root, Callers(maker), stack)
+    return UnixSockets(sockets, open_path, Callers(maker), stack)
 
 
 def _inet_sockets(checkpoint: Checkpoint, stack: ExitStack) -> InetSockets | None:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from types import MappingProxyType
 from typing import Literal
 
 from lazyproc.errors import NoSuchProcess, PidTaken, RestoreError
@@ -29,6 +30,7 @@ from lazyproc.restore import descriptors, memory, objects, pages, restarts, stat
 from lazyproc.restore.creation import make_threads, meet_threads, stop
 from lazyproc.restore.epolls import add_orphans
 from lazyproc.restore.files import make_files
+from lazyproc.restore.given import stand_ins
 from lazyproc.restore.groundwork import Groundwork, begun, kill, killed_at_end, opener
 from lazyproc.restore.groups import Birth, nursery_in_group
 from lazyproc.restore.inherited import Inherited
@@ -41,6 +43,7 @@ from lazyproc.steps import Steps
 from lazyproc.uffd.device import demand_for_tasks
 from lazyproc.uffd.pager import Pager
 
+NONE_GIVEN: Mapping[str, int] = MappingProxyType({})
 # "same": as it was dumped, a root that was pid 1 in a new one, any other here
 Pidns = Literal["auto", "host", "new", "same"]
 
@@ -68,7 +71,7 @@ class BuiltTree:
         """From here on the tree is never killed for our sake: whatever becomes of us, it runs. The nursery goes first,
         as its end would be that of its pid namespace.
         """
-        if self.checkpoint.root.vpid != 1:
+        if self.nursery.pid != self.root_pid:
             self.nursery.become_parent_of(self.checkpoint.root.vpid)
         self.released, self.nursery.spare = True, False
         for tracee in (self.nursery.tracee, *self._tracees()):
@@ -84,7 +87,7 @@ class BuiltTree:
         if not self.released:
             self.outlive_us()
         with ExitStack() as last_first:  # each is done whatever becomes of the others
-            if self.checkpoint.root.vpid != 1:
+            if self.nursery.pid != self.root_pid:
                 last_first.callback(self.nursery.tracee.detach)
             for tracee in reversed(self._tracees()):
                 last_first.callback(tracee.detach)
@@ -168,16 +171,20 @@ def built_tree(
     ground: Groundwork | None = None,
     steps: Steps | None = None,
     known: Callable[[LazyTree], object] = lambda tree: None,
+    given: Mapping[str, int] = NONE_GIVEN,
+    sibling: bool = False,
+    root: str | None = None,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
-    `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
     `source` gives the pages that have to be there at once: all of them, unless `pager`, which is to be told of them by
     `lazy.introduce`, brings the others later, or the userfaultfds are to be `handed` to somebody who does. The tree is
     in a cgroup of its own, or in `cgroup` (a path as in /proc/PID/cgroup). Its files are opened with the rights of
     `users`, otherwise with ours. Where there was time for that before, `birth` is from `expecting`, and `ground` was
     laid in it. `known` is called as soon as it is known what will be needed to complete the tree. `steps` are those of
-    a larger piece of work.
+    a larger piece of work. Of the `given` descriptors each takes the place of what has its name (lazyproc/outside.py).
+    The root of a `sibling` of ours is a child of our parent, and nobody reaps it for that.
+    With `root` its root directory is that one.
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
@@ -191,17 +198,21 @@ def built_tree(
         try:
             ground = ground and _if_it_suits(ground, checkpoint, listener)
             if ground is None:
-                birth = _birth(birth, checkpoint, listener, pidns, cgroup, stack)
+                birth = _birth(birth, checkpoint, listener, pidns, cgroup, stack, sibling=sibling, root=root)
                 ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager, handed=handed))
             steps.done("arrange")
-            tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
+            tree = stack.enter_context(
+                _built(checkpoint, source, steps, listener, ground, users, known, given)
+            )
         except PidTaken:  # also by somebody who came meanwhile, the nursery itself for one
             if pidns in ("host", "same"):
                 raise
             label = checkpoint.root.vpid
-            birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup))
+            birth = stack.enter_context(expecting(label, listener, new_pidns=True, cgroup=cgroup, root=root))
             ground = stack.enter_context(begun(Forecast.of(checkpoint), birth, pager, handed=handed))
-            tree = stack.enter_context(_built(checkpoint, source, steps, listener, ground, users, known))
+            tree = stack.enter_context(
+                _built(checkpoint, source, steps, listener, ground, users, known, given)
+            )
         except (OSError, OverflowError) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
@@ -227,6 +238,9 @@ def _birth(
     pidns: Pidns,
     cgroup: str | None,
     stack: ExitStack,
+    *,
+    sibling: bool,
+    root: str | None,
 ) -> Birth:
     """The nursery that waits, or another one where that is gone, or a number is taken by now."""
     spare = birth if birth is not None and birth.nursery.spare else None
@@ -234,15 +248,28 @@ def _birth(
     if spare is not None and new == spare.nursery.new_pidns:
         return spare
     label = checkpoint.root.vpid
-    return stack.enter_context(expecting(label, listener, new_pidns=new, cgroup=cgroup))
+    return stack.enter_context(
+        expecting(label, listener, new_pidns=new, cgroup=cgroup, sibling=label if sibling else 0, root=root)
+    )
 
 
 @contextmanager
-def expecting(label: int, listener: Listener, *, new_pidns: bool, cgroup: str | None) -> Iterator[Birth]:
+def expecting(
+    label: int,
+    listener: Listener,
+    *,
+    new_pidns: bool,
+    cgroup: str | None,
+    sibling: int = 0,
+    root: str | None = None,
+) -> Iterator[Birth]:
     """A nursery for one tree, whose root's number in its own namespace is `label`; killed at the end unless it was let
     go with the tree. Raises RestoreError and UsageError for `cgroup`, HostLacks.
     """
-    with nursery_in_group(cgroup, label, listener, pidns=new_pidns) as birth, killed_at_end(birth.nursery):
+    group = nursery_in_group(cgroup, label, listener, pidns=new_pidns, sibling=sibling)
+    with group as birth, killed_at_end(birth.nursery):
+        if root is not None:
+            birth.nursery.change_root(root)
         yield birth
 
 
@@ -274,6 +301,7 @@ def _built(
     ground: Groundwork,
     users: Users | None,
     known: Callable[[LazyTree], object],
+    given: Mapping[str, int],
 ) -> Iterator[BuiltTree]:
     born, sites = ground.birth.nursery, ground.sites
     with ExitStack() as stack, killed_at_end(born):
@@ -284,7 +312,7 @@ def _built(
         hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
         made = stack.enter_context(ExitStack())
         files, shared, sockets = made.enter_context(
-            files_and_objects(checkpoint, ground, listener, users or Users())
+            files_and_objects(checkpoint, ground, listener, users or Users(), given)
         )
         steps.done("files")
         ground.map_memory(checkpoint.shared, files, shared)
@@ -329,7 +357,7 @@ def _give_threads(ground: Groundwork, checkpoint: Checkpoint, files: Mapping[int
 
 @contextmanager
 def files_and_objects(
-    checkpoint: Checkpoint, ground: Groundwork, listener: Listener, users: Users
+    checkpoint: Checkpoint, ground: Groundwork, listener: Listener, users: Users, given: Mapping[str, int]
 ) -> Iterator[tuple[Mapping[int, int], Mapping[int, int], MadeSockets]]:
     """Everything the tasks will open or map, as descriptors of ours: by OpenFile id and by SharedMemory id.
 
@@ -337,16 +365,21 @@ def files_and_objects(
     its reader see the end.
     """
     nursery = ground.birth.nursery
-    root, open_path = f"/proc/{nursery.pid}/root", opener(nursery)
-    users.check_places(checkpoint, root)
+    open_path = opener(nursery)
+    users.check_places(checkpoint, f"/proc/{nursery.pid}/root")
     with (
+        stand_ins(checkpoint, given, listener) as there,
         make_files(
-            checkpoint, open_path=open_path, listener=listener, users=users, made=ground.files
+            checkpoint,
+            open_path=open_path,
+            listener=listener,
+            users=users,
+            made={**ground.files, **there},
         ) as made,
         objects.made(checkpoint, made.objects) as shared,
     ):
         files = dict(made.files)
-        with make_sockets(checkpoint, files, root=root, maker=ground.maker) as sockets:
+        with make_sockets(checkpoint, files, open_path=open_path, maker=ground.maker) as sockets:
             add_orphans(checkpoint, files)
             yield files, shared, sockets
 
@@ -420,8 +453,9 @@ def _finish(site: Site, parent: Site | None, checkpoint: Checkpoint) -> None:
     _unmap_bench(site, task)
     if task.state is TaskState.STOPPED:
         stop(site, parent, checkpoint.tasks)
+    dressed = zip(task.threads, vectors.areas(task), strict=True)
     ptrace.dress(
-        [(site.threads[t.tid], resumed.get(t.tid, t.registers), t.xsave, t.blocked) for t in task.threads]
+        [(site.threads[t.tid], resumed.get(t.tid, t.registers), area, t.blocked) for t, area in dressed]
     )
 
 

@@ -24,6 +24,7 @@ from lazyproc.needs import NameNeed
 from lazyproc.restore.names import address_of, bind, bind_with_file
 from lazyproc.restore.options import apply
 from lazyproc.restore.peercred import Callers
+from lazyproc.restore.workshop import OpenPath, words
 
 _AMPLE = 1 << 29  # bytes: SO_SNDBUFFORCE doubles it
 _MANY = 4096  # connections
@@ -37,7 +38,7 @@ class UnixSockets:
     """
 
     sockets: Mapping[int, UnixSocket]  # by inode
-    root: str
+    open_path: OpenPath
     callers: Callers
     stack: ExitStack
     made: dict[int, socket.socket] = field(default_factory=dict)
@@ -71,7 +72,9 @@ class UnixSockets:
         for feeder in self._feeders.values():
             feeder.close()
         for unix in self.sockets.values():
-            if unix.peer and unix.type == socket.SOCK_DGRAM and not self._is_mutual(unix):
+            if unix.peer_name:
+                self._connect_out(unix)
+            elif unix.peer and unix.type == socket.SOCK_DGRAM and not self._is_mutual(unix):
                 self._connect_one_way(unix)
 
     # --- making
@@ -94,14 +97,16 @@ class UnixSockets:
 
     def _bind(self, sock: socket.socket, unix: UnixSocket) -> None:
         if unix.path:
-            bind_with_file(sock, unix, self.root)
+            bind_with_file(sock, unix, self.open_path)
         else:
             bind(sock, unix.name)
 
     def _make_connected(self, unix: UnixSocket) -> None:
         """A socket and its peer; where the peer is gone already, a feeder in its place."""
         peer = self.sockets.get(unix.peer)
-        if unix.type == socket.SOCK_DGRAM and peer is not None and not self._is_mutual(unix):
+        if unix.peer_name:
+            self._make_single(unix)
+        elif unix.type == socket.SOCK_DGRAM and peer is not None and not self._is_mutual(unix):
             self._make_one_way(unix, peer)
         elif unix.name and not unix.bound_here:
             self._make_accepted(unix, peer)
@@ -111,8 +116,9 @@ class UnixSockets:
             self._make_pair(unix, peer)
 
     def _is_mutual(self, unix: UnixSocket) -> bool:
+        """Each is connected to the other; not a datagram socket that is connected to itself."""
         peer = self.sockets.get(unix.peer)
-        return peer is not None and peer.peer == unix.inode
+        return peer is not None and peer is not unix and peer.peer == unix.inode
 
     def _make_pair(self, unix: UnixSocket, peer: UnixSocket | None) -> None:
         here, there = self.callers.socketpair(unix.type, unix.peer_credentials)
@@ -180,6 +186,20 @@ class UnixSockets:
         peer = self.sockets[unix.peer]
         if peer.name:
             self.callers.connect(self.made[unix.inode], self.made[unix.peer], peer.name, None)
+
+    def _connect_out(self, unix: UnixSocket) -> None:
+        """To whoever has the name here. Raises RestoreError."""
+        sock, name = self.made[unix.inode], unix.peer_name
+        where = f"unix socket {os.fsdecode(name).replace(chr(0), '@', 1)}"
+        with words(where, "nobody outside of the tree answers there", "start who did, before the restore"):
+            if name.startswith(b"\0"):
+                sock.connect(name)
+                return
+            file = self.open_path(os.fsdecode(name), os.O_PATH | os.O_CLOEXEC, 0)
+            try:
+                sock.connect(f"/proc/self/fd/{file}")
+            finally:
+                os.close(file)
 
     # --- queues
     # ---------------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
-"""Room for the vector state that a process gets on request only (kernel/xfeatures.py), before registers are set."""
+"""Vector state: room for what a process gets on request only (kernel/xfeatures.py), before registers are set; and the
+places of this processor.
+"""
 
 from __future__ import annotations
 
 import os
 
 from lazyproc.errors import RestoreError
+from lazyproc.images.xsave import relaid
 from lazyproc.kernel import xfeatures
 from lazyproc.kernel.remote import XRSTOR, Call
+from lazyproc.model import Task
 from lazyproc.restore.site import Site
 
 
@@ -24,6 +28,12 @@ def make_room(site: Site) -> None:
     _ask(site, [bit for bit in range(64) if wanted >> bit & 1])
     use = Call(XRSTOR, (site.bench.place(xfeatures.blank_area(wanted), align=64), wanted, wanted >> 32))
     site.bench.run_all([(tracee, [use]) for tracee in site.threads.values()])
+
+
+def areas(task: Task) -> list[bytes]:
+    """Of the threads, as this processor has them."""
+    offsets = xfeatures.offsets()
+    return [relaid(thread.xsave, offsets) for thread in task.threads]
 
 
 def _ask(site: Site, bits: list[int]) -> None:

@@ -11,13 +11,17 @@ from lazyproc.show.text import plural, size, table
 
 if TYPE_CHECKING:
     from lazyproc.dump.checkpoint import CheckpointReport
+    from lazyproc.migrate.guest_checkpoint import GuestCheckpointReport
+    from lazyproc.migrate.guest_serve import GuestServed
     from lazyproc.migrate.report import MigrateReport
     from lazyproc.restore.run import RestoreReport
 
 PLACES = ("zero", "eager", "urgent", "bulk", "dropped", "poisoned")
 
 
-def report_fields(report: CheckpointReport | MigrateReport | RestoreReport) -> dict[str, object]:
+def report_fields(
+    report: CheckpointReport | GuestCheckpointReport | GuestServed | MigrateReport | RestoreReport,
+) -> dict[str, object]:
     """What `--json` prints."""
     return asdict(report)
 
@@ -27,6 +31,20 @@ def checkpoint_text(report: CheckpointReport, directory: str) -> str:
         f"{plural(report.tasks, 'task')} with {plural(report.threads, 'thread')} and "
         f"{size(report.pages_total * PAGE)} of memory in {directory}: {size(report.bytes)}, "
         f"frozen for {report.frozen_ms:.0f} ms"
+    )
+
+
+def guest_checkpoint_text(report: GuestCheckpointReport, directory: str) -> str:
+    return (
+        f"the guest of pid {report.pid} with {size(report.pages_total * PAGE)} of memory in {directory}, "
+        f"frozen for {report.frozen_ms:.0f} ms"
+    )
+
+
+def guest_served_text(report: GuestServed) -> str:
+    return (
+        f"the guest runs at {report.target}: {report.pages_urgent} pages that it waited for, {report.pages_bulk} behind"
+        f" them, in {report.total_ms:.0f} ms"
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from lazyproc.dump.walk import tree_of
 from lazyproc.kernel import proc
 from lazyproc.model import PAGE
 from tests import peer
-from tests.live.programs import Program, running, stands_still, wait_until
+from tests.live.programs import Program, Watch, compile_program, running, stands_still, wait_until
 from tests.needs import require_root
 
 DEADLINE_S = 60.0
@@ -37,6 +38,7 @@ class Place:
     images: Path
     restored: int = 0  # pid
     reaper: int = 0  # its parent, and our child: we are the reaper of orphans
+    handed: tuple[int, ...] = ()  # descriptors that the next commands inherit
 
     def start(self, action: str, *options: object, close_fds: bool = True) -> subprocess.Popen[bytes]:
         words = [
@@ -50,6 +52,7 @@ class Place:
         return subprocess.Popen(
             [sys.executable, "-m", "lazyproc.criu.main", action, *map(str, (*words, *options))],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=close_fds,
+            pass_fds=self.handed,
         )  # fmt: skip
 
     def run(self, action: str, *options: object) -> int:
@@ -110,7 +113,7 @@ def state(pid: int) -> str:
     return proc.stat(proc.read(pid, "stat")).state
 
 
-@pytest.mark.parametrize("name", ["threads", "small_state", "file_locks", "dead_peer"])
+@pytest.mark.parametrize("name", ["threads", "small_state", "file_locks", "dead_peer", "sock_odd"])
 def test_dump_and_restore(name: str, place: Place, tmp_path: Path) -> None:
     with running(name, directory=tmp_path) as program:
         program.watch.wait_beats()
@@ -146,12 +149,12 @@ def test_a_lazy_restore_has_its_pages_from_the_daemon(daemon: str, place: Place,
 class lazy_pages:
     """The daemon of one or the other, ready."""
 
-    def __init__(self, whose: str, place: Place) -> None:
+    def __init__(self, whose: str, place: Place, *more: object) -> None:
         reading, writing = os.pipe()
         os.set_inheritable(writing, True)
         options = ["--status-fd", str(writing)]
         if whose == "ours":
-            self._process = place.start("lazy-pages", *options, close_fds=False)
+            self._process = place.start("lazy-pages", *options, *more, close_fds=False)
         else:
             command = [
                 *peer.criu(),
@@ -205,9 +208,33 @@ def test_left_stopped_and_restored_stopped(place: Place, tmp_path: Path) -> None
         place.verify(program)
 
 
+@pytest.mark.parametrize(("name", "lazy"), [("threads", False), ("tree", False), ("threads", True)])
+def test_a_sibling_is_the_child_of_who_called(name: str, lazy: bool, place: Place, tmp_path: Path) -> None:
+    with running(name, directory=tmp_path) as program, ExitStack() as stack:
+        program.watch.wait_beats()
+        dumped(place, program, "--shell-job")
+        if lazy:
+            stack.enter_context(lazy_pages("ours", place))
+        place.restore("--restore-sibling", *(["--lazy-pages"] if lazy else []))
+        assert place.reaper == os.getpid()
+        place.reaper = place.restored
+        place.verify(program)
+        gone(place.restored)
+
+
+def test_a_sibling_whose_number_is_taken_is_not_restored(place: Place, tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        place.done("dump", "--tree", program.pid, "--leave-running")
+        assert place.run("restore", "--restore-detached", "--restore-sibling") == 1
+        assert "its number is taken" in place.errors("restore")[0]
+        assert place.run("restore", "--restore-sibling") == 1
+        assert "add --restore-detached" in place.errors("restore")[0]
+        program.stop_and_verify()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--track-mem"], "--track-mem is not supported"), (["--root", "/"], "--root / is not supported"),
+    [(["--track-mem"], "--track-mem is not supported"), (["--empty-ns", "net"], "--empty-ns net is not supported"),
      (["--network-lock", "iptables"], "--network-lock iptables is not supported"),
      (["--lazy-pages", "--port", 7000, "-R"], "the tree would run in two places"),
      (["--tree", "1"], "pid 1"), ([], "it holds a file lock")],
@@ -220,6 +247,16 @@ def test_what_is_refused_is_in_the_log_and_the_program_runs(
         assert words in place.errors("dump")[0]
         assert [path.name for path in place.images.iterdir()] == ["dump.log"]
         program.watch.wait_beats()
+        program.stop_and_verify()
+
+
+def test_a_namespace_of_which_not_all_packets_are_held_back_is_refused(place: Place, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    start.write_text(f'#!/bin/sh\nexec unshare -n {compile_program("threads")} "$@"\n')
+    start.chmod(0o755)
+    with running("threads", directory=tmp_path, binary=start) as program:
+        assert place.run("dump", "--tree", program.pid, "--network-lock", "nftables") == 1
+        assert "leave out --network-lock" in place.errors("dump")[0]
         program.stop_and_verify()
 
 
@@ -278,3 +315,44 @@ def test_a_restore_whose_script_fails_leaves_nothing(place: Place, tmp_path: Pat
     gone(program.pid)
     place.restore()
     place.verify(program)
+
+
+def rooted(directory: Path, name: str) -> Path:
+    """A root directory with a program and its libraries, and a script that starts it there."""
+    binary = compile_program(name)
+    shutil.copy(binary, directory / name)
+    listed = subprocess.run(["ldd", binary], capture_output=True, text=True, check=True).stdout
+    for library in (word for word in listed.split() if word.startswith("/")):
+        inside = directory / library.lstrip("/")
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, inside)
+    start = directory / "start"
+    start.write_text(f"#!/bin/sh\nexec chroot {directory} /{name} /{name}.status\n")
+    start.chmod(0o755)
+    return start
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_tree_in_another_root_directory(lazy: bool, place: Place, tmp_path: Path) -> None:
+    """Its paths are from there, symbolic links are followed within it, and it may have moved."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    start = rooted(before, "threads")
+    with ExitStack() as stack:
+        streams = {"stdin": stack.enter_context(start.open()).fileno()}  # a file that is in there
+        program = stack.enter_context(running("threads", directory=before, binary=start, streams=streams))
+        program.watch.wait_beats()
+        dumped(place, program, "--root", before)
+        before.rename(after)
+        (after / "lib").rename(after / "elsewhere")
+        (after / "lib").symlink_to("/elsewhere")
+        assert place.run("restore", "--restore-detached") == 1
+        assert "is not on this host" in place.errors("restore")[0]
+        gone(program.pid)
+        assert place.run("restore", "--restore-detached", "--root", before) == 1
+        assert "is no folder" in place.errors("restore")[0]
+        if lazy:
+            stack.enter_context(lazy_pages("ours", place))
+        place.restore("--root", after, *(["--lazy-pages"] if lazy else []))
+        assert os.readlink(f"/proc/{place.restored}/root") == str(after)
+        place.verify(replace(program, watch=Watch(after / "threads.status")))

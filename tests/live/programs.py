@@ -10,7 +10,7 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,19 +169,21 @@ def running(
     host: Host | None = None,
     exclusive: bool = False,
     binary: Path | None = None,
+    streams: Mapping[str, int] = {},
 ) -> Iterator[Program]:
     """A program, set up and checking; killed with its whole group at the end if it still runs.
 
     The status block lies in `directory`, which must be visible at both ends of a move (`pair.shared`).
     `exclusive`: an error when two copies ever run at once; not for several restores of one checkpoint.
-    `binary`: its executable, as the host sees it, when it lies elsewhere.
+    `binary`: its executable, as the host sees it, when it lies elsewhere. `streams`: stdin, stdout or stderr, by these
+    names, when they are not to be a null device and a log.
     """
     watch = Watch.create(directory / f"{name}.status", exclusive=exclusive)
     argv = [str(word) for word in (binary or compile_program(name), watch.path, *arguments)]
     with (directory / f"{name}.log").open("w") as log:  # no terminal, which cannot be moved
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        all_streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **streams}
         start = host.popen if host else subprocess.Popen
-        process = start(argv, start_new_session=True, **streams)
+        process = start(argv, start_new_session=True, **all_streams)
     try:
         wait_until(
             lambda: process.poll() is not None or watch.read().phase >= Phase.RUNNING, f"{name}: set up"

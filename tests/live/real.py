@@ -76,15 +76,17 @@ def migrating(
     *options: str,
     by: str | None = None,
     run_by: Sequence[str] = (),
+    monitor: Path | None = None,
 ) -> Iterator[Journey]:
     """`lazyproc migrate` under way, to the receiver `by` another address; killed at the end when still there. It is run
-    by `run_by`, a command that becomes it.
+    by `run_by`, a command that becomes it. With `monitor` the guest of the QEMU `pid` moves, which has it there.
     """
     folder = source.outside
     journey_log, answer = folder / "migrate.log", folder / "migrate.json"
     already = receiver.notes().splitlines().count("running")
     target = by or receiver.address
-    words = ("migrate", str(source.vpid(pid)), target, *receiver.trust, "--json", "-v", *options)
+    what = ("--qemu", str(monitor)) if monitor else (str(source.vpid(pid)),)
+    words = ("migrate", *what, target, *receiver.trust, "--json", "-v", *options)
     argv = [*run_by, *CLI, *words]
     with journey_log.open("w") as log, answer.open("w") as out:
         process = source.popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=log)

@@ -27,8 +27,8 @@ ARGUMENTS = {
 # Their mappings, descriptors and processes come and go.
 RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")
 PROTECTING = ("memory_static",)  # changes the protection of its mappings all the time
-# Refused between hosts, or with other pid namespaces: as images they move (test_criu_command.py).
-AS_IMAGES = ("dead_peer", "file_locks")
+# Refused between hosts, or with other pid namespaces: as images they move (test_criu_command.py, test_criu_outside.py).
+AS_IMAGES = ("dead_peer", "fd_outside", "file_locks")
 PROGRAMS = sorted({path.stem for path in SOURCES.glob("*.c")} - {*AS_IMAGES})
 
 

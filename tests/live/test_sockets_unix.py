@@ -502,7 +502,7 @@ def test_another_file_or_a_live_socket_in_the_place(tmp_path: Path) -> None:
                 pass
         path.unlink()
         tmp_path.rename(tmp_path.with_name("moved"))
-        missing = pytest.raises(RestoreError, match=r"the directory of socket .* is missing")
+        missing = pytest.raises(RestoreError, match=r"directory .*: is not on this host")
         with missing, made_sockets(checkpoint):
             pass
 

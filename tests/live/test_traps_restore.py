@@ -85,13 +85,20 @@ def test_vector_state_of_a_processor_with_fewer_components(tmp_path: Path) -> No
 
 
 def _ending_early(checkpoint: Checkpoint) -> Checkpoint:
-    """Without what is zero at the end of the areas; the header of one is at 512."""
+    """Without what Intel has behind the AVX-512 registers: protection keys, tiles."""
     (task,) = checkpoint.tasks
-    threads = tuple(
-        replace(thread, xsave=thread.xsave.rstrip(b"\0").ljust(576, b"\0")) for thread in task.threads
-    )
-    assert all(len(new.xsave) < len(old.xsave) for new, old in zip(threads, task.threads, strict=True))
+    if any(len(thread.xsave) <= AVX512_END for thread in task.threads):
+        pytest.skip("this processor has nothing behind its AVX-512 registers")
+    threads = tuple(replace(thread, xsave=_cut(thread.xsave)) for thread in task.threads)
     return replace(checkpoint, tasks=(replace(task, threads=threads),))
+
+
+def _cut(area: bytes) -> bytes:
+    enabled = int.from_bytes(area[XCR0 : XCR0 + 8], "little") & (1 << 9) - 1
+    return area[:XCR0] + enabled.to_bytes(8, "little") + area[XCR0 + 8 : AVX512_END]
+
+
+XCR0, AVX512_END = 464, 2688  # in an xsave area of Intel's
 
 
 SLEEPERS = """

@@ -247,6 +247,7 @@ def inet_sockets(draw: st.DrawFn, inode: int, file_ids: st.SearchStrategy[int]) 
         interface=draw(names),
         tcp=draw(tcp_states() if is_connection else st.none() | tcp_states()),
         queue=draw(packets(file_ids)),
+        absent=draw(st.booleans()),
     )
 
 
@@ -275,7 +276,8 @@ def resources(number: int, pools: Pools) -> st.SearchStrategy[Resource]:
 def open_files(draw: st.DrawFn, number: int, pools: Pools) -> OpenFile:
     resource = draw(resources(number, pools))
     seekable = isinstance(resource, RegularFile | MemFd)
-    return OpenFile(number, draw(u31), draw(nanoseconds) if seekable else 0, draw(owners), resource)
+    outside = isinstance(resource, RegularFile | PipeEnd) and number % 3 == 0
+    return OpenFile(number, draw(u31), draw(nanoseconds) if seekable else 0, draw(owners), resource, outside)
 
 
 @st.composite

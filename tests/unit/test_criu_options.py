@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from lazyproc.criu import options
+from lazyproc.criu.inherited import descriptors, external
 from lazyproc.criu.main import main
 from lazyproc.criu.options import COMMANDS, OPTIONS, Kind
 from lazyproc.criu.parse import Given, configured, idle, parse, refusals
@@ -145,3 +147,28 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("Version: 4.2\n")
     assert main(["restore", "--nonsense"]) == 2
     assert "--nonsense" in capsys.readouterr().err
+
+
+def test_descriptors_that_are_given_and_words_that_are_written() -> None:
+    """The first of a name counts, as in CRIU; debug[N] is for the one who reads N."""
+    reading, writing = os.pipe()
+    try:
+        words = [
+            f"fd[{reading}]:pipe:[7]",
+            f"fd[{writing}]:pipe:[7]",
+            f"fd[{writing}]:a/b:c",
+            f"debug[{writing}]:now",
+        ]
+        asked = given("restore", *(word for each in words for word in ("--inherit-fd", each)))
+        assert descriptors(asked) == {"pipe:[7]": reading, "a/b:c": writing}
+        assert os.read(reading, 9) == b"now"
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_what_stays_outside_by_name() -> None:
+    asked = given(
+        "dump", "--external", "file[1a:2b]:x", "--external", "mnt[/dev]:y", "-x3,4", "--external", "unix[5]"
+    )
+    assert sorted(external(asked)) == ["file[1a:2b]", "unix[3]", "unix[4]", "unix[5]"]

@@ -17,7 +17,7 @@ from lazyproc.images.files import EXTRAS, ImageWriter, pack, record, unpack
 from lazyproc.images.memory import Behind, WrittenMappings, access_modes, write_mappings
 from lazyproc.images.pagemap import merge
 from lazyproc.images.pb import lazyproc_pb2 as own
-from lazyproc.model import Checkpoint, Epoll, Limit, SharedKind, VmaKind
+from lazyproc.model import Checkpoint, Epoll, Limit, SharedKind, Task, VmaKind
 from tests.unit.model_strategies import checkpoints
 
 # A checkpoint has so many parts that shrinking one takes minutes; the failing one is printed as it is.
@@ -112,10 +112,15 @@ def test_memory_does_not_vanish_with_a_pagemap(checkpoint: Checkpoint, data: st.
         from_images(images)
 
 
+def _without_vector_state(task: Task) -> Task:
+    """Random state may use components that CRIU does not save, which is refused."""
+    return replace(task, threads=tuple(replace(thread, xsave=b"") for thread in task.threads))
+
+
 @HEAVY
 @given(checkpoints().filter(_criu_could_have_written_it))
 def test_without_lazyproc_img_what_criu_knows_is_the_same(checkpoint: Checkpoint) -> None:
-    images = to_images(checkpoint)
+    images = to_images(replace(checkpoint, tasks=tuple(map(_without_vector_state, checkpoint.tasks))))
     del images[EXTRAS]
     plain = from_images(images)
     assert [task.vpid for task in plain.tasks] == [task.vpid for task in checkpoint.tasks]

@@ -25,7 +25,7 @@ from lazyproc.model import (
     SharedKind,
     SharedMemory,
 )
-from lazyproc.pages.images import ImagePages, write_pages
+from lazyproc.pages.images import ImagePages, write_content, write_pages
 
 SHARED = MemoryObject(ObjectKind.SHARED, 5)
 OTHER = MemoryObject(ObjectKind.SHARED, 6)
@@ -86,6 +86,41 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
             first, count = generator.randrange(1, 700), generator.randrange(1, 200)
             count = min(count, 701 - first)
             assert pages.read(SHARED, first * PAGE, count) == made.read(SHARED, first * PAGE, count)
+
+
+class Dotted(MadePages):
+    """Only these pages are no zeros."""
+
+    def __init__(self, extents: Mapping[MemoryObject, tuple[Extent, ...]], content: set[int]) -> None:
+        super().__init__(extents)
+        self._content = content
+
+    def page(self, obj: MemoryObject, addr: int) -> bytes:
+        return super().page(obj, addr) if addr // PAGE in self._content else bytes(PAGE)
+
+
+@pytest.mark.parametrize(
+    ("content", "runs"),
+    [
+        pytest.param(set(), (), id="none"),
+        pytest.param({0, 1, 599}, ((0, 2), (599, 1)), id="first and last"),
+        pytest.param({2, 255, 256, 300}, ((2, 1), (255, 2), (300, 1)), id="across what is read at once"),
+        pytest.param(set(range(600)), ((0, 600),), id="all"),
+    ],
+)
+def test_pages_of_zeros_are_left_out(
+    content: set[int], runs: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    made = Dotted({SHARED: (Extent(0, 600, False),), OTHER: ()}, content)
+    folder = Folder(tmp_path)
+    with filled(folder, early=True) as draft:
+        written = write_content(draft, [SHARED, OTHER], made.extents(), made)
+        draft.write(pagemap_images(checkpoint_of(written), lazy_elsewhere=False))
+    assert written == {SHARED: tuple(Extent(at * PAGE, n, True) for at, n in runs), OTHER: ()}
+    assert (tmp_path / "pages-1.img").stat().st_size == len(content) * PAGE
+    with ImagePages(folder, [SHARED]) as pages:
+        for at in range(0, 600, 200):
+            assert pages.read(SHARED, at * PAGE, 200) == made.read(SHARED, at * PAGE, 200)
 
 
 def test_segments_say_where_the_bytes_lie(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""A guest into a folder of images: stopped and let go by its monitor, its RAM read where it lies."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from lazyproc.events import Listener, StateChanged, StepDone
+from lazyproc.facts import dataclass
+from lazyproc.images.draft import filled
+from lazyproc.images.files import Folder
+from lazyproc.migrate.guest_source import let_go_on, looked_at, standing
+from lazyproc.migrate.held_guest import HeldGuest
+from lazyproc.model import PAGE
+from lazyproc.qemu import devices, saved
+from lazyproc.qemu.qmp import Qmp
+
+
+@dataclass(frozen=True, slots=True)
+class GuestCheckpointReport:
+    """What was written; times in ms. `frozen_ms`: how long the guest stood still, or until all was written."""
+
+    pid: int
+    pages_total: int
+    frozen_ms: float
+    total_ms: float
+    bytes: int
+
+
+def checkpoint_guest(
+    monitor: str, directory: Path, *, leave_running: bool, listener: Listener
+) -> GuestCheckpointReport:
+    """Write the guest of the QEMU whose QMP monitor is the unix socket `monitor` to `directory`; QEMU quits then,
+    unless the guest is to go on. A guest that was paused stays so.
+
+    On any error it goes on as before and the folder is not left looking whole. Raises CannotBeDone with all obstacles,
+    ImageError (a full disk), Refusal.
+    """
+    started = time.monotonic()
+    with ExitStack() as stack:
+        qmp = stack.enter_context(Qmp(monitor))
+        guest = looked_at(qmp)
+        held = HeldGuest(guest)
+        with ExitStack() as unfinished:
+            draft = unfinished.enter_context(filled(Folder(directory), early=not leave_running))
+            frozen_at = time.monotonic()
+            listener(StateChanged("frozen", frozen_at))
+            with standing(qmp, held) as over, held.open() as pages:
+                state = devices.saved(qmp, guest.machine)
+                written = saved.write(draft, guest, state, held.extents(), pages)
+                if not leave_running:
+                    draft.sync()
+                    over.set()
+            frozen_ms = (time.monotonic() - frozen_at) * 1e3
+            if leave_running:
+                let_go_on(qmp, held)
+                frozen_ms = (time.monotonic() - frozen_at) * 1e3
+    if not leave_running:
+        held.end()
+    now = time.monotonic()
+    listener(StepDone("checkpoint", now, now - started))
+    total_ms, size = (now - started) * 1e3, written * PAGE + len(state)
+    return GuestCheckpointReport(guest.pid, written, frozen_ms, total_ms, size)

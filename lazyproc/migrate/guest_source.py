@@ -1,0 +1,214 @@
+"""The source's side of a guest's migration, in order: prepare, stop, hand over, commit, serve, quit.
+
+As with a tree (source.py), but the guest is stopped and let go by QEMU's monitor, and its devices are saved by it. QEMU
+at the destination has loaded them before the commit: what it refuses is known while the guest can still go on here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Event
+
+from lazyproc.errors import CannotBeDone, LazyprocError, UsageError
+from lazyproc.events import Listener, Over, StateChanged
+from lazyproc.facts import asdict
+from lazyproc.images.files import pack
+from lazyproc.kernel.deaf import deaf, ignore_interrupts
+from lazyproc.kernel.fds import AMPLE, make_room
+from lazyproc.migrate.agreeing import begin_trace
+from lazyproc.migrate.asking import asked
+from lazyproc.migrate.held_guest import HeldGuest
+from lazyproc.migrate.journal import Journal
+from lazyproc.migrate.link import Chain
+from lazyproc.migrate.prepare import Offer
+from lazyproc.migrate.report import MigrateReport
+from lazyproc.migrate.serving import Serving, report_of
+from lazyproc.migrate.source import BUILD_S, Order, await_running, moved, way_to
+from lazyproc.migrate.talk import Refused, Unfit, expect
+from lazyproc.pages.peer import Trust
+from lazyproc.pages.server import PageServer
+from lazyproc.pages.tls import Tls
+from lazyproc.qemu import devices
+from lazyproc.qemu.guest import Guest, obstacles, to_facts
+from lazyproc.qemu.guest import look as look_at
+from lazyproc.qemu.qmp import Qmp
+from lazyproc.steps import Steps
+from lazyproc.trace import TraceFile
+from lazyproc.wire.native import Built, Commit, Images
+
+
+def migrate_guest(
+    monitor: str,
+    target: str,
+    order: Order,
+    *,
+    insecure: bool,
+    tls: Tls | None = None,
+    listener: Listener,
+    retry_for: float | None = None,
+    trace: Path | str | None = None,
+) -> MigrateReport:
+    """Move the guest of the QEMU whose QMP monitor is the unix socket `monitor` to the receiver at `target`, which has
+    been given the command line of a QEMU; returns when its memory has followed, and quits QEMU here.
+
+    The rest is as with lazyproc.migrate. Raises what that does; Refusal for what QEMU does not want.
+    """
+    if order.mode != "postcopy" or order.release or order.tcp_close:
+        raise UsageError(
+            "a guest moves in mode postcopy, and as a whole",
+            remedy="leave out --mode, --release and --tcp-close",
+        )
+    way = way_to(target, Trust(insecure, tls=tls))
+    return moved(GuestMove(monitor, order), way, listener=listener, retry_for=retry_for, trace=trace)
+
+
+class GuestMove:
+    """The guest behind a monitor."""
+
+    def __init__(self, monitor: str, order: Order) -> None:
+        self._monitor = monitor
+        self._order = order
+        self._guest: Guest | None = None
+
+    @property
+    def facts(self) -> dict[str, object]:
+        pid = self._guest.pid if self._guest else 0
+        return {"root_pid": pid, "mode": self._order.mode, "release": False, "kind": "guest"}
+
+    def look(self, listener: Listener) -> None:
+        with Qmp(self._monitor) as qmp:
+            self._guest = looked_at(qmp)
+
+    def hand_over(
+        self, chain: Chain, journal: Journal, listener: Listener, trace: TraceFile | None
+    ) -> MigrateReport:
+        with Qmp(self._monitor) as qmp:
+            guest = looked_at(qmp)
+            return hand_over(qmp, guest, chain, self._order, journal, listener, trace)
+
+
+def looked_at(qmp: Qmp) -> Guest:
+    """Raises CannotBeDone with all that stands in the way."""
+    guest = look_at(qmp)
+    if found := tuple(obstacles(qmp, guest)):
+        raise CannotBeDone(found)
+    return guest
+
+
+def hand_over(
+    qmp: Qmp,
+    guest: Guest,
+    chain: Chain,
+    order: Order,
+    journal: Journal,
+    listener: Listener,
+    trace: TraceFile | None,
+) -> MigrateReport:
+    """The whole of it over connections that stand."""
+    control, held = chain.current.control, HeldGuest(guest)
+    _agree(chain, guest, order, trace, listener)
+    make_room(AMPLE)
+    listener(StateChanged("prepared", time.monotonic()))
+    with ExitStack() as last, ExitStack() as stack:
+        steps, frozen_at = Steps(), time.monotonic()
+        sent = stack.enter_context(_recorded(qmp, held, journal))
+        steps.done("stop")
+        state = devices.saved(qmp, guest.machine)
+        steps.done("devices")
+        control.send(Images(pack({devices.NAME: state})))
+        steps.done("send")
+        pages = stack.enter_context(held.open())
+        server = stack.enter_context(PageServer(pages.segments()))
+        serving = Serving(chain, server, held.extents, guest.pid, listener, trace)
+        serving.answer(chain.current)
+        steps.done("serve")
+        listener(StateChanged("frozen", frozen_at))
+        expect(control, Built, BUILD_S)
+        steps.done("built")
+        _demand_stopped(qmp)
+        ignore_interrupts()
+        last.enter_context(deaf())  # until all is put away
+        control.send(Commit())
+        sent.set()
+        await_running(serving, journal, steps, listener)
+        qmp.close()  # whoever else wants the monitor may have it now
+        report = report_of(journal.facts, serving.until_drained(None), server, chain)
+    _put_away(report, held, serving, journal, listener)
+    return report
+
+
+def _demand_stopped(qmp: Qmp) -> None:
+    """Raises LazyprocError when somebody else has let it go on meanwhile, ConnectionLost when QEMU has ended."""
+    if qmp.execute("query-status")["running"] is not False:
+        raise LazyprocError(
+            "somebody else has continued the guest",
+            where=qmp.path,
+            remedy="leave its monitors alone, and try again",
+        )
+
+
+def _agree(chain: Chain, guest: Guest, order: Order, trace: TraceFile | None, listener: Listener) -> None:
+    """The destination has an empty QEMU for it. Raises Unfit, LazyprocError."""
+    control = chain.current.control
+    fields = {**order.fields(), "trace": trace is not None, "guest": guest.offer()}
+    answer = asked(control, Offer(guest.pages, 1, 0, {}, ""), (), fields, listener)
+    if isinstance(answer, tuple):
+        raise Unfit(answer)
+    if trace is not None:
+        begin_trace(trace, chain.session, control.peer, answer)
+
+
+@contextmanager
+def _recorded(qmp: Qmp, held: HeldGuest, journal: Journal) -> Iterator[Event]:
+    """As `standing`. The record comes first: whoever finds it lets the guest go on."""
+    facts = {"held": to_facts(held.guest), "root_vpid": held.root_pid, "frozen_at": time.time()}
+    journal.write("parked", durable=False, **facts)
+    with standing(qmp, held, journal.remove) as sent:
+        yield sent
+
+
+@contextmanager
+def standing(qmp: Qmp, held: HeldGuest, called_off: Callable[[], object] = lambda: None) -> Iterator[Event]:
+    """Inside, the guest stands still. It goes on here after an error before the event was set, or when the other side
+    says no: then it was `called_off`. After any other error it stays, since it may run there.
+    """
+    sent = Event()
+    if (qmp.execute("query-status")["running"] is True) != held.guest.running:
+        raise LazyprocError(
+            "somebody else has stopped or continued the guest", where=qmp.path, remedy="try again"
+        )
+    try:
+        if held.guest.running:
+            qmp.execute("stop")
+        yield sent
+    except BaseException as error:
+        if sent.is_set() and not isinstance(error, Refused):
+            raise
+        let_go_on(qmp, held)
+        called_off()
+        raise
+
+
+def let_go_on(qmp: Qmp, held: HeldGuest) -> None:
+    """By the connection that is there: whoever waits for the monitor would get in before us. Raises as let_run does."""
+    try:
+        if held.guest.running:
+            qmp.execute("cont")
+    except (LazyprocError, TimeoutError):  # it may be out of step
+        qmp.close()
+        held.let_run()
+
+
+def _put_away(
+    report: MigrateReport, held: HeldGuest, serving: Serving, journal: Journal, listener: Listener
+) -> None:
+    """Every page is there, and nothing of it is needed here."""
+    journal.note(journal.facts["state"], listener, {"report": asdict(report)})
+    held.end()
+    serving.release()
+    listener(Over(report))
+    journal.remove()
+    listener(StateChanged("released", time.monotonic()))

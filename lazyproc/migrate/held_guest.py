@@ -1,0 +1,85 @@
+"""A QEMU at the source after its guest was stopped: a store of pages, and how it is ended or goes on.
+
+QMP stops the guest and lets it go on. QEMU itself is not stopped: it needs nobody to keep its guest still, and does not
+write to the RAM of one that stands (softmmu/cpus.c do_vm_stop drains the disks, net/net.c takes no packet then).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+
+from lazyproc.dump.memory import lazy_extents, shared_extents
+from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess
+from lazyproc.facts import dataclass, replace
+from lazyproc.kernel import proc
+from lazyproc.kernel.ready import readable
+from lazyproc.kernel.sys import pidfd_open
+from lazyproc.migrate.holding import GONE_S, mapped_object
+from lazyproc.model import Extent, MemoryObject
+from lazyproc.pages.frozen import FrozenPages
+from lazyproc.qemu.guest import Guest
+from lazyproc.qemu.qmp import Qmp
+
+
+@dataclass(frozen=True, slots=True)
+class HeldGuest:
+    guest: Guest
+
+    @property
+    def root_pid(self) -> int:
+        return self.guest.pid
+
+    def extents(self) -> dict[MemoryObject, tuple[Extent, ...]]:
+        """Every page that QEMU has for its guest; all others are zero."""
+        found = {}
+        for block, place in zip(self.guest.blocks, self.guest.places(), strict=True):
+            if block.shared:
+                with mapped_object(place) as fd:
+                    found[block.object] = shared_extents(fd, block.used, lazy=True)
+            else:
+                own = lazy_extents(self.guest.pid, [(block.addr, block.addr + block.used)], frozenset())
+                found[block.object] = tuple(replace(each, addr=each.addr - block.addr) for each in own)
+        return found
+
+    def open(self) -> FrozenPages:
+        self.demand_there()
+        return FrozenPages(self.guest.places(), {})
+
+    def stands(self) -> bool:
+        self.demand_there()
+        with Qmp(self.guest.qmp) as qmp:
+            return qmp.execute("query-status")["running"] is False
+
+    def ended(self) -> int | None:
+        return None if proc.lives(self.guest.pid, self.guest.started) else self.guest.pid
+
+    def demand_there(self) -> None:
+        if self.ended() is not None:
+            raise NoSuchProcess("QEMU has ended", where=f"pid {self.guest.pid}")
+
+    def let_run(self) -> None:
+        """As it was: a guest that was paused stays so. Raises ConnectionLost, Refusal."""
+        self.demand_there()
+        if self.guest.running:
+            with Qmp(self.guest.qmp) as qmp:
+                qmp.execute("cont")
+
+    def end(self) -> None:
+        """QEMU quits, or is killed when it does not: it has let go of its disks when the devices were saved."""
+        try:
+            pidfd = pidfd_open(self.guest.pid)
+        except ProcessLookupError:
+            return
+        try:
+            if self.ended() is not None:
+                return
+            with suppress(LazyprocError, ConnectionLost, TimeoutError), Qmp(self.guest.qmp) as qmp:
+                qmp.execute("quit")
+            if not readable([pidfd], GONE_S):
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                readable([pidfd], GONE_S)
+        finally:
+            os.close(pidfd)

@@ -1,0 +1,150 @@
+"""What a running QEMU is, before anything is done to it, and what of it cannot be moved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from lazyproc.errors import NoSuchProcess, Obstacle
+from lazyproc.facts import dataclass
+from lazyproc.kernel import proc
+from lazyproc.kernel.sockdiag import unix_sockets
+from lazyproc.model import PAGE
+from lazyproc.pages.frozen import Place
+from lazyproc.qemu.qmp import Qmp
+from lazyproc.qemu.ram import Block, blocks, rows
+
+STATES = ("running", "paused")  # RunState in which a guest can be taken
+NEEDED = ("xen-save-devices-state", "add-fd", "human-monitor-command")
+IMMOVABLE = ("vfio-", "vhost-user", "ivshmem")  # of what "info qtree" shows
+AS_ITSELF = "or move the guest with QEMU's own migration"
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """`qmp` is the path of its monitor, `started` tells its process from a later one with its number."""
+
+    qmp: str
+    pid: int
+    started: int  # clock ticks since boot
+    machine: str  # "pc-i440fx-7.2"
+    version: str  # "7.2.22"
+    running: bool
+    blocks: tuple[Block, ...]
+
+    def places(self) -> tuple[Place, ...]:
+        """Where the pages of the blocks are."""
+        return tuple(Place(each.object, 0, each.used, self.pid, each.addr) for each in self.blocks)
+
+    @property
+    def pages(self) -> int:
+        """All of its RAM."""
+        return sum(each.used for each in self.blocks) // PAGE
+
+    def offer(self) -> dict[str, Any]:
+        """What a destination has to know before it is stopped."""
+        return {
+            "machine": self.machine,
+            "version": self.version,
+            "running": self.running,
+            "blocks": [each.row() for each in self.blocks],
+        }
+
+
+def to_facts(guest: Guest) -> dict[str, Any]:
+    """For a journal."""
+    places = [each.addr for each in guest.blocks]
+    return {
+        **guest.offer(), "qmp": guest.qmp, "pid": guest.pid, "started": guest.started, "places": places
+    }  # fmt: skip
+
+
+def from_facts(facts: Mapping[str, Any]) -> Guest:
+    """What `to_facts` gave. Raises KeyError, TypeError, ValueError for anything else."""
+    found = tuple(
+        Block.of(number, row, int(addr))
+        for number, (row, addr) in enumerate(zip(facts["blocks"], facts["places"], strict=True))
+    )
+    return Guest(
+        str(facts["qmp"]),
+        int(facts["pid"]),
+        int(facts["started"]),
+        str(facts["machine"]),
+        str(facts["version"]),
+        facts["running"] is True,
+        found,
+    )
+
+
+def look(qmp: Qmp) -> Guest:
+    """The guest behind a monitor, which runs on. Raises NoSuchProcess when QEMU is in no sight, HostLacks, and what
+    `Qmp.execute` does.
+    """
+    pid = _process(qmp)
+    status = qmp.execute("query-status")
+    return Guest(
+        qmp=os.path.abspath(qmp.path),
+        pid=pid,
+        started=proc.stat(proc.read(pid, "stat")).start_time,
+        machine=machine_of(qmp),
+        version=".".join(map(str, qmp.version)),
+        running=status["running"] is True,
+        blocks=blocks(pid, rows(qmp.hmp("info ramblock"))),
+    )
+
+
+def machine_of(qmp: Qmp) -> str:
+    """With its version, whatever alias it was started by."""
+    name = str(qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
+    return name.removesuffix("-machine")
+
+
+def _process(qmp: Qmp) -> int:
+    """Who has the other end of the connection: who has begun to listen may be somebody who passed the socket on."""
+    own = unix_sockets().get(qmp.inode())
+    link = f"socket:[{own.peer if own else 0}]"
+    pids = [qmp.peer_pid(), *(int(name) for name in os.listdir("/proc") if name.isdecimal())]
+    for pid in pids:
+        with suppress(OSError):
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                with suppress(OSError):
+                    if os.readlink(f"/proc/{pid}/fd/{number}") == link:
+                        return pid
+    raise NoSuchProcess(
+        "the QEMU behind this monitor is no process that can be seen from here",
+        where=qmp.path,
+        remedy="run lazyproc as root, in the pid namespace of QEMU or above it",
+    )
+
+
+def obstacles(qmp: Qmp, guest: Guest) -> Iterator[Obstacle]:
+    """Everything of it that cannot be moved."""
+    status = str(qmp.execute("query-status")["status"])
+    if status not in STATES:
+        yield Obstacle(guest.pid, "guest", f"is {status}", "wait until it runs or is paused")
+    known = {str(each["name"]) for each in qmp.execute("query-commands")}
+    for name in NEEDED:
+        if name not in known:
+            yield Obstacle(guest.pid, "QEMU", f"has no {name}", f"use a QEMU that has, {AS_ITSELF}")
+    migration = qmp.execute("query-migrate")
+    if migration.get("status") in ("setup", "active", "postcopy-active", "postcopy-paused", "device"):
+        yield Obstacle(guest.pid, "guest", "is being migrated", "wait for the end of that, or cancel it")
+    for reason in migration.get("blocked-reasons", ()):
+        yield Obstacle(guest.pid, "guest", f"cannot be migrated: {reason}", "take away what it names")
+    for line in qmp.hmp("info qtree").splitlines():
+        kind = line.strip().removeprefix("dev: ")
+        if line.strip().startswith("dev: ") and kind.startswith(IMMOVABLE):
+            device = kind.split(",")[0]
+            yield Obstacle(guest.pid, f"device {device}", "lives outside of QEMU", "unplug it (device_del)")
+    for job in qmp.execute("query-block-jobs"):
+        yield Obstacle(
+            guest.pid, f"block job {job['device']}", "is running", "wait for its end, or cancel it"
+        )
+    for each in guest.blocks:
+        if each.page_size != PAGE:
+            why = f"has pages of {each.page_size} bytes"
+            yield Obstacle(
+                guest.pid, f"RAM block {each.name}", why, f"start it without huge pages, {AS_ITSELF}"
+            )

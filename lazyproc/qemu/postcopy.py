@@ -1,0 +1,93 @@
+"""Which pages of a guest the other end has, and which go next: what its guest waits for before all others. Sans-IO."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+
+from lazyproc.errors import ProtocolError
+from lazyproc.model import PAGE, Extent, MemoryObject
+from lazyproc.pages import PageSource
+from lazyproc.qemu.ram import Block
+from lazyproc.qemu.stream import Received, Wanted, pages
+
+_EMPTY, _CONTENT, _SENT = 0, 1, 2  # of a page: not sent, without and with content; sent
+URGENT, BULK = 8, 16  # pages in one part, at most
+
+
+class PagesLeft:
+    """`total` are the pages with content, `urgent` and `bulk` of them went, `zero` were asked for and have none."""
+
+    def __init__(
+        self, blocks: Sequence[Block], extents: Mapping[MemoryObject, Sequence[Extent]], source: PageSource
+    ) -> None:
+        self._source = source
+        self._blocks = {block.name: block for block in blocks}
+        self._pages = {block.name: bytearray(block.used // PAGE) for block in blocks}
+        for block in blocks:
+            states = self._pages[block.name]
+            for extent in extents.get(block.object, ()):
+                first, count = extent.addr // PAGE, extent.count
+                states[first : first + count] = bytes([_CONTENT]) * count
+        self._wanted: deque[tuple[str, int]] = deque()
+        self._last = ""
+        self._bulk = self._runs()
+        self.urgent = self.bulk = self.zero = 0
+        self.total = sum(extent.count for runs in extents.values() for extent in runs)
+
+    def want(self, event: Wanted) -> None:
+        """A guest waits for it. What was sent is on its way. Raises ProtocolError for what is in no block."""
+        self._last = event.block or self._last
+        states = self._pages.get(self._last)
+        first, count = event.addr // PAGE, -(-event.length // PAGE)
+        if states is None or event.addr % PAGE or first + count > len(states):
+            raise ProtocolError(
+                f"the destination asks for {event.length} bytes at {event.addr:#x} of {event.block!r}"
+            )
+        self._wanted.extend((self._last, number) for number in range(first, first + count))
+
+    def received(self, event: Received) -> None:
+        """These it has, of all that was sent before the connection was lost. Raises ProtocolError."""
+        states = self._pages.get(event.block)
+        if states is None or len(event.bits) * 8 < len(states):
+            raise ProtocolError(f"the destination has {len(event.bits)} bytes of bits for {event.block!r}")
+        for number in range(len(states)):
+            if event.bits[number >> 3] >> (number & 7) & 1:
+                states[number] = _SENT
+
+    def next_urgent(self) -> bytes:
+        """Records of what is waited for; b"" when nothing is. Raises what the source does."""
+        records: list[bytes] = []
+        while self._wanted and len(records) < URGENT:
+            name, number = self._wanted.popleft()
+            state = self._pages[name][number]
+            if state != _SENT:
+                self.urgent += state == _CONTENT
+                self.zero += state == _EMPTY
+                records += self._taken(name, number, 1)
+        return b"".join(records)
+
+    def next_bulk(self) -> bytes:
+        """Those that nobody waits for; b"" when all have gone. Pages without content do not go: they are zeros there
+        too.
+        """
+        for name, number, count in self._bulk:
+            self.bulk += count
+            return b"".join(self._taken(name, number, count))
+        return b""
+
+    def _runs(self) -> Iterator[tuple[str, int, int]]:
+        for name, states in self._pages.items():
+            at = 0
+            while (first := states.find(_CONTENT, at)) >= 0:
+                at = first
+                while at < len(states) and at - first < BULK and states[at] == _CONTENT:
+                    at += 1
+                yield name, first, at - first
+
+    def _taken(self, name: str, number: int, count: int) -> Iterator[bytes]:
+        block, addr = self._blocks[name], number * PAGE
+        content = self._pages[name][number] == _CONTENT
+        data = self._source.read(block.object, addr, count) if content else bytes(PAGE)
+        self._pages[name][number : number + count] = bytes([_SENT]) * count
+        return pages(block, addr, data)

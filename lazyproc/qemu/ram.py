@@ -1,0 +1,184 @@
+"""The RAM blocks of a QEMU: their names by its monitor, their places by its own list of them.
+
+"info ramblock" prints names and sizes, but before QEMU 9.0 no addresses. Each block is a `struct RAMBlock` on QEMU's
+heap (include/exec/ramblock.h) that holds the name as an array of 256 bytes, and shortly before it the address and both
+sizes: so the name is looked for in memory, and what stands before it decides. Blocks of one size are not mixed up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from lazyproc.errors import HostLacks, LazyprocError
+from lazyproc.facts import dataclass
+from lazyproc.kernel import proc
+from lazyproc.kernel.proc import MapsEntry, SmapsEntry
+from lazyproc.model import PAGE, MemoryObject, ObjectKind
+
+WORDS = 16  # how many 8-byte words before the name host, used_length and max_length are sought
+PIECE = 1 << 20
+ARENA = 64 << 20  # bytes that malloc(3) reserves for a thread; what is larger is RAM, or the code of TCG
+NAME_SIZE = 256  # RAMBlock.idstr
+_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_ROW = re.compile(r"^ *(\S+) +([\d.]+) (\w+) +0x([0-9a-f]+) +0x([0-9a-f]+) +0x([0-9a-f]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A row of "info ramblock"; sizes in bytes."""
+
+    name: str
+    page_size: int
+    used: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A RAM block and where it lies. Its pages are [0, used) of `object`, which is private or shared memory."""
+
+    name: str
+    used: int  # bytes
+    total: int
+    page_size: int
+    shared: bool
+    addr: int  # in QEMU's address space
+    huge: bool  # MADV_HUGEPAGE
+    number: int  # its place in the list, by which its pages are asked for
+
+    @property
+    def object(self) -> MemoryObject:
+        kind = ObjectKind.SHARED if self.shared else ObjectKind.TASK
+        return MemoryObject(kind, self.number + 1)
+
+    def row(self) -> list[Any]:
+        """What the other host has to know of it."""
+        return [self.name, self.used, self.total, self.page_size, self.shared, self.huge]
+
+    @classmethod
+    def of(cls, number: int, row: Sequence[Any], addr: int = 0) -> Block:
+        """From a row. Raises TypeError, ValueError."""
+        name, used, total, page_size, shared, huge = row
+        found = cls(
+            str(name), int(used), int(total), int(page_size), shared is True, addr, huge is True, number
+        )
+        if not 0 <= found.used <= found.total or found.used % PAGE:
+            raise ValueError(f"a block of {used} bytes in {total}")
+        return found
+
+
+def rows(text: str) -> tuple[Named, ...]:
+    """What "info ramblock" prints. The page size is written as "4 KiB" there (util/cutils.c size_to_str)."""
+    found = []
+    for name, number, unit, _offset, used, total in _ROW.findall(text):
+        found.append(Named(name, int(float(number) * _UNITS[unit]), int(used, 16), int(total, 16)))
+    return tuple(found)
+
+
+def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
+    """Where the blocks lie, in the order of their names. Raises HostLacks when one cannot be found for certain."""
+    maps = {entry.entry.start: entry for entry in proc.smaps(proc.read(pid, "smaps"))}
+    places: dict[str, set[int]] = {each.name: set() for each in named}
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
+        for entry in _heaps(maps.values()):
+            if entry.end - entry.start > ARENA and all(places.values()):
+                break
+            for addr, data in _pieces(mem.fileno(), entry.start, entry.end):
+                for each in named:
+                    places[each.name] |= set(_hosts(data, addr, each, maps))
+    found = []
+    for number, each in enumerate(sorted(named, key=lambda each: each.name)):
+        hosts = places[each.name]
+        if len(hosts) != 1:
+            raise HostLacks(
+                f"the RAM block {each.name!r} of {each.total} bytes "
+                + ("cannot be found in its memory" if not hosts else f"may lie at {_all(hosts)}"),
+                where=f"pid {pid}",
+                remedy="save the guest with QEMU's own migration instead; please report QEMU's version",
+            )
+        (addr,) = hosts
+        smap = maps[addr]
+        shared, huge = smap.entry.perms.endswith("s"), "hg" in smap.vm_flags
+        page_size = max(each.page_size, smap.page_size)
+        found.append(Block(each.name, each.used, each.total, page_size, shared, addr, huge, number))
+    return tuple(found)
+
+
+def _all(hosts: Iterable[int]) -> str:
+    return ", ".join(f"{host:#x}" for host in sorted(hosts))
+
+
+def _heaps(maps: Iterable[SmapsEntry]) -> Iterator[MapsEntry]:
+    """Where malloc(3) may have put them: the heap, then what is anonymous, the smallest first."""
+    found = [each for each in maps if each.entry.perms == "rw-p" and each.rss > 0]
+    yield from (each.entry for each in found if each.entry.path == "[heap]")
+    anonymous = [each for each in found if each.entry.path == ""]
+    yield from sorted((each.entry for each in anonymous), key=lambda each: each.end - each.start)
+
+
+def _pieces(mem: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """The memory in pieces that overlap by what a RAMBlock takes; pages that cannot be read are left out."""
+    overlap = NAME_SIZE + 8 * WORDS
+    for addr in range(start, end, PIECE):
+        try:
+            yield addr, os.pread(mem, min(PIECE + overlap, end - addr), addr)
+        except OSError:
+            continue
+
+
+def _hosts(data: bytes, addr: int, named: Named, maps: dict[int, SmapsEntry]) -> Iterator[int]:
+    """Addresses that stand before the name in what can only be its RAMBlock."""
+    name = named.name.encode() + b"\0"
+    at = data.find(name)
+    while at >= 0:
+        if (addr + at) % 4 == 0:  # idstr follows a u32
+            start = (addr + at) // 8 * 8 - addr
+            first = max(0, start - 8 * WORDS)
+            first += -(addr + first) % 8
+            count = (start - first) // 8
+            words = struct.unpack_from(f"<{count}Q", data, first)
+            if named.used in words and named.total in words:
+                yield from (
+                    word for word in words if word in maps and _room(maps, word) >= _whole(named.total)
+                )
+        at = data.find(name, at + 1)
+
+
+def _whole(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+def _room(maps: dict[int, SmapsEntry], start: int) -> int:
+    """Bytes from the start of a mapping to the end of the last that follows without a gap and is of the same kind."""
+    end, perms = start, maps[start].entry.perms
+    while end in maps and maps[end].entry.perms == perms:
+        end = maps[end].entry.end
+    return end - start
+
+
+def demand_same(ours: Sequence[Block], theirs: Sequence[Block]) -> None:
+    """Raises LazyprocError, naming the first block that the other QEMU lacks or has otherwise."""
+    known = {each.name: each for each in ours}
+    for each in theirs:
+        own = known.pop(each.name, None)
+        if own is None or (own.total, own.shared, own.page_size) != (each.total, each.shared, each.page_size):
+            raise LazyprocError(
+                f"the RAM block {each.name!r} is not the same in both QEMUs "
+                f"({_kind(each)} at the source, {_kind(own)} here)",
+                remedy="start the QEMU here with the same machine, devices and memory",
+            )
+    if known:
+        raise LazyprocError(
+            f"the source has no RAM block {min(known)!r}",
+            remedy="start the QEMU here with the same machine, devices and memory",
+        )
+
+
+def _kind(block: Block | None) -> str:
+    if block is None:
+        return "none"
+    return f"{block.total} bytes, {'shared' if block.shared else 'private'}, pages of {block.page_size}"

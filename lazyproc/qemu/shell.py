@@ -1,0 +1,221 @@
+"""A QEMU without a guest, made ready before the guest is stopped elsewhere: its RAM is userfaultfd-backed and empty."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+
+from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess, RestoreError
+from lazyproc.events import Listener
+from lazyproc.facts import dataclass
+from lazyproc.kernel import family, proc
+from lazyproc.kernel.sys import pidfd_getfd
+from lazyproc.kernel.visit import call_in, visiting
+from lazyproc.qemu.guest import machine_of
+from lazyproc.qemu.qmp import Qmp
+from lazyproc.qemu.ram import Block, blocks, demand_same, rows
+from lazyproc.restore.anchoring import plant
+from lazyproc.restore.groups import joined
+from lazyproc.restore.lazy import watch_removals
+from lazyproc.restore.lazytree import LazyTask, LazyTree
+from lazyproc.restore.pages import read_only
+from lazyproc.uffd.device import Userfaultfd
+from lazyproc.uffd.pager import Pager, register_regions
+
+START_S = 20.0
+LOAD_S = 30.0
+POLL_S = 0.05
+FD_NAME = "lazyproc"
+ABOVE = 64  # numbers that QEMU may take for itself before it meets an anchor
+MADV_DONTNEED, MADV_REMOVE = 4, 9
+O_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
+CAPABILITIES = ("late-block-activate", "events")
+
+
+@dataclass(slots=True)
+class Shell:
+    """`blocks` in the order of the source's, each with its place here."""
+
+    process: subprocess.Popen[bytes]
+    qmp: Qmp
+    groups: Sequence[str]
+    blocks: Sequence[Block] = ()
+    spared: bool = False  # it goes on without us
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def arm(self, machine: str, theirs: Sequence[Block], pager: Pager, listener: Listener) -> LazyTree:
+        """Its RAM is emptied, and the pager's from now on. Raises LazyprocError when it is not as at the source."""
+        if (own := machine_of(self.qmp)) != machine:
+            raise LazyprocError(
+                f"the machine of the QEMU here is {own}, and that of the source {machine}",
+                where=f"pid {self.pid}",
+                remedy=f"start it with -machine {machine}",
+            )
+        here = {each.name: each for each in blocks(self.pid, rows(self.qmp.hmp("info ramblock")))}
+        demand_same(tuple(here.values()), theirs)
+        self.blocks = [Block.of(each.number, each.row(), here[each.name].addr) for each in theirs]
+        fd = self._registered()
+        space = pager.add_space(fd, self.pid, self.pid)
+        pager.add_regions(space, self._rows())
+        if any(each.shared for each in self.blocks):
+            watch_removals(pager, listener)
+        tree = self._tree(pager.cradle)
+        with read_only(pager.ledger) as ledger:
+            plant(tree.tasks[0], (fd, ledger, pager.cradle))
+        return tree
+
+    def _registered(self) -> int:
+        """Its userfaultfd. While the first thread stands still nobody else looks at the RAM, as the display would, and
+        a page of zeros that it left there would never be replaced.
+        """
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            with visiting(self.pid) as (stub, _):
+                number = stub.call("userfaultfd", O_NONBLOCK_CLOEXEC)
+                fd = pidfd_getfd(pidfd, number)
+                stub.call("close", number)
+                Userfaultfd.from_fd(fd).api()
+                for each in self.blocks:
+                    advice = MADV_REMOVE if each.shared else MADV_DONTNEED
+                    stub.call("madvise", each.addr, each.used, advice)
+                register_regions(fd, self._rows())
+                return fd
+        finally:
+            os.close(pidfd)
+
+    def _rows(self) -> array[int]:
+        """As the pager takes regions."""
+        return array("Q", (n for each in self.blocks for n in (each.addr, each.used, each.object.key, 0)))
+
+    def _tree(self, cradle: int) -> LazyTree:
+        lowest = max(proc.descriptor_numbers(self.pid)) + ABOVE
+        started = proc.stat(proc.read(self.pid, "stat")).start_time
+        task = LazyTask(self.pid, self.pid, started, lowest, lowest + 1, lowest + 2)
+        return LazyTree(self.pid, self.pid, 0, (task,), (), tuple(self.groups), os.fstat(cradle).st_ino)
+
+    def load(self, devices: bytes, disturbed: Callable[[], bool]) -> None:
+        """The state of the guest, which stands still afterwards: its pages come while it is read. Returns early when
+        `disturbed`. Raises RestoreError.
+        """
+        try:
+            self._give(devices)
+            self.qmp.execute("migrate-incoming", {"uri": f"fd:{FD_NAME}"})
+            self._await_loaded(disturbed)
+        except ConnectionLost as error:
+            raise RestoreError(
+                "QEMU has ended while it took the guest in",
+                where=f"pid {self.pid}",
+                remedy="see what it said where `receive` runs: machine and devices must be those of the source",
+            ) from error
+
+    def _give(self, devices: bytes) -> None:
+        """QEMU has them as a file that is open."""
+        with open(os.memfd_create("lazyproc-devices", os.MFD_CLOEXEC), "wb") as file:
+            file.write(devices)
+            file.seek(0)
+            self.qmp.execute("getfd", {"fdname": FD_NAME}, fds=[file.fileno()])
+
+    def _await_loaded(self, disturbed: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + LOAD_S
+        while time.monotonic() < deadline and not disturbed():
+            try:
+                status = self.qmp.event("MIGRATION", timeout=POLL_S)["data"]["status"]
+            except TimeoutError:
+                continue
+            if status == "completed":
+                return
+            if status == "failed":
+                raise ConnectionLost("it has failed")
+        if time.monotonic() >= deadline:
+            raise RestoreError(f"the guest was not taken in within {LOAD_S:.0f} s", where=f"pid {self.pid}")
+
+    def demand_there(self) -> None:
+        """Raises NoSuchProcess when somebody has ended it."""
+        if self.process.poll() is not None:
+            raise NoSuchProcess("QEMU has ended with the guest that it had loaded", where=f"pid {self.pid}")
+
+    def outlive_us(self) -> None:
+        """From here on it is never killed for our sake."""
+        self.spared = True
+        with suppress(NoSuchProcess):  # somebody has ended it
+            call_in(self.pid, "prctl", family.PR_SET_PDEATHSIG, 0)
+
+    def run(self) -> None:
+        """The guest goes on."""
+        self.qmp.execute("cont")
+
+
+@contextmanager
+def empty_shell(
+    command: Sequence[str], cgroup: str | None, outputs: Sequence[int], listener: Listener
+) -> Iterator[Shell]:
+    """QEMU by its command line, waiting for a guest that is not to run yet; killed at the end unless it is spared.
+
+    `outputs` are descriptors for its standard output and error. Raises RestoreError when it does not start.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    monitor = f"socket,id=lazyproc,fd={theirs.fileno()}"
+    words = (
+        *command,
+        "-incoming",
+        "defer",
+        "-S",
+        "-chardev",
+        monitor,
+        "-mon",
+        "chardev=lazyproc,mode=control",
+    )
+    with ExitStack() as stack:
+        try:
+            process = _started(words, theirs, outputs)
+        except OSError as error:
+            ours.close()
+            raise RestoreError(f"cannot be started ({error.strerror})", where=command[0]) from error
+        finally:
+            theirs.close()
+        shell: Shell | None = None
+        try:
+            groups = stack.enter_context(joined(process.pid, cgroup, listener))
+            shell = Shell(process, _greeted(ours, process), groups)
+            stack.callback(shell.qmp.close)
+            wanted = [{"capability": name, "state": True} for name in CAPABILITIES]
+            shell.qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
+            yield shell
+        finally:
+            if shell is None or not shell.spared:
+                process.kill()
+                process.wait()
+
+
+def _started(words: Sequence[str], monitor: socket.socket, outputs: Sequence[int]) -> subprocess.Popen[bytes]:
+    out, err = outputs or (subprocess.DEVNULL, subprocess.DEVNULL)
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=err,
+        pass_fds=[monitor.fileno()],
+        start_new_session=True,
+        preexec_fn=partial(family.end_with_parent, os.getpid()),
+    )
+
+
+def _greeted(sock: socket.socket, process: subprocess.Popen[bytes]) -> Qmp:
+    try:
+        return Qmp.over(sock, "the monitor of QEMU here", timeout=START_S)
+    except (LazyprocError, TimeoutError) as error:
+        status = process.poll()
+        raise RestoreError(
+            f"QEMU does not start ({error if status is None else f'exit status {status}'})",
+            where=f"pid {process.pid}",
+            remedy="see what it said where `receive` runs",
+        ) from error

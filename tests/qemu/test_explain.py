@@ -1,0 +1,94 @@
+"""What of a guest cannot be moved is named while it runs on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lazyproc
+from lazyproc.errors import LazyprocError
+from lazyproc.facts import replace
+from lazyproc.qemu import ram
+from lazyproc.qemu.guest import look
+from tests.live.moving import CLI
+from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor, started
+
+SMALL = Shape(memory=96, visited=4)
+
+
+def explained(guest: Guest, expected: int) -> dict[str, Any]:
+    argv = [*CLI, "explain", "--qemu", str(guest.qmp), "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == expected, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def test_nothing_stands_in_the_way(tmp_path: Path) -> None:
+    """And its RAM is where QEMU itself says, which names one address."""
+    with beating(SMALL, tmp_path, "-device", "VGA") as guest:
+        assert explained(guest, 0)["obstacles"] == []
+        with monitor(guest) as qmp:
+            found = {each.name: each for each in look(qmp).blocks}
+            (line,) = qmp.hmp("gpa2hva 0").splitlines()
+        assert int(line.split()[-1], 16) == found["pc.ram"].addr
+        assert {"pc.bios", "pc.rom", "0000:00:02.0/vga.vram"} < found.keys()
+        with open(f"/proc/{guest.pid}/mem", "rb") as memory:
+            memory.seek(found["pc.bios"].addr)
+            assert b"SeaBIOS" in memory.read(found["pc.bios"].used)
+        guest.serial.wait(5)
+        guest.serial.check()
+
+
+def test_each_obstacle_is_named(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    with beating(
+        Shape(memory=96, visited=4, disk=empty_disk(tmp_path)),
+        tmp_path,
+        *("-object", f"memory-backend-file,id=mem,share=on,size=1M,mem-path={tmp_path / 'mem'}"),
+        *("-device", "ivshmem-plain,memdev=mem"),
+        *("-drive", f"if=none,id=fat,file=fat:rw:{shared},format=raw"),
+    ) as guest:
+        with monitor(guest) as qmp:
+            target = {"device": "disk", "target": str(tmp_path / "copy"), "sync": "full", "speed": 1}
+            qmp.execute("drive-mirror", {**target, "format": "raw"})
+        words = [f"{each['where']}: {each['why']}" for each in explained(guest, 3)["obstacles"]]
+        for wanted in ("device ivshmem-plain: lives outside", "block job disk: is running", "vvfat"):
+            assert any(wanted in each for each in words), words
+
+
+def test_a_guest_that_is_still_coming_cannot_leave(tmp_path: Path) -> None:
+    with (
+        Serial(tmp_path / "serial") as serial,
+        started(SMALL, serial, tmp_path, "-incoming", "defer") as guest,
+    ):
+        monitor(guest).close()
+        obstacles = lazyproc.explain_guest(str(guest.qmp))
+        assert [each.why for each in obstacles] == ["is inmigrate"]
+
+
+def test_the_list_of_blocks_is_read() -> None:
+    text = """\
+              Block Name    PSize              Offset               Used              Total
+                     ram    2 MiB  0x0000000000000000 0x0000000008000000 0x0000000008000000
+    /rom@etc/acpi/tables    4 KiB  0x0000000008080000 0x0000000000020000 0x0000000000200000
+"""
+    assert ram.rows(text) == (
+        ram.Named("ram", 2 << 20, 128 << 20, 128 << 20),
+        ram.Named("/rom@etc/acpi/tables", 4096, 1 << 17, 2 << 20),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("name", "ram"), ("total", 8192), ("shared", True), ("page_size", 2 << 20)]
+)
+def test_another_guest_is_not_taken_for_the_same(name: str, value: object) -> None:
+    ours = ram.Block("pc.ram", 4096, 4096, 4096, False, 1 << 30, True, 0)
+    ram.demand_same([ours], [ours])
+    with pytest.raises(LazyprocError, match="RAM block"):
+        ram.demand_same([ours], [replace(ours, **{name: value})])  # type: ignore[arg-type]

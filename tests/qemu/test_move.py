@@ -1,0 +1,244 @@
+"""A guest moves by QEMU's monitor: it misses no beat and has no wrong page, and one QEMU has it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from lazyproc.facts import replace
+from lazyproc.hosts import Pair
+from lazyproc.qemu.qmp import Qmp
+from lazyproc.wire.frame import Type
+from tests.faults.campaign.cases import AtFrame
+from tests.faults.campaign.moments import Trap, frame_trap
+from tests.faults.helpers import DESTINATION, SOURCE, gone, journal, journals, kill
+from tests.faults.test_links_cut import cut
+from tests.live.moving import CLI, Receiver, receiving, run_cli
+from tests.live.programs import wait_until
+from tests.live.real import Journey, ending, migrating
+from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor, needs_kvm
+
+SLOW = ("--max-rate", "40000000")
+SMALL = Shape(memory=96, visited=16)
+
+
+@contextmanager
+def prepared(pair: Pair, shape: Shape = SMALL, *options: str) -> Iterator[tuple[Guest, Receiver]]:
+    """A guest that beats, and a receiver for it on the other host."""
+    with beating(shape, pair.shared, host=pair.source) as guest, waiting(pair, guest, *options) as receiver:
+        yield guest, receiver
+
+
+@contextmanager
+def waiting(pair: Pair, guest: Guest, *options: str) -> Iterator[Receiver]:
+    command = guest.shape.command(guest.serial.path, pair.destination.scratch / "qmp")
+    with receiving(pair.destination, *options, "--", *command) as receiver:
+        yield receiver
+
+
+@contextmanager
+def moving(
+    pair: Pair, guest: Guest, receiver: Receiver, *options: str, by: str | None = None
+) -> Iterator[Journey]:
+    with migrating(pair.source, receiver, guest.pid, *options, by=by, monitor=guest.inside) as journey:
+        yield journey
+
+
+def goes_on(serial: Serial) -> None:
+    serial.wait(30)
+    serial.check()
+
+
+def arrives(guest: Guest, journey: Journey) -> dict[str, Any]:
+    """By itself, and everything is right; QEMU is gone at the source."""
+    pid, report = journey.arrive()
+    with ending(pid):
+        assert guest.process.wait(5) == 0
+        goes_on(guest.serial)
+    return report
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(Shape(memory=96, visited=16, net=True), id="pc"),
+        pytest.param(Shape("q35", memory=96, visited=16, cpus=2, shared=True, net=True), id="q35, memfd, 2"),
+    ],
+)
+def test_a_guest_moves(pair: Pair, shape: Shape) -> None:
+    """With a disk on which both QEMUs want a lock."""
+    shape = replace(shape, disk=empty_disk(pair.shared))
+    with prepared(pair, shape) as (guest, receiver), moving(pair, guest, receiver, *SLOW) as journey:
+        journey.wait_running()
+        blocks = guest.serial.wait(20).blocks
+        assert journey.still_lazy()
+        report = arrives(guest, journey)
+        assert guest.serial.beats()[-1].blocks > blocks
+        assert report["pages_urgent"] > 0
+        assert report["fault_us"]["count"] > 0
+
+
+@pytest.mark.long
+def test_a_paused_guest_stays_paused(pair: Pair) -> None:
+    with prepared(pair) as (guest, receiver):
+        with monitor(guest) as qmp:
+            qmp.execute("stop")
+        with moving(pair, guest, receiver) as journey:
+            pid, _ = journey.arrive()
+        with ending(pid), Qmp(str(pair.destination.outside / "qmp")) as qmp:
+            beats = len(guest.serial.beats())
+            assert qmp.execute("query-status")["status"] == "paused"
+            assert len(guest.serial.beats()) == beats
+            qmp.execute("cont")
+            goes_on(guest.serial)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(Type.IMAGES, id="while it loads"),
+        pytest.param(Type.COMMIT, id="when it has loaded", marks=pytest.mark.long),
+    ],
+)
+def test_the_new_qemu_is_killed_before_the_commit(pair: Pair, kind: Type) -> None:
+    """The guest goes on where it was."""
+    with prepared(pair) as (guest, receiver):
+
+        def kill_it() -> None:
+            record = journal(pair.destination, DESTINATION)
+            pid = pair.destination.pid(record["tree"]["root_pid"])
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: gone(pid), "it has ended")
+
+        trap = Trap(kill_it)
+        with (
+            frame_trap(pair, receiver, AtFrame(kind), trap) as address,
+            moving(pair, guest, receiver, by=address) as journey,
+        ):
+            answer = journey.finish(expected=1)
+            assert trap.error is None
+            assert "QEMU has ended" in answer["error"]
+        goes_on(guest.serial)
+        assert not journals(pair.source, SOURCE)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("pager",), id="pager"),
+        pytest.param(("keeper",), id="keeper", marks=pytest.mark.long),
+        pytest.param(("keeper", "pager"), id="keeper and pager", marks=pytest.mark.long),
+    ],
+)
+def test_helpers_are_killed_while_the_pages_follow(pair: Pair, names: tuple[str, ...]) -> None:
+    with prepared(pair) as (guest, receiver), moving(pair, guest, receiver, *SLOW) as journey:
+        journey.wait_running()
+        kill(pair.destination, DESTINATION, *names)
+        arrives(guest, journey)
+
+
+def test_the_guest_waits_for_its_helpers(pair: Pair) -> None:
+    """All that bring pages are killed together; then who serves them as well."""
+    with prepared(pair) as (guest, receiver), moving(pair, guest, receiver, *SLOW) as journey:
+        journey.wait_running()
+        record = journal(pair.destination, DESTINATION)
+        kill(pair.destination, DESTINATION, "keeper", "pager", "guard")
+        kill(pair.source, SOURCE, "keeper", "server")
+        journey.finish(expected=4)
+        with ending(pair.destination.pid(record["tree"]["root_pid"])):
+            there = pair.destination.popen([*CLI, "resume", record["id"]], stdin=subprocess.DEVNULL)
+            try:
+                run_cli(pair.source, "resume", record["id"], expected=0)
+                assert there.wait(15) == 0
+            finally:
+                there.kill()
+                there.wait()
+            assert guest.process.wait(5) == 0
+            goes_on(guest.serial)
+
+
+def test_who_is_interrupted_before_the_commit_leaves_it_running(pair: Pair) -> None:
+    with prepared(pair) as (guest, receiver):
+
+        def interrupt() -> None:
+            journey.process.send_signal(signal.SIGINT)
+            wait_until(lambda: not journals(pair.source, SOURCE), "it is called off")
+
+        trap = Trap(interrupt)
+        with (
+            frame_trap(pair, receiver, AtFrame(Type.IMAGES), trap) as address,
+            moving(pair, guest, receiver, by=address) as journey,
+        ):
+            assert "interrupted" in journey.finish(expected=1)["error"]
+            assert trap.error is None
+        goes_on(guest.serial)
+
+
+def test_who_continues_it_before_the_commit_has_called_it_off(pair: Pair) -> None:
+    """Somebody else who has a monitor; the guest goes on where it is."""
+    second = pair.source.scratch / "second"
+    more = ("-qmp", f"unix:{second},server=on,wait=off")
+    with (
+        beating(SMALL, pair.shared, *more, host=pair.source) as guest,
+        waiting(pair, guest) as receiver,
+    ):
+
+        def go_on() -> None:
+            with Qmp(str(pair.source.outside / "second")) as qmp:
+                qmp.execute("cont")
+
+        trap = Trap(go_on)
+        with (
+            frame_trap(pair, receiver, AtFrame(Type.BUILT), trap) as address,
+            moving(pair, guest, receiver, by=address) as journey,
+        ):
+            assert "continued the guest" in journey.finish(expected=1)["error"]
+            assert trap.error is None
+        goes_on(guest.serial)
+
+
+def test_wrong_receivers_refuse(pair: Pair) -> None:
+    """One for trees, and one whose QEMU is another machine; the guest goes on."""
+    with beating(SMALL, pair.shared, host=pair.source) as guest:
+        with receiving(pair.destination) as receiver, moving(pair, guest, receiver) as journey:
+            assert "receive --listen" in str(journey.finish(expected=3))
+        others = (
+            (Shape(memory=64), "the RAM block 'pc.ram' is not the same"),
+            (Shape("q35"), "the machine of"),
+        )
+        for other, words in others:
+            command = other.command(pair.shared / "nothing", pair.destination.scratch / "qmp")
+            with (
+                receiving(pair.destination, "--", *command) as receiver,
+                moving(pair, guest, receiver) as journey,
+            ):
+                assert words in journey.finish(expected=1)["error"]
+        goes_on(guest.serial)
+
+
+@pytest.mark.long
+def test_the_network_goes_for_ten_seconds(pair: Pair) -> None:
+    with prepared(pair) as (guest, receiver), moving(pair, guest, receiver, *SLOW) as journey:
+        journey.wait_running()
+        with cut(pair.destination):
+            time.sleep(10)
+        arrives(guest, journey)
+
+
+@pytest.mark.long
+@needs_kvm
+def test_a_guest_of_kvm_moves(pair: Pair) -> None:
+    """Its faults are the kernel's own."""
+    with (
+        prepared(pair, Shape(kvm=True, visited=16)) as (guest, receiver),
+        moving(pair, guest, receiver, *SLOW) as journey,
+    ):
+        journey.wait_running()
+        arrives(guest, journey)

@@ -1,0 +1,279 @@
+"""A saved guest goes on at once in a QEMU as it comes from the distribution, and so does a running one."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazyproc.keys import make_keys
+from lazyproc.model import PAGE
+from tests.live.moving import CLI
+from tests.live.programs import wait_until
+from tests.qemu.guests import Guest, Serial, Shape, beating, monitor, started
+
+SMALL = Shape(memory=96, visited=16)
+
+
+def lazyproc(*words: object, expected: int = 0) -> subprocess.CompletedProcess[str]:
+    argv = [*CLI, *map(str, words)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == expected, f"exit {done.returncode}: {done.stderr}"
+    return done
+
+
+def answer(*words: object) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(lazyproc(*words, "--json").stdout)
+    return found
+
+
+@contextmanager
+def waiting(
+    shape: Shape, serial: Serial, folder: Path, *more: str, capabilities: Sequence[str] = (), tls: str = ""
+) -> Iterator[tuple[Guest, str]]:
+    """A QEMU that waits for post-copy, and where: with the credentials `tls` on TCP."""
+    folder.mkdir()
+    where = "tcp:127.0.0.1:0" if tls else f"unix:{folder / 'incoming'}"
+    with started(shape, serial, folder, "-incoming", "defer", *more) as guest:
+        with monitor(guest) as qmp:
+            names = ("postcopy-ram", *capabilities)
+            wanted = [{"capability": name, "state": True} for name in names]
+            qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
+            qmp.execute("migrate-set-parameters", {"tls-creds": tls})
+            qmp.execute("migrate-incoming", {"uri": where})
+            if tls:
+                (address,) = qmp.execute("query-migrate")["socket-address"]
+                where = f"127.0.0.1:{address['port']}"
+        yield guest, where
+
+
+@contextmanager
+def saved(shape: Shape, folder: Path) -> Iterator[tuple[Path, Serial]]:
+    """A folder with a guest whose QEMU has ended, and the serial line on which it was heard last."""
+    with beating(shape, folder) as guest:
+        guest.serial.wait(20)
+        report = answer("checkpoint", "--qemu", guest.qmp, "-D", folder / "images")
+        assert report["pages_total"] > 0
+        assert guest.process.wait(5) == 0
+        yield folder / "images", guest.serial
+
+
+def goes_on(serial: Serial) -> None:
+    serial.wait(30)
+    serial.check()
+
+
+def test_a_saved_guest_goes_on(tmp_path: Path) -> None:
+    with (
+        saved(SMALL, tmp_path) as (images, serial),
+        waiting(SMALL, serial, tmp_path / "there") as (_, where),
+    ):
+        assert "guest of a QEMU" in lazyproc("restore", "-D", images, expected=1).stderr
+        assert "pc.ram" in lazyproc("show", images).stdout
+        report = answer("qemu-serve", "-D", images, "--to", where)
+        assert report["pages_urgent"] > 0
+        goes_on(serial)
+
+
+def test_a_running_guest_is_left_running(tmp_path: Path) -> None:
+    with beating(SMALL, tmp_path) as guest:
+        answer("checkpoint", "--qemu", guest.qmp, "-D", tmp_path / "images", "--leave-running")
+        goes_on(guest.serial)
+
+
+def test_a_running_guest_goes_on_there(tmp_path: Path) -> None:
+    shape = Shape("q35", memory=96, visited=16, shared=True)
+    with (
+        beating(shape, tmp_path) as guest,
+        waiting(shape, guest.serial, tmp_path / "there") as (_, where),
+    ):
+        guest.serial.wait(20)
+        answer("qemu-serve", guest.qmp, "--to", where)
+        assert guest.process.wait(5) == 0
+        goes_on(guest.serial)
+
+
+@pytest.mark.slow
+def test_two_go_on_from_one(tmp_path: Path) -> None:
+    """Each on a serial line of its own, from where the first was heard last."""
+    with saved(SMALL, tmp_path) as (images, serial), ExitStack() as stack:
+        last = serial.beats()[-1].number
+        lines = [stack.enter_context(Serial(tmp_path / f"serial{number}")) for number in range(2)]
+        targets = [
+            stack.enter_context(waiting(SMALL, line, tmp_path / f"there{number}"))[1]
+            for number, line in enumerate(lines)
+        ]
+        serving = [
+            subprocess.Popen([*CLI, "qemu-serve", "-D", str(images), "--to", where]) for where in targets
+        ]
+        try:
+            assert [each.wait(60) for each in serving] == [0, 0]
+        finally:
+            for each in serving:
+                each.kill()
+                each.wait()
+        for line in lines:
+            goes_on(line)
+            # One may have been cut in two: its first half is on the line where the guest was before.
+            assert line.beats()[0].number - last in (1, 2)
+
+
+@pytest.mark.parametrize("says", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"], ids=["nothing", "something else"])
+def test_who_is_no_qemu_is_refused(tmp_path: Path, says: bytes) -> None:
+    """And the guest goes on."""
+    with beating(SMALL, tmp_path) as guest, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "stranger"))
+        listener.listen()
+
+        def be_strange() -> None:
+            stranger, _ = listener.accept()
+            with stranger:
+                stranger.recv(1)
+                stranger.sendall(says)
+
+        thread = threading.Thread(target=be_strange)
+        thread.start()
+        done = lazyproc("qemu-serve", guest.qmp, "--to", f"unix:{tmp_path / 'stranger'}", expected=1)
+        thread.join()
+        assert "no QEMU that takes a guest in" in done.stderr or "which no QEMU does" in done.stderr
+        goes_on(guest.serial)
+
+
+CUT_AFTER = 16 << 20  # bytes
+
+
+@contextmanager
+def cut_short(target: str, path: Path, connections: int = 1) -> Iterator[str]:
+    """An address that leads to `target`, so often, until so many bytes have gone there by the first connection."""
+
+    def carry(one: socket.socket, other: socket.socket, most: float) -> None:
+        with suppress(OSError):
+            while most > 0 and (data := one.recv(1 << 16)):
+                other.sendall(data)
+                most -= len(data)
+        for each in (one, other):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(path))
+        listener.listen()
+
+        def run() -> None:
+            threads = []
+            for most in (CUT_AFTER, math.inf)[:connections]:
+                near, far = listener.accept()[0], socket.socket(socket.AF_UNIX)
+                stack.enter_context(near)
+                stack.enter_context(far).connect(target.removeprefix("unix:"))
+                for way in ((near, far, most), (far, near, math.inf)):
+                    threads.append(threading.Thread(target=carry, args=way))
+                    threads[-1].start()
+            for each in threads:
+                each.join()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        yield f"unix:{path}"
+        thread.join()
+
+
+def recovering(there: Guest, path: Path) -> str:
+    """Where QEMU waits for a source after it has lost the one it had."""
+    with monitor(there) as qmp:
+        wait_until(lambda: qmp.execute("query-migrate")["status"] == "postcopy-paused", "QEMU notices")
+        qmp.execute("migrate-recover", {"uri": f"unix:{path}"})
+    return f"unix:{path}"
+
+
+@pytest.mark.parametrize(
+    "preempt", [pytest.param(False, id="one"), pytest.param(True, id="two", marks=pytest.mark.long)]
+)
+def test_a_lost_connection_is_recovered(preempt: bool, tmp_path: Path) -> None:
+    """By QEMU's own means: what has come does not come again."""
+    options, capabilities = (["--preempt"], ["postcopy-preempt"]) if preempt else ([], [])
+    with (
+        saved(SMALL, tmp_path) as (images, serial),
+        waiting(SMALL, serial, tmp_path / "there", capabilities=capabilities) as (there, where),
+    ):
+        with cut_short(where, tmp_path / "cut", 1 + preempt) as cut:
+            lost = lazyproc("qemu-serve", "-D", images, "--to", cut, *options, expected=4)
+            assert "QEMU is lost" in lost.stderr
+        again = recovering(there, tmp_path / "again")
+        whole = sum(path.stat().st_size for path in images.glob("pages-*.img"))
+        report = answer("qemu-serve", "-D", images, "--to", again, "--recover", *options)
+        assert (report["pages_urgent"] + report["pages_bulk"]) * PAGE <= whole - CUT_AFTER // 2
+        goes_on(serial)
+
+
+@pytest.mark.slow
+def test_a_guest_that_ran_here_is_recovered(tmp_path: Path) -> None:
+    """It stands here until all of it is there."""
+    with (
+        beating(SMALL, tmp_path) as guest,
+        waiting(SMALL, guest.serial, tmp_path / "there") as (there, where),
+    ):
+        with cut_short(where, tmp_path / "cut") as cut:
+            assert (
+                "it stays stopped here" in lazyproc("qemu-serve", guest.qmp, "--to", cut, expected=4).stderr
+            )
+        with monitor(guest) as qmp:
+            assert not qmp.execute("query-status")["running"]
+        again = recovering(there, tmp_path / "again")
+        answer("qemu-serve", guest.qmp, "--to", again, "--recover")
+        assert guest.process.wait(5) == 0
+        goes_on(guest.serial)
+
+
+def test_what_is_waited_for_has_a_connection_of_its_own(tmp_path: Path) -> None:
+    with (
+        saved(SMALL, tmp_path) as (images, serial),
+        waiting(SMALL, serial, tmp_path / "there", capabilities=["postcopy-preempt"]) as (_, where),
+    ):
+        report = answer("qemu-serve", "-D", images, "--to", where, "--preempt")
+        assert report["pages_urgent"] > 0
+        goes_on(serial)
+
+
+def test_a_qemu_without_a_second_connection_is_refused(tmp_path: Path) -> None:
+    """Before the guest waits for pages by it."""
+    with (
+        beating(SMALL, tmp_path) as guest,
+        waiting(SMALL, guest.serial, tmp_path / "there") as (_, where),
+    ):
+        refused = lazyproc("qemu-serve", guest.qmp, "--to", where, "--preempt", expected=1)
+        assert "postcopy-preempt" in refused.stderr
+        goes_on(guest.serial)
+
+
+@pytest.mark.parametrize(
+    "preempt", [pytest.param(False, id="one"), pytest.param(True, id="two", marks=pytest.mark.long)]
+)
+def test_with_tls_as_qemu_speaks_it(preempt: bool, tmp_path: Path) -> None:
+    """Each end has a certificate of one CA; who comes without is refused, and the guest goes on."""
+    options, capabilities = (["--preempt"], ["postcopy-preempt"]) if preempt else ([], [])
+    here, there = make_keys(tmp_path / "keys", ("localhost", "127.0.0.1"))
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    for name, path in (("ca-cert", there.ca), ("server-cert", there.cert), ("server-key", there.key)):
+        (folder / f"{name}.pem").symlink_to(path)
+    credentials = ("-object", f"tls-creds-x509,id=tls,dir={folder},endpoint=server,verify-peer=on")
+    trust = ["--tls-cert", here.cert, "--tls-key", here.key, "--tls-ca", here.ca]
+    with (
+        beating(SMALL, tmp_path) as guest,
+        waiting(
+            SMALL, guest.serial, tmp_path / "there", *credentials, capabilities=capabilities, tls="tls"
+        ) as (_, where),
+    ):
+        lazyproc("qemu-serve", guest.qmp, "--to", where, *options, expected=1)
+        goes_on(guest.serial)
+        answer("qemu-serve", guest.qmp, "--to", where, *options, *trust)
+        goes_on(guest.serial)
