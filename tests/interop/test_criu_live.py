@@ -21,6 +21,7 @@ import pytest
 from lazyproc.hosts import Pair, Trio
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
+from lazyproc.keys import make_keys
 from lazyproc.model import PAGE, Extent
 from lazyproc.pages.criu_source import LazyRuns
 from lazyproc.pages.images import ImagePages
@@ -88,6 +89,24 @@ def test_criu_restores_it(daemon: Command, pair: Pair, program: Program) -> None
         ends_well(program, pid)
 
 
+def test_over_tls(pair: Pair, program: Program) -> None:
+    """A certificate lets CRIU's daemon in, and nobody without one."""
+    hosts = str(pair.source.address), str(pair.destination.address)
+    here, there = (
+        ("--tls", "--tls-cert", keys.cert, "--tls-key", keys.key, "--tls-cacert", keys.ca)
+        for keys in make_keys(pair.shared / "keys", hosts, days=9)
+    )
+    with dumping(pair, program, "--no-insecure", *here) as (images, dump):
+        vpid, run = next(lazy_runs(images))
+        with client(pair) as stranger:
+            stranger.ask(vpid, run.addr, 1)
+            assert stranger.hung_up()
+        with restoring(pair, images, criu, *there) as (pid, lazy):
+            lazy.finish()
+            dump.finish()
+            ends_well(program, pid)
+
+
 @pytest.mark.parametrize("server", [criu, ours])
 def test_our_daemon_asks_both_servers(server: Command, pair: Pair, program: Program) -> None:
     """They give images away, in CRIU's protocol."""
@@ -132,11 +151,11 @@ def test_a_process_that_ends_there_before_its_last_page(daemon: Command, slow_pa
 
 
 @contextmanager
-def restoring(pair: Pair, images: Path, daemon: Command) -> Iterator[tuple[int, Criu]]:
+def restoring(pair: Pair, images: Path, daemon: Command, *options: object) -> Iterator[tuple[int, Criu]]:
     """By CRIU, whose lazy pages the daemon gets from the source."""
     work = pair.shared / "work"
     work.mkdir()
-    words = ("--page-server", *at(pair), *insecure(daemon))
+    words = ("--page-server", *at(pair), *insecure(daemon), *options)
     with (
         daemon(pair.destination, images, "lazy-pages", *words, work=work) as lazy,
         restored_by_criu(pair.destination, images, "--lazy-pages", work=work) as pid,
