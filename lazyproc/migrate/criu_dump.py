@@ -44,6 +44,7 @@ from lazyproc.wire.native import Party
 
 NAME = "lazyproc-dump"
 LISTENING = "listening"
+WRITING = "writing"  # in the record: the folder had no images, those that it has are ours
 GIVEN = "given"  # in the record: the next thing is a page on its way
 DOOR_S = 0.2
 LOOK_S = 1.0  # how often a frozen tree is looked after
@@ -101,6 +102,7 @@ def _dump(
     demand_possible(order.pid, tcp_close=order.tcp_close, permits=order.permits, listener=listener)
     with ExitStack() as over, ExitStack() as unfinished:
         draft = unfinished.enter_context(filled(Folder(order.directory), early=True))
+        journal.write("preparing", durable=False, **{WRITING: True})
         with written(
             order.pid,
             draft,
@@ -166,9 +168,10 @@ def _again(session: str, _: Client) -> CheckpointReport:
         _demand_there(held, journal)
         raise _parked(session, "the process that gave its pages was killed")
     run_on(journal, held)
-    images = Folder(Path(record.facts["dumped"]))
-    for name in images.images():  # nobody has their pages
-        images.remove(name)
+    if WRITING in record.facts:
+        images = Folder(Path(record.facts["dumped"]))
+        for name in images.images():  # nobody has their pages
+            images.remove(name)
     raise LazyprocError(
         "the process that was dumping it was killed; it runs as before",
         where=f"pid {record.facts['root_pid']}",

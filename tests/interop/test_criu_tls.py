@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -62,8 +63,7 @@ def test_whole_over_tls(place: Place, keys: tuple[Pair, Pair], tmp_path: Path) -
         program.watch.wait_beats()
         dumped(place, program)
         with serving(place, *tls(elsewhere), "--tls-cacrl", revoked(here)) as port:
-            place.images = tmp_path / "there"
-            place.images.mkdir()
+            place.images = Path(shutil.copytree(place.images, tmp_path / "there"))
             asking = ["--page-server", "--address", HERE, "--port", port]
             assert place.run("lazy-pages", *asking, *tls(elsewhere)) == 1
             assert "not for that name" in place.errors("lazy-pages")[0]
