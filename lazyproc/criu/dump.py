@@ -68,6 +68,7 @@ def _lazily(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
         timeout_ms=_timeout_ms(given),
         address=places.peer(given),
         insecure=places.insecure(given),
+        tls=places.tls(given),
     )
     last, alone = partial(scripts.run, given, log, "post-dump"), partial(places.close_status, given)
     return dump_lazily(order, last=last, alone=alone, listener=hear)

@@ -62,7 +62,7 @@ class Option:
 
 DOES, ALWAYS, PERMITS, REFUSED = Kind
 _CR = (DUMP, RESTORE)
-_REMOTE = (PAGE_SERVER, LAZY_PAGES)
+_REMOTE = (DUMP, PAGE_SERVER, LAZY_PAGES)
 _NAMESPACES = "namespaces are not dumped: a tree is restored in those of the command"
 _ITERATIVE = "there is no dump in steps yet; dump once"
 
@@ -358,7 +358,7 @@ OPTIONS = (
     Option(
         "tls-no-cn-verify",
         DOES,
-        (LAZY_PAGES,),
+        (DUMP, LAZY_PAGES),
         "the server's certificate need not be for the name of --address",
     ),
     Option(
@@ -367,12 +367,6 @@ OPTIONS = (
         (PAGE_SERVER,),
         "who has a certificate of the CA may come, whatever its name",
     ),
-    Option("tls", REFUSED, (DUMP,), "is not built yet", negatable=True),
-    Option("tls-cacert", REFUSED, (DUMP,), "see --tls", "FILE"),
-    Option("tls-cacrl", REFUSED, (DUMP,), "see --tls", "FILE"),
-    Option("tls-cert", REFUSED, (DUMP,), "see --tls", "FILE"),
-    Option("tls-key", REFUSED, (DUMP,), "see --tls", "FILE"),
-    Option("tls-no-cn-verify", REFUSED, (DUMP,), "see --tls"),
     Option("track-mem", REFUSED, (DUMP,), _ITERATIVE, negatable=True),
     Option("prev-images-dir", REFUSED, (DUMP,), _ITERATIVE, "DIR"),
     Option("auto-dedup", REFUSED, WORKING, _ITERATIVE, negatable=True),

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lazyproc.hosts import Pair, Trio
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import Folder
+from lazyproc.keys import make_keys
 from lazyproc.model import PAGE, Extent
 from lazyproc.pages.criu_source import LazyRuns
 from lazyproc.pages.images import ImagePages
@@ -39,7 +42,7 @@ from tests.live.moving import INSECURE, restore, run_cli
 from tests.live.programs import Program, stands_still, wait_until
 from tests.live.real import network_of
 from tests.live.test_bad_luck_moments import tables
-from tests.live.test_tcp_close import Service, service
+from tests.live.test_tcp_close import dialled
 
 PORT = 7000
 MIB = 16
@@ -53,7 +56,9 @@ def program(pair: Pair) -> Iterator[Program]:
 
 
 @contextmanager
-def dumping(pair: Pair, root: Program | Service, *options: object) -> Iterator[tuple[Path, Criu]]:
+def dumping(
+    pair: Pair, root: Program | subprocess.Popen[Any], *options: object
+) -> Iterator[tuple[Path, Criu]]:
     """The images are there, and clients may come."""
     images = pair.shared / "images"
     images.mkdir()
@@ -82,6 +87,24 @@ def test_criu_restores_it(daemon: Command, pair: Pair, program: Program) -> None
         dump.finish()
         assert program.process.wait(END_S) == -signal.SIGKILL
         ends_well(program, pid)
+
+
+def test_over_tls(pair: Pair, program: Program) -> None:
+    """A certificate lets CRIU's daemon in, and nobody without one."""
+    hosts = str(pair.source.address), str(pair.destination.address)
+    here, there = (
+        ("--tls", "--tls-cert", keys.cert, "--tls-key", keys.key, "--tls-cacert", keys.ca)
+        for keys in make_keys(pair.shared / "keys", hosts, days=9)
+    )
+    with dumping(pair, program, "--no-insecure", *here) as (images, dump):
+        vpid, run = next(lazy_runs(images))
+        with client(pair) as stranger:
+            stranger.ask(vpid, run.addr, 1)
+            assert stranger.hung_up()
+        with restoring(pair, images, criu, *there) as (pid, lazy):
+            lazy.finish()
+            dump.finish()
+            ends_well(program, pid)
 
 
 @pytest.mark.parametrize("server", [criu, ours])
@@ -128,11 +151,11 @@ def test_a_process_that_ends_there_before_its_last_page(daemon: Command, slow_pa
 
 
 @contextmanager
-def restoring(pair: Pair, images: Path, daemon: Command) -> Iterator[tuple[int, Criu]]:
+def restoring(pair: Pair, images: Path, daemon: Command, *options: object) -> Iterator[tuple[int, Criu]]:
     """By CRIU, whose lazy pages the daemon gets from the source."""
     work = pair.shared / "work"
     work.mkdir()
-    words = ("--page-server", *at(pair), *insecure(daemon))
+    words = ("--page-server", *at(pair), *insecure(daemon), *options)
     with (
         daemon(pair.destination, images, "lazy-pages", *words, work=work) as lazy,
         restored_by_criu(pair.destination, images, "--lazy-pages", work=work) as pid,
@@ -313,27 +336,56 @@ def test_a_server_that_is_lost_lets_it_run_on(pair: Pair, program: Program) -> N
     unharmed(pair, program)
 
 
+# It writes no file: a process that waits for a disk is not dumped.
+ECHO = """
+import socket
+first = socket.create_server(("", 5000)).accept()[0]
+while data := first.recv(100):
+    first.sendall(data.upper())
+"""
+
+
+@contextmanager
+def echoing(trio: Trio) -> Iterator[tuple[subprocess.Popen[Any], socket.socket]]:
+    """A process of the source with a connection to the third host, and its other end."""
+    null, found = subprocess.DEVNULL, []
+    process = trio.source.popen([sys.executable, "-c", ECHO], stdin=null, stdout=null, stderr=null)
+
+    def answers() -> bool:
+        with suppress(ConnectionRefusedError):
+            found.append(dialled(trio.client, trio.source.address))
+        return bool(found)
+
+    try:
+        wait_until(answers, "the process listens")
+        with found[0] as sock:
+            sock.settimeout(END_S)
+            yield process, sock
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("outcome", ["is killed", "all is given"])
 def test_the_peers_of_its_connections_hear_nothing(outcome: str, trio: Trio) -> None:
     """While it is parked, and after its end; what they say meanwhile comes when it runs on here."""
     pair = Pair(trio.source, trio.destination)
-    with service(trio) as served:
-        with dumping(pair, served, "--tcp-established") as (images, dump):
+    with echoing(trio) as (process, peer):
+        with dumping(pair, process, "--tcp-established") as (images, dump):
             runs = list(lazy_runs(images))
             with client(pair) as it:
-                wanted = runs if outcome == "all is given" else runs[:1]
-                for vpid, run in wanted:
+                for vpid, run in runs if outcome == "all is given" else runs[:1]:
                     assert len(it.get(vpid, run.addr, run.count)) == run.count * PAGE
                 (session,) = sessions(pair.source)
-                served.client.sendall(b"still there\n")
+                peer.sendall(b"still there\n")
                 if outcome == "is killed":
                     kill(pair.source, SOURCE, "keeper", "server")
-                elif outcome == "all is given":
+                else:
                     assert it.close_in_order() == Status(0)
             assert dump.process.wait(END_S) == (outcome != "all is given")
         assert f"lazyproc_dump_{session['id']}_kept" in tables(pair)
-        assert not served.client_ended(0.1)
+        assert not select.select([peer], [], [], 0.1)[0]
         if outcome != "all is given":
             run_cli(pair.source, "resume", session["id"], "--here", "--force")
-            assert served.client.recv(99) == b"STILL THERE\n"
+            assert peer.recv(99) == b"STILL THERE\n"
             assert "lazyproc_" not in tables(pair)
