@@ -17,7 +17,8 @@ from lazyproc.dump.gather import dumped
 from lazyproc.dump.source import dump_pages
 from lazyproc.events import ignore
 from lazyproc.facts import replace
-from lazyproc.kernel import proc
+from lazyproc.images.xsave import relaid
+from lazyproc.kernel import proc, xfeatures
 from lazyproc.model import Checkpoint
 from lazyproc.restore.tree import built_tree
 from tests.live.programs import UNSUPPORTED, running, wait_until
@@ -74,31 +75,44 @@ def test_a_program_goes_on_without_one_wrong_check(name: str, tmp_path: Path) ->
             program.watch.wait_ended()
 
 
-def test_vector_state_of_a_processor_with_fewer_components(tmp_path: Path) -> None:
-    with running("threads", directory=tmp_path) as program:
+def _of_fewer_components(area: bytes) -> bytes:
+    """Without what Intel has behind the AVX-512 registers: protection keys, tiles."""
+    if len(area) <= AVX512_END:
+        pytest.skip("this processor has nothing behind its AVX-512 registers")
+    return _enabling(area, (1 << 9) - 1)[:AVX512_END]
+
+
+def _of_the_other_maker(area: bytes) -> bytes:
+    if AVX512 & ~int.from_bytes(area[XCR0 : XCR0 + 8], "little"):
+        pytest.skip("this processor has no AVX-512, before which AMD leaves no gap")
+    other = INTEL if xfeatures.offsets()[5] == AMD[5] else AMD
+    return relaid(_enabling(area, sum(1 << bit for bit in other) | 3), other)
+
+
+def _enabling(area: bytes, mask: int) -> bytes:
+    enabled = int.from_bytes(area[XCR0 : XCR0 + 8], "little") & mask
+    return area[:XCR0] + enabled.to_bytes(8, "little") + area[XCR0 + 8 :]
+
+
+XCR0, AVX512, AVX512_END = 464, 0b111 << 5, 2688  # the end: in an xsave area of Intel's
+INTEL = {2: 576, 5: 1088, 6: 1152, 7: 1664, 9: 2688}  # CPUID leaf 0xD
+AMD = {2: 576, 5: 832, 6: 896, 7: 1408, 9: 2432}
+
+
+@pytest.mark.parametrize("changed", [_of_fewer_components, _of_the_other_maker])
+def test_vector_state_of_another_processor(changed: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    def there(checkpoint: Checkpoint) -> Checkpoint:
+        (task,) = checkpoint.tasks
+        threads = tuple(replace(thread, xsave=changed(thread.xsave)) for thread in task.threads)
+        return replace(checkpoint, tasks=(replace(task, threads=threads),))
+
+    with running("threads", "16", directory=tmp_path) as program:
         program.watch.wait_beats(1)
-        with moved(program.pid, changed=_ending_early) as (root, parent):
+        with moved(program.pid, changed=there) as (root, parent):
             program.watch.wait_beats(2)
             os.kill(root, signal.SIGTERM)
             assert os.waitpid(parent, 0)[1] == 0
             program.watch.wait_ended()
-
-
-def _ending_early(checkpoint: Checkpoint) -> Checkpoint:
-    """Without what Intel has behind the AVX-512 registers: protection keys, tiles."""
-    (task,) = checkpoint.tasks
-    if any(len(thread.xsave) <= AVX512_END for thread in task.threads):
-        pytest.skip("this processor has nothing behind its AVX-512 registers")
-    threads = tuple(replace(thread, xsave=_cut(thread.xsave)) for thread in task.threads)
-    return replace(checkpoint, tasks=(replace(task, threads=threads),))
-
-
-def _cut(area: bytes) -> bytes:
-    enabled = int.from_bytes(area[XCR0 : XCR0 + 8], "little") & (1 << 9) - 1
-    return area[:XCR0] + enabled.to_bytes(8, "little") + area[XCR0 + 8 : AVX512_END]
-
-
-XCR0, AVX512_END = 464, 2688  # in an xsave area of Intel's
 
 
 SLEEPERS = """
