@@ -14,6 +14,7 @@ import struct
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 from lazyproc.errors import ConnectionLost, ImageError, PermissionDenied, ProtocolError
@@ -143,7 +144,7 @@ def connected(address: str, trust: Trust) -> socket.socket:
         if trust.tls is not None:
             from lazyproc.pages.tls import handshaken
 
-            sock = handshaken(sock, trust.tls, parse_address(address)[0], address)
+            sock = handshaken(sock, trust.tls, parse_address(address)[0], address, criu=True)
         else:
             _demand_trusted(sock, trust)
         tune(sock)
@@ -157,6 +158,9 @@ def connected(address: str, trust: Trust) -> socket.socket:
 def end_in_order(sock: socket.socket) -> None:
     """With FIN: all has been said."""
     _ends_with(sock, _IN_ORDER)
+    if (unwrap := getattr(sock, "unwrap", None)) is not None:  # TLS has an end of its own
+        with suppress(OSError):
+            unwrap()
     sock.close()
 
 

@@ -61,13 +61,16 @@ class Tls:
         return cls(facts["cert"], facts["key"], facts["ca"], facts.get("crl", ""), names)
 
 
-def dialling(tls: Tls) -> ssl.SSLContext:
-    """For who connects: the other end's certificate must be for the name it was called by. Raises UsageError."""
+def dialling(tls: Tls, *, criu: bool = False) -> ssl.SSLContext:
+    """For who connects: the other end's certificate must be for the name it was called by. `criu`: its protocol is
+    spoken, whoever listens. Raises UsageError.
+    """
     import ssl
 
     context = _context(tls, ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = tls.names
-    context.set_alpn_protocols([PROTOCOL])
+    if not criu:
+        context.set_alpn_protocols([PROTOCOL])
     return context
 
 
@@ -161,7 +164,7 @@ def secured(sock: socket.socket, tls: Tls, host: str, where: str) -> ssl.SSLSock
     return far
 
 
-def handshaken(sock: socket.socket, tls: Tls, host: str, where: str) -> ssl.SSLSocket:
+def handshaken(sock: socket.socket, tls: Tls, host: str, where: str, *, criu: bool = False) -> ssl.SSLSocket:
     """The connected socket after the handshake; `sock` is used up. The other end may still say that it does not take
     our certificate.
 
@@ -169,7 +172,7 @@ def handshaken(sock: socket.socket, tls: Tls, host: str, where: str) -> ssl.SSLS
     PermissionDenied, ConnectionLost, UsageError for the files.
     """
     try:
-        sock = far = dialling(tls).wrap_socket(
+        sock = far = dialling(tls, criu=criu).wrap_socket(
             sock,
             server_hostname=host.partition("%")[0],
             suppress_ragged_eofs=False,

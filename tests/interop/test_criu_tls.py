@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,12 +69,20 @@ def test_whole_over_tls(place: Place, keys: tuple[Pair, Pair], tmp_path: Path) -
             assert place.run("lazy-pages", *asking, *tls(elsewhere)) == 1
             assert "not for that name" in place.errors("lazy-pages")[0]
             asking.append("--tls-no-cn-verify")
-            assert place.run("lazy-pages", *asking, *tls(here)) == 1
-            assert "it was revoked" in place.errors("lazy-pages")[0]
+            with as_client(here, port) as revoked_one, pytest.raises(ssl.SSLError, match="revoked"):
+                revoked_one.recv(1)
             with lazy_pages("ours", place, *asking, *tls(elsewhere)) as daemon:
                 place.restore("--lazy-pages")
                 assert daemon.wait(DEADLINE_S) == 0, place.log("lazy-pages")
         place.verify(program)
+
+
+def as_client(pair: Pair, port: int) -> ssl.SSLSocket:
+    """In TLS 1.3 it hears with the first answer that it is not let in, and a daemon asks when CRIU restores."""
+    context = ssl.create_default_context(cafile=pair.ca)
+    context.check_hostname = False
+    context.load_cert_chain(pair.cert, pair.key)
+    return context.wrap_socket(socket.create_connection((HERE, port), DEADLINE_S))
 
 
 def revoked(pair: Pair) -> Path:
