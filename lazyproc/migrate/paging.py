@@ -236,15 +236,15 @@ class Paging:
 
     def _bring(self, drain: Drain, redial: Redial | None) -> bool:
         """To the end, whoever else is alive by then. False: nobody is left who could bring another link, and who stays
-        then only keeps the session from being resumed.
+        then only keeps the session from being resumed; of a tree that is complete the record tells a source that asks.
         """
         until, reason, told = math.inf, self._journal.facts.get("reason", ""), False
         while not drain.over and (drain.stays or time.monotonic() < until):
             self._take_links(drain, redial, 0 if drain.linked else STEP_S)
             drain.step(STEP_S if drain.linked else 0)
-            waits = redial is None and not (drain.linked or drain.alone or drain.report)
+            waits = redial is None and not (drain.linked or drain.alone or drain.stays)
             if waits and self._is_alone():
-                return False
+                return drain.report is not None
             if drain.report is not None and until == math.inf:
                 until = time.monotonic() + (GOODBYE_S if self._nobody_asks else RELEASE_S)
                 self._note_whole(drain)

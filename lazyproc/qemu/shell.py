@@ -163,8 +163,8 @@ class Shell:
             raise RestoreError(f"the guest was not taken in within {LOAD_S:.0f} s", where=f"pid {self.pid}")
 
     def demand_there(self) -> None:
-        """Raises NoSuchProcess when somebody has ended it."""
-        if self.process.poll() is not None:
+        """Raises NoSuchProcess when somebody has ended it: its first thread is a zombie before all others are gone."""
+        if self.process.poll() is not None or proc.status(proc.read(self.pid, "status")).state in "ZX":
             raise NoSuchProcess("QEMU has ended with the guest that it had loaded", where=f"pid {self.pid}")
 
     def end_with_us(self) -> None:
