@@ -89,6 +89,7 @@ def test_criu_restores_it(daemon: Command, pair: Pair, program: Program) -> None
         ends_well(program, pid)
 
 
+@pytest.mark.long
 def test_over_tls(pair: Pair, program: Program) -> None:
     """A certificate lets CRIU's daemon in, and nobody without one."""
     hosts = str(pair.source.address), str(pair.destination.address)
@@ -107,6 +108,7 @@ def test_over_tls(pair: Pair, program: Program) -> None:
             ends_well(program, pid)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("server", [criu, ours])
 def test_our_daemon_asks_both_servers(server: Command, pair: Pair, program: Program) -> None:
     """They give images away, in CRIU's protocol."""
@@ -125,6 +127,7 @@ def test_our_daemon_asks_both_servers(server: Command, pair: Pair, program: Prog
         ends_well(program, pid)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("daemon", [criu, ours])
 def test_a_process_that_ends_there_before_its_last_page(daemon: Command, slow_pair: Pair) -> None:
     """CRIU's client does not say whether that is what has happened; ours may not have wanted any."""
@@ -236,6 +239,7 @@ def test_who_gets_no_page_changes_nothing(pair: Pair, program: Program) -> None:
     unharmed(pair, program)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("whom", ["command", "server"])
 def test_a_killed_dump_lets_it_run_on(whom: str, pair: Pair, program: Program) -> None:
     with dumping(pair, program) as (images, dump):
@@ -366,6 +370,7 @@ def echoing(trio: Trio) -> Iterator[tuple[subprocess.Popen[Any], socket.socket]]
         process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("outcome", ["is killed", "all is given"])
 def test_the_peers_of_its_connections_hear_nothing(outcome: str, trio: Trio) -> None:
     """While it is parked, and after its end; what they say meanwhile comes when it runs on here."""

@@ -10,7 +10,7 @@ from benchmarks.wires import WHOLE
 from tests.qemu.guests import Shape
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("who", [OURS, PREEMPT])
 def test_a_guest_is_moved_and_read(who: str) -> None:
     reading = moved(ENGINES[who], WHOLE, Shape())

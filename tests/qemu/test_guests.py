@@ -18,6 +18,7 @@ def test_a_guest_beats_and_goes_on_after_a_stop(machine: str, tmp_path: Path) ->
 
 
 @needs_kvm
+@pytest.mark.long
 def test_a_guest_under_kvm_beats(tmp_path: Path) -> None:
     stopped_and_continued(Shape(kvm=True, visited=16), tmp_path)
 

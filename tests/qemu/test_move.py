@@ -179,6 +179,7 @@ def test_helpers_are_killed_while_the_pages_follow(pair: Pair, names: tuple[str,
         arrives(guest, journey)
 
 
+@pytest.mark.long
 def test_the_guest_waits_for_its_helpers(pair: Pair) -> None:
     """All that bring pages are killed together; then who serves them as well."""
     with prepared(pair) as (guest, receiver), moving(pair, guest, receiver, *SLOW) as journey:
@@ -199,6 +200,7 @@ def test_the_guest_waits_for_its_helpers(pair: Pair) -> None:
             goes_on(guest.serial)
 
 
+@pytest.mark.long
 def test_who_is_interrupted_before_the_commit_leaves_it_running(pair: Pair) -> None:
     with prepared(pair) as (guest, receiver):
 
@@ -216,6 +218,7 @@ def test_who_is_interrupted_before_the_commit_leaves_it_running(pair: Pair) -> N
         goes_on(guest.serial)
 
 
+@pytest.mark.long
 def test_who_continues_it_before_the_commit_has_called_it_off(pair: Pair) -> None:
     """Somebody else who has a monitor; the guest goes on where it is."""
     second = pair.source.scratch / "second"
@@ -239,6 +242,7 @@ def test_who_continues_it_before_the_commit_has_called_it_off(pair: Pair) -> Non
         goes_on(guest.serial)
 
 
+@pytest.mark.long
 def test_wrong_receivers_refuse(pair: Pair) -> None:
     """One for trees, and one whose QEMU is another machine; the guest goes on."""
     with beating(SMALL, pair.shared, host=pair.source) as guest:

@@ -71,7 +71,7 @@ def test_moves_while_it_beats(pair: Pair) -> None:
             check_arrived(Moved(pid, report, ""), before, guest, pair.destination)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_is_restored_lazily_from_images(pair: Pair) -> None:
     """With memory in a memfd and a disk on which it holds locks."""
     shape = Shape("q35", cpus=2, shared=True, disk=empty_disk(pair.shared), net=True)

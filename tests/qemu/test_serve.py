@@ -270,6 +270,7 @@ def test_a_guest_that_ran_here_is_recovered(tmp_path: Path) -> None:
         goes_on(guest.serial)
 
 
+@pytest.mark.long
 def test_what_is_waited_for_has_a_connection_of_its_own(tmp_path: Path) -> None:
     with (
         saved(SMALL, tmp_path) as (images, serial),

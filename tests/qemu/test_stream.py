@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lazyproc.events import ignore
 from lazyproc.images.files import Folder
 from lazyproc.migrate.guest_checkpoint import checkpoint_guest
@@ -24,6 +26,7 @@ def saved_by_qemu(guest: Guest, path: Path) -> list[Item]:
         return list(streams.items(file))
 
 
+@pytest.mark.long
 def test_a_guest_is_saved_as_qemu_itself_does(tmp_path: Path) -> None:
     """Every page of every block, the machine, and the beginning of the stream."""
     images = tmp_path / "images"
