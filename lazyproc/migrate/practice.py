@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -22,13 +23,14 @@ from lazyproc.dump.gather import dumped
 from lazyproc.dump.park import park_tree, parking, unpark_tree
 from lazyproc.dump.source import dump_pages
 from lazyproc.errors import LazyprocError
-from lazyproc.kernel import family
+from lazyproc.kernel import family, proc
 from lazyproc.migrate.description import description
 from lazyproc.migrate.holding import holding_of, to_facts
 from lazyproc.steps import Steps
 
 STANDARD = 3  # descriptors; those of the child lead nowhere
 SLEEP_MS = 10**6
+LOOKS, LOOK_S = 50, 0.0002
 
 
 def practise(*, connected: bool = False) -> None:
@@ -71,11 +73,20 @@ def _sleeper(connected: bool) -> Iterator[int]:
     try:
         os.close(theirs)
         os.read(ours, 1)
+        _await_sleep(pid)
         yield pid
     finally:
         os.close(ours)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _await_sleep(pid: int) -> None:
+    """What it has said is that it is about to; stopped before, it has no sleep to be described."""
+    for _ in range(LOOKS):
+        if proc.stat(proc.read(pid, "stat")).state == "S":
+            return
+        time.sleep(LOOK_S)
 
 
 def _connection() -> tuple[int, int, int]:
