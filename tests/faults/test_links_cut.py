@@ -32,7 +32,13 @@ def cut(host: Host) -> Iterator[None]:
         host.run(["nft", "delete", "table", "inet", "cut"], check=True)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 8.0], ids=["shorter than anybody's patience", "longer"])
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        pytest.param(0.5, id="shorter than anybody's patience"),
+        pytest.param(8.0, id="longer", marks=pytest.mark.long),
+    ],
+)
 def test_the_network_goes_and_comes_back(pair: Pair, seconds: float) -> None:
     with (
         running(

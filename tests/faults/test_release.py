@@ -144,6 +144,7 @@ def test_killed_at_the_destination_while_releasing(
         completes(pair, journey, program)
 
 
+@pytest.mark.long
 def test_the_link_is_cut_while_releasing(pair: Pair, program: Program) -> None:
     with (
         receiving(pair.destination) as receiver,

@@ -97,7 +97,7 @@ def test_pages_of_a_frozen_process(pair: Pair, program: Program) -> None:
         ends_well(program, moved.pid)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_256_mib(pair: Pair) -> None:
     with (
         large_pipes(),

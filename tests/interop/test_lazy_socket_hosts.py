@@ -18,6 +18,8 @@ from tests.interop.test_from_criu import PORT, dumping_lazily, ends_well, progra
 from tests.live.moving import CLI, INSECURE
 from tests.live.programs import Program, wait_until
 
+pytestmark = pytest.mark.long
+
 __all__ = ["program"]
 
 

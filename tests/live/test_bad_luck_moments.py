@@ -35,6 +35,8 @@ from tests.live.real import dialled, ending, migrating, move_now, processes_of, 
 from tests.live.real_gate import gate_to
 from tests.live.tracees import state_of
 
+pytestmark = pytest.mark.long
+
 SEED = 11
 LONGEST_S = 0.4  # of an undisturbed command
 GARBAGE = bytes(range(256))

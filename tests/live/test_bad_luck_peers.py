@@ -52,6 +52,8 @@ from tests.live.moving import receiving, run_cli
 from tests.live.programs import Program, running, stands_still, wait_until
 from tests.live.real import network_of
 
+pytestmark = pytest.mark.long
+
 GARBAGE = bytes(range(256)) * 16
 
 

@@ -395,7 +395,7 @@ def test_a_shell_that_never_stops_forking(pair: Pair) -> None:
     assert lines == [str(number + 1) for number in range(len(lines))]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_redis_there_and_back_five_times(pair: Pair) -> None:
     with (
         redis_server(pair.source, KEYS) as (redis, digest),

@@ -100,6 +100,7 @@ def test_a_program_moves_and_nothing_is_left(pair: Pair, program: Program) -> No
         completes(pair, report, program)
 
 
+@pytest.mark.long
 def test_connections_that_are_killed_are_opened_again(pair: Pair, program: Program) -> None:
     """Each is an ssh of its own, though the user's configuration wants a shared one. Also the one that has the
     receiver is killed: the keeper there goes on without it.

@@ -55,7 +55,7 @@ def check_arrived(moved: Moved, before: Inside, guest: Guest, there: Host) -> No
         assert qmp.execute("query-status")["running"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_moves_while_it_beats(pair: Pair) -> None:
     shape = Shape(cpus=2, disk=empty_disk(pair.shared), locked=False, net=True)
     with beating(shape, pair.shared, host=pair.source) as guest, receiving(pair.destination) as receiver:

@@ -90,6 +90,7 @@ def test_a_running_guest_is_left_running(tmp_path: Path) -> None:
         goes_on(guest.serial)
 
 
+@pytest.mark.long
 def test_a_running_guest_goes_on_there(tmp_path: Path) -> None:
     shape = Shape("q35", memory=96, visited=16, shared=True)
     with (
