@@ -165,6 +165,8 @@ class Paging:
                     return False
                 amend(self._journal, {"state": "running"}, self._clients.tell)
                 return True
+            if self._journal.facts.get("state") == "running":
+                return True  # the keeper was killed when it was on record, and before it said so
         return True
 
     # --- links ---
