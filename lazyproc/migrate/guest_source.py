@@ -26,7 +26,7 @@ from lazyproc.migrate.link import Chain
 from lazyproc.migrate.prepare import Offer
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, report_of
-from lazyproc.migrate.source import BUILD_S, Order, await_running, moved, way_to
+from lazyproc.migrate.source import BUILD_S, FRESH_S, Order, await_running, moved, way_to
 from lazyproc.migrate.talk import Refused, Unfit, expect
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
@@ -72,6 +72,7 @@ class GuestMove:
         self._monitor = monitor
         self._order = order
         self._guest: Guest | None = None
+        self._looked = 0.0
 
     @property
     def facts(self) -> dict[str, object]:
@@ -81,12 +82,14 @@ class GuestMove:
     def look(self, listener: Listener) -> None:
         with Qmp(self._monitor) as qmp:
             self._guest = looked_at(qmp)
+        self._looked = time.monotonic()
 
     def hand_over(
         self, chain: Chain, journal: Journal, listener: Listener, trace: TraceFile | None
     ) -> MigrateReport:
         with Qmp(self._monitor) as qmp:
-            guest = looked_at(qmp)
+            fresh = time.monotonic() - self._looked <= FRESH_S
+            guest = self._guest if self._guest is not None and fresh else looked_at(qmp)
             return hand_over(qmp, guest, chain, self._order, journal, listener, trace)
 
 
@@ -163,23 +166,35 @@ def _agree(chain: Chain, guest: Guest, order: Order, trace: TraceFile | None, li
 
 @contextmanager
 def _recorded(qmp: Qmp, held: HeldGuest, journal: Journal) -> Iterator[Event]:
-    """As `standing`. The record comes first: whoever finds it lets the guest go on."""
+    """As `standing`. The record comes before the stop: whoever finds it lets the guest go on."""
     facts = {"held": to_facts(held.guest), "root_vpid": held.root_pid, "frozen_at": time.time()}
-    journal.write("parked", durable=False, **facts)
-    with standing(qmp, held, journal.remove) as sent:
+
+    def record() -> None:
+        journal.write("parked", durable=False, **facts)
+
+    with standing(qmp, held, record, journal.remove) as sent:
         yield sent
 
 
 @contextmanager
-def standing(qmp: Qmp, held: HeldGuest, called_off: Callable[[], object] = lambda: None) -> Iterator[Event]:
-    """Inside, the guest stands still. It goes on here after an error before the event was set, or when the other side
-    says no: then it was `called_off`. After any other error it stays, since it may run there.
+def standing(
+    qmp: Qmp,
+    held: HeldGuest,
+    begun: Callable[[], object] = lambda: None,
+    called_off: Callable[[], object] = lambda: None,
+) -> Iterator[Event]:
+    """Inside, the guest stands still; `begun` is called right before it is stopped. It goes on here after an error
+    before the event was set, or when the other side says no: then it was `called_off`. After any other error it stays,
+    since it may run there.
+
+    Raises LazyprocError when it is no longer as it was seen, and then it is left alone.
     """
-    sent = Event()
     if (qmp.execute("query-status")["running"] is True) != held.guest.running:
         raise LazyprocError(
             "somebody else has stopped or continued the guest", where=qmp.path, remedy="try again"
         )
+    begun()
+    sent = Event()
     try:
         if held.guest.running:
             qmp.execute("stop")

@@ -11,7 +11,7 @@ import signal
 from contextlib import suppress
 
 from lazyproc.dump.memory import lazy_extents, shared_extents
-from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess
+from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc
 from lazyproc.kernel.ready import readable
@@ -75,7 +75,7 @@ class HeldGuest:
         try:
             if self.ended() is not None:
                 return
-            with suppress(LazyprocError, ConnectionLost, TimeoutError), Qmp(self.guest.qmp) as qmp:
+            with suppress(LazyprocError, TimeoutError), Qmp(self.guest.qmp) as qmp:
                 qmp.execute("quit")
             if not readable([pidfd], GONE_S):
                 with suppress(ProcessLookupError):

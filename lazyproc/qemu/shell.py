@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import signal
@@ -37,7 +38,6 @@ LOAD_S = 30.0
 POLL_S = 0.05
 FD_NAME = "lazyproc"
 ABOVE = 64  # numbers that QEMU may take for itself before it meets an anchor
-MADV_DONTNEED, MADV_REMOVE = 4, 9
 CAPABILITIES = ("late-block-activate", "events")
 NOT_WANTED = {
     "daemonize": "it outlives `receive` without it",
@@ -97,7 +97,7 @@ class Shell:
                 stub.call("close", number)
                 Userfaultfd.from_fd(fd).api()
                 for each in self.blocks:
-                    advice = MADV_REMOVE if each.shared else MADV_DONTNEED
+                    advice = mmap.MADV_REMOVE if each.shared else mmap.MADV_DONTNEED
                     stub.call("madvise", each.addr, each.used, advice)
                 register_regions(fd, self._rows())
                 return fd

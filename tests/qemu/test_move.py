@@ -219,8 +219,11 @@ def test_who_is_interrupted_before_the_commit_leaves_it_running(pair: Pair) -> N
 
 
 @pytest.mark.long
-def test_who_continues_it_before_the_commit_has_called_it_off(pair: Pair) -> None:
-    """Somebody else who has a monitor; the guest goes on where it is."""
+@pytest.mark.parametrize(("kind", "word"), [(Type.PREPARED, "stop"), (Type.BUILT, "cont")])
+def test_who_stops_or_continues_it_before_the_commit_has_called_it_off(
+    pair: Pair, kind: Type, word: str
+) -> None:
+    """Somebody else who has a monitor; the guest is left as he wants it, and there is no record of it."""
     second = pair.source.scratch / "second"
     more = ("-qmp", f"unix:{second},server=on,wait=off")
     with (
@@ -228,17 +231,21 @@ def test_who_continues_it_before_the_commit_has_called_it_off(pair: Pair) -> Non
         waiting(pair, guest) as receiver,
     ):
 
-        def go_on() -> None:
+        def interfere() -> None:
             with Qmp(str(pair.source.outside / "second")) as qmp:
-                qmp.execute("cont")
+                qmp.execute(word)
 
-        trap = Trap(go_on)
+        trap = Trap(interfere)
         with (
-            frame_trap(pair, receiver, AtFrame(Type.BUILT), trap) as address,
+            frame_trap(pair, receiver, AtFrame(kind), trap) as address,
             moving(pair, guest, receiver, by=address) as journey,
         ):
             assert "continued the guest" in journey.finish(expected=1)["error"]
             assert trap.error is None
+        assert not journals(pair.source, SOURCE)
+        with monitor(guest) as qmp:
+            assert qmp.execute("query-status")["running"] is (word == "cont")
+            qmp.execute("cont")
         goes_on(guest.serial)
 
 
