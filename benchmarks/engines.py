@@ -52,6 +52,20 @@ def migrating(
     report |= json.loads(out)
 
 
+def timed_migrate(
+    host: Host, *words: object, env: Mapping[str, str] | None = None
+) -> tuple[Report, Mapping[str, float]]:
+    """`lazyproc migrate` to its end: its report, and when it entered which state, by time.monotonic()."""
+    argv = lazyproc("migrate", *words, "--json", "-v")
+    migrate = host.popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert migrate.stderr is not None
+    at = {line.strip(): time.monotonic() for line in migrate.stderr}
+    out = migrate.communicate(timeout=DEADLINE_S)[0]
+    if migrate.returncode:
+        raise RuntimeError(f"lazyproc migrate: exit {migrate.returncode}: {'; '.join(at)}")
+    return json.loads(out), at
+
+
 @contextmanager
 def by_lazy_criu(pair: Pair, vpid: int, images: Path, options: Sequence[str] = ()) -> Iterator[Report]:
     """The images lie where both see them: nothing is copied, which is more than CRIU's users have. Yields when it

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.blackout import PACE_US, THREADS
+from benchmarks.engines import timed_migrate
 from benchmarks.measure import Goal, Result, Samples
-from benchmarks.receiver import lazyproc, receiving
+from benchmarks.receiver import receiving
 from lazyproc.hosts import Pair, pair_of_hosts
 from lazyproc.keys import make_keys
 from tests.live.programs import running
@@ -31,11 +29,8 @@ def move(
 ) -> dict[str, float]:
     """One move of a fresh program. Microseconds, and for all its memory MB a second after the blackout."""
     with running("memory_random", mib, THREADS, PACE_US, directory=directory, host=pair.source) as program:
-        argv = lazyproc("migrate", pair.source.vpid(program.pid), *to, *options, "--json", "-v")
-        migrate = pair.source.popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert migrate.stderr is not None
-        at = {line.strip(): time.monotonic() for line in migrate.stderr}
-        report = json.loads(migrate.communicate(timeout=120)[0])
+        pid = pair.source.vpid(program.pid)
+        report, at = timed_migrate(pair.source, pid, *to, *options, env=env)
         program.watch.wait_beats()
         pair.destination.run(["kill", f"-{signal.SIGKILL.value}", str(report["root_pid"])], check=True)
     return {

@@ -42,16 +42,17 @@ class GuestArrival(Arrival):
     def _begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
         control = self._link.control
         with ExitStack() as stack:
-            order = heard(control, PREPARE_S).order
-            with one_at_a_time():
-                self._admit_guest(order)
-            wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
+            # Before it is asked: the source looks for the RAM of its guest while QEMU starts.
             make_room(AMPLE)
-            machine, running, theirs = _offered(order)
             terms = self._terms
             self._shell = shell = stack.enter_context(
                 empty_shell(terms.command, terms.cgroup, self.outputs, self._listener)
             )
+            order = heard(control, PREPARE_S).order
+            with one_at_a_time():
+                self._admit_guest(order)
+            wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
+            machine, running, theirs = _offered(order)
             if unlike := shell.compare(machine, theirs):
                 raise Unfit(unlike)
             tree = shell.arm(pager, self._listener)

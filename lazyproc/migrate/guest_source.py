@@ -26,13 +26,13 @@ from lazyproc.migrate.link import Chain
 from lazyproc.migrate.prepare import Offer
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, report_of
-from lazyproc.migrate.source import BUILD_S, FRESH_S, Order, await_running, moved, way_to
+from lazyproc.migrate.source import BUILD_S, Order, await_running, moved, way_to
 from lazyproc.migrate.talk import Refused, Unfit, expect
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
 from lazyproc.qemu import devices
-from lazyproc.qemu.guest import Guest, obstacles, to_facts
+from lazyproc.qemu.guest import Guest, glance, obstacles, to_facts
 from lazyproc.qemu.guest import look as look_at
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.steps import Steps
@@ -71,34 +71,37 @@ class GuestMove:
     def __init__(self, monitor: str, order: Order) -> None:
         self._monitor = monitor
         self._order = order
-        self._guest: Guest | None = None
-        self._looked = 0.0
+        self._pid = 0
 
     @property
     def facts(self) -> dict[str, object]:
-        pid = self._guest.pid if self._guest else 0
-        return {"root_pid": pid, "mode": self._order.mode, "release": False, "kind": "guest"}
+        return {"root_pid": self._pid, "mode": self._order.mode, "release": False, "kind": "guest"}
 
     def look(self, listener: Listener) -> None:
+        """At what can be told at once. Its RAM is looked for when the other side has answered, and starts a QEMU."""
         with Qmp(self._monitor) as qmp:
-            self._guest = looked_at(qmp)
-        self._looked = time.monotonic()
+            guest = glance(qmp)
+            demand_movable(qmp, guest)
+        self._pid = guest.pid
 
     def hand_over(
         self, chain: Chain, journal: Journal, listener: Listener, trace: TraceFile | None
     ) -> MigrateReport:
         with Qmp(self._monitor) as qmp:
-            fresh = time.monotonic() - self._looked <= FRESH_S
-            guest = self._guest if self._guest is not None and fresh else looked_at(qmp)
-            return hand_over(qmp, guest, chain, self._order, journal, listener, trace)
+            return hand_over(qmp, looked_at(qmp), chain, self._order, journal, listener, trace)
 
 
 def looked_at(qmp: Qmp) -> Guest:
     """Raises CannotBeDone with all that stands in the way."""
     guest = look_at(qmp)
+    demand_movable(qmp, guest)
+    return guest
+
+
+def demand_movable(qmp: Qmp, guest: Guest) -> None:
+    """Raises CannotBeDone with all that stands in the way."""
     if found := tuple(obstacles(qmp, guest)):
         raise CannotBeDone(found)
-    return guest
 
 
 def hand_over(

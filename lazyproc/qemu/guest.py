@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from lazyproc.errors import NoSuchProcess, Obstacle
-from lazyproc.facts import dataclass
+from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc
 from lazyproc.kernel.sockdiag import unix_sockets
 from lazyproc.model import PAGE
@@ -83,6 +83,12 @@ def look(qmp: Qmp) -> Guest:
     """The guest behind a monitor, which runs on. Raises NoSuchProcess when QEMU is in no sight, HostLacks, and what
     `Qmp.execute` does.
     """
+    guest = glance(qmp)
+    return replace(guest, blocks=blocks(guest.pid, rows(qmp.hmp("info ramblock"))))
+
+
+def glance(qmp: Qmp) -> Guest:
+    """As `look`, in a tenth of the time: without its RAM."""
     pid = _process(qmp)
     status = qmp.execute("query-status")
     return Guest(
@@ -92,7 +98,7 @@ def look(qmp: Qmp) -> Guest:
         machine=machine_of(qmp),
         version=".".join(map(str, qmp.version)),
         running=status["running"] is True,
-        blocks=blocks(pid, rows(qmp.hmp("info ramblock"))),
+        blocks=(),
     )
 
 

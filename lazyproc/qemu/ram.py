@@ -84,12 +84,13 @@ def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
     maps = {entry.entry.start: entry for entry in proc.smaps(proc.read(pid, "smaps"))}
     places: dict[str, set[int]] = {each.name: set() for each in named}
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
-        for entry in _heaps(maps.values()):
-            if entry.end - entry.start > ARENA and all(places.values()):
+        for heap in _heaps(maps.values()):
+            for entry in heap:
+                for addr, data in _pieces(mem.fileno(), entry.start, entry.end):
+                    for each in named:
+                        places[each.name] |= set(_hosts(data, addr, each, maps))
+            if all(places.values()):
                 break
-            for addr, data in _pieces(mem.fileno(), entry.start, entry.end):
-                for each in named:
-                    places[each.name] |= set(_hosts(data, addr, each, maps))
     found = []
     for number, each in enumerate(sorted(named, key=lambda each: each.name)):
         hosts = places[each.name]
@@ -112,12 +113,16 @@ def _all(hosts: Iterable[int]) -> str:
     return ", ".join(f"{host:#x}" for host in sorted(hosts))
 
 
-def _heaps(maps: Iterable[SmapsEntry]) -> Iterator[MapsEntry]:
-    """Where malloc(3) may have put them: the heap, then what is anonymous, the smallest first."""
+def _heaps(maps: Iterable[SmapsEntry]) -> Iterator[Sequence[MapsEntry]]:
+    """Where malloc(3) may have put them, the likeliest first: the heap is the first thread's, which makes RAM blocks;
+    other threads have arenas. What is larger is taken one by one, the smallest first.
+    """
     found = [each for each in maps if each.entry.perms == "rw-p" and each.rss > 0]
-    yield from (each.entry for each in found if each.entry.path == "[heap]")
-    anonymous = [each for each in found if each.entry.path == ""]
-    yield from sorted((each.entry for each in anonymous), key=lambda each: each.end - each.start)
+    yield [each.entry for each in found if each.entry.path == "[heap]"]
+    anonymous = [each.entry for each in found if each.entry.path == ""]
+    yield [each for each in anonymous if each.end - each.start <= ARENA]
+    larger = [each for each in anonymous if each.end - each.start > ARENA]
+    yield from ([each] for each in sorted(larger, key=lambda each: each.end - each.start))
 
 
 def _pieces(mem: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
