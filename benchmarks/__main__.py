@@ -62,7 +62,7 @@ SCENES: Mapping[str, Scene] = {
     "toucher-zipf": Scene(toucher.zipf),
     "remote-fault": Scene(links.remote_fault),
     "bulk-rate": Scene(links.bulk_rate),
-    "links": Scene(links.slow_links),
+    "links": Scene(links.slow_links, 6),
     "paths": Scene(paths.run, 6),
     "blackout-criu": Scene(blackout_criu.run),
     "starts": Scene(starts.run),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from benchmarks.toucher import OURS
 from benchmarks.wires import WHOLE, Link, hosts
 from lazyproc.hosts import Host, Pair
 from lazyproc.qemu.qmp import Qmp
-from tests.qemu.guests import Beat, Guest, Shape, beating, longest_gap, monitor, started
+from tests.qemu.guests import Beat, Guest, Shape, beating, longest_gap, monitor, saved, started
 
 PLAIN, PREEMPT = "QEMU", "QEMU preempt"
 RATE = 20_000  # visits a second, of which half write
@@ -128,9 +129,12 @@ ENGINES: Mapping[str, Engine] = {
 }
 
 
-def moved(engine: Engine, link: Link, shape: Shape) -> Reading:
-    """A guest that is moved once, between fresh hosts. No beat may be missing and no page wrong."""
-    with hosts(link) as pair, beating(shape, pair.shared, *_traced(pair.source), host=pair.source) as guest:
+def moved(engine: Engine, link: Link, shape: Shape, file: Path) -> Reading:
+    """The guest saved in the file is moved once, between fresh hosts. No beat may be missing and no page wrong."""
+    with (
+        hosts(link) as pair,
+        beating(shape, pair.shared, *_traced(pair.source), host=pair.source, file=file) as guest,
+    ):
         guest.serial.wait(BEFORE)
         with engine(pair, guest) as span:
             guest.serial.wait(AFTER)
@@ -153,13 +157,15 @@ def _visits(beats: list[Beat], at: float) -> int:
 def run(rounds: int) -> Result:
     values: dict[str, list[float]] = defaultdict(list)
     units: dict[str, str] = {}
-    for _ in range(rounds):
-        for link, shape in WAYS:
-            for who, engine in ENGINES.items():
-                for what, (unit, value) in moved(engine, link, shape).numbers().items():
-                    name = f"{what}, {link.way}, {who}"
-                    values[name].append(value)
-                    units[name] = unit
+    with tempfile.TemporaryDirectory() as folder:
+        files = {shape: saved(shape, Path(folder)) for shape in (LARGE, SMALL)}
+        for _ in range(rounds):
+            for link, shape in WAYS:
+                for who, engine in ENGINES.items():
+                    for what, (unit, value) in moved(engine, link, shape, files[shape]).numbers().items():
+                        name = f"{what}, {link.way}, {who}"
+                        values[name].append(value)
+                        units[name] = unit
     samples = {name: Samples(units[name], tuple(found)) for name, found in values.items()}
     goals = [goal for link, _ in WAYS for goal in _goals(samples, link.way)]
     return Result("a guest beside QEMU's own post-copy", samples, goals)
