@@ -45,9 +45,13 @@ class GuestArrival(Arrival):
             # Before it is asked: the source looks for the RAM of its guest while QEMU starts.
             make_room(AMPLE)
             terms = self._terms
-            self._shell = shell = stack.enter_context(
-                empty_shell(terms.command, terms.cgroup, self.outputs, self._listener)
-            )
+            try:
+                self._shell = shell = stack.enter_context(
+                    empty_shell(terms.command, terms.cgroup, self.outputs, self._listener)
+                )
+            except LazyprocError:
+                heard(control, PREPARE_S)  # who sends into a connection that is closed does not read why
+                raise
             order = heard(control, PREPARE_S).order
             with one_at_a_time():
                 self._admit_guest(order)

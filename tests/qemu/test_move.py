@@ -268,6 +268,18 @@ def test_wrong_receivers_refuse(pair: Pair) -> None:
         goes_on(guest.serial)
 
 
+def test_a_source_hears_why_the_new_qemu_does_not_start(pair: Pair) -> None:
+    """Which it does not before the source has asked; the guest goes on."""
+    with beating(SMALL, pair.shared, host=pair.source) as guest:
+        command = (SMALL.command(pair.shared / "nothing", pair.destination.scratch / "qmp")[0], "-nothing")
+        with (
+            receiving(pair.destination, "--", *command) as receiver,
+            moving(pair, guest, receiver) as journey,
+        ):
+            assert "does not start" in str(journey.finish(expected=1))
+        goes_on(guest.serial)
+
+
 @pytest.mark.long
 def test_the_network_goes_for_ten_seconds(pair: Pair) -> None:
     with prepared(pair) as (guest, receiver), moving(pair, guest, receiver, *SLOW) as journey:
