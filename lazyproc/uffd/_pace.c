@@ -16,6 +16,14 @@
 #define WHOLE 64u
 #define MIN_SHARE WHOLE
 #define MAX_SHARE (8 * WHOLE)
+#define MAX_GAIN 8u
+#define TRIAL_INTERVALS 5u
+#define LEAST_HOLD_NS 500000000ull
+#define MOST_HOLD_NS 8000000000ull
+/* Percent. The rate goes up and down by a tenth when nothing is changed. */
+#define FULL 85   /* of the greatest rate: the link is used */
+#define WORTH 115 /* of the rate before, for twice the gain */
+#define AS_GOOD 92 /* of it, for half the gain */
 
 /* True when an epoch has begun. */
 static bool note(struct peak *peak, uint64_t now, uint64_t value)
@@ -44,22 +52,73 @@ static uint64_t least_ns(const struct peak *peak)
 
 void pace_init(struct pace *pace)
 {
-    *pace = (struct pace){.share = WHOLE};
+    *pace = (struct pace){.share = WHOLE, .climb = {.gain = 1, .hold_ns = LEAST_HOLD_NS, .begins = true}};
+}
+
+static uint64_t percent(uint64_t value, uint64_t of)
+{
+    return of ? value * 100 / of : 100;
+}
+
+static void try_gain(struct climb *climb, uint32_t gain, uint64_t rate)
+{
+    climb->before = climb->gain;
+    climb->rate_before = rate;
+    climb->gain = gain;
+}
+
+static void judge_gain(struct climb *climb, uint64_t now, uint64_t rate)
+{
+    uint64_t wanted = climb->gain > climb->before ? WORTH : AS_GOOD;
+
+    if (percent(rate, climb->rate_before) >= wanted) {
+        climb->hold_ns = LEAST_HOLD_NS;
+    } else {
+        climb->gain = climb->before;
+        climb->begins = false;
+        climb->hold_until_ns = now + climb->hold_ns;
+        climb->hold_ns = 2 * climb->hold_ns < MOST_HOLD_NS ? 2 * climb->hold_ns : MOST_HOLD_NS;
+    }
+    climb->before = 0;
+}
+
+/* An interval is over. */
+static void note_interval(struct climb *climb, uint64_t now, uint64_t rate, uint64_t greatest_rate)
+{
+    bool full;
+
+    climb->rates += rate;
+    if (++climb->intervals < TRIAL_INTERVALS)
+        return;
+    rate = climb->rates / climb->intervals;
+    climb->rates = climb->intervals = 0;
+    if (climb->before)
+        judge_gain(climb, now, rate);
+    if (now < climb->hold_until_ns)
+        return;
+    full = !climb->begins && percent(rate, greatest_rate) >= FULL;
+    if (full && climb->gain > 1)
+        try_gain(climb, climb->gain / 2, rate);
+    else if (!full && climb->gain < MAX_GAIN)
+        try_gain(climb, 2 * climb->gain, rate);
 }
 
 /* Over so long a time that what a token bucket lets through at once is not taken for the link. */
 static void note_rate(struct pace *pace, uint64_t now, uint64_t bytes_in)
 {
-    uint64_t time = now - pace->since_ns, least = 2 * least_ns(&pace->bulk);
+    uint64_t time = now - pace->since_ns, least = 2 * least_ns(&pace->bulk), rate;
 
-    if (pace->since_ns == 0 || bytes_in < pace->bytes_in) { /* the first answer, of a new connection */
-        pace->since_ns = now;
-        pace->bytes_in = bytes_in;
-    } else if (time >= (least > INTERVAL_NS ? least : INTERVAL_NS)) {
-        note(&pace->rate, now, (uint64_t)((double)(bytes_in - pace->bytes_in) * 1e9 / (double)time));
-        pace->since_ns = now;
-        pace->bytes_in = bytes_in;
-    }
+    if (pace->since_ns != 0 && bytes_in >= pace->bytes_in) {
+        if (time < (least > INTERVAL_NS ? least : INTERVAL_NS))
+            return;
+        rate = (uint64_t)((double)(bytes_in - pace->bytes_in + pace->urgent_in) * 1e9 / (double)time);
+        note(&pace->rate, now, rate);
+        if (pace->since_ns >= pace->drain_until_ns)
+            note_interval(&pace->climb, now, rate, greatest(&pace->rate));
+    } /* or else it is the first answer, of a new connection */
+    pace->since_ns = now;
+    pace->bytes_in = bytes_in;
+    pace->urgent_in = 0;
 }
 
 void pace_bulk(struct pace *pace, uint64_t now, uint64_t asked, uint64_t bytes_in)
@@ -76,6 +135,7 @@ void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked)
     uint64_t delay = now > asked ? now - asked : 1;
 
     pace->fault_ns = now;
+    pace->urgent_in += PAGE;
     note(&pace->urgent, now, UINT64_MAX - delay);
     if (delay <= 2 * least_ns(&pace->urgent))
         pace->share += pace->share < MAX_SHARE;
@@ -97,16 +157,16 @@ struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait)
 {
     bool recent = faults_wait || now < pace->fault_ns + RECENT_NS;
     double rate = (double)greatest(&pace->rate);
-    uint64_t pipe, pages, window;
+    uint64_t gain = pace->climb.gain, pipe, pages, window;
 
     if (rate == 0)
         return (struct quota){FIRST_WINDOW, FIRST_PAGES};
     pipe = (uint64_t)(rate * (double)least_ns(&pace->bulk) / 1e9);
-    pages = clamp((uint64_t)(rate * SLICE_NS * (recent ? 1 : QUIET) / 1e9) / PAGE, 1, MOST_PAGES);
+    pages = clamp((uint64_t)(rate * SLICE_NS * (double)(recent ? gain : QUIET) / 1e9) / PAGE, 1, MOST_PAGES);
     if (now < pace->drain_until_ns)
         return (struct quota){pages * PAGE, (uint32_t)pages};
     /* One more than the pipe holds: the far end finds the next one when it has sent one. */
-    window = recent ? pipe * pace->share / WHOLE + pages * PAGE : pipe * QUIET;
+    window = recent ? pipe * pace->share * gain / WHOLE + pages * PAGE : pipe * QUIET;
     return (struct quota){clamp(window, 2 * pages * PAGE, MAX_WINDOW), (uint32_t)pages};
 }
 

@@ -3,7 +3,11 @@
  * The pipe holds rate times delay, and what is asked for beyond that lies in a queue before the urgent page. Rate is the
  * most, and delay the least that answers have shown lately (as BBR has it, draft-ietf-ccwg-bbr). While there are faults
  * bulk has a share of the pipe which shrinks when they take twice as long as they could, and grows when they do not
- * (as LEDBAT, RFC 6817); when nobody faults it fills the pipe twice.
+ * (as LEDBAT, RFC 6817); when nobody faults it fills the pipe four times.
+ *
+ * Who waits for a processor looks like a queue: answers are late, and faults too. What tells them apart is what more of it
+ * brings. While there are faults and less comes in than the link has brought before, requests and window are doubled for a
+ * while: when more comes in they stay so, or else that only stood in a queue.
  */
 #ifndef LAZYPROC_UFFD_PACE_H
 #define LAZYPROC_UFFD_PACE_H
@@ -16,14 +20,25 @@ struct peak {
     uint64_t current, before, until_ns;
 };
 
+/* How many times the requests and the window, and the search for that. */
+struct climb {
+    uint32_t gain;
+    uint32_t before; /* the gain that this one is tried against; 0: none is */
+    uint32_t intervals;
+    uint64_t rates, rate_before;     /* bytes a second: the sum of so many intervals; the mean of those before */
+    uint64_t hold_ns, hold_until_ns; /* after a trial that was not worth it */
+    bool begins;                     /* there was none */
+};
+
 struct pace {
-    struct peak rate;   /* bytes a second */
+    struct peak rate;   /* bytes a second, of faults too */
     struct peak bulk;   /* UINT64_MAX less the ns from a request to its answer: the least of them */
     struct peak urgent; /* likewise of a fault */
-    uint64_t since_ns, bytes_in; /* of the rate that is being taken */
+    uint64_t since_ns, bytes_in, urgent_in; /* of the rate that is being taken */
     uint64_t drain_until_ns;
     uint64_t fault_ns; /* the last one */
     uint32_t share;    /* of the pipe, in 64ths */
+    struct climb climb;
 };
 
 struct quota {

@@ -2,7 +2,7 @@
 
 #define PAGE 4096u
 #define LEAST_BYTES 256u
-#define SETTLE_NS 200000000ull /* a link is slow at first */
+#define SETTLE_NS 500000000ull /* a link is slow at first */
 #define TRIAL_NS 150000000ull
 #define TRIAL_PAGES 128u
 #define HOLD_NS 10000000000ull

@@ -1,5 +1,6 @@
 /* A link in a computer's head: bulk as _bulk.c asks for it, and a fault now and then, in one queue at the far end.
- * pace_link RATE_BYTES_S DELAY_NS FAULT_EVERY_NS(0: none) SECONDS QUIET_SECONDS NEW_RATE_BYTES_S NEW_DELAY_NS
+ * pace_link RATE_BYTES_S DELAY_NS FAULT_EVERY_NS(0: none) SECONDS QUIET_SECONDS NEW_RATE_BYTES_S NEW_DELAY_NS WAKE_NS
+ * Who sends at the far end falls asleep when he has nothing to do, and is awake again after up to WAKE_NS.
  * Faults begin after QUIET_SECONDS; half-way through the rest the link is another one. Prints for each half: the share of
  * the link that bulk used, the 99th percentile and the greatest delay of a fault in ns, and the greatest window. */
 #include "../../lazyproc/uffd/_pace.h"
@@ -24,14 +25,25 @@ static int by_size(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
+/* When what gets there at `at` is sent, after what came before it. */
+static uint64_t sent(uint64_t at, uint64_t free_at, uint64_t wake)
+{
+    static uint64_t random = 1;
+
+    if (at <= free_at)
+        return free_at;
+    random = random * 6364136223846793005 + 1442695040888963407;
+    return at + (wake ? (random >> 33) % wake : 0);
+}
+
 int main(int argc, char **argv)
 {
-    uint64_t v[8] = {0}, now = 0, free_at = 0, in_flight = 0, came = 0, next_fault, half, end, seen = 0, widest = 0, from;
+    uint64_t v[9] = {0}, now = 0, free_at = 0, in_flight = 0, came = 0, next_fault, half, end, seen = 0, widest = 0, from;
     unsigned head = 0, tail = 0, faults = 0;
     double rate;
     struct pace pace;
 
-    for (int i = 1; i < 8; i++)
+    for (int i = 1; i < 9; i++)
         v[i] = i < argc ? strtoull(argv[i], NULL, 10) : 0;
     rate = (double)v[1];
     from = v[5] * 1000000000ull;
@@ -48,7 +60,7 @@ int main(int argc, char **argv)
                 widest = window;
             while (in_flight + (piece < window ? piece : window) <= window && tail - head < RING) {
                 struct asked *a = &ring[tail++ % RING];
-                uint64_t start = now + v[2] / 2 > free_at ? now + v[2] / 2 : free_at;
+                uint64_t start = sent(now + v[2] / 2, free_at, v[8]);
 
                 free_at = start + (uint64_t)((double)piece * 1e9 / rate);
                 *a = (struct asked){now, piece, free_at + v[2] / 2};
@@ -59,7 +71,7 @@ int main(int argc, char **argv)
 
                 now = next_fault;
                 next_fault += v[3];
-                start = now + v[2] / 2 > free_at ? now + v[2] / 2 : free_at;
+                start = sent(now + v[2] / 2, free_at, v[8]);
                 free_at = start + (uint64_t)(PAGE * 1e9 / rate);
                 delays[faults++ % FAULTS] = free_at + v[2] / 2 - now;
                 pace_urgent(&pace, free_at + v[2] / 2, now);

@@ -42,8 +42,9 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Simulation:
         seconds: int = 20,
         quiet_s: int = 5,
         then: tuple[int, int] = (0, 0),
+        wake_ns: int = 0,
     ) -> tuple[Half, Half]:
-        numbers = (rate, delay_ns, fault_every_ns, seconds, quiet_s, *then)
+        numbers = (rate, delay_ns, fault_every_ns, seconds, quiet_s, *then, wake_ns)
         done = subprocess.run([program, *map(str, numbers)], check=True, capture_output=True, text=True)
         first, second = (line.split() for line in done.stdout.splitlines())
         return (
@@ -104,3 +105,12 @@ def test_a_link_that_becomes_slower_is_not_flooded_for_long(simulated: Simulatio
 def test_a_way_that_becomes_longer_is_used_still(simulated: Simulation) -> None:
     _, after = simulated(GBIT, 100_000, MILLISECOND, seconds=60, then=(GBIT, 10_000_000))
     assert after.used > 0.7
+
+
+@pytest.mark.parametrize("wake_ns", [200_000, 500_000])
+def test_a_sender_that_wakes_up_late_is_no_link(simulated: Simulation, wake_ns: int) -> None:
+    """With little under way it falls asleep after each answer: that is soon found out, and the link is used."""
+    first, second = simulated(TEN_GBIT, 60_000, MILLISECOND, seconds=2, quiet_s=0, wake_ns=wake_ns)
+    assert first.used > 0.7
+    assert second.used > 0.98
+    assert second.p99_ns < 1.5 * (alone_ns(TEN_GBIT, 60_000) + wake_ns)
