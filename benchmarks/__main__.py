@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks import (
     blackout,
     blackout_criu,
+    guest_shapes,
     heap,
     links,
     local_fault,
@@ -29,6 +30,7 @@ from benchmarks import (
     record,
     redis,
     restore_start,
+    saved_guest,
     starts,
     table,
     tls,
@@ -69,6 +71,8 @@ SCENES: Mapping[str, Scene] = {
     "heap": Scene(heap.run),
     "redis": Scene(redis.run),
     "qemu": Scene(qemu.run, 6),
+    "saved-guest": Scene(saved_guest.run, 6),
+    "guest-shapes": Scene(guest_shapes.run, 1),  # that they arrive whole counts
 }
 APART = ", ".join(name for name, scene in SCENES.items() if scene.apart)
 LIMIT_MIN = 30  # for all of them

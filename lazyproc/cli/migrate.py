@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
         help="free the memory here while it arrives there, so that both together hold one copy",
     )
     add_pace(parser)
-    add_policy(parser)
+    add_policy(parser, None, "sequential, of a guest pivots")
     add_tcp_close(parser)
     add_trace(parser)
     add_trust(parser)

@@ -161,12 +161,12 @@ def add_cgroup(parser: argparse.ArgumentParser) -> None:
 POLICIES = "sequential, smallest-first, around, stride, pivots or adaptive"
 
 
-def add_policy(parser: argparse.ArgumentParser) -> None:
+def add_policy(parser: argparse.ArgumentParser, default: str | None = "sequential", words: str = "") -> None:
     parser.add_argument(
         "--policy",
         metavar="NAME",
-        default="sequential",
-        help=f"what comes next that nobody waits for: {POLICIES} (default: %(default)s)",
+        default=default,
+        help=f"what comes next that nobody waits for: {POLICIES} (default: {words or default})",
     )
 
 

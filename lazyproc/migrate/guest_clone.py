@@ -40,6 +40,8 @@ def qemu_clone(
             talk.begin(found.machine, found.blocks)
         extents = pages.extents()
         left = [PagesLeft(found.blocks, extents, pages) for _ in talks]
+        for each in left:
+            each.alike(left)
         with recoverable_from(directory):
             return _served(talks, left, found.devices, listener)
 

@@ -1,11 +1,12 @@
 """`qemu-serve`: a guest, saved or running, for a QEMU that waits for post-copy; nothing of ours is at that end.
 
 In order: connect, say what RAM there is and that all of it is missing, the devices and the word to run, then pages:
-what the guest waits for first, the rest behind it.
+what the guest waits for first, what lies around that, and the rest behind it.
 """
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import time
@@ -39,6 +40,9 @@ UNIX = "unix:"
 UNSENT = 1 << 17  # bytes that may wait in front of a page that is waited for
 ANSWER_S = 30.0
 PIECE = 1 << 16
+# A guest that comes to life waits for one page after the other, and each would stand behind what nobody waits for: that
+# goes when the guest has waited for nothing for a while, or has lived for a while.
+QUIET_S, ALIVE_S = 0.02, 0.5
 _E = TypeVar("_E", bound=Event)
 
 
@@ -197,6 +201,7 @@ class Talk:
         self._events: deque[Event] = deque()
         self._started = time.monotonic()
         self._run_ms = 0.0
+        self._ran = self._asked = -math.inf  # when it was told to run, and last waited for a page
         self._loaded = False
         self.bytes = 0
         for sock in socks:
@@ -229,7 +234,8 @@ class Talk:
     def run(self, state: bytes) -> None:
         """From here on the guest may run there."""
         self._send(stream.runs(state))
-        self._run_ms = (time.monotonic() - self._started) * 1e3
+        self._ran = self._asked = time.monotonic()
+        self._run_ms = (self._ran - self._started) * 1e3
 
     def hang_up(self) -> None:
         """Whoever talks meanwhile, in another thread, gets a ConnectionLost."""
@@ -251,7 +257,7 @@ class Talk:
         listener(StateChanged("running", time.monotonic()))
         self._hear(left)
         more = True
-        while more or not self._loaded:
+        while more or left.waited_for or not self._loaded:
             more = self._step(left, more)
             listener(PagesMoved(left.total, left.urgent + left.bulk, left.zero, left.urgent, left.bulk, 0))
         if self._preempts:
@@ -266,29 +272,45 @@ class Talk:
         )
 
     def _step(self, left: PagesLeft, more: bool) -> bool:
-        """What can be read now, and sent if there is `more`; whether there is then."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN | (select.POLLOUT if more else 0))
-        ready = poll.poll(ANSWER_S * 1e3)
-        if not ready:
-            raise ConnectionLost("QEMU there takes nothing", where=self._target)
-        if ready[0][1] & ~select.POLLOUT:
+        """What can be read now, and sent; whether there is `more` then that nobody waits for."""
+        rest = self._rest_s() if more else ANSWER_S
+        ready = self._ready(rest, sends=left.waited_for or rest <= 0)
+        if ready & ~select.POLLOUT:
             self._receive()
             self._hear(left)
-            more = True
         if self._preempts:
             while records := left.next_urgent():
                 self._send(records, self._fast)
-        if not ready[0][1] & select.POLLOUT:
+        if not ready & select.POLLOUT:
             return more
-        if records := left.next_urgent() or left.next_bulk():
+        if records := left.next_urgent() or left.next_near():
             self._send(stream.part(records))
-        return bool(records)
+        elif rest <= 0:
+            if not (records := left.next_bulk()):
+                return False
+            self._send(stream.part(records))
+        return more
+
+    def _rest_s(self) -> float:
+        """Seconds until something goes that nobody waits for."""
+        return min(self._ran + ALIVE_S, self._asked + QUIET_S) - time.monotonic()
+
+    def _ready(self, rest: float, *, sends: bool) -> int:
+        """What of poll(2) is so within `rest` seconds; who `sends` waits as long as it takes."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN | (select.POLLOUT if sends else 0))
+        patience = ANSWER_S if sends else rest
+        if ready := poll.poll(patience * 1e3):
+            return ready[0][1]
+        if patience >= ANSWER_S:
+            raise ConnectionLost("QEMU there takes nothing", where=self._target)
+        return 0
 
     def _hear(self, left: PagesLeft) -> None:
         while self._events:
             event = self._events.popleft()
             if isinstance(event, Wanted):
+                self._asked = time.monotonic()
                 left.want(event)
             elif isinstance(event, Pong):
                 self._loaded = True

@@ -14,7 +14,7 @@ from threading import Event
 
 from lazyproc.errors import CannotBeDone, LazyprocError, UsageError
 from lazyproc.events import Listener, Over, StateChanged
-from lazyproc.facts import asdict
+from lazyproc.facts import asdict, replace
 from lazyproc.images.files import pack
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.fds import AMPLE, make_room
@@ -38,6 +38,9 @@ from lazyproc.qemu.qmp import Qmp
 from lazyproc.steps import Steps
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Built, Commit, Images
+
+# A guest's system lies around the places where it works, and what is behind them by address may never be touched.
+POLICY = "pivots"
 
 
 def migrate_guest(
@@ -70,7 +73,7 @@ class GuestMove:
 
     def __init__(self, monitor: str, order: Order) -> None:
         self._monitor = monitor
-        self._order = order
+        self._order = replace(order, policy=order.policy or POLICY)
         self._pid = 0
 
     @property

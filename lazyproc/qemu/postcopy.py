@@ -1,4 +1,6 @@
-"""Which pages of a guest the other end has, and which go next: what its guest waits for before all others. Sans-IO."""
+"""Which pages of a guest the other end has, and which go next: what its guest waits for, then what lies around that,
+then all others. Sans-IO.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from lazyproc.qemu.stream import Received, Wanted, pages
 
 _EMPTY, _CONTENT, _SENT = 0, 1, 2  # of a page: not sent, without and with content; sent
 URGENT, BULK = 8, 16  # pages in one part, at most
+NEAR = 16  # pages of which each is near the others: half of what a system waits for when it comes to life
 
 
 class PagesLeft:
@@ -30,10 +33,16 @@ class PagesLeft:
                 first, count = extent.addr // PAGE, extent.count
                 states[first : first + count] = bytes([_CONTENT]) * count
         self._wanted: deque[tuple[str, int]] = deque()
+        self._near: list[tuple[str, int]] = []  # block, first page
+        self._alike: Sequence[PagesLeft] = ()
         self._last = ""
-        self._bulk = self._runs()
+        self._bulk = self._all()
         self.urgent = self.bulk = self.zero = 0
         self.total = sum(extent.count for runs in extents.values() for extent in runs)
+
+    def alike(self, others: Sequence[PagesLeft]) -> None:
+        """These are of the same guest: what it waits for there, it will wait for here."""
+        self._alike = [each for each in others if each is not self]
 
     def want(self, event: Wanted) -> None:
         """A guest waits for it. What was sent is on its way. Raises ProtocolError for what is in no block."""
@@ -45,6 +54,13 @@ class PagesLeft:
                 f"the destination asks for {event.length} bytes at {event.addr:#x} of {event.block!r}"
             )
         self._wanted.extend((self._last, number) for number in range(first, first + count))
+        for each in (self, *self._alike):
+            each._near.append((self._last, first // NEAR * NEAR))
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether `next_urgent` or `next_near` may have something."""
+        return bool(self._wanted or self._near)
 
     def received(self, event: Received) -> None:
         """These it has, of all that was sent before the connection was lost. Raises ProtocolError."""
@@ -67,6 +83,16 @@ class PagesLeft:
                 records += self._taken(name, number, 1)
         return b"".join(records)
 
+    def next_near(self) -> bytes:
+        """Those around a page that was waited for, the latest first; b"" when there are none."""
+        while self._near:
+            name, first = self._near.pop()
+            runs = list(_runs(self._pages[name], first, first + NEAR, NEAR))
+            self.bulk += sum(count for _, count in runs)
+            if runs:
+                return b"".join(record for at, count in runs for record in self._taken(name, at, count))
+        return b""
+
     def next_bulk(self) -> bytes:
         """Those that nobody waits for; b"" when all have gone. Pages without content do not go: they are zeros there
         too.
@@ -76,14 +102,10 @@ class PagesLeft:
             return b"".join(self._taken(name, number, count))
         return b""
 
-    def _runs(self) -> Iterator[tuple[str, int, int]]:
+    def _all(self) -> Iterator[tuple[str, int, int]]:
         for name, states in self._pages.items():
-            at = 0
-            while (first := states.find(_CONTENT, at)) >= 0:
-                at = first
-                while at < len(states) and at - first < BULK and states[at] == _CONTENT:
-                    at += 1
-                yield name, first, at - first
+            for first, count in _runs(states, 0, len(states), BULK):
+                yield name, first, count
 
     def _taken(self, name: str, number: int, count: int) -> Iterator[bytes]:
         block, addr = self._blocks[name], number * PAGE
@@ -91,3 +113,12 @@ class PagesLeft:
         data = self._source.read(block.object, addr, count) if content else bytes(PAGE)
         self._pages[name][number : number + count] = bytes([_SENT]) * count
         return pages(block, addr, data)
+
+
+def _runs(states: bytearray, at: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    """First page and count of each run of pages with content that have not gone, when it is come to, in pieces."""
+    while (first := states.find(_CONTENT, at, end)) >= 0:
+        at = first
+        while at < min(end, len(states), first + most) and states[at] == _CONTENT:
+            at += 1
+        yield first, at - first

@@ -283,6 +283,26 @@ def beating(
         yield guest
 
 
+@contextmanager
+def waiting(
+    shape: Shape, serial: Serial, folder: Path, *more: str, capabilities: Sequence[str] = (), tls: str = ""
+) -> Iterator[tuple[Guest, str]]:
+    """A QEMU that waits for post-copy, and where: with the credentials `tls` on TCP."""
+    folder.mkdir()
+    where = "tcp:127.0.0.1:0" if tls else f"unix:{folder / 'incoming'}"
+    with started(shape, serial, folder, "-incoming", "defer", *more) as guest:
+        with monitor(guest) as qmp:
+            names = ("postcopy-ram", *capabilities)
+            wanted = [{"capability": name, "state": True} for name in names]
+            qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
+            qmp.execute("migrate-set-parameters", {"tls-creds": tls})
+            qmp.execute("migrate-incoming", {"uri": where})
+            if tls:
+                (address,) = qmp.execute("query-migrate")["socket-address"]
+                where = f"127.0.0.1:{address['port']}"
+        yield guest, where
+
+
 def saved(shape: Shape, folder: Path) -> Path:
     """A guest that beats, in a file: taking it in takes less time than booting. It goes on on a new serial line."""
     file = folder / f"{shape.memory}-{shape.visited}.saved"

@@ -7,7 +7,7 @@ import math
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lazyproc.keys import make_keys
 from lazyproc.model import PAGE
 from tests.live.moving import CLI
 from tests.live.programs import wait_until
-from tests.qemu.guests import Guest, Serial, Shape, beating, monitor, started
+from tests.qemu.guests import Guest, Serial, Shape, beating, monitor, waiting
 
 SMALL = Shape(memory=96, visited=16)
 
@@ -33,26 +33,6 @@ def lazyproc(*words: object, expected: int = 0) -> subprocess.CompletedProcess[s
 def answer(*words: object) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(lazyproc(*words, "--json").stdout)
     return found
-
-
-@contextmanager
-def waiting(
-    shape: Shape, serial: Serial, folder: Path, *more: str, capabilities: Sequence[str] = (), tls: str = ""
-) -> Iterator[tuple[Guest, str]]:
-    """A QEMU that waits for post-copy, and where: with the credentials `tls` on TCP."""
-    folder.mkdir()
-    where = "tcp:127.0.0.1:0" if tls else f"unix:{folder / 'incoming'}"
-    with started(shape, serial, folder, "-incoming", "defer", *more) as guest:
-        with monitor(guest) as qmp:
-            names = ("postcopy-ram", *capabilities)
-            wanted = [{"capability": name, "state": True} for name in names]
-            qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
-            qmp.execute("migrate-set-parameters", {"tls-creds": tls})
-            qmp.execute("migrate-incoming", {"uri": where})
-            if tls:
-                (address,) = qmp.execute("query-migrate")["socket-address"]
-                where = f"127.0.0.1:{address['port']}"
-        yield guest, where
 
 
 @contextmanager

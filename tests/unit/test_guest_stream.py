@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from lazyproc.errors import ProtocolError
 from lazyproc.events import ignore
+from lazyproc.migrate import guest_serve
 from lazyproc.migrate.guest_serve import GuestServed, Talk
 from lazyproc.model import PAGE, Extent, MemoryObject
 from lazyproc.qemu import stream
-from lazyproc.qemu.postcopy import PagesLeft
+from lazyproc.qemu.postcopy import NEAR, PagesLeft
 from lazyproc.qemu.ram import Block
 from lazyproc.qemu.stream import Answer, Command, Event, Pong, Received, Resumed, ReturnPath, Shut, Wanted
 from tests.qemu import streams
@@ -84,6 +85,8 @@ def test_every_page_with_content_goes_once(one: list[bool], two: list[bool], dat
         left.want(Wanted("two", number * PAGE, PAGE))
         left.want(Wanted("", number * PAGE, PAGE))
         came += records(left.next_urgent())
+        if data.draw(st.booleans()):
+            came += records(left.next_near())
     places = [(page.block, page.addr) for page in came]
     assert len(set(places)) == len(places)
     expected = {
@@ -92,6 +95,23 @@ def test_every_page_with_content_goes_once(one: list[bool], two: list[bool], dat
         if place[0] == "two" or place[1] // PAGE not in there
     }
     assert {(page.block, page.addr): page.data for page in came if any(page.data)} == expected
+
+
+def test_what_one_of_several_waits_for_comes_to_the_others_too() -> None:
+    """And what lies around it, the latest first."""
+    memory = Memory(ram=[number != 18 for number in range(64)])
+    one, other = memory.left(), memory.left()
+    for each in (one, other):
+        each.alike((one, other))
+    for number in (5, 17):
+        one.want(Wanted("ram", number * PAGE, PAGE))
+    assert [page.addr // PAGE for page in records(one.next_urgent())] == [5, 17]
+    assert [page.addr // PAGE for page in records(one.next_near())] == [16, *range(19, 16 + NEAR)]
+    assert other.waited_for
+    assert other.next_urgent() == b""
+    assert [page.addr // PAGE for page in records(other.next_near())] == [16, 17, *range(19, 16 + NEAR)]
+    assert [page.addr // PAGE for page in records(other.next_near())] == [*range(NEAR)]
+    assert not other.waited_for
 
 
 @pytest.mark.parametrize(
@@ -267,6 +287,26 @@ def test_what_is_waited_for_goes_before_the_rest() -> None:
         other.end()
         assert other.pages == memory.content()
     assert (reports[0].pages_urgent, reports[0].pages_bulk) == (1, 3999)
+
+
+def test_a_guest_that_comes_to_life_has_all_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it waits for and what lies around that comes, and nothing else for a while."""
+    monkeypatch.setattr(guest_serve, "QUIET_S", 20.0)
+    monkeypatch.setattr(guest_serve, "ALIVE_S", 20.0)
+    memory = Memory(ram=[True] * 64)
+    with talking(memory, serving(memory)) as (other, _):
+        other.until_run()
+        other.say(Pong())
+        for number in (60, 3):
+            other.say(Wanted("ram", number * PAGE, PAGE))
+            first = number // NEAR * NEAR
+            around = [near for near in range(first, first + NEAR) if near != number]
+            came = [other.page() for _ in range(NEAR)]
+            assert [page.addr // PAGE for page in came if isinstance(page, Page)] == [number, *around]
+        monkeypatch.setattr(guest_serve, "ALIVE_S", 0.0)
+        other.say(Wanted("ram", 3 * PAGE, PAGE))  # which wakes it up
+        other.end()
+        assert other.pages == memory.content()
 
 
 def test_what_is_waited_for_has_its_own_connection() -> None:
