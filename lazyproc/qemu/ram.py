@@ -16,7 +16,7 @@ from typing import Any
 from lazyproc.errors import HostLacks, Obstacle
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
-from lazyproc.kernel.proc import MapsEntry, SmapsEntry
+from lazyproc.kernel.proc import MapsEntry
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 
 WORDS = 16  # how many 8-byte words before the name host, used_length and max_length are sought
@@ -47,7 +47,6 @@ class Block:
     page_size: int
     shared: bool
     addr: int  # in QEMU's address space
-    huge: bool  # MADV_HUGEPAGE
     number: int  # its place in the list, by which its pages are asked for
 
     @property
@@ -57,15 +56,13 @@ class Block:
 
     def row(self) -> list[Any]:
         """What the other host has to know of it."""
-        return [self.name, self.used, self.total, self.page_size, self.shared, self.huge]
+        return [self.name, self.used, self.total, self.page_size, self.shared]
 
     @classmethod
     def of(cls, number: int, row: Sequence[Any], addr: int = 0) -> Block:
         """From a row. Raises TypeError, ValueError."""
-        name, used, total, page_size, shared, huge = row
-        found = cls(
-            str(name), int(used), int(total), int(page_size), shared is True, addr, huge is True, number
-        )
+        name, used, total, page_size, shared = row
+        found = cls(str(name), int(used), int(total), int(page_size), shared is True, addr, number)
         if not 0 <= found.used <= found.total or found.used % PAGE:
             raise ValueError(f"a block of {used} bytes in {total}")
         return found
@@ -81,10 +78,10 @@ def rows(text: str) -> tuple[Named, ...]:
 
 def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
     """Where the blocks lie, in the order of their names. Raises HostLacks when one cannot be found for certain."""
-    maps = {entry.entry.start: entry for entry in proc.smaps(proc.read(pid, "smaps"))}
+    maps = {entry.start: entry for entry in proc.maps(proc.read(pid, "maps"))}
     places: dict[str, set[int]] = {each.name: set() for each in named}
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
-        for heap in _heaps(maps.values()):
+        for heap in _heaps(pid, maps.values()):
             for entry in heap:
                 for addr, data in _pieces(mem.fileno(), entry.start, entry.end):
                     for each in named:
@@ -102,10 +99,8 @@ def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
                 remedy="save the guest with QEMU's own migration instead; please report QEMU's version",
             )
         (addr,) = hosts
-        smap = maps[addr]
-        shared, huge = smap.entry.perms.endswith("s"), "hg" in smap.vm_flags
-        page_size = max(each.page_size, smap.page_size)
-        found.append(Block(each.name, each.used, each.total, page_size, shared, addr, huge, number))
+        shared = maps[addr].perms.endswith("s")
+        found.append(Block(each.name, each.used, each.total, each.page_size, shared, addr, number))
     return tuple(found)
 
 
@@ -113,13 +108,17 @@ def _all(hosts: Iterable[int]) -> str:
     return ", ".join(f"{host:#x}" for host in sorted(hosts))
 
 
-def _heaps(maps: Iterable[SmapsEntry]) -> Iterator[Sequence[MapsEntry]]:
+def _heaps(pid: int, maps: Iterable[MapsEntry]) -> Iterator[Sequence[MapsEntry]]:
     """Where malloc(3) may have put them, the likeliest first: the heap is the first thread's, which makes RAM blocks;
-    other threads have arenas. What is larger is taken one by one, the smallest first.
+    other threads have arenas. What is larger is taken one by one, the smallest first. Only where the heap has not all
+    is it asked what is in use: for smaps the kernel walks all of the guest's memory.
     """
-    found = [each for each in maps if each.entry.perms == "rw-p" and each.rss > 0]
-    yield [each.entry for each in found if each.entry.path == "[heap]"]
-    anonymous = [each.entry for each in found if each.entry.path == ""]
+    yield [each for each in maps if each.path == "[heap]"]
+    anonymous = [
+        each.entry
+        for each in proc.smaps(proc.read(pid, "smaps"))
+        if each.entry.perms == "rw-p" and each.rss > 0 and each.entry.path == ""
+    ]
     yield [each for each in anonymous if each.end - each.start <= ARENA]
     larger = [each for each in anonymous if each.end - each.start > ARENA]
     yield from ([each] for each in sorted(larger, key=lambda each: each.end - each.start))
@@ -135,7 +134,7 @@ def _pieces(mem: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
             continue
 
 
-def _hosts(data: bytes, addr: int, named: Named, maps: dict[int, SmapsEntry]) -> Iterator[int]:
+def _hosts(data: bytes, addr: int, named: Named, maps: dict[int, MapsEntry]) -> Iterator[int]:
     """Addresses that stand before the name in what can only be its RAMBlock."""
     name = named.name.encode() + b"\0"
     at = data.find(name)
@@ -157,11 +156,11 @@ def _whole(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def _room(maps: dict[int, SmapsEntry], start: int) -> int:
+def _room(maps: dict[int, MapsEntry], start: int) -> int:
     """Bytes from the start of a mapping to the end of the last that follows without a gap and is of the same kind."""
-    end, perms = start, maps[start].entry.perms
-    while end in maps and maps[end].entry.perms == perms:
-        end = maps[end].entry.end
+    end, perms = start, maps[start].perms
+    while end in maps and maps[end].perms == perms:
+        end = maps[end].end
     return end - start
 
 

@@ -102,7 +102,7 @@ def test_the_list_of_blocks_is_read() -> None:
     ("name", "value"), [("name", "ram"), ("total", 8192), ("shared", True), ("page_size", 2 << 20)]
 )
 def test_another_guest_is_not_taken_for_the_same(name: str, value: object) -> None:
-    ours = ram.Block("pc.ram", 4096, 4096, 4096, False, 1 << 30, True, 0)
+    ours = ram.Block("pc.ram", 4096, 4096, 4096, False, 1 << 30, 0)
     assert not list(ram.differences([ours], [ours]))
     found = list(ram.differences([ours], [replace(ours, **{name: value})]))  # type: ignore[arg-type]
     assert {each.where for each in found} >= {"RAM block pc.ram"}

@@ -30,7 +30,7 @@ DEVICES = stream.HEADER + stream.configuration("pc") + b"\x04devices" + bytes([s
 
 
 def block(number: int, name: str, pages: int) -> Block:
-    return Block(name, pages * PAGE, pages * PAGE, PAGE, False, 0, False, number)
+    return Block(name, pages * PAGE, pages * PAGE, PAGE, False, 0, number)
 
 
 class Memory:
