@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     import lazyproc
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import StateChanged
-    from lazyproc.migrate.source import Order
+    from lazyproc.migrate.order import Order
     from lazyproc.show.reports import migrate_text, report_fields
 
     def listen(event: Event) -> None:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
 
     import lazyproc
     from lazyproc.cli.outcome import Outcome
-    from lazyproc.migrate.source import Order
+    from lazyproc.migrate.order import Order
 
     if args.receive and args.directory is None:
         raise lazyproc.errors.UsageError("--receive stores pages in a folder", remedy="name it with -D")

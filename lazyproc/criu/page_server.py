@@ -8,7 +8,7 @@ import lazyproc
 from lazyproc.criu import places
 from lazyproc.criu.log import Log
 from lazyproc.criu.parse import Given
-from lazyproc.migrate.source import Order
+from lazyproc.migrate.order import Order
 
 
 def run(given: Given, log: Log) -> None:

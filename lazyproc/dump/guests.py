@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 
 from lazyproc.errors import Obstacle
+from lazyproc.facts import replace
 
 _OPTION = "--qemu"
 _INSTEAD = f"or name its QMP socket in place of the pid: {_OPTION} PATH"

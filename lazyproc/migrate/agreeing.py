@@ -10,15 +10,14 @@ from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener
 from lazyproc.images.files import pack
 from lazyproc.images.forecast import forecast_images
-from lazyproc.migrate.asking import asked
+from lazyproc.migrate.asking import asked, begin_trace
 from lazyproc.migrate.description import Reader
 from lazyproc.migrate.practice import practise
 from lazyproc.migrate.prepare import offer_of
-from lazyproc.migrate.serving import number_in
 from lazyproc.migrate.talk import Unfit
 from lazyproc.pages.transport import Channel
-from lazyproc.trace import Clock, TraceFile
-from lazyproc.wire.native import FORESEES, Prepared
+from lazyproc.trace import TraceFile
+from lazyproc.wire.native import FORESEES
 
 
 def agreed(
@@ -62,12 +61,3 @@ def _briefed(before: Before, revision: int) -> tuple[Reader, bytes | None]:
         return Reader(revision, before.written), None
     forecast = pack(forecast_images(before.forecast, before.written))
     return Reader(revision, before.written, frozenset(before.forecast.mappings)), forecast
-
-
-def begin_trace(trace: TraceFile, session: str, peer: str, answer: Prepared) -> None:
-    clock = answer.fields.get("trace")
-    if not isinstance(clock, dict):
-        raise LazyprocError(
-            "the receiver sends no trace", where=peer, remedy="update it, or leave out --trace"
-        )
-    trace.begin(session, Clock(number_in(clock, "monotonic_ns"), number_in(clock, "realtime_ns")))

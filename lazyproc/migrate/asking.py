@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lazyproc.errors import Obstacle
+from lazyproc.errors import LazyprocError, Obstacle
 from lazyproc.events import Listener, Note
 from lazyproc.migrate.needs import needs_frame, obstacles_in
 from lazyproc.migrate.prepare import Offer
+from lazyproc.migrate.serving import number_in
 from lazyproc.migrate.talk import checked, expect
 from lazyproc.needs import Wanted
 from lazyproc.pages.transport import Channel
+from lazyproc.trace import Clock, TraceFile
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Abort, Control, Forecast, Obstacles, Prepare, Prepared
 
@@ -60,3 +62,12 @@ def asked(
     if isinstance(answer, Obstacles):
         return obstacles_in(answer, control.peer)
     return checked(answer, Prepared, control)
+
+
+def begin_trace(trace: TraceFile, session: str, peer: str, answer: Prepared) -> None:
+    clock = answer.fields.get("trace")
+    if not isinstance(clock, dict):
+        raise LazyprocError(
+            "the receiver sends no trace", where=peer, remedy="update it, or leave out --trace"
+        )
+    trace.begin(session, Clock(number_in(clock, "monotonic_ns"), number_in(clock, "realtime_ns")))

@@ -28,10 +28,11 @@ from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.netfilter import DUMPED, Hold
 from lazyproc.migrate.apart import Client, apart
 from lazyproc.migrate.desk import Desk
+from lazyproc.migrate.going_on import crew, end_here, run_on
 from lazyproc.migrate.holding import Holding, from_facts
 from lazyproc.migrate.journal import SOURCE, Journal, find
 from lazyproc.migrate.lost import source_ended
-from lazyproc.migrate.source import crew, demand_apart, end_here, parked_tree, run_on
+from lazyproc.migrate.source import demand_apart, parked_tree
 from lazyproc.model import Checkpoint, Extent, MemoryObject
 from lazyproc.pages.criu_server import Given, Shelf, answer
 from lazyproc.pages.peer import Trust

@@ -72,7 +72,7 @@ def _obstacles_of(
 ) -> tuple[Obstacle, ...]:
     from lazyproc.migrate.asking import ONLY_ASKED, obstacles_there
     from lazyproc.migrate.link import dialled
-    from lazyproc.migrate.source import Order
+    from lazyproc.migrate.order import Order
     from lazyproc.migrate.talk import Refused
     from lazyproc.pages.peer import Trust
     from lazyproc.wire.native import Party

@@ -18,15 +18,15 @@ from lazyproc.facts import asdict, replace
 from lazyproc.images.files import pack
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.fds import AMPLE, make_room
-from lazyproc.migrate.agreeing import begin_trace
-from lazyproc.migrate.asking import asked
+from lazyproc.migrate.asking import asked, begin_trace
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Chain
+from lazyproc.migrate.moving import BUILD_S, moved, way_to
+from lazyproc.migrate.order import Order
 from lazyproc.migrate.prepare import Offer
 from lazyproc.migrate.report import MigrateReport
-from lazyproc.migrate.serving import Serving, report_of
-from lazyproc.migrate.source import BUILD_S, Order, await_running, moved, way_to
+from lazyproc.migrate.serving import Serving, await_running, report_of
 from lazyproc.migrate.talk import Refused, Unfit, expect
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from lazyproc.dump.gather import Dump
 from lazyproc.dump.memory import lazy_extents, runs_of, shared_extents
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import LazyprocError, NoSuchProcess
@@ -24,6 +23,10 @@ from lazyproc.kernel.park import ParkedProcess, ParkedThread
 from lazyproc.kernel.ready import readable
 from lazyproc.model import Extent, MemoryObject, ObjectKind, Registers, SharedKind, VmaKind
 from lazyproc.pages.frozen import FrozenPages, Place
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lazyproc.dump.gather import Dump  # all of a dump: who goes on with one that is done does without
 
 GONE_S = 10.0
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields as fields_of
 from typing import Any, TypeVar
 
 from lazyproc.errors import Obstacle, ProtocolError
+from lazyproc.facts import annotations_of
 from lazyproc.needs import (
     AddressNeed,
     FeatureNeed,
@@ -103,16 +103,14 @@ def _fitting(rows: list[dict[str, JsonValue]]) -> list[JsonValue]:
 def _row(wanted: Wanted) -> dict[str, JsonValue]:
     need = wanted.need
     row: dict[str, JsonValue] = {"kind": _NAMES[type(need)], "pid": wanted.pid, "where": wanted.where}
-    for field in fields_of(need):
-        row[field.name] = _ENCODE.get(str(field.type), _same)(getattr(need, field.name))
+    for name, kind in annotations_of(type(need)).items():
+        row[name] = _ENCODE.get(kind, _same)(getattr(need, name))
     return row
 
 
 def _wanted(row: Mapping[str, JsonValue]) -> Wanted:
     cls = KINDS[str(row["kind"])]
-    values: dict[str, Any] = {
-        field.name: _DECODE[str(field.type)](row, field.name) for field in fields_of(cls)
-    }
+    values: dict[str, Any] = {name: _DECODE[kind](row, name) for name, kind in annotations_of(cls).items()}
     return Wanted(cls(**values), _of(row, "pid", int), _of(row, "where", str))
 
 

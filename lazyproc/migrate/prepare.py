@@ -10,9 +10,12 @@ from lazyproc.dump.walk import thread_ids
 from lazyproc.errors import Obstacle, ProtocolError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import cpu, elf, proc
-from lazyproc.migrate.room import Room
 from lazyproc.model import PAGE
 from lazyproc.wire.jsonobject import JsonValue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lazyproc.migrate.room import Room  # of a destination; a source's start does not wait for it
 
 HEADROOM = 64 << 20  # bytes that stay free on the destination
 OTHER_PROCESSOR = "choose a host of the same kind"

@@ -16,8 +16,10 @@ from lazyproc.images.convert import from_images, memory_objects, to_images
 from lazyproc.images.files import EXTRAS, Folder, pack
 from lazyproc.migrate.asking import obstacles_there
 from lazyproc.migrate.link import Gathering, Link
+from lazyproc.migrate.moving import BUILD_S, Way, comes_back, moved
+from lazyproc.migrate.order import Order
 from lazyproc.migrate.prepare import Offer, vdso_build_id
-from lazyproc.migrate.source import BUILD_S, Order, TreeMove, Way, comes_back, look, moved
+from lazyproc.migrate.source import TreeMove, look
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.model import Checkpoint
 from lazyproc.pages.bundle import NAME, pack_bundle

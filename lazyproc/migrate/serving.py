@@ -5,6 +5,7 @@ A lost link is opened again; the tree stays parked meanwhile, and every page can
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,18 +20,23 @@ from lazyproc.errors import (
     ProtocolError,
 )
 from lazyproc.events import Listener, PagesMoved, StateChanged
+from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Chain, Link
 from lazyproc.migrate.lost import asked_again, source_ended
-from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.talk import Pulse, Refused, checked, expect
 from lazyproc.model import Extent, MemoryObject
 from lazyproc.pages.remote import map_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.transport import Declined
+from lazyproc.steps import Steps
 from lazyproc.trace import TraceFile
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Abort, Ack, Committed, Drained, Pong, Released, Running, Trace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lazyproc.migrate.releasing import Releaser
 
 POLL_S = 0.1
 COMMIT_S, RUN_S = 60.0, 60.0
@@ -246,3 +252,17 @@ def _faults(fields: Mapping[str, object]) -> dict[str, float]:
     if not isinstance(faults, dict):
         raise ProtocolError("the receiver gave no fault_us")
     return {str(name): float(value) for name, value in faults.items()}
+
+
+def await_running(serving: Serving, journal: Journal, steps: Steps, listener: Listener) -> None:
+    """From COMMIT on. Of the record only its last word is for a host without power."""
+    serving.until_committed()
+    steps.done("committed")
+    frozen_ms = steps.total_ms
+    journal.note("committed", listener)
+    running = serving.until_running()
+    steps.done("running")
+    gc.enable()
+    figures = {"frozen_ms": frozen_ms, "blackout_ms": steps.total_ms, "steps_ms": steps.ms()}
+    there = {"remote_pid": running.get("root_pid"), "steps_there_ms": running.get("steps_ms")}
+    journal.note("running", listener, {**there, **figures}, durable=True)

@@ -113,7 +113,7 @@ def resume(
             remedy="make sure that it does not run elsewhere, and add --here --force; or end it with lazyproc abort",
         )  # fmt: skip
     if record.role == SOURCE:
-        from lazyproc.migrate.source import migrate_on
+        from lazyproc.migrate.moving import migrate_on
 
         return asdict(migrate_on(record, retry_for=retry_for, listener=listener))
     if here:

@@ -7,11 +7,10 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any, Self, TypeAlias
 
 from lazyproc.errors import HostLacks, LazyprocError, UsageError
-from lazyproc.facts import dataclass
+from lazyproc.facts import annotations_of, dataclass
 from lazyproc.model import PAGE, MemoryObject
 from lazyproc.pages._server import ffi, lib
 from lazyproc.pages.frozen import ProcessSegment
@@ -32,7 +31,9 @@ class ServerCounters:
     under_way: int = 0  # pages not sent, since the other channel had them
 
     def __add__(self, other: ServerCounters) -> ServerCounters:
-        return ServerCounters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return ServerCounters(
+            *(getattr(self, name) + getattr(other, name) for name in annotations_of(ServerCounters))
+        )
 
 
 class PageServer:
@@ -140,7 +141,7 @@ def _row(segment: ProcessSegment | FileSegment) -> dict[str, int]:
 
 
 def _counters(status: Any) -> ServerCounters:
-    return ServerCounters(*(getattr(status, field.name) for field in fields(ServerCounters)))
+    return ServerCounters(*(getattr(status, name) for name in annotations_of(ServerCounters)))
 
 
 def _reason(status: Any) -> str | None:

@@ -19,8 +19,8 @@ from typing import Any
 from lazyproc.hosts import Host, Pair
 from lazyproc.kernel.sys import syscall
 from lazyproc.migrate.link import MAX_INCOMPLETE
+from lazyproc.migrate.order import Order
 from lazyproc.migrate.prepare import Offer, vdso_build_id
-from lazyproc.migrate.source import Order
 from lazyproc.pages.transport import HANDSHAKE_S, MAX_STRANGERS, Session
 from lazyproc.wire import native
 from lazyproc.wire.native import Party

@@ -20,8 +20,8 @@ from lazyproc.errors import LazyprocError
 from lazyproc.hosts import PRIVATE, Host, Pair
 from lazyproc.kernel import proc
 from lazyproc.migrate.link import ROLES, Gathering, Link
+from lazyproc.migrate.order import Order
 from lazyproc.migrate.prepare import Offer, vdso_build_id
-from lazyproc.migrate.source import Order
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.transport import Channel, Session, dial
 from lazyproc.wire.native import Abort, Images, Needs, Party, Prepare, Prepared

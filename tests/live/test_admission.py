@@ -13,10 +13,10 @@ import pytest
 from lazyproc.hosts import Pair
 from lazyproc.kernel.cgroup import Hierarchy
 from lazyproc.migrate.link import dialled
+from lazyproc.migrate.order import Order
 from lazyproc.migrate.prepare import Offer, objections, vdso_build_id
 from lazyproc.migrate.promises import Promise
 from lazyproc.migrate.room import Room, rooms
-from lazyproc.migrate.source import Order
 from lazyproc.migrate.talk import expect
 from lazyproc.model import PAGE
 from lazyproc.pages.peer import Trust

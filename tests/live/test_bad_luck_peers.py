@@ -16,8 +16,8 @@ import pytest
 from lazyproc.errors import ConnectionLost, LazyprocError
 from lazyproc.hosts import Pair
 from lazyproc.migrate.link import ROLES
+from lazyproc.migrate.order import Order
 from lazyproc.migrate.prepare import Offer, vdso_build_id
-from lazyproc.migrate.source import Order
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.transport import Channel, Session, dial
 from lazyproc.wire.native import (

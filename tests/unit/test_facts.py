@@ -138,6 +138,14 @@ def test_the_standard_library_takes_ours_for_its_own() -> None:
     ]
 
 
+def test_the_annotations_of_all_fields() -> None:
+    """Of inherited ones too, as they are written."""
+    for name, kind in _classes(facts).items():
+        ours = facts.annotations_of(kind)
+        standard = dataclasses.fields(_classes(dataclasses)[name])
+        assert ours == {field.name: str(field.type) for field in standard}
+
+
 def test_pickled_and_back() -> None:
     value = Nested((Nested(number=1),), 2)
     assert pickle.loads(pickle.dumps(value)) == value
