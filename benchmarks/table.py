@@ -82,9 +82,12 @@ GOALS = (
         for goal, words in OF_A_GUEST.items()
     ),
     Row("longest gap there, ms", "qemu", "longest gap, 100mbit, ms"),
+    Row("a saved guest of 1 GiB: its first beat, ms", "saved-guest", "first beat, 1 GiB, ms"),
+    Row("eight guests from a saved one: median first beat, ms", "saved-guest", "median first beat of 8, ms"),
+    Row("the last first beat of them, ms", "saved-guest", "last first beat of 8, ms"),
 )
 # Scenes all of whose medians are shown; those of the others are in the JSON.
-SHOWN = ("starts", "redis", "heap")
+SHOWN = ("starts", "redis", "heap", "saved-guest", "guest-shapes")
 OF_A_LINK = ("total", "blackout", "fault p50", "fault p99", "stream")
 OF_A_POLICY = ("stalls", "stall_sum_ms")
 
