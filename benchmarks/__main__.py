@@ -58,11 +58,11 @@ SCENES: Mapping[str, Scene] = {
     "working-set": Scene(working_set.run),
     "policies": Scene(policies.run, 6, apart=True),  # a quarter of an hour
     "tls": Scene(tls.run, 6),
-    "toucher": Scene(toucher.random),
+    "toucher": Scene(toucher.random, 8),
     "toucher-think": Scene(toucher.think),
     "toucher-sequential": Scene(toucher.sequential),
     "toucher-zipf": Scene(toucher.zipf),
-    "remote-fault": Scene(links.remote_fault),
+    "remote-fault": Scene(links.remote_fault, 6),
     "bulk-rate": Scene(links.bulk_rate),
     "links": Scene(links.slow_links, 6),
     "paths": Scene(paths.run, 6),
