@@ -17,6 +17,8 @@ from tests.live.moving import receiving, run_cli
 from tests.live.programs import Program, running, wait_until
 from tests.live.real import Journey, ending, migrating, processes_of, runs
 
+pytestmark = pytest.mark.long
+
 MIB = "64"
 
 

@@ -48,6 +48,8 @@ from tests.live.test_ssh import completes as has_come_by_ssh
 from tests.live.test_ssh import start as start_by_ssh
 from tests.live.test_tls import secured
 
+pytestmark = pytest.mark.long
+
 E = TypeVar("E", bound=Event)
 MIB = 64
 SLOW = ("--release", "--max-rate", "20000000")  # 3 seconds for 64 MiB
@@ -144,7 +146,6 @@ def test_killed_at_the_destination_while_releasing(
         completes(pair, journey, program)
 
 
-@pytest.mark.long
 def test_the_link_is_cut_while_releasing(pair: Pair, program: Program) -> None:
     with (
         receiving(pair.destination) as receiver,
@@ -178,7 +179,6 @@ def test_with_a_trace(pair: Pair, program: Program) -> None:
     assert 0 < len(trace) == report["fault_us"]["count"]
 
 
-@pytest.mark.long
 def test_through_ssh(pair: Pair, program: Program) -> None:
     with serving(pair) as sshd:
         journey = start_by_ssh(sshd, program, *SLOW)

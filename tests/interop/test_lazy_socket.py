@@ -37,7 +37,7 @@ from tests.interop.test_criu_chains import chained
 from tests.live.programs import wait_until
 from tests.needs import require_root
 
-pytestmark = pytest.mark.usefixtures("root")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("root")]
 SLOW = ("--max-rate", "3000000")
 CARGO = ("memory_random", 16, 2, 1000)
 SLOW_CARGO = ("memory_random", 16, 2, 20000)  # after a second it has not touched everything
