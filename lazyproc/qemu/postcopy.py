@@ -15,7 +15,7 @@ from lazyproc.qemu.stream import Received, Wanted, pages
 
 _EMPTY, _CONTENT, _SENT = 0, 1, 2  # of a page: not sent, without and with content; sent
 URGENT, BULK = 8, 16  # pages in one part, at most
-NEAR = 16  # pages of which each is near the others: half of what a system waits for when it comes to life
+NEAR = 16  # pages that lie side by side, of which a system that comes to life often waits for more than one
 
 
 class PagesLeft:
@@ -116,7 +116,7 @@ class PagesLeft:
 
 
 def _runs(states: bytearray, at: int, end: int, most: int) -> Iterator[tuple[int, int]]:
-    """First page and count of each run of pages with content that have not gone, when it is come to, in pieces."""
+    """Runs of pages with content that have not gone when they are reached: first page and count, at most `most`."""
     while (first := states.find(_CONTENT, at, end)) >= 0:
         at = first
         while at < min(end, len(states), first + most) and states[at] == _CONTENT:
