@@ -82,7 +82,16 @@ static void judge_gain(struct climb *climb, uint64_t now, uint64_t rate)
     climb->before = 0;
 }
 
-/* An interval is over. */
+/* Without faults the gain is not in use, and what comes in says nothing of it. */
+static void abandon_trial(struct climb *climb)
+{
+    if (climb->before)
+        climb->gain = climb->before;
+    climb->before = climb->intervals = 0;
+    climb->rates = 0;
+}
+
+/* An interval is over in which there were faults. */
 static void note_interval(struct climb *climb, uint64_t now, uint64_t rate, uint64_t greatest_rate)
 {
     bool full;
@@ -113,7 +122,9 @@ static void note_rate(struct pace *pace, uint64_t now, uint64_t bytes_in)
             return;
         rate = (uint64_t)((double)(bytes_in - pace->bytes_in + pace->urgent_in) * 1e9 / (double)time);
         note(&pace->rate, now, rate);
-        if (pace->since_ns >= pace->drain_until_ns)
+        if (now >= pace->fault_ns + RECENT_NS)
+            abandon_trial(&pace->climb);
+        else if (pace->since_ns >= pace->drain_until_ns)
             note_interval(&pace->climb, now, rate, greatest(&pace->rate));
     } /* or else it is the first answer, of a new connection */
     pace->since_ns = now;
