@@ -125,14 +125,11 @@ class Paging:
             redial = self._redial(drain)
             hurries = alone and not (supply.criu or supply.server)  # the source is given up
             bulk, max_rate = wishes.bulk or hurries, 0 if hurries else wishes.max_rate
-            if facts["state"] == ARRIVING:
-                pager.start(bulk=False, max_rate=max_rate)
-                if not self._await_the_run(drain, redial):
-                    return
-                if bulk:
-                    pager.start_bulk()
-            else:
-                pager.start(bulk=bulk, max_rate=max_rate)
+            pager.start(bulk=False, max_rate=max_rate)
+            if facts["state"] == ARRIVING and not self._await_the_run(drain, redial):
+                return
+            if bulk:
+                pager.start_bulk(wakes=not (inherited or policy.first))
             if self._bring(drain, redial):
                 self._close(drain)
 

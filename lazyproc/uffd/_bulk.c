@@ -254,13 +254,15 @@ static uint64_t under_way(const struct pager *p)
 /* Under the lock: makes requests, or finds one piece that is here already. */
 static enum next plan_turn(struct pager *p, struct piece *local)
 {
-    uint64_t now = now_ns();
+    uint64_t now = now_ns(), rest;
     int found = 1;
 
     renew_link(p);
     local->as = CLASS_NONE;
     if (p->status == PAGER_DONE || p->status == PAGER_FAILED)
         return NEXT_END;
+    if (p->has_remote && (rest = pace_rest(&p->pace, now)) && p->rate_free_ns < now + rest)
+        p->rate_free_ns = now + rest;
     for (int i = 0; i < ASK_AT_ONCE && p->rate_free_ns <= now; i++) {
         struct quota quota = pace_quota(&p->pace, now, p->patient || atomic_load(&p->urgent_outstanding));
         uint64_t bytes = p->packing.wire_bytes, pages = min_u64(quota.pages * PAGE_SIZE / bytes, LINK_MAX_PAGES);

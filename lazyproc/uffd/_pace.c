@@ -17,6 +17,10 @@
 #define MIN_SHARE WHOLE
 #define MAX_SHARE (8 * WHOLE)
 #define MAX_GAIN 8u
+#define LOOK_NS 1000000ull
+#define CALM_NS 10000000ull
+#define WAKING_NS 400000ull /* of rest for each fault */
+#define WAKING_FAULTS 512u
 #define TRIAL_INTERVALS 5u
 #define LEAST_HOLD_NS 500000000ull
 #define MOST_HOLD_NS 8000000000ull
@@ -141,11 +145,17 @@ void pace_bulk(struct pace *pace, uint64_t now, uint64_t asked, uint64_t bytes_i
     note_rate(pace, now, bytes_in);
 }
 
+static void note_fault(struct pace *pace, uint64_t now)
+{
+    pace->fault_ns = now;
+    pace->faults += pace->wakes;
+}
+
 void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked)
 {
     uint64_t delay = now > asked ? now - asked : 1;
 
-    pace->fault_ns = now;
+    note_fault(pace, now);
     pace->urgent_in += PAGE;
     note(&pace->urgent, now, UINT64_MAX - delay);
     if (delay <= 2 * least_ns(&pace->urgent))
@@ -156,7 +166,23 @@ void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked)
 
 void pace_waited(struct pace *pace, uint64_t now)
 {
-    pace->fault_ns = now;
+    note_fault(pace, now);
+}
+
+void pace_wakes(struct pace *pace, uint64_t now)
+{
+    pace->wakes_ns = now;
+    pace->wakes = true;
+}
+
+uint64_t pace_rest(struct pace *pace, uint64_t now)
+{
+    uint64_t last = pace->fault_ns > pace->wakes_ns ? pace->fault_ns : pace->wakes_ns;
+    uint64_t earned = pace->faults * WAKING_NS;
+
+    if (pace->faults >= WAKING_FAULTS || now >= last + CALM_NS || now >= pace->wakes_ns + CALM_NS + earned)
+        pace->wakes = false;
+    return pace->wakes ? LOOK_NS : 0;
 }
 
 static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most)

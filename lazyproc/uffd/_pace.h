@@ -8,6 +8,9 @@
  * Who waits for a processor looks like a queue: answers are late, and faults too. What tells them apart is what more of it
  * brings. While there are faults and less comes in than the link has brought before, requests and window are doubled for a
  * while: when more comes in they stay so, or else that only stood in a queue.
+ *
+ * Who has just been let run waits for hundreds of pages, one after the other, before he does anything: bulk rests until
+ * he has waited for so many, or for few. Over a long way few come in a time, and it is not bulk that he waits for.
  */
 #ifndef LAZYPROC_UFFD_PACE_H
 #define LAZYPROC_UFFD_PACE_H
@@ -38,6 +41,9 @@ struct pace {
     uint64_t drain_until_ns;
     uint64_t fault_ns; /* the last one */
     uint32_t share;    /* of the pipe, in 64ths */
+    bool wakes;        /* the process has just been let run, at wakes_ns */
+    uint64_t wakes_ns;
+    uint32_t faults;   /* since then */
     struct climb climb;
 };
 
@@ -52,6 +58,10 @@ void pace_bulk(struct pace *pace, uint64_t now, uint64_t asked, uint64_t bytes_i
 void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked);
 /* A fault's page has come in bulk. */
 void pace_waited(struct pace *pace, uint64_t now);
+/* From now on, and until bulk need not rest any more, the process comes to life. */
+void pace_wakes(struct pace *pace, uint64_t now);
+/* For how many ns bulk is to ask for nothing, and to ask here again after that; 0: it may. */
+uint64_t pace_rest(struct pace *pace, uint64_t now);
 /* How many ns to wait for what is under way in bulk before it is asked for over the other connection as well. */
 uint64_t pace_patience(const struct pace *pace);
 struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait);

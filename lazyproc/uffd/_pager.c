@@ -368,12 +368,14 @@ int pager_start(struct pager *p, bool bulk, uint64_t max_rate)
     return error;
 }
 
-int pager_start_bulk(struct pager *p)
+int pager_start_bulk(struct pager *p, bool wakes)
 {
     int error = -EBUSY;
 
     pthread_mutex_lock(&p->lock);
     if (p->fault_runs && !p->bulk_runs) {
+        if (wakes)
+            pace_wakes(&p->pace, now_ns());
         error = start_thread(&p->bulk_thread, bulk_main, p);
         p->bulk_runs = !error;
     }

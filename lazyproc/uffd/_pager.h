@@ -117,7 +117,8 @@ bool pager_shares_poison(struct pager *p);
 
 bool pager_map_known(struct pager *p); /* to this pager or an earlier one of its ledger */
 int pager_start(struct pager *p, bool bulk, uint64_t max_rate); /* bytes a second, 0: as fast as faults allow */
-int pager_start_bulk(struct pager *p); /* what was started without; -EBUSY: it was not, or is bulk already */
+/* What was started without; -EBUSY: it was not, or is bulk already. `wakes`: the process has just been let run (_pace.h). */
+int pager_start_bulk(struct pager *p, bool wakes);
 int pager_wait(struct pager *p, int timeout_ms); /* enum pager_status, at once when it is not RUNNING; -ETIMEDOUT */
 int pager_status(struct pager *p, char *reason, size_t size);
 void pager_counters(struct pager *p, struct pager_counters *counters);

@@ -352,10 +352,12 @@ class Pager:
         self.bulk = bulk
         _check(lib.pager_start(self._pager, bulk, max_rate), "start")
 
-    def start_bulk(self) -> None:
-        """What was started without `bulk` brings what nobody waits for as well, from now on."""
+    def start_bulk(self, *, wakes: bool = False) -> None:
+        """What was started without `bulk` brings what nobody waits for as well, from now on; when the process `wakes`,
+        that has just been let run, once it has waited for its first pages (_pace.h).
+        """
         self.bulk = True
-        _check(lib.pager_start_bulk(self._pager), "start")
+        _check(lib.pager_start_bulk(self._pager, wakes), "start")
 
     def wait(self, timeout: float | None = None) -> bool:
         """True when every page is there; False after `timeout` seconds, or at once when the source is lost.

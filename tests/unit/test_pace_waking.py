@@ -1,0 +1,68 @@
+"""How long bulk rests while a process comes to life, on a computed clock."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+PACE = HERE.parents[1] / "lazyproc/uffd/_pace.c"
+MICROSECOND, MILLISECOND = 1_000, 1_000_000
+SOME = 450  # faults: as many as a guest has before its first sign of life
+
+# From a fault's time and the time of its answer, for each, to how long bulk has rested in ms.
+Rested = Callable[[list[tuple[int, int]]], int]
+
+
+@pytest.fixture(scope="module")
+def rested(tmp_path_factory: pytest.TempPathFactory) -> Rested:
+    program = tmp_path_factory.mktemp("pace") / "pace_waking"
+    flags = ["-O1", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["gcc", *flags, "-o", program, HERE / "pace_waking.c", PACE], check=True)
+
+    def run(faults: list[tuple[int, int]]) -> int:
+        """It is looked every ms for a second."""
+        looks = [(at * MILLISECOND, f"rests {at * MILLISECOND}") for at in range(1000)]
+        waits = [(answered, f"fault {asked} {answered}") for asked, answered in faults]
+        lines = chain(["wakes 0"], (line for _, line in sorted(chain(waits, looks))))
+        done = subprocess.run([program], input="\n".join(lines), check=True, capture_output=True, text=True)
+        return done.stdout.split().index("0")
+
+    return run
+
+
+def busy(count: int, delay_ns: int, between_ns: int) -> list[tuple[int, int]]:
+    """Faults of one thread, which waits `delay_ns` for each page and works for `between_ns` before the next."""
+    each = delay_ns + between_ns
+    return [(n * each, n * each + delay_ns) for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("delay_us", "work_us"), [(20, 40), (33, 40), (330, 50)], ids=["no limit", "1gbit", "100mbit"]
+)
+def test_bulk_rests_until_a_guest_has_come_to_life(rested: Rested, delay_us: int, work_us: int) -> None:
+    faults = busy(SOME, delay_us * MICROSECOND, work_us * MICROSECOND)
+    alive_ms = faults[-1][1] / MILLISECOND
+    assert alive_ms - 1 <= rested(faults) <= alive_ms + 11
+
+
+def test_a_program_that_waits_for_page_after_page_has_bulk_soon(rested: Rested) -> None:
+    faults = busy(10_000, 20 * MICROSECOND, 5 * MICROSECOND)
+    assert rested(faults) <= faults[512][1] / MILLISECOND + 1
+
+
+def test_a_program_that_waits_for_nothing_has_bulk_soon(rested: Rested) -> None:
+    assert rested([]) == 10
+
+
+def test_a_program_that_works_longer_than_it_waits_has_bulk_soon(rested: Rested) -> None:
+    assert rested(busy(10_000, 20 * MICROSECOND, 980 * MICROSECOND)) < 20
+
+
+@pytest.mark.parametrize("delay_ms", [1, 10, 100])
+def test_over_a_long_way_bulk_hardly_rests(rested: Rested, delay_ms: int) -> None:
+    assert rested(busy(1000, delay_ms * MILLISECOND, 0)) < 20
