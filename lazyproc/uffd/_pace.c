@@ -190,6 +190,15 @@ static uint64_t clamp(uint64_t value, uint64_t least, uint64_t most)
     return value < least ? least : value > most ? most : value;
 }
 
+/* Of a request that is on the wire for so long, on an empty way. Where faults never cease bulk has not seen that. */
+static uint64_t delay_ns(const struct pace *pace, double wire_ns)
+{
+    uint64_t bulk = least_ns(&pace->bulk);
+    double urgent = greatest(&pace->urgent) ? (double)least_ns(&pace->urgent) + wire_ns : (double)bulk;
+
+    return urgent < (double)bulk ? (uint64_t)urgent : bulk;
+}
+
 struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait)
 {
     bool recent = faults_wait || now < pace->fault_ns + RECENT_NS;
@@ -198,8 +207,8 @@ struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait)
 
     if (rate == 0)
         return (struct quota){FIRST_WINDOW, FIRST_PAGES};
-    pipe = (uint64_t)(rate * (double)least_ns(&pace->bulk) / 1e9);
     pages = clamp((uint64_t)(rate * SLICE_NS * (double)(recent ? gain : QUIET) / 1e9) / PAGE, 1, MOST_PAGES);
+    pipe = (uint64_t)(rate * (double)delay_ns(pace, (double)pages * PAGE * 1e9 / rate) / 1e9);
     if (now < pace->drain_until_ns)
         return (struct quota){pages * PAGE, (uint32_t)pages};
     /* One more than the pipe holds: the far end finds the next one when it has sent one. */
