@@ -13,6 +13,7 @@ _PACKAGES = {
     "gcc": "gcc",
     "gdb": "gdb",
     "ip": "iproute2",
+    "libvirtd": "libvirt-daemon-system libvirt-daemon-driver-qemu",
     "losetup": "mount",
     "mkfs.ext4": "e2fsprogs",
     "nft": "nftables",
@@ -28,6 +29,7 @@ _PACKAGES = {
     "ssh-keygen": "openssh-client",
     "sshd": "openssh-server",
     "strace": "strace",
+    "virsh": "libvirt-clients",
 }
 # Debian keeps the server's programs out of PATH.
 _ELSEWHERE = (

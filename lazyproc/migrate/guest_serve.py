@@ -39,6 +39,7 @@ from lazyproc.qemu.stream import Event, Pong, Received, Resumed, ReturnPath, Shu
 UNIX = "unix:"
 UNSENT = 1 << 17  # bytes that may wait in front of a page that is waited for
 ANSWER_S = 30.0
+INCOMING = "start QEMU with -incoming there"
 PIECE = 1 << 16
 # A guest that comes to life waits for one page after the other, and each would stand behind what nobody waits for: that
 # goes when the guest has waited for nothing for a while, or has lived for a while.
@@ -174,12 +175,12 @@ def _dialled(target: str, trust: Trust) -> socket.socket:
             raise ConnectionLost(
                 f"nobody waits there ({error.strerror})",
                 where=target,
-                remedy="start QEMU with -incoming there",
+                remedy=INCOMING,
             ) from error
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT)
         trust.check(sock)
         return sock
-    sock = connect(target, ANSWER_S)
+    sock = connect(target, ANSWER_S, INCOMING)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(ANSWER_S * 1e3))

@@ -349,14 +349,18 @@ class Unreachable(ConnectionLost):
     """There was no connection in the first place."""
 
 
-def connect(address: str, timeout: float) -> socket.socket:
-    """A TCP connection to HOST:PORT. Raises UsageError for the address, Unreachable."""
+def connect(
+    address: str, timeout: float, otherwise: str = "start lazyproc receive or serve there first"
+) -> socket.socket:
+    """A TCP connection to HOST:PORT. `otherwise`: what to do when nobody listens. Raises UsageError for the address,
+    Unreachable.
+    """
     try:
         return socket.create_connection(parse_address(address), timeout)
     except socket.gaierror as error:
         what, remedy = f"the name is not known ({error.strerror})", "check the name, or give an address"
     except ConnectionRefusedError:
-        what, remedy = "nobody listens there", "start lazyproc receive or serve there first"
+        what, remedy = "nobody listens there", otherwise
     except OSError as error:
         what, remedy = f"cannot be reached ({error.strerror or error})", "check the network and firewalls"
     raise Unreachable(what, where=address, remedy=remedy)

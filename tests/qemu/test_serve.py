@@ -63,6 +63,14 @@ def test_a_saved_guest_goes_on(tmp_path: Path) -> None:
         goes_on(serial)
 
 
+@pytest.mark.parametrize("where", ["127.0.0.1:1", "unix:/nowhere"])
+def test_where_no_qemu_waits(where: str, tmp_path: Path) -> None:
+    with beating(SMALL, tmp_path) as guest:
+        refused = lazyproc("qemu-serve", guest.qmp, "--to", where, "--insecure", expected=1)
+        assert "start QEMU with -incoming there" in refused.stderr
+        goes_on(guest.serial)
+
+
 @pytest.mark.long
 def test_a_running_guest_is_left_running(tmp_path: Path) -> None:
     with beating(SMALL, tmp_path) as guest:
