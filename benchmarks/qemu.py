@@ -90,7 +90,7 @@ def by_lazyproc(pair: Pair, guest: Guest) -> Iterator[Span]:
     with receiving(pair, "--insecure", command=command) as address:
         begun = time.monotonic()
         _, at = timed_migrate(pair.source, "--qemu", guest.inside, address, "--insecure")
-        yield Span(begun, at["released"])
+        yield Span(begun, at["drained"])
 
 
 @contextmanager

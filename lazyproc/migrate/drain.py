@@ -12,6 +12,7 @@ from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.facts import asdict
 from lazyproc.images.pagemap import to_extents
 from lazyproc.kernel.cgroup import remove
+from lazyproc.kernel.ready import readable
 from lazyproc.migrate.criu_supply import attach
 from lazyproc.migrate.link import Link
 from lazyproc.migrate.talk import Pulse
@@ -189,6 +190,9 @@ class Drain:
 
     def _listen(self, link: Link, timeout: float) -> None:
         try:
+            if self.report is None:  # the last page is heard of at once
+                readable([link.control.fileno(), self._pager.news], timeout)
+                timeout = 0
             event = link.control.receive(timeout)
             if event is not None:
                 self._hear(event)
@@ -238,6 +242,7 @@ class Drain:
             self._settle(report)
             self._finish(ended=ended)
         self.report = report
+        self._listener(StateChanged("drained", time.monotonic()))
         self._send(Drained(self.report))
 
     def _finish(self, *, ended: bool) -> None:

@@ -169,7 +169,9 @@ class Serving:
             elif isinstance(event, Ack) and self._releaser is not None:
                 self._releaser.release(event.entries)
             elif event is not None and not isinstance(event, Pong):
-                return checked(event, Drained, link.control).fields
+                fields = checked(event, Drained, link.control).fields
+                self._listener(StateChanged("drained", time.monotonic()))
+                return fields
             if (beyond := self._beyond_repair()) is not None:
                 self._give_up(beyond)
             self._listener(self._progress(self._map))

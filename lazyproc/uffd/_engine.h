@@ -107,6 +107,7 @@ struct pager {
     bool fault_runs, bulk_runs;
     int epoll;
     int fault_kick, bulk_kick; /* eventfds */
+    int news;                  /* another: readable while the status is DONE, LOST or FAILED */
 
     struct ledger ledger;
     struct faults fresh;   /* read and not looked at */

@@ -42,6 +42,8 @@ void kick(int eventfd)
 
 static void set_status(struct pager *p, enum pager_status status, const char *reason, int error)
 {
+    uint64_t ticks;
+
     p->status = status;
     if (error)
         snprintf(p->reason, sizeof(p->reason), "%s: %s", reason, strerrordesc_np(error < 0 ? -error : error));
@@ -49,6 +51,10 @@ static void set_status(struct pager *p, enum pager_status status, const char *re
         snprintf(p->reason, sizeof(p->reason), "%s", reason);
     pthread_cond_broadcast(&p->changed);
     pthread_cond_broadcast(&p->faulted.more);
+    if (status == PAGER_RUNNING || status == PAGER_IDLE)
+        (void)!read(p->news, &ticks, sizeof(ticks));
+    else
+        kick(p->news);
 }
 
 void begin_again(struct pager *p)
@@ -114,7 +120,8 @@ static int open_descriptors(struct pager *p)
     p->epoll = epoll_create1(EPOLL_CLOEXEC);
     p->fault_kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     p->bulk_kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    return p->epoll < 0 || p->fault_kick < 0 || p->bulk_kick < 0 ? -errno : 0;
+    p->news = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return p->epoll < 0 || p->fault_kick < 0 || p->bulk_kick < 0 || p->news < 0 ? -errno : 0;
 }
 
 /* A dead pager's faults are not delivered again, its requests not answered: wake everybody, who will fault anew. */
@@ -172,7 +179,7 @@ int pager_new(int ledger_fd, bool trace, struct pager **result)
         free(p);
         return error;
     }
-    p->next_urgent = p->next_bulk = p->epoll = p->fault_kick = p->bulk_kick = -1;
+    p->next_urgent = p->next_bulk = p->epoll = p->fault_kick = p->bulk_kick = p->news = -1;
     p->urgent.fd = p->bulk.fd = -1;
     p->traced = trace;
     pace_init(&p->pace);
@@ -250,6 +257,7 @@ void pager_free(struct pager *p)
     close_if_open(p->epoll);
     close_if_open(p->fault_kick);
     close_if_open(p->bulk_kick);
+    close_if_open(p->news);
     if (p->ledger.head)
         ledger_close(&p->ledger);
     unmap_files(p);
@@ -343,6 +351,11 @@ static int start_thread(pthread_t *thread, void *(*main)(void *), struct pager *
     error = pthread_create(thread, NULL, main, p);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     return -error;
+}
+
+int pager_news(const struct pager *p)
+{
+    return p->news;
 }
 
 int pager_start(struct pager *p, bool bulk, uint64_t max_rate)

@@ -120,6 +120,8 @@ int pager_start(struct pager *p, bool bulk, uint64_t max_rate); /* bytes a secon
 /* What was started without; -EBUSY: it was not, or is bulk already. `wakes`: the process has just been let run (_pace.h). */
 int pager_start_bulk(struct pager *p, bool wakes);
 int pager_wait(struct pager *p, int timeout_ms); /* enum pager_status, at once when it is not RUNNING; -ETIMEDOUT */
+/* A descriptor of the pager's that is readable while it is DONE, LOST or FAILED. */
+int pager_news(const struct pager *p);
 int pager_status(struct pager *p, char *reason, size_t size);
 void pager_counters(struct pager *p, struct pager_counters *counters);
 /* Copies at most `count` records from number *next on and returns how many; *next moves behind them, and *lost grows by

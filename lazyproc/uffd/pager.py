@@ -359,6 +359,11 @@ class Pager:
         self.bulk = True
         _check(lib.pager_start_bulk(self._pager, wakes), "start")
 
+    @property
+    def news(self) -> int:
+        """A descriptor that is readable while the state is DONE, LOST or FAILED."""
+        return int(lib.pager_news(self._pager))
+
     def wait(self, timeout: float | None = None) -> bool:
         """True when every page is there; False after `timeout` seconds, or at once when the source is lost.
 

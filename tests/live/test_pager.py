@@ -49,12 +49,13 @@ def test_everything_on_demand() -> None:
         assert r.pager.counters().urgent == 64
 
 
-def test_bulk_begins_when_it_is_told() -> None:
+@pytest.mark.parametrize("wakes", [False, True])
+def test_bulk_begins_when_it_is_told(wakes: bool) -> None:
     with rig(64) as r:
         r.start()
         assert r.child.call("digest", addr=r.at(3), length=PAGE) == r.expect(3, 1)
         assert r.pager.counters().remaining == 63
-        r.pager.start_bulk()
+        r.pager.start_bulk(wakes=wakes)
         r.finish_in_bulk()
         assert r.pager.counters().bulk == 63
         with pytest.raises(LazyprocError):

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from lazyproc.kernel.ready import readable
 from lazyproc.model import PAGE
 from lazyproc.pages.server import crc32c
 from lazyproc.uffd.device import Outcome
@@ -312,17 +313,23 @@ def test_a_lost_connection_parks_the_faults_until_another_one() -> None:
         held = r.server.hold("urgent", r.at(3))
         reading = r.child.begin("digest", addr=r.at(3), length=PAGE)
         r.server.wait_for("urgent", r.at(3))
+        assert not readable([r.pager.news], 0)
         r.server.hang_up()
         held.set()
+        assert readable([r.pager.news], DEADLINE)
         assert not r.pager.wait(DEADLINE)
         assert r.pager.state == PagerState.LOST
         assert "connection broke" in r.pager.reason
         assert not reading.done()
         late = r.child.begin("digest", addr=r.at(5), length=PAGE)  # touched while there is no source
         r.pager.apply_map({TASK: whole(r.addr, r.pages)})
+        held = r.server.hold("bulk", r.at(0))
         r.pager.serve_remote(*r.server.connect())
         assert reading.result(DEADLINE) == r.expect(3, 1)
         assert late.result(DEADLINE) == r.expect(5, 1)
+        assert not readable([r.pager.news], 0)
+        held.set()
+        assert readable([r.pager.news], DEADLINE)
         r.finish_in_bulk()
         assert r.pager.counters().reconnects == 1
         assert r.child.call("digest", addr=r.addr, length=r.length) == r.expect(0, r.pages)
