@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,9 +21,11 @@ from tests.faults.campaign.cases import AtFrame
 from tests.faults.campaign.moments import Trap, frame_trap
 from tests.faults.helpers import DESTINATION, SOURCE, gone, journal, journals, kill
 from tests.faults.test_links_cut import cut
-from tests.live.moving import CLI, Receiver, receiving, run_cli
+from tests.live.moving import CLI, END_S, Receiver, receiving, run_cli
 from tests.live.programs import wait_until
 from tests.live.real import Journey, ending, migrating
+from tests.live.sshd import serving
+from tests.live.test_tls import keys
 from tests.qemu.guests import (
     AS_NOBODY,
     SANDBOX,
@@ -98,6 +101,41 @@ def test_a_guest_moves(pair: Pair, shape: Shape) -> None:
         assert guest.serial.beats()[-1].blocks > blocks
         assert report["pages_urgent"] > 0
         assert report["fault_us"]["count"] > 0
+
+
+@pytest.mark.long
+def test_a_guest_moves_by_tls(pair: Pair) -> None:
+    ours, theirs = keys(pair)
+    with beating(SMALL, pair.shared, host=pair.source) as guest:
+        command = guest.shape.command(guest.serial.path, pair.destination.scratch / "qmp")
+        with (
+            receiving(pair.destination, "--", *command, trust=theirs, clients=ours) as receiver,
+            moving(pair, guest, receiver, *SLOW) as journey,
+        ):
+            arrives(guest, journey)
+
+
+@pytest.mark.long
+def test_a_guest_moves_by_ssh(pair: Pair) -> None:
+    """To a receiver that lets in nobody from elsewhere."""
+    with beating(SMALL, pair.shared, host=pair.source) as guest, serving(pair) as sshd:
+        command = guest.shape.command(guest.serial.path, pair.destination.scratch / "qmp")
+        argv = [*CLI, "receive", "--listen", "127.0.0.1:7070", "--once", "--json", "--", *command]
+        receiver = pair.destination.popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            assert receiver.stderr is not None
+            assert "listening" in receiver.stderr.readline()
+            target = f"{sshd.target}/7070"
+            moved = sshd.popen([*CLI, "migrate", "--qemu", guest.inside, target, "--json", *SLOW])
+            out, said = moved.communicate(timeout=END_S)
+            assert moved.returncode == 0, said
+            assert receiver.wait(END_S) == 0
+            with ending(pair.destination.pid(json.loads(out)["root_pid"])):
+                assert guest.process.wait(5) == 0
+                goes_on(guest.serial)
+        finally:
+            receiver.kill()
+            receiver.wait()
 
 
 @pytest.mark.long
