@@ -279,12 +279,11 @@ class Talk:
         if ready & ~select.POLLOUT:
             self._receive()
             self._hear(left)
-        if self._preempts:
-            while records := left.next_urgent():
-                self._send(records, self._fast)
+        while records := left.next_urgent():  # at once: only UNSENT bytes may stand before it
+            self._send(records if self._preempts else stream.part(records), self._fast)
         if not ready & select.POLLOUT:
             return more
-        if records := left.next_urgent() or left.next_near():
+        if records := left.next_likely():
             self._send(stream.part(records))
         elif rest <= 0:
             if not (records := left.next_bulk()):

@@ -1,5 +1,5 @@
-"""Which pages of a guest the other end has, and which go next: what its guest waits for, then what lies around that,
-then all others. Sans-IO.
+"""Which pages of a guest the other end has, and which go next: what its guest waits for, then what it is likely to wait
+for, then all others. Sans-IO.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lazyproc.qemu.stream import Received, Wanted, pages
 _EMPTY, _CONTENT, _SENT = 0, 1, 2  # of a page: not sent, without and with content; sent
 URGENT, BULK = 8, 16  # pages in one part, at most
 NEAR = 16  # pages that lie side by side, of which a system that comes to life often waits for more than one
+ALIVE = 512  # pages that a guest has waited for: from here on clones are no longer alike
 
 
 class PagesLeft:
@@ -33,7 +34,8 @@ class PagesLeft:
                 first, count = extent.addr // PAGE, extent.count
                 states[first : first + count] = bytes([_CONTENT]) * count
         self._wanted: deque[tuple[str, int]] = deque()
-        self._near: list[tuple[str, int]] = []  # block, first page
+        self._likely: list[tuple[str, int, int]] = []  # block, first page, how many
+        self._waits = 0
         self._alike: Sequence[PagesLeft] = ()
         self._last = ""
         self._bulk = self._all()
@@ -41,7 +43,9 @@ class PagesLeft:
         self.total = sum(extent.count for runs in extents.values() for extent in runs)
 
     def alike(self, others: Sequence[PagesLeft]) -> None:
-        """These are of the same guest: what it waits for there, it will wait for here."""
+        """These are of the same guest: what it waits for there, it will wait for here, until it has come to life. What
+        lies around that is then not worth the time of the processors that all share.
+        """
         self._alike = [each for each in others if each is not self]
 
     def want(self, event: Wanted) -> None:
@@ -54,13 +58,17 @@ class PagesLeft:
                 f"the destination asks for {event.length} bytes at {event.addr:#x} of {event.block!r}"
             )
         self._wanted.extend((self._last, number) for number in range(first, first + count))
-        for each in (self, *self._alike):
-            each._near.append((self._last, first // NEAR * NEAR))
+        self._waits += 1
+        if not self._alike:
+            self._likely.append((self._last, first // NEAR * NEAR, NEAR))
+        elif self._waits <= ALIVE:
+            for each in self._alike:
+                each._likely.append((self._last, first, count))
 
     @property
     def waited_for(self) -> bool:
-        """Whether `next_urgent` or `next_near` may have something."""
-        return bool(self._wanted or self._near)
+        """Whether `next_urgent` or `next_likely` may have something."""
+        return bool(self._wanted or self._likely)
 
     def received(self, event: Received) -> None:
         """These it has, of all that was sent before the connection was lost. Raises ProtocolError."""
@@ -83,11 +91,13 @@ class PagesLeft:
                 records += self._taken(name, number, 1)
         return b"".join(records)
 
-    def next_near(self) -> bytes:
-        """Those around a page that was waited for, the latest first; b"" when there are none."""
-        while self._near:
-            name, first = self._near.pop()
-            runs = list(_runs(self._pages[name], first, first + NEAR, NEAR))
+    def next_likely(self) -> bytes:
+        """Those around a page that was waited for, or that another has waited for, the latest first; b"" when there are
+        none.
+        """
+        while self._likely:
+            name, first, most = self._likely.pop()
+            runs = list(_runs(self._pages[name], first, first + most, most))
             self.bulk += sum(count for _, count in runs)
             if runs:
                 return b"".join(record for at, count in runs for record in self._taken(name, at, count))

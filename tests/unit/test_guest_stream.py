@@ -20,7 +20,7 @@ from lazyproc.migrate import guest_serve
 from lazyproc.migrate.guest_serve import GuestServed, Talk
 from lazyproc.model import PAGE, Extent, MemoryObject
 from lazyproc.qemu import stream
-from lazyproc.qemu.postcopy import NEAR, PagesLeft
+from lazyproc.qemu.postcopy import ALIVE, NEAR, PagesLeft
 from lazyproc.qemu.ram import Block
 from lazyproc.qemu.stream import Answer, Command, Event, Pong, Received, Resumed, ReturnPath, Shut, Wanted
 from tests.qemu import streams
@@ -86,7 +86,7 @@ def test_every_page_with_content_goes_once(one: list[bool], two: list[bool], dat
         left.want(Wanted("", number * PAGE, PAGE))
         came += records(left.next_urgent())
         if data.draw(st.booleans()):
-            came += records(left.next_near())
+            came += records(left.next_likely())
     places = [(page.block, page.addr) for page in came]
     assert len(set(places)) == len(places)
     expected = {
@@ -97,21 +97,32 @@ def test_every_page_with_content_goes_once(one: list[bool], two: list[bool], dat
     assert {(page.block, page.addr): page.data for page in came if any(page.data)} == expected
 
 
-def test_what_one_of_several_waits_for_comes_to_the_others_too() -> None:
-    """And what lies around it, the latest first."""
-    memory = Memory(ram=[number != 18 for number in range(64)])
+def test_what_lies_around_that_which_is_waited_for_comes_too() -> None:
+    """The latest first."""
+    left = Memory(ram=[number != 18 for number in range(64)]).left()
+    for number in (5, 17):
+        left.want(Wanted("ram", number * PAGE, PAGE))
+    assert [page.addr // PAGE for page in records(left.next_urgent())] == [5, 17]
+    assert [page.addr // PAGE for page in records(left.next_likely())] == [16, *range(19, 16 + NEAR)]
+    assert left.waited_for
+    assert [page.addr // PAGE for page in records(left.next_likely())] == [*range(5), *range(6, NEAR)]
+    assert not left.waited_for
+
+
+def test_what_one_of_several_waits_for_comes_to_the_others_until_it_has_come_to_life() -> None:
+    memory = Memory(ram=[True] * (ALIVE + 1))
     one, other = memory.left(), memory.left()
     for each in (one, other):
         each.alike((one, other))
-    for number in (5, 17):
+    for number in range(ALIVE + 1):
         one.want(Wanted("ram", number * PAGE, PAGE))
-    assert [page.addr // PAGE for page in records(one.next_urgent())] == [5, 17]
-    assert [page.addr // PAGE for page in records(one.next_near())] == [16, *range(19, 16 + NEAR)]
     assert other.waited_for
     assert other.next_urgent() == b""
-    assert [page.addr // PAGE for page in records(other.next_near())] == [16, 17, *range(19, 16 + NEAR)]
-    assert [page.addr // PAGE for page in records(other.next_near())] == [*range(NEAR)]
+    came = [page.addr // PAGE for page in records(b"".join(iter(other.next_likely, b"")))]
+    assert came == [*reversed(range(ALIVE))]
     assert not other.waited_for
+    assert one.next_urgent()
+    assert one.next_likely() == b""
 
 
 @pytest.mark.parametrize(
