@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -173,17 +174,17 @@ def policy_table(found: Newest) -> Iterator[str]:
 
 
 def guest_table(found: Newest) -> Iterator[str]:
-    """The scene `qemu`: a row for each link and who moved the guest over it."""
+    """The scene `qemu`: a row for each link and who moved the guest over it; one has less to say."""
     samples: Mapping[str, Any] = found["qemu"][2]["samples"] if "qemu" in found else {}
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for name, each in samples.items():
         what, *row = name.split(", ")
         rows.setdefault(tuple(row), {})[f"{what}, {each['unit']}"] = brief(each["median"])
-    columns = list(next(iter(rows.values()), {}))
+    columns = list(dict.fromkeys(chain(*sorted(rows.values(), key=len, reverse=True))))
     yield "| link | who | " + " | ".join(columns) + " |"
     yield "|---|---|" + "---|" * len(columns)
     for (way, who), cells in rows.items():
-        yield f"| {way} | {who} | " + " | ".join(cells[column] for column in columns) + " |"
+        yield f"| {way} | {who} | " + " | ".join(cells.get(column, "") for column in columns) + " |"
 
 
 def median_table(found: Newest) -> Iterator[str]:

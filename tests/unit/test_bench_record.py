@@ -9,7 +9,7 @@ import pytest
 from benchmarks.answers import Answers
 from benchmarks.measure import Goal, Samples
 from benchmarks.svg import Axis, Line, chart, linear, logarithmic, nines
-from benchmarks.table import DOCUMENT, TABLES, policy_table, replaced
+from benchmarks.table import DOCUMENT, TABLES, guest_table, policy_table, replaced
 
 MS = 1_000_000
 
@@ -45,6 +45,18 @@ def test_the_policies_stand_below_each_other() -> None:
     samples["stall_sum_ms, zipf, other"] = {"median": 0.25}
     table = policy_table({"policies": ("a.json", {}, {"samples": samples})})
     assert list(table)[2:] == ["| `one` | 3, 0 | 5, 2 |", "| `other` | 4, 1 | 6, 0.25 |"]
+
+
+def test_who_has_less_to_say_of_a_guest_has_empty_cells() -> None:
+    names = ["first beat, nowhere, QEMU", "gap, no limit, lazyproc", "copy, no limit, lazyproc"]
+    samples = {name: {"median": float(number), "unit": "ms"} for number, name in enumerate(names)}
+    table = guest_table({"qemu": ("a.json", {}, {"samples": samples})})
+    assert list(table) == [
+        "| link | who | gap, ms | copy, ms | first beat, ms |",
+        "|---|---|---|---|---|",
+        "| nowhere | QEMU |  |  | 0 |",
+        "| no limit | lazyproc | 1 | 2 |  |",
+    ]
 
 
 def test_who_waits_behind_another_has_waited_from_the_moment_he_was_due() -> None:
