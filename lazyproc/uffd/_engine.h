@@ -141,6 +141,10 @@ struct pager {
     bool bulk_idle; /* it has found nothing more that is known to be worth fetching */
     struct faulted faulted;
     struct ledger_place acked; /* where the next look for what is to be acknowledged begins */
+    struct pager_run *held;    /* what that has found, until all requests are answered that had been made by then */
+    size_t held_count;
+    uint32_t held_urgent, held_bulk; /* how many */
+    uint32_t gone_urgent, gone_bulk; /* so many went over links that are no more */
     uint64_t max_rate;
     uint64_t rate_free_ns; /* the next request may leave then */
 

@@ -61,6 +61,7 @@ void link_connect(struct link *link, int fd)
     link->fd = fd;
     link->in_start = link->in_end = 0;
     link->head = link->unsent = link->tail = 0;
+    atomic_store(&link->answered, link->next_tag);
     link->partial = 0;
     /* Refused by a socket that is not TCP, which has no such delay. */
     if (fd >= 0)
@@ -265,6 +266,9 @@ int link_next(struct link *link, struct answer *answer)
     answer->bytes = sizeof(f) + payload;
     r->addr += (uint64_t)f.count * PAGE_BYTES;
     r->count -= f.count;
-    link->head += r->count == 0;
+    if (r->count == 0) {
+        link->head++;
+        atomic_store(&link->answered, r->tag + 1);
+    }
     return 1;
 }

@@ -34,7 +34,8 @@ struct link {
     uint32_t unsent;       /* oldest that is not wholly sent */
     uint32_t tail;
     uint32_t mask;
-    uint32_t next_tag;
+    uint32_t next_tag;     /* so many requests have been made */
+    atomic_uint_least32_t answered; /* so many of them have been answered, or are forgotten */
     struct zstd zstd;
     void *unpacker;
     uint8_t *unpacked; /* the pages of one answer */
@@ -70,6 +71,12 @@ int link_receive(struct link *link); /* takes what has arrived; 0, -EAGAIN, -ECO
 /* 1 and the next whole answer, 0 when there is none yet, -EBADMSG when the peer talks garbage, -EILSEQ when a
  * checksum is wrong. */
 int link_next(struct link *link, struct answer *answer);
+
+/* Whether this was the number of requests when the last of them was made that is answered by now, or less. Any thread. */
+static inline bool link_answered(const struct link *link, uint32_t requests)
+{
+    return (int32_t)(atomic_load(&link->answered) - requests) >= 0;
+}
 
 static inline uint32_t link_outstanding(const struct link *link)
 {

@@ -266,6 +266,7 @@ void pager_free(struct pager *p)
     free(p->fresh.items);
     free(p->waiting.items);
     free(p->calls.items);
+    free(p->held);
     if (p->owner == getpid()) /* the kernel does not give a forked copy the rings */
         removals_unmap(&p->removals);
     free(p);
@@ -309,30 +310,60 @@ int pager_set_remote(struct pager *p, int urgent, int bulk, bool packs)
 
 #define ACK_SCAN (1u << 20) /* pages looked at by one call */
 #define ACK_TURN (1u << 16) /* of them before the lock is let go */
+#define ACK_RUNS 4096u
 
+/* Under the lock: the next part of the ledger is looked through. False when nothing more can be found for now. */
+static bool find_settled(struct pager *p)
+{
+    uint64_t budget = ACK_TURN;
+    bool goes_on;
+
+    if (!p->ledger.head->map_known)
+        return false;
+    p->held_count += ledger_acknowledge(&p->ledger, &p->acked, &budget, p->held + p->held_count,
+                                        ACK_RUNS - p->held_count);
+    goes_on = !budget && p->held_count < ACK_RUNS;
+    if (budget && p->held_count < ACK_RUNS)
+        p->acked = (struct ledger_place){0};
+    p->held_urgent = p->urgent.next_tag;
+    p->held_bulk = p->bulk.next_tag;
+    return goes_on;
+}
+
+/* A page that was asked for and then discarded is wanted by nobody, but its request may still be on the way, and a source
+ * that has freed it would take that for a page that is lost. So what is found is held until those are answered. */
 int pager_acknowledge(struct pager *p, struct pager_run *runs, size_t count)
 {
-    size_t found = 0;
-    bool at_end = false;
+    bool searches;
+    size_t given = 0;
 
-    for (uint64_t looked = 0; looked < ACK_SCAN && found < count && !at_end; looked += ACK_TURN) {
-        uint64_t budget = ACK_TURN;
-
-        pthread_mutex_lock(&p->lock);
-        if (p->ledger.head->map_known)
-            found += ledger_acknowledge(&p->ledger, &p->acked, &budget, runs + found, count - found);
-        at_end = budget && found < count;
-        if (at_end)
-            p->acked = (struct ledger_place){0};
+    pthread_mutex_lock(&p->lock);
+    if (!p->held)
+        p->held = calloc(ACK_RUNS, sizeof(*p->held));
+    searches = p->held && !p->held_count;
+    for (uint64_t looked = 0; searches && looked < ACK_SCAN; looked += ACK_TURN) {
+        searches = find_settled(p);
         pthread_mutex_unlock(&p->lock);
+        pthread_mutex_lock(&p->lock);
     }
-    return (int)found;
+    if ((p->held_urgent == p->gone_urgent || link_answered(&p->urgent, p->held_urgent)) &&
+        (p->held_bulk == p->gone_bulk || link_answered(&p->bulk, p->held_bulk))) {
+        given = min_u64(p->held_count, count);
+        p->held_count -= given;
+        if (given)
+            memcpy(runs, p->held + p->held_count, given * sizeof(*runs));
+    }
+    pthread_mutex_unlock(&p->lock);
+    return (int)given;
 }
 
 int pager_forget_acked(struct pager *p)
 {
     pthread_mutex_lock(&p->lock);
     ledger_forget_acked(&p->ledger);
+    p->held_count = 0;
+    p->gone_urgent = p->urgent.next_tag;
+    p->gone_bulk = p->bulk.next_tag;
     p->acked = (struct ledger_place){0};
     pthread_mutex_unlock(&p->lock);
     return 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import pytest
@@ -39,6 +40,21 @@ def test_what_has_come_is_acknowledged_once_a_link() -> None:
         assert not list(r.pager.acknowledge())
         r.pager.forget_acknowledged()
         assert list(r.pager.acknowledge()) == [(TASK.key, r.at(2), 3)]
+
+
+def test_what_was_asked_for_and_discarded_is_acknowledged_when_the_request_is_answered() -> None:
+    """Who has freed a page by the time the request gets there would think that it is lost."""
+    with rig(8) as r:
+        held = r.server.hold("bulk", r.at(0))
+        r.start(bulk=True)
+        r.server.wait_for("bulk", r.at(0))
+        r.child.call("madvise", addr=r.addr, length=2 * PAGE, advice=mmap.MADV_DONTNEED)
+        wait_until(lambda: r.pager.counters().remaining == 6, "nobody waits for two pages")
+        assert not list(r.pager.acknowledge())
+        held.set()
+        r.finish_in_bulk()
+        assert sum(pages for _, _, pages in r.pager.acknowledge()) == 2
+        assert list(r.pager.acknowledge()) == [(TASK.key, r.at(2), 6)]
 
 
 def test_everything_on_demand() -> None:
