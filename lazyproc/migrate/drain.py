@@ -267,12 +267,15 @@ class Drain:
 
     def _send_acks(self) -> None:
         while self._link is not None and (runs := [MapEntry(*run) for run in self._pager.acknowledge()]):
-            self._send(Ack(runs))
+            if not self._send(Ack(runs)):
+                return
 
-    def _send(self, event: Event) -> None:
+    def _send(self, event: Event) -> bool:
         if self._link is not None:
             with suppress(ConnectionLost):  # `_listen` notices
                 self._link.control.send(event)
+                return True
+        return False
 
     def _lose(self) -> None:
         if self._link is not None:

@@ -56,6 +56,7 @@ class Pulse:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._channel.patience = DEAD_S  # who waits to send does not look for an answer meanwhile
         self._asked = 0.0
 
     def check(self) -> None:

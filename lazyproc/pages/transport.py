@@ -100,6 +100,7 @@ class Channel:
         self.hello: Hello | None = None  # once it has passed
         self.heard = time.monotonic()  # when the peer last said anything
         self.began = self.heard  # when what `receive` gave last began to come
+        self.patience: float = STALL_S  # seconds in which the peer must have taken something
         self._sock = sock
         self.behind = behind
         self._connection = Connection(side, dialled=dialled is not None)
@@ -140,8 +141,8 @@ class Channel:
     def _send_all(self, part: bytes, flags: int) -> None:
         data = memoryview(part)
         while data:
-            if not self._wait(select.POLLOUT, STALL_S):
-                raise ConnectionLost(f"the peer has taken nothing for {STALL_S} s", where=self.peer)
+            if not self._wait(select.POLLOUT, self.patience):
+                raise ConnectionLost(f"the peer has taken nothing for {self.patience:.0f} s", where=self.peer)
             data = data[self._attempt(self._sock.send, data, socket.MSG_DONTWAIT | flags) or 0 :]
 
     def receive(self, timeout: float | None = None) -> Event | None:

@@ -26,6 +26,7 @@ from lazyproc.errors import (
     UsageError,
 )
 from lazyproc.hosts import Pair
+from lazyproc.migrate import talk
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
 from lazyproc.pages import transport
 from lazyproc.pages.frozen import FrozenPages, Place
@@ -218,8 +219,10 @@ def test_a_peer_that_hangs_up() -> None:
 
 
 def test_a_peer_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is gone as soon as one that says nothing, once that is watched."""
     with channels(Role.CONTROL) as (source, _):
-        monkeypatch.setattr(transport, "STALL_S", 0.05)
+        monkeypatch.setattr(talk, "DEAD_S", 0.05)
+        talk.Pulse(source)
         with pytest.raises(ConnectionLost, match="taken nothing"):
             source.send(Images(bytes(64 << 20)))
 
