@@ -3,6 +3,8 @@
 "info ramblock" prints names and sizes, but before QEMU 9.0 no addresses. Each block is a `struct RAMBlock` on QEMU's
 heap (include/exec/ramblock.h) that holds the name as an array of 256 bytes, and shortly before it the address and both
 sizes: so the name is looked for in memory, and what stands before it decides. Blocks of one size are not mixed up.
+Right behind the name is its place in the list of all (QLIST_ENTRY, include/qemu/queue.h): from one that was found the
+others are followed, and a list that has just all of them and points back to itself everywhere ends the search.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from lazyproc.errors import HostLacks, Obstacle
@@ -23,6 +26,7 @@ WORDS = 16  # how many 8-byte words before the name host, used_length and max_le
 PIECE = 1 << 20
 ARENA = 64 << 20  # bytes that malloc(3) reserves for a thread; what is larger is RAM, or the code of TCG
 NAME_SIZE = 256  # RAMBlock.idstr
+BLOCK = 1024  # bytes of a RAMBlock in which its links are
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _ROW = re.compile(r"^ *(\S+) +([\d.]+) (\w+) +0x([0-9a-f]+) +0x([0-9a-f]+) +0x([0-9a-f]+)", re.MULTILINE)
 
@@ -79,15 +83,8 @@ def rows(text: str) -> tuple[Named, ...]:
 def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
     """Where the blocks lie, in the order of their names. Raises HostLacks when one cannot be found for certain."""
     maps = {entry.start: entry for entry in proc.maps(proc.read(pid, "maps"))}
-    places: dict[str, set[int]] = {each.name: set() for each in named}
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
-        for heap in _heaps(pid, maps.values()):
-            for entry in heap:
-                for addr, data in _pieces(mem.fileno(), entry.start, entry.end):
-                    for each in named:
-                        places[each.name] |= set(_hosts(data, addr, each, maps))
-            if all(places.values()):
-                break
+        places = _places(pid, mem.fileno(), {each.name: each for each in named}, maps)
     found = []
     for number, each in enumerate(sorted(named, key=lambda each: each.name)):
         hosts = places[each.name]
@@ -102,6 +99,23 @@ def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
         shared = maps[addr].perms.endswith("s")
         found.append(Block(each.name, each.used, each.total, each.page_size, shared, addr, number))
     return tuple(found)
+
+
+def _places(
+    pid: int, mem: int, named: Mapping[str, Named], maps: Mapping[int, MapsEntry]
+) -> Mapping[str, set[int]]:
+    """Where each block may lie."""
+    places: dict[str, set[int]] = {name: set() for name in named}
+    for heap in _heaps(pid, maps.values()):
+        for addr, data in (piece for entry in heap for piece in _pieces(mem, entry.start, entry.end)):
+            for each in named.values():
+                for at, host in _hosts(data, addr, each, maps):
+                    if listed := _listed(mem, at, named, maps):
+                        return listed
+                    places[each.name].add(host)
+        if all(places.values()):
+            break
+    return places
 
 
 def _all(hosts: Iterable[int]) -> str:
@@ -134,8 +148,8 @@ def _pieces(mem: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
             continue
 
 
-def _hosts(data: bytes, addr: int, named: Named, maps: dict[int, MapsEntry]) -> Iterator[int]:
-    """Addresses that stand before the name in what can only be its RAMBlock."""
+def _hosts(data: bytes, addr: int, named: Named, maps: Mapping[int, MapsEntry]) -> Iterator[tuple[int, int]]:
+    """Where the name stands in what can only be its RAMBlock, with each address that stands before it."""
     name = named.name.encode() + b"\0"
     at = data.find(name)
     while at >= 0:
@@ -146,17 +160,56 @@ def _hosts(data: bytes, addr: int, named: Named, maps: dict[int, MapsEntry]) -> 
             count = (start - first) // 8
             words = struct.unpack_from(f"<{count}Q", data, first)
             if named.used in words and named.total in words:
-                yield from (
-                    word for word in words if word in maps and _room(maps, word) >= _whole(named.total)
-                )
+                for word in words:
+                    if word in maps and _room(maps, word) >= _whole(named.total):
+                        yield addr + at, word
         at = data.find(name, at + 1)
+
+
+def _listed(
+    mem: int, at: int, named: Mapping[str, Named], maps: Mapping[int, MapsEntry]
+) -> Mapping[str, set[int]]:
+    """All blocks by the list that the one with its name at `at` is in; none unless just those `named` are in it."""
+    found: dict[str, set[int]] = {}
+    with suppress(OSError, ValueError, struct.error):  # it leads elsewhere
+        for place in _walk(mem, at, named):
+            each = named.get(_name(mem, place))
+            if each is None or each.name in found:
+                return {}
+            start = place // 8 * 8 - 8 * WORDS
+            data = os.pread(mem, place + NAME_SIZE - start, start)
+            found[each.name] = {host for where, host in _hosts(data, start, each, maps) if where == place}
+    return found if len(found) == len(named) and all(len(hosts) == 1 for hosts in found.values()) else {}
+
+
+def _walk(mem: int, at: int, named: Container[str]) -> Iterator[int]:
+    """Where the names in the list are: the one at `at`, those before it, those behind it. Each link points to the next
+    block, and behind it stands where the link to this one is: in the block before, or in the head of the list.
+    """
+    yield at
+    back = link = -(-(at + NAME_SIZE) // 8) * 8
+    behind = link - at
+    while _name(mem, (back := _word(mem, back + 8)) - behind) in named:
+        yield back - behind
+    while start := _word(mem, link):
+        link = start + os.pread(mem, BLOCK, start).index(struct.pack("<Q", link)) - 8
+        yield link - behind
+
+
+def _word(mem: int, addr: int) -> int:
+    (word,) = struct.unpack("<Q", os.pread(mem, 8, addr))
+    return int(word)
+
+
+def _name(mem: int, addr: int) -> str:
+    return os.pread(mem, NAME_SIZE, addr).partition(b"\0")[0].decode(errors="replace")
 
 
 def _whole(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def _room(maps: dict[int, MapsEntry], start: int) -> int:
+def _room(maps: Mapping[int, MapsEntry], start: int) -> int:
     """Bytes from the start of a mapping to the end of the last that follows without a gap and is of the same kind."""
     end, perms = start, maps[start].perms
     while end in maps and maps[end].perms == perms:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,36 @@ def test_nothing_stands_in_the_way(tmp_path: Path) -> None:
             assert b"SeaBIOS" in memory.read(found["pc.bios"].used)
         guest.serial.wait(5)
         guest.serial.check()
+
+
+def test_a_list_of_blocks_that_does_not_point_back_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the same blocks are found, each by its name."""
+    walked: list[list[int]] = []
+    walk = ram._walk
+
+    def noted(mem: int, at: int, named: dict[str, ram.Named]) -> Iterator[int]:
+        walked.append([])
+        for place in walk(mem, at, named):
+            walked[-1].append(place)
+            yield place
+
+    monkeypatch.setattr(ram, "_walk", noted)
+    with (
+        Serial(tmp_path / "serial") as serial,
+        started(SMALL, serial, tmp_path, "-S") as guest,
+        monitor(guest) as qmp,
+    ):
+        named = ram.rows(qmp.hmp("info ramblock"))
+        found = ram.blocks(guest.pid, named)
+        (places,) = walked
+        assert len(places) == len(found) == len(named) > 2
+        with open(f"/proc/{guest.pid}/mem", "wb") as memory:
+            memory.seek(places[-1] // 8 * 8 + ram.NAME_SIZE + 16)  # QLIST_ENTRY.le_prev
+            memory.write(bytes(8))
+        assert ram.blocks(guest.pid, named) == found
+        assert len(walked) > 2
 
 
 def test_each_obstacle_is_named(tmp_path: Path) -> None:
