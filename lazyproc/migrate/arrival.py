@@ -13,7 +13,6 @@ from lazyproc.facts import asdict, dataclass
 from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
 from lazyproc.images.forecast import Forecast, read_forecast
-from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.netfilter import Flow
 from lazyproc.migrate.address import announced
 from lazyproc.migrate.answering import groups_here, heard, numbers_of, obstacles_here
@@ -272,7 +271,6 @@ class Arrival:
             self._admit(order, wanted)
         wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
         forecast = read_forecast(unpack(heard_of.forecast)) if heard_of.forecast is not None else None
-        make_room(AMPLE)
         rehearse(
             self._listener, identity, connected=FeatureNeed("TCP_REPAIR") in {each.need for each in wanted}
         )

@@ -11,6 +11,7 @@ from lazyproc.errors import Parked
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass
 from lazyproc.kernel.cgroup import remove
+from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.migrate.arrival import Arrival, Terms, Wishes
 from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.drain import Drain
@@ -98,6 +99,7 @@ def restore_from(
         stack.enter_context(closing(Desk(session.id, DESTINATION)))
         file = stack.enter_context(TraceFile(trace, listener)) if trace is not None else None
         link = stack.enter_context(closing(linked(target, Party.DESTINATION, trust, session)))
+        make_room(AMPLE)
         pager = stack.enter_context(Pager(trace=file is not None))
 
         def serve() -> None:

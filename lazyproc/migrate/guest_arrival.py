@@ -12,7 +12,6 @@ from typing import Any
 from lazyproc.errors import ConnectionLost, LazyprocError, Obstacle, ProtocolError
 from lazyproc.events import Later, Note, StateChanged
 from lazyproc.images.files import unpack
-from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.answering import heard, obstacles_to_guest
 from lazyproc.migrate.arrival import FREEZE_S, PREPARE_S, Arrival, Wishes
@@ -42,11 +41,10 @@ class GuestArrival(Arrival):
     def _begin(self, pager: Pager, serve: Callable[[], None]) -> LazyTree:
         control = self._link.control
         with ExitStack() as stack:
-            # Before it is asked: the source looks for the RAM of its guest while QEMU starts.
-            make_room(AMPLE)
+            # Before it is asked: QEMU starts while the source looks for the RAM of its guest, and this host at itself.
             terms = self._terms
             try:
-                self._shell = shell = stack.enter_context(
+                ready = stack.enter_context(
                     empty_shell(terms.command, terms.cgroup, self.outputs, self._listener)
                 )
             except LazyprocError:
@@ -55,6 +53,7 @@ class GuestArrival(Arrival):
             order = heard(control, PREPARE_S).order
             with one_at_a_time():
                 self._admit_guest(order)
+            self._shell = shell = ready()
             wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
             machine, running, theirs = _offered(order)
             if unlike := shell.compare(machine, theirs):

@@ -18,6 +18,7 @@ from lazyproc.errors import CannotListen, ConnectionLost, LazyprocError, Protoco
 from lazyproc.events import Listener, Note
 from lazyproc.kernel import family
 from lazyproc.kernel.deaf import ignore_interrupts
+from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.anchors import anchors
 from lazyproc.migrate.apart import Client, Messages, result, stream, unplug
@@ -170,6 +171,7 @@ class Keeper:
 
     def take_in(self, link: Link, terms: Terms, outputs: Sequence[int]) -> None:
         """A new session, from PREPARE to the last page. `outputs` are for the QEMU of a guest."""
+        make_room(AMPLE)  # while nobody shares our table: later each growth waits for every processor
         self._connections = link.sockets
         tables = Pager()  # its threads run in the pager; here its tables are filled
         self._pager = self._new_pager()

@@ -18,6 +18,7 @@ from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess, Obstac
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass
 from lazyproc.kernel import family, proc
+from lazyproc.kernel.fds import make_room
 from lazyproc.kernel.remote import Stub
 from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.kernel.visit import call_in, visiting
@@ -38,6 +39,7 @@ LOAD_S = 30.0
 POLL_S = 0.05
 FD_NAME = "lazyproc"
 ABOVE = 64  # numbers that QEMU may take for itself before it meets an anchor
+ANCHORED = 256  # descriptors for which it has room
 CAPABILITIES = ("late-block-activate", "events")
 NOT_WANTED = {
     "daemonize": "it outlives `receive` without it",
@@ -185,10 +187,11 @@ class Shell:
 @contextmanager
 def empty_shell(
     command: Sequence[str], cgroup: str | None, outputs: Sequence[int], listener: Listener
-) -> Iterator[Shell]:
-    """QEMU by its command line, waiting for a guest that is not to run yet; killed at the end unless it is spared.
+) -> Iterator[Callable[[], Shell]]:
+    """QEMU by its command line, which has been started; killed at the end unless it is spared. What is given waits
+    until it is ready for a guest that is not to run yet.
 
-    `outputs` are descriptors for its standard output and error. Raises RestoreError when it does not start.
+    `outputs` are descriptors for its standard output and error. Both raise RestoreError when it does not start.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     monitor = f"socket,id=lazyproc,fd={theirs.fileno()}"
@@ -206,24 +209,28 @@ def empty_shell(
         device = opened_device()
         if device is not None:
             stack.callback(os.close, device)
+        stack.callback(ours.close)
         try:
             process = _started(words, theirs, device, outputs)
         except OSError as error:
-            ours.close()
             raise RestoreError(f"cannot be started ({error.strerror})", where=command[0]) from error
         finally:
             theirs.close()
-        shell: Shell | None = None
+        shells: list[Shell] = []
         try:
             groups = stack.enter_context(joined(process.pid, cgroup, listener))
-            shell = Shell(process, _greeted(ours, process), groups, device)
-            stack.callback(shell.qmp.close)
-            shell.end_with_us()
-            wanted = [{"capability": name, "state": True} for name in CAPABILITIES]
-            shell.qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
-            yield shell
+
+            def ready() -> Shell:
+                shell = Shell(process, _greeted(ours, process), groups, device)
+                shells.append(shell)
+                shell.end_with_us()
+                wanted = [{"capability": name, "state": True} for name in CAPABILITIES]
+                shell.qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
+                return shell
+
+            yield ready
         finally:
-            if shell is None or not shell.spared:
+            if not any(shell.spared for shell in shells):
                 process.kill()
                 process.wait()
 
@@ -248,8 +255,14 @@ def _started(
         stderr=err,
         pass_fds=[monitor.fileno(), *([] if device is None else [device])],
         start_new_session=True,
-        preexec_fn=partial(family.end_with_parent, os.getpid()),
+        preexec_fn=partial(_newborn, os.getpid()),
     )
+
+
+def _newborn(parent: int) -> None:
+    """Its table is large enough for our anchors before it has threads, and would have to wait for every processor."""
+    family.end_with_parent(parent)
+    make_room(ANCHORED)
 
 
 def _greeted(sock: socket.socket, process: subprocess.Popen[bytes]) -> Qmp:

@@ -25,7 +25,8 @@ def test_it_ends_with_who_has_started_it(options: tuple[str, ...], tmp_path: Pat
     reading, writing = os.pipe()
 
     def hold() -> None:
-        with empty_shell(command, None, (), ignore) as shell:
+        with empty_shell(command, None, (), ignore) as ready:
+            shell = ready()
             os.write(writing, json.dumps([shell.pid, list(shell.groups)]).encode())
             signal.pause()
 
