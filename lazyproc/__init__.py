@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lazyproc.migrate.explain import explain_guest as explain_guest
     from lazyproc.migrate.guest_checkpoint import checkpoint_guest as checkpoint_guest
     from lazyproc.migrate.guest_clone import qemu_clone as qemu_clone
+    from lazyproc.migrate.guest_move import migrate_guest as migrate_guest
     from lazyproc.migrate.guest_serve import qemu_serve as qemu_serve
-    from lazyproc.migrate.guest_source import migrate_guest as migrate_guest
     from lazyproc.migrate.lazypages import lazy_pages as lazy_pages
     from lazyproc.migrate.local import PageServerOfCriu as PageServerOfCriu
     from lazyproc.migrate.local import restore as restore
@@ -41,7 +41,7 @@ _MODULES = {
     "explain": "lazyproc.migrate.explain",
     "explain_guest": "lazyproc.migrate.explain",
     "lazy_pages": "lazyproc.migrate.lazypages",
-    "migrate_guest": "lazyproc.migrate.guest_source",
+    "migrate_guest": "lazyproc.migrate.guest_move",
     "qemu_clone": "lazyproc.migrate.guest_clone",
     "qemu_serve": "lazyproc.migrate.guest_serve",
     "read_trace": "lazyproc.trace",

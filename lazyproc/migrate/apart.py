@@ -120,7 +120,7 @@ def stream() -> tuple[socket.socket, socket.socket]:
 
 def apart(
     first: Work[T],
-    again: Work[T],
+    again: Callable[[], Work[T]],
     listener: Listener,
     name: str,
     *,
@@ -130,10 +130,11 @@ def apart(
 ) -> T:
     """What `first` gives, done in a process that outlives us. Raises what it raises.
 
-    A keeper watches that process: when it is killed, another one does `again`, which goes on from the journal. Raises
-    Parked, with `lost` as its remedy, when both are gone. KeyboardInterrupt goes there as SIGINT; what comes of it is
-    what is said there. What `staff` gives lives as long as one of the two does; `let_go` closes, in all other
-    processes, what only `first` is to have.
+    A keeper watches that process: when it is killed, another one does what `again` has given, which goes on from the
+    journal; that is asked for once the first is at work, which need not wait for it. Raises Parked, with `lost` as its
+    remedy, when both are gone. KeyboardInterrupt goes there as SIGINT; what comes of it is what is said there. What
+    `staff` gives lives as long as one of the two does; `let_go` closes, in all other processes, what only `first` is
+    to have.
     """
     ours, theirs = stream()
 
@@ -144,10 +145,11 @@ def apart(
         worker = family.child(lambda: _do(first, client), name)
         let_go()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # is the worker's
+        go_on = again()
         for _ in range(ATTEMPTS):
             if os.WIFEXITED(os.waitpid(worker, 0)[1]):
                 return
-            worker = family.child(lambda: _do(again, client), name)
+            worker = family.child(lambda: _do(go_on, client), name)
         os.waitpid(worker, 0)
 
     with ours:
@@ -157,6 +159,11 @@ def apart(
         with _passing_on(keeper):
             value: T = result(ours, listener, lost=lost)
             return value
+
+
+def crew() -> dict[str, int]:
+    """Who works on it, called in the work itself: for `sessions` and `abort`."""
+    return {"server_pid": os.getpid(), "keeper_pid": os.getppid()}
 
 
 def _do(work: Work[T], client: Client) -> None:

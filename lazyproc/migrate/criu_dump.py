@@ -26,9 +26,9 @@ from lazyproc.images.files import Folder
 from lazyproc.kernel import proc
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.netfilter import DUMPED, Hold
-from lazyproc.migrate.apart import Client, apart
+from lazyproc.migrate.apart import Client, apart, crew
 from lazyproc.migrate.desk import Desk
-from lazyproc.migrate.going_on import crew, end_here, run_on
+from lazyproc.migrate.going_on import end_here, run_on
 from lazyproc.migrate.holding import Holding, from_facts
 from lazyproc.migrate.journal import SOURCE, Journal, find
 from lazyproc.migrate.lost import source_ended
@@ -93,7 +93,7 @@ def dump_lazily(
         return Desk(session, SOURCE)
 
     lost = f"see lazyproc sessions, and {_remedy(session)}"
-    return apart(first, partial(_again, session), listener, NAME, staff=staff, lost=lost)
+    return apart(first, lambda: partial(_again, session), listener, NAME, staff=staff, lost=lost)
 
 
 def _dump(

@@ -4,7 +4,6 @@ there.
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
@@ -13,6 +12,7 @@ from lazyproc.events import Listener, Over, StateChanged
 from lazyproc.facts import asdict
 from lazyproc.kernel import netfilter
 from lazyproc.kernel.deaf import deaf
+from lazyproc.migrate.apart import crew
 from lazyproc.migrate.held import Held, held_by
 from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record
 from lazyproc.migrate.link import Chain
@@ -114,8 +114,3 @@ def end_here(journal: Journal, held: Held) -> None:
     held.end()
     netfilter.release_session(journal.session)
     journal.remove()
-
-
-def crew() -> dict[str, int]:
-    """Who works on it, for `sessions` and `abort`."""
-    return {"server_pid": os.getpid(), "keeper_pid": os.getppid()}

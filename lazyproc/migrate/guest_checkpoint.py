@@ -10,10 +10,11 @@ from lazyproc.events import Listener, StateChanged, StepDone
 from lazyproc.facts import dataclass
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
-from lazyproc.migrate.guest_source import let_go_on, looked_at, standing
+from lazyproc.migrate.guest_source import let_go_on, standing
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.model import PAGE
 from lazyproc.qemu import devices, saved
+from lazyproc.qemu.guest import looked_at
 from lazyproc.qemu.qmp import Qmp
 
 

@@ -22,7 +22,7 @@ from lazyproc.facts import dataclass
 from lazyproc.images.files import Folder
 from lazyproc.images.sums import check_sums
 from lazyproc.kernel.ready import readable
-from lazyproc.migrate.guest_source import looked_at, standing
+from lazyproc.migrate.guest_source import standing
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
@@ -30,7 +30,7 @@ from lazyproc.pages.relay import relayed
 from lazyproc.pages.tls import Tls, handshaken
 from lazyproc.pages.transport import connect, parse_address
 from lazyproc.qemu import devices, saved, stream
-from lazyproc.qemu.guest import Guest
+from lazyproc.qemu.guest import Guest, looked_at
 from lazyproc.qemu.postcopy import PagesLeft
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.ram import Block

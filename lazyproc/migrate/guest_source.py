@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from threading import Event
 
-from lazyproc.errors import CannotBeDone, LazyprocError, UsageError
+from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Over, StateChanged
-from lazyproc.facts import asdict, replace
+from lazyproc.facts import asdict
 from lazyproc.images.files import pack
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
 from lazyproc.kernel.fds import AMPLE, make_room
@@ -22,89 +21,19 @@ from lazyproc.migrate.asking import asked, begin_trace
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Chain
-from lazyproc.migrate.moving import BUILD_S, moved, way_to
+from lazyproc.migrate.moving import BUILD_S
 from lazyproc.migrate.order import Order
 from lazyproc.migrate.prepare import Offer
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, await_running, report_of
 from lazyproc.migrate.talk import Refused, Unfit, expect
-from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
-from lazyproc.pages.tls import Tls
 from lazyproc.qemu import devices
-from lazyproc.qemu.guest import Guest, glance, obstacles, to_facts
-from lazyproc.qemu.guest import look as look_at
+from lazyproc.qemu.guest import Guest, to_facts
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.steps import Steps
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Built, Commit, Images
-
-# A guest's system lies around the places where it works, and what is behind them by address may never be touched.
-POLICY = "pivots"
-
-
-def migrate_guest(
-    monitor: str,
-    target: str,
-    order: Order,
-    *,
-    insecure: bool,
-    tls: Tls | None = None,
-    listener: Listener,
-    retry_for: float | None = None,
-    trace: Path | str | None = None,
-) -> MigrateReport:
-    """Move the guest of the QEMU whose QMP monitor is the unix socket `monitor` to the receiver at `target`, which has
-    been given the command line of a QEMU; returns when its memory has followed, and quits QEMU here.
-
-    The rest is as with lazyproc.migrate. Raises what that does; Refusal for what QEMU does not want.
-    """
-    if order.mode != "postcopy" or order.release or order.tcp_close:
-        raise UsageError(
-            "a guest moves in mode postcopy, and as a whole",
-            remedy="leave out --mode, --release and --tcp-close",
-        )
-    way = way_to(target, Trust(insecure, tls=tls))
-    return moved(GuestMove(monitor, order), way, listener=listener, retry_for=retry_for, trace=trace)
-
-
-class GuestMove:
-    """The guest behind a monitor."""
-
-    def __init__(self, monitor: str, order: Order) -> None:
-        self._monitor = monitor
-        self._order = replace(order, policy=order.policy or POLICY)
-        self._pid = 0
-
-    @property
-    def facts(self) -> dict[str, object]:
-        return {"root_pid": self._pid, "mode": self._order.mode, "release": False, "kind": "guest"}
-
-    def look(self, listener: Listener) -> None:
-        """At what can be told at once. Its RAM is looked for when the other side has answered, and starts a QEMU."""
-        with Qmp(self._monitor) as qmp:
-            guest = glance(qmp)
-            demand_movable(qmp, guest)
-        self._pid = guest.pid
-
-    def hand_over(
-        self, chain: Chain, journal: Journal, listener: Listener, trace: TraceFile | None
-    ) -> MigrateReport:
-        with Qmp(self._monitor) as qmp:
-            return hand_over(qmp, looked_at(qmp), chain, self._order, journal, listener, trace)
-
-
-def looked_at(qmp: Qmp) -> Guest:
-    """Raises CannotBeDone with all that stands in the way."""
-    guest = look_at(qmp)
-    demand_movable(qmp, guest)
-    return guest
-
-
-def demand_movable(qmp: Qmp, guest: Guest) -> None:
-    """Raises CannotBeDone with all that stands in the way."""
-    if found := tuple(obstacles(qmp, guest)):
-        raise CannotBeDone(found)
 
 
 def hand_over(

@@ -15,9 +15,8 @@ from lazyproc import events
 from lazyproc.errors import ConnectionLost, Parked, UsageError
 from lazyproc.events import Listener, Over
 from lazyproc.facts import dataclass
-from lazyproc.migrate.apart import Client, Work, apart
+from lazyproc.migrate.apart import Client, Work, apart, crew
 from lazyproc.migrate.desk import Desk
-from lazyproc.migrate.going_on import crew, go_on
 from lazyproc.migrate.journal import SOURCE, Journal, Record, find, records
 from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
 from lazyproc.migrate.report import MigrateReport
@@ -122,16 +121,28 @@ def moved(
             journal.write("preparing", durable=False, peer=chain.current.control.peer)
             return move.hand_over(chain, journal, client.tell, file)
 
-    def again(client: Client) -> MigrateReport:
-        with way.chain(None, retry_for, client) as chain:
-            return go_on(find(session, SOURCE), chain, client.tell)
+    def again() -> Work[MigrateReport]:
+        return _going_on(session, lambda _: nullcontext(way), retry_for)
 
     return _apart(first, again, session, listener, let_go)
 
 
+def _going_on(
+    session: str, way_by: Callable[[Listener], AbstractContextManager[Way]], retry_for: float | None
+) -> Work[MigrateReport]:
+    """What goes on from the journal."""
+    from lazyproc.migrate.going_on import go_on
+
+    def work(client: Client) -> MigrateReport:
+        with way_by(client.tell) as way, way.chain(None, retry_for, client) as chain:
+            return go_on(find(session, SOURCE), chain, client.tell)
+
+    return work
+
+
 def _apart(
     first: Work[MigrateReport],
-    again: Work[MigrateReport],
+    again: Callable[[], Work[MigrateReport]],
     session: str,
     listener: Listener,
     let_go: Callable[[], object] = lambda: None,
@@ -155,12 +166,8 @@ def _apart(
 
 def migrate_on(record: Record, *, retry_for: float | None, listener: Listener) -> MigrateReport:
     """Go on with a migration whose processes at the source are all gone; see `source.migrate`."""
-
-    def again(client: Client) -> MigrateReport:
-        with way_of(record, client.tell) as way, way.chain(None, retry_for, client) as chain:
-            return go_on(find(record.session, SOURCE), chain, client.tell)
-
-    return _apart(again, again, record.session, listener)
+    work = _going_on(record.session, partial(way_of, record), retry_for)
+    return _apart(work, lambda: work, record.session, listener)
 
 
 @contextmanager

@@ -13,7 +13,10 @@ from contextlib import nullcontext
 from lazyproc.errors import Obstacle
 from lazyproc.kernel import proc
 from lazyproc.qemu.qmp import Qmp
-from lazyproc.restore.users import User, acting_as
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lazyproc.restore.users import User
 
 FDSET = "/dev/fdset/"  # descriptors that QEMU was given
 
@@ -23,9 +26,11 @@ def out_of_reach(qmp: Qmp, pid: int) -> Iterator[Obstacle]:
     NoSuchProcess.
     """
     status = proc.status(proc.read(pid, "status"))
-    user = User(status.uid.fs, status.gid.fs, status.groups)
-    if user.uid == 0:
+    if status.uid.fs == 0:
         return
+    from lazyproc.restore.users import User
+
+    user = User(status.uid.fs, status.gid.fs, status.groups)
     for path in sorted(set(_written(qmp))):
         if not _may_write(pid, user, path):
             yield Obstacle(
@@ -44,6 +49,8 @@ def _written(qmp: Qmp) -> Iterator[str]:
 
 def _may_write(pid: int, user: User, path: str) -> bool:
     """In its root and working directory, which only we may look up there."""
+    from lazyproc.restore.users import acting_as
+
     home = os.open(f"/proc/{pid}/{'root' if path.startswith('/') else 'cwd'}", os.O_PATH | os.O_CLOEXEC)
     try:
         with acting_as(user) if os.geteuid() == 0 else nullcontext():

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lazyproc.errors import NoSuchProcess, Obstacle
+from lazyproc.errors import CannotBeDone, NoSuchProcess, Obstacle
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc
 from lazyproc.kernel.sockdiag import unix_sockets
@@ -124,6 +124,19 @@ def _process(qmp: Qmp) -> int:
         where=qmp.path,
         remedy="run lazyproc as root, in the pid namespace of QEMU or above it",
     )
+
+
+def looked_at(qmp: Qmp) -> Guest:
+    """Raises CannotBeDone with all that stands in the way."""
+    guest = look(qmp)
+    demand_movable(qmp, guest)
+    return guest
+
+
+def demand_movable(qmp: Qmp, guest: Guest) -> None:
+    """Raises CannotBeDone with all that stands in the way."""
+    if found := tuple(obstacles(qmp, guest)):
+        raise CannotBeDone(found)
 
 
 def obstacles(qmp: Qmp, guest: Guest) -> Iterator[Obstacle]:

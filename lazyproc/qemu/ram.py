@@ -28,7 +28,7 @@ ARENA = 64 << 20  # bytes that malloc(3) reserves for a thread; what is larger i
 NAME_SIZE = 256  # RAMBlock.idstr
 BLOCK = 1024  # bytes of a RAMBlock in which its links are
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_ROW = re.compile(r"^ *(\S+) +([\d.]+) (\w+) +0x([0-9a-f]+) +0x([0-9a-f]+) +0x([0-9a-f]+)", re.MULTILINE)
+_ROW = r"(?m)^ *(\S+) +([\d.]+) (\w+) +0x([0-9a-f]+) +0x([0-9a-f]+) +0x([0-9a-f]+)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Block:
 def rows(text: str) -> tuple[Named, ...]:
     """What "info ramblock" prints. The page size is written as "4 KiB" there (util/cutils.c size_to_str)."""
     found = []
-    for name, number, unit, _offset, used, total in _ROW.findall(text):
+    for name, number, unit, _offset, used, total in re.findall(_ROW, text):
         found.append(Named(name, int(float(number) * _UNITS[unit]), int(used, 16), int(total, 16)))
     return tuple(found)
 
