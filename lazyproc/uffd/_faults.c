@@ -147,12 +147,27 @@ static bool is_coming(struct pager *p, const struct fault *f, enum page_state st
     return coming;
 }
 
+/* How many pages to ask for: those that follow it as well, when that pays and nobody has asked for them. Of a map that is
+ * not known yet it is not sure that there are any. */
+static uint64_t reach(const struct pager *p, const struct fault *f, uint32_t primary, uint64_t missing)
+{
+    uint64_t run, pages = 1;
+    const uint8_t *bytes = ledger_states(&p->ledger, primary, f->addr, &run);
+
+    if (!bytes || !p->ledger.head->map_known)
+        return 1;
+    run = min_u64(min_u64(run, missing), pace_reach(&p->pace));
+    while (pages < run && page_state(bytes[pages]) == PAGE_MISSING)
+        pages++;
+    return pages;
+}
+
 /* Waits for its page, which is asked for unless it is on its way on this connection already. */
 static int await_page(struct pager *p, struct fault *f, enum page_state state)
 {
     const struct instance *i = &p->ledger.instances[f->instance];
     uint32_t primary = i->primary;
-    uint64_t pages = 1, object = i->object;
+    uint64_t pages = LINK_MAX_PAGES, object = i->object;
     const uint8_t *data = local_pages(p, object, f->addr, &pages);
     bool ask = !data && p->online && state < PAGE_ASKED_URGENT && !is_coming(p, f, state);
     int error;
@@ -178,9 +193,10 @@ static int await_page(struct pager *p, struct fault *f, enum page_state state)
     }
     if (!ask)
         return 0;
-    ledger_mark(&p->ledger, primary, f->addr, 1, PAGE_ASKED_URGENT, PAGE_ASKED_URGENT);
+    pages = reach(p, f, primary, pages);
+    ledger_mark(&p->ledger, primary, f->addr, pages, PAGE_ASKED_URGENT, PAGE_ASKED_URGENT);
     atomic_fetch_add(&p->urgent_outstanding, 1);
-    return link_ask(&p->urgent, primary, object, f->addr, 1, false, f->queued_ns);
+    return link_ask(&p->urgent, primary, object, f->addr, (uint32_t)pages, false, f->queued_ns);
 }
 
 /* What no region covers is a grown stack, or memory that mremap(2) left behind or added: zero. */
@@ -282,8 +298,10 @@ static void on_answer(struct pager *p, const struct answer *a)
             return lost(p, "the source does not have a page that its map names", 0);
         requeue(p, -1);
     }
+    if (!is_last(a))
+        return;
     atomic_fetch_sub(&p->urgent_outstanding, 1);
-    pace_urgent(&p->pace, now_ns(), a->request.asked_ns);
+    pace_urgent(&p->pace, now_ns(), a->request.asked_ns, a->request.pages);
 }
 
 static void take_answers(struct pager *p)

@@ -114,7 +114,7 @@ int link_ask(struct link *link, uint32_t instance, uint64_t object, uint64_t add
             return error;
     }
     link->asked[link->tail++ & link->mask] =
-        (struct request){object, addr, now, pages, instance, link->next_tag++, packed};
+        (struct request){object, addr, now, pages, pages, instance, link->next_tag++, packed};
     return 0;
 }
 

@@ -19,7 +19,8 @@ struct request {
     uint64_t object;
     uint64_t addr;
     uint64_t asked_ns;
-    uint32_t count; /* pages still to come */
+    uint32_t pages; /* asked for */
+    uint32_t count; /* of them still to come */
     uint32_t instance;
     uint32_t tag;
     bool packed; /* the pages may come compressed */
@@ -65,6 +66,12 @@ void link_connect(struct link *link, int fd); /* forgets the old connection and 
 bool link_can_unpack(struct link *link); /* and requests may say so */
 int link_ask(struct link *link, uint32_t instance, uint64_t object, uint64_t addr, uint32_t pages, bool packed,
              uint64_t now);
+/* Whether it is the last of what was asked for at once. */
+static inline bool is_last(const struct answer *answer)
+{
+    return answer->request.count == answer->pages;
+}
+
 int link_flush(struct link *link);   /* sends what the socket takes; 0 or -errno */
 int link_receive(struct link *link); /* takes what has arrived; 0, -EAGAIN, -ECONNRESET... */
 

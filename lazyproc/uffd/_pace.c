@@ -21,6 +21,9 @@
 #define CALM_NS 10000000ull
 #define WAKING_NS 400000ull /* of rest for each fault */
 #define WAKING_FAULTS 512u
+#define REACH 4u
+#define REACH_ANSWERS 8u
+#define LONGER 3u
 #define TRIAL_INTERVALS 5u
 #define LEAST_HOLD_NS 500000000ull
 #define MOST_HOLD_NS 8000000000ull
@@ -151,12 +154,31 @@ static void note_fault(struct pace *pace, uint64_t now)
     pace->faults += pace->wakes;
 }
 
-void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked)
+/* First some with one page, then with more, unless those take too much longer. */
+static void note_reach(struct reach *reach, uint64_t delay, uint32_t pages)
+{
+    if (pages != reach->pages || (pages == 1 && reach->alone_ns))
+        return;
+    reach->waited_ns += delay;
+    if (++reach->answers < REACH_ANSWERS)
+        return;
+    if (pages == 1) {
+        reach->alone_ns = reach->waited_ns;
+        reach->pages = REACH;
+    } else if (reach->waited_ns > LONGER * reach->alone_ns) {
+        reach->pages = 1;
+    }
+    reach->waited_ns = reach->answers = 0;
+}
+
+void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked, uint32_t pages)
 {
     uint64_t delay = now > asked ? now - asked : 1;
 
     note_fault(pace, now);
-    pace->urgent_in += PAGE;
+    if (pace->wakes)
+        note_reach(&pace->reach, delay, pages);
+    pace->urgent_in += pages * PAGE;
     note(&pace->urgent, now, UINT64_MAX - delay);
     if (delay <= 2 * least_ns(&pace->urgent))
         pace->share += pace->share < MAX_SHARE;
@@ -173,6 +195,12 @@ void pace_wakes(struct pace *pace, uint64_t now)
 {
     pace->wakes_ns = now;
     pace->wakes = true;
+    pace->reach = (struct reach){.pages = 1};
+}
+
+uint32_t pace_reach(const struct pace *pace)
+{
+    return pace->wakes ? pace->reach.pages : 1;
 }
 
 uint64_t pace_rest(struct pace *pace, uint64_t now)

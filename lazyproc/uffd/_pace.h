@@ -11,6 +11,8 @@
  *
  * Who has just been let run waits for hundreds of pages, one after the other, before he does anything: bulk rests until
  * he has waited for so many, or for few. Over a long way few come in a time, and it is not bulk that he waits for.
+ * Meanwhile the pages that follow the one he waits for come with it, where that takes no more than three times as long:
+ * what he needs lies together.
  */
 #ifndef LAZYPROC_UFFD_PACE_H
 #define LAZYPROC_UFFD_PACE_H
@@ -33,6 +35,14 @@ struct climb {
     bool begins;                     /* there was none */
 };
 
+/* How many pages one fault brings while the process comes to life. */
+struct reach {
+    uint32_t pages;
+    uint32_t answers;  /* with so many, since it was last looked at */
+    uint64_t waited_ns; /* for all of them */
+    uint64_t alone_ns;  /* for as many with one page; 0: not seen yet */
+};
+
 struct pace {
     struct peak rate;   /* bytes a second, of faults too */
     struct peak bulk;   /* UINT64_MAX less the ns from a request to its answer: the least of them */
@@ -44,6 +54,7 @@ struct pace {
     bool wakes;        /* the process has just been let run, at wakes_ns */
     uint64_t wakes_ns;
     uint32_t faults;   /* since then */
+    struct reach reach;
     struct climb climb;
 };
 
@@ -55,11 +66,14 @@ struct quota {
 void pace_init(struct pace *pace);
 /* An answer that arrived `now` and was asked for at `asked`; so many bytes have come in on this connection. */
 void pace_bulk(struct pace *pace, uint64_t now, uint64_t asked, uint64_t bytes_in);
-void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked);
+/* All of a fault's answer, which has so many pages. */
+void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked, uint32_t pages);
 /* A fault's page has come in bulk. */
 void pace_waited(struct pace *pace, uint64_t now);
 /* From now on, and until bulk need not rest any more, the process comes to life. */
 void pace_wakes(struct pace *pace, uint64_t now);
+/* How many pages a fault may ask for at once. */
+uint32_t pace_reach(const struct pace *pace);
 /* For how many ns bulk is to ask for nothing, and to ask here again after that; 0: it may. */
 uint64_t pace_rest(struct pace *pace, uint64_t now);
 /* How many ns to wait for what is under way in bulk before it is asked for over the other connection as well. */

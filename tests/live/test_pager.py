@@ -78,6 +78,39 @@ def test_bulk_begins_when_it_is_told(wakes: bool) -> None:
             r.pager.start_bulk()
 
 
+def test_while_a_process_comes_to_life_the_pages_that_follow_come_with_the_one_it_waits_for() -> None:
+    """Eight are fetched alone first, to see what more would cost; not what is there, nor what lies behind the end."""
+    with rig(402, zero=frozenset({9, 12, 13})) as r:
+        r.start()
+        assert r.child.call("digest", addr=r.at(10), length=PAGE) == r.expect(10, 1)
+        r.pager.start_bulk(wakes=True)
+        assert r.child.call("digest", addr=r.addr, length=r.length) == r.expect(0, 402)
+        r.finish_in_bulk()
+        waited = [each for each in r.server.log if each.channel == "urgent"]
+        alone = next((n for n, each in enumerate(r.server.log) if each.channel == "bulk"), len(r.server.log))
+        expected = [
+            (10, 1),
+            *((page, 1) for page in range(8)),
+            (8, 2),
+            *((page, 4) for page in range(11, 40, 4)),
+        ]
+        seen = [((each.addr - r.addr) // PAGE, each.count) for each in waited]
+        both = list(zip(seen, expected, strict=False))[: max(0, alone - 2)]
+        assert [got for got, _ in both] == [wanted for _, wanted in both]
+        assert all(each.addr + each.count * PAGE <= r.addr + r.length for each in waited)
+
+
+def test_before_the_map_is_known_a_fault_brings_its_page_alone() -> None:
+    """What follows may be none of the source's."""
+    with rig(64) as r:
+        r.start(known=False)
+        r.pager.start_bulk(wakes=True)
+        assert r.child.call("digest", addr=r.addr, length=32 * PAGE) == r.expect(0, 32)
+        r.pager.apply_map({TASK: whole(r.addr, 64)})
+        r.finish_in_bulk()
+        assert [each.count for each in r.server.log if each.channel == "urgent"] == [1] * 32
+
+
 def test_everything_in_bulk() -> None:
     with rig(600) as r:
         r.start(bulk=True)

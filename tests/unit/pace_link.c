@@ -74,7 +74,7 @@ int main(int argc, char **argv)
                 start = sent(now + v[2] / 2, free_at, v[8]);
                 free_at = start + (uint64_t)(PAGE * 1e9 / rate);
                 delays[faults++ % FAULTS] = free_at + v[2] / 2 - now;
-                pace_urgent(&pace, free_at + v[2] / 2, now);
+                pace_urgent(&pace, free_at + v[2] / 2, now, 1);
             } else {
                 struct asked *a = &ring[head++ % RING];
 

@@ -1,12 +1,24 @@
-/* When bulk rests, by _pace.c. Reads lines of times in ns: `wakes AT`, `fault ASKED ANSWERED`, and `rests AT`, to which it
- * answers 1 or 0. */
+/* What is done while a process comes to life, by _pace.c. Reads lines of times in ns: `wakes AT`, `fault ASKED ANSWERED`,
+ * `rests AT`, to which it answers 1 or 0, and `waits ALONE MORE`, to which it answers how many pages a fault asks for; that
+ * takes so long with one page, and so much longer with each other. */
 #include "../../lazyproc/uffd/_pace.h"
 
 #include <stdio.h>
 #include <string.h>
 
+static unsigned waits(struct pace *pace, uint64_t *now, uint64_t alone, uint64_t more)
+{
+    uint32_t pages = pace_reach(pace);
+    uint64_t asked = *now;
+
+    *now += alone + (pages - 1) * more;
+    pace_urgent(pace, *now, asked, pages);
+    return pages;
+}
+
 int main(void)
 {
+    uint64_t now = 0;
     unsigned long long first, second;
     char word[16], line[64];
     struct pace pace;
@@ -18,7 +30,9 @@ int main(void)
         if (strcmp(word, "wakes") == 0)
             pace_wakes(&pace, first);
         else if (strcmp(word, "fault") == 0)
-            pace_urgent(&pace, second, first);
+            pace_urgent(&pace, second, first, 1);
+        else if (strcmp(word, "waits") == 0)
+            printf("%u\n", waits(&pace, &now, first, second));
         else
             printf("%d\n", pace_rest(&pace, first) != 0);
     }

@@ -1,4 +1,4 @@
-"""How long bulk rests while a process comes to life, on a computed clock."""
+"""How long bulk rests while a process comes to life, and how much a fault brings then, on a computed clock."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ Rested = Callable[[list[tuple[int, int]]], int]
 
 
 @pytest.fixture(scope="module")
-def rested(tmp_path_factory: pytest.TempPathFactory) -> Rested:
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("pace") / "pace_waking"
     flags = ["-O1", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
     subprocess.run(["gcc", *flags, "-o", program, HERE / "pace_waking.c", PACE], check=True)
+    return program
 
+
+@pytest.fixture(scope="module")
+def rested(program: Path) -> Rested:
     def run(faults: list[tuple[int, int]]) -> int:
         """It is looked every ms for a second."""
         looks = [(at * MILLISECOND, f"rests {at * MILLISECOND}") for at in range(1000)]
@@ -66,3 +70,19 @@ def test_a_program_that_works_longer_than_it_waits_has_bulk_soon(rested: Rested)
 @pytest.mark.parametrize("delay_ms", [1, 10, 100])
 def test_over_a_long_way_bulk_hardly_rests(rested: Rested, delay_ms: int) -> None:
     assert rested(busy(1000, delay_ms * MILLISECOND, 0)) < 20
+
+
+@pytest.mark.parametrize(
+    ("alone_us", "more_us", "pages"),
+    [(35, 4, 4), (100, 33, 4), (10_000, 33, 4), (360, 330, 1)],
+    ids=["no limit", "1gbit", "1gbit, 10 ms", "100mbit"],
+)
+def test_a_fault_brings_what_follows_where_that_takes_little_longer(
+    program: Path, alone_us: int, more_us: int, pages: int
+) -> None:
+    line = f"waits {alone_us * MICROSECOND} {more_us * MICROSECOND}"
+    done = subprocess.run(
+        [program], input="\n".join(["wakes 0", *[line] * 64]), check=True, capture_output=True, text=True
+    )
+    asked = [int(each) for each in done.stdout.split()]
+    assert asked == [1] * 8 + [4] * 8 + [pages] * 48
