@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from lazyproc.dump.walk import tree_of
-from lazyproc.errors import LazyprocError, NoSuchProcess, TraceeError
+from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
@@ -176,7 +176,10 @@ def _stop_process(tree: FrozenTree, pid: int, timeout_ms: int) -> bool:
     task.threads.sort(key=lambda tracee: tracee.tid != pid)
     if (not task.threads or task.threads[0].tid != pid) and _is_zombie(task):
         task.threads.clear()
-    return bool(new or running)
+        return bool(new or running)
+    if not task.threads:  # all that we knew have ended, and an exec goes on
+        time.sleep(LOOK_S)
+    return bool(new or running) or not task.threads
 
 
 def _take_running(task: FrozenTask) -> list[Tracee]:
@@ -199,7 +202,7 @@ def _stop_threads(task: FrozenTask, running: list[Tracee], tids: Sequence[int], 
         for tid in tids:
             with suppress(NoSuchProcess):
                 tracee = Tracee(tid)
-                tracee.seize()
+                _seize(tracee)
                 asked.append(tracee)
                 tracee.interrupt()
         _await_stops(task, asked, timeout_ms)
@@ -209,6 +212,17 @@ def _stop_threads(task: FrozenTask, running: list[Tracee], tids: Sequence[int], 
                 tracee.wait_stop(GRACE_MS)
                 task.threads.append(tracee)
         raise
+
+
+def _seize(tracee: Tracee) -> None:
+    """An exec gives a thread the number of its leader: it may have been seized by the number that it had before, and
+    have looked like one that has ended since. Raises as Tracee.seize.
+    """
+    try:
+        tracee.seize()
+    except PermissionDenied:
+        if proc.status(proc.read(tracee.tid, "status")).tracer_pid != os.getpid():
+            raise
 
 
 def _await_stops(task: FrozenTask, asked: list[Tracee], timeout_ms: int) -> None:
@@ -222,6 +236,9 @@ def _await_stops(task: FrozenTask, asked: list[Tracee], timeout_ms: int) -> None
         except NoSuchProcess:
             continue
         except TraceeError:
+            if tracee.is_stopped():  # and we were told so under another number
+                task.threads.append(tracee)
+                continue
             with suppress(NoSuchProcess):  # its number is that of a thread which we do not trace yet
                 tracee.interrupt()
                 asked.append(tracee)
