@@ -35,6 +35,7 @@ class FrozenTask:
     threads: list[Tracee] = field(default_factory=list)
     stopped: list[Stopped] = field(default_factory=list)  # the same threads as they were stopped
     pidfd: int = -1
+    seized: bool = False  # a thread of it was, whatever became of that
     maps: tuple[proc.MapsEntry, ...] = ()  # once they were read
 
     @property
@@ -202,7 +203,7 @@ def _stop_threads(task: FrozenTask, running: list[Tracee], tids: Sequence[int], 
         for tid in tids:
             with suppress(NoSuchProcess):
                 tracee = Tracee(tid)
-                _seize(tracee)
+                _seize(task, tracee)
                 asked.append(tracee)
                 tracee.interrupt()
         _await_stops(task, asked, timeout_ms)
@@ -214,15 +215,17 @@ def _stop_threads(task: FrozenTask, running: list[Tracee], tids: Sequence[int], 
         raise
 
 
-def _seize(tracee: Tracee) -> None:
+def _seize(task: FrozenTask, tracee: Tracee) -> None:
     """An exec gives a thread the number of its leader: it may have been seized by the number that it had before, and
     have looked like one that has ended since. Raises as Tracee.seize.
     """
     try:
         tracee.seize()
     except PermissionDenied:
-        if proc.status(proc.read(tracee.tid, "status")).tracer_pid != os.getpid():
+        ours = proc.status(proc.read(tracee.tid, "status")).tracer_pid == os.getpid()
+        if not (task.seized and ours):
             raise
+    task.seized = True
 
 
 def _await_stops(task: FrozenTask, asked: list[Tracee], timeout_ms: int) -> None:
