@@ -31,7 +31,11 @@ CAP_LAST = 40
 
 
 def signal_calls(task: Task, bench: Bench) -> Iterator[Call]:
-    """Signal actions, then what was queued: a process may queue any siginfo to itself (rt_sigqueueinfo(2))."""
+    """Signal actions, then what was queued: a process may queue any siginfo to itself (rt_sigqueueinfo(2)).
+
+    Not while programs of other threads run: an action that ignores their ending signal, as the default action does,
+    discards it where it is pending (do_sigaction() of kernel/signal.c), and they would run on past their end.
+    """
     for action in task.sigactions:
         addr = bench.place(struct.pack("<4Q", action.handler, action.flags, action.restorer, action.mask))
         yield Call("rt_sigaction", (action.signal, addr, 0, 8))
@@ -161,11 +165,6 @@ def _capset(effective: int, permitted: int, inheritable: int, bench: Bench) -> C
     return Call("capset", (header, bench.place(struct.pack("<6I", *low, *high))))
 
 
-def pending_calls(task: Task, thread: Thread, bench: Bench) -> Iterator[Call]:
-    for info in thread.pending:
-        yield Call("rt_tgsigqueueinfo", (task.vpid, thread.tid, _signal_of(info), bench.place(info)))
-
-
 def may_filter(inherited: Inherited) -> bool:
     """Whether a thread may install filters before it gets its own credentials, which may not allow it any more."""
     return bool(inherited.credentials.cap_effective >> CAP_SYS_ADMIN & 1)
@@ -195,6 +194,13 @@ def seccomp_calls(thread: Thread, bench: Bench, inherited: Inherited) -> Iterato
         yield from filter_calls(thread.seccomp, bench)
     if thread.seccomp_mode == 1:
         yield Call("prctl", (PR_SET_SECCOMP, 1))
+
+
+def late_calls(task: Task, thread: Thread, bench: Bench, inherited: Inherited) -> Iterator[Call]:
+    """What a thread gets when its process has its signal actions: filters, and what is pending for it alone."""
+    yield from seccomp_calls(thread, bench, inherited)
+    for info in thread.pending:
+        yield Call("rt_tgsigqueueinfo", (task.vpid, thread.tid, _signal_of(info), bench.place(info)))
 
 
 def schedule(thread: Thread, tid: int, inherited: Inherited, listener: Listener) -> None:

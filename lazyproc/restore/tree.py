@@ -414,8 +414,8 @@ def _give_state(site: Site, inherited: Inherited, listener: Listener) -> None:
 
 
 def _run_in_threads(site: Site, inherited: Inherited) -> None:
-    """The threads' own state, all threads at the same time, and what is left of the process's. Filters would forbid
-    it: they are suspended.
+    """The threads' own state, all but the leader's at the same time, then what is left of the process's. Filters would
+    forbid it: they are suspended.
     """
     task, bench = site.task, site.bench
     pairs = [(site.threads[thread.tid], thread) for thread in task.threads]
@@ -427,18 +427,22 @@ def _run_in_threads(site: Site, inherited: Inherited) -> None:
     if shared:
         common = task.leader.seccomp[:shared]
         bench.run(site.leader, list(state.filter_calls(common, bench, state.SECCOMP_FILTER_FLAG_TSYNC)))
-    programs = [(t, list(state.thread_calls(thread, bench, inherited, shared))) for t, thread in pairs]
     assert task.mm is not None
-    programs[0][1].extend(
-        (
-            *memory.lock_calls(task.mm.vmas),
-            *state.signal_calls(task, bench),
-            Call("prctl", (state.PR_SET_DUMPABLE, 1 if task.mm.dumpable == 1 else 0)),
+    (leader, first), *others = pairs
+    if others:
+        bench.run_all(
+            [(t, list(state.thread_calls(thread, bench, inherited, shared))) for t, thread in others]
         )
-    )
-    bench.run_all(programs)
-    for tracee, thread in pairs:
-        late = [*state.seccomp_calls(thread, bench, inherited), *state.pending_calls(task, thread, bench)]
+    program = [
+        *state.thread_calls(first, bench, inherited, shared),
+        *memory.lock_calls(task.mm.vmas),
+        *state.signal_calls(task, bench),
+        Call("prctl", (state.PR_SET_DUMPABLE, 1 if task.mm.dumpable == 1 else 0)),
+        *state.late_calls(task, first, bench, inherited),
+    ]
+    bench.run(leader, program)
+    for tracee, thread in others:
+        late = list(state.late_calls(task, thread, bench, inherited))
         if late:
             bench.run(tracee, late)
 

@@ -19,6 +19,7 @@ from lazyproc.events import ignore
 from lazyproc.facts import replace
 from lazyproc.images.xsave import relaid
 from lazyproc.kernel import proc, xfeatures
+from lazyproc.kernel.remote import ENDINGS
 from lazyproc.model import Checkpoint
 from lazyproc.restore.tree import built_tree
 from tests.live.programs import UNSUPPORTED, running, wait_until
@@ -109,6 +110,23 @@ def test_vector_state_of_another_processor(changed: Callable[[bytes], bytes], tm
     with running("threads", "16", directory=tmp_path) as program:
         program.watch.wait_beats(1)
         with moved(program.pid, changed=there) as (root, parent):
+            program.watch.wait_beats(2)
+            os.kill(root, signal.SIGTERM)
+            assert os.waitpid(parent, 0)[1] == 0
+            program.watch.wait_ended()
+
+
+def test_no_thread_loses_the_end_of_its_program_to_a_signal_action(tmp_path: Path) -> None:
+    """Setting an action that ignores the signal discards it where it is pending, in any thread."""
+
+    def again_and_again(checkpoint: Checkpoint) -> Checkpoint:
+        (task,) = checkpoint.tasks
+        action = next(action for action in task.sigactions if action.signal == ENDINGS[0])
+        return replace(checkpoint, tasks=(replace(task, sigactions=(*task.sigactions, *[action] * 1000)),))
+
+    with running("threads", "16", directory=tmp_path) as program:
+        program.watch.wait_beats(1)
+        with moved(program.pid, changed=again_and_again) as (root, parent):
             program.watch.wait_beats(2)
             os.kill(root, signal.SIGTERM)
             assert os.waitpid(parent, 0)[1] == 0
