@@ -538,6 +538,13 @@ def _sched_value(data: bytes, key: bytes) -> bytes:
 # --- readers ------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def boot_id() -> str:
+    """Of the kernel that runs, until the next boot."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
 def read(pid: int, name: str) -> bytes:
     """All of /proc/PID/`name` ("maps", "task/7/stat", "fdinfo/3").
 

@@ -20,7 +20,7 @@ from lazyproc.migrate.reception import hand_on
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Channel, Door, listen
-from lazyproc.qemu.shell import demand_command
+from lazyproc.qemu.command import demand_command
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Party, Role
 

@@ -24,6 +24,7 @@ from lazyproc.qemu.shell import Shell, empty_shell
 from lazyproc.restore.lazytree import LazyTree, to_facts
 from lazyproc.steps import Steps
 from lazyproc.uffd.pager import Pager
+from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Committed, Images, Running
 
 
@@ -55,8 +56,8 @@ class GuestArrival(Arrival):
                 self._admit_guest(order)
             self._shell = shell = ready()
             wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
-            machine, running, theirs = _offered(order)
-            if unlike := shell.compare(machine, theirs):
+            machine, running, theirs, files = _offered(order)
+            if unlike := shell.compare(machine, theirs, files):
                 raise Unfit(unlike)
             tree = shell.arm(pager, self._listener)
             facts = {
@@ -95,18 +96,18 @@ class GuestArrival(Arrival):
 
     def _run(self, shell: Shell, tree: LazyTree, running: bool, steps: Steps) -> None:
         committed = StateChanged("committed", time.monotonic())
-        if running:
-            self._let_run(shell)
+        stands = self._let_run(shell) if running else {}
         self.runs()
         steps.done("release")
         with suppress(ConnectionLost):  # whoever drains notices
             self._link.control.send(Committed())
-            self._link.control.send(Running({"root_pid": tree.root_pid, "steps_ms": {**steps.ms()}}))
+            there: dict[str, JsonValue] = {"root_pid": tree.root_pid, "steps_ms": {**steps.ms()}}
+            self._link.control.send(Running({**there, **stands}))
         self._listener(committed)
         self._listener(StateChanged("running", time.monotonic()))
 
-    def _let_run(self, shell: Shell) -> None:
-        """It is committed: whatever is wrong, it is wrong here."""
+    def _let_run(self, shell: Shell) -> dict[str, str]:
+        """It is committed: whatever is wrong, it is wrong here, and said at both ends."""
         try:
             shell.run()
         except (LazyprocError, TimeoutError) as error:
@@ -115,6 +116,8 @@ class GuestArrival(Arrival):
                     f"pid {shell.pid}: the guest is here and does not run: {error}; see `cont` in its monitor"
                 )
             )
+            return {"stands": str(error)}
+        return {}
 
     def _admit_guest(self, order: Mapping[str, Any]) -> None:
         """Raises Unfit."""
@@ -124,11 +127,11 @@ class GuestArrival(Arrival):
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups={})
 
 
-def _offered(order: Mapping[str, Any]) -> tuple[str, bool, tuple[Block, ...]]:
-    """The guest's machine, whether it ran, and its RAM blocks. Raises ProtocolError."""
+def _offered(order: Mapping[str, Any]) -> tuple[str, bool, tuple[Block, ...], Mapping[str, Any]]:
+    """The guest's machine, whether it ran, its RAM blocks, and which files are some. Raises ProtocolError."""
     try:
         guest = order["guest"]
         blocks = tuple(Block.of(number, row) for number, row in enumerate(guest["blocks"]))
-        return str(guest["machine"]), guest["running"] is True, blocks
+        return str(guest["machine"]), guest["running"] is True, blocks, dict(guest.get("files", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"PREPARE does not describe a guest ({error!r})") from error

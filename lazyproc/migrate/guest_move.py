@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lazyproc.errors import UsageError
+from lazyproc.errors import LazyprocError, UsageError
 from lazyproc.events import Listener
 from lazyproc.facts import replace
 from lazyproc.migrate.journal import Journal
@@ -72,4 +72,11 @@ class GuestMove:
         from lazyproc.migrate.guest_source import hand_over  # while the QEMU there starts
 
         with Qmp(self._monitor) as qmp:
-            return hand_over(qmp, looked_at(qmp), chain, self._order, journal, listener, trace)
+            guest = looked_at(qmp)
+            if guest.pid != self._pid:
+                raise LazyprocError(
+                    f"was the monitor of pid {self._pid} a moment ago, and is that of pid {guest.pid}",
+                    where=self._monitor,
+                    remedy="give each QEMU a path of its own (-qmp)",
+                )
+            return hand_over(qmp, guest, chain, self._order, journal, listener, trace)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from lazyproc.dump.memory import lazy_extents, shared_extents
 from lazyproc.errors import LazyprocError, NoSuchProcess
@@ -19,8 +20,8 @@ from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.holding import GONE_S, mapped_object
 from lazyproc.model import Extent, MemoryObject
 from lazyproc.pages.frozen import FrozenPages
-from lazyproc.qemu.guest import Guest
-from lazyproc.qemu.qmp import Qmp
+from lazyproc.qemu.guest import Guest, process_behind
+from lazyproc.qemu.qmp import FLUSH_S, PATIENCE_S, Qmp
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,23 @@ class HeldGuest:
         self.demand_there()
         return FrozenPages(self.guest.places(), {})
 
-    def stands(self) -> bool:
+    @contextmanager
+    def monitor(self, timeout: float = PATIENCE_S) -> Iterator[Qmp]:
+        """Of this very QEMU: one that was started with the same -qmp since has taken the path over. Raises
+        ConnectionLost, LazyprocError, NoSuchProcess, UsageError.
+        """
         self.demand_there()
-        with Qmp(self.guest.qmp) as qmp:
+        with Qmp(self.guest.qmp, timeout=timeout) as qmp:
+            if (pid := process_behind(qmp)) != self.guest.pid:
+                raise LazyprocError(
+                    f"the monitor of pid {self.guest.pid} can no longer be reached: pid {pid} has its path by now",
+                    where=self.guest.qmp,
+                    remedy="give each QEMU a path of its own (-qmp)",
+                )
+            yield qmp
+
+    def stands(self) -> bool:
+        with self.monitor() as qmp:
             return qmp.execute("query-status")["running"] is False
 
     def ended(self) -> int | None:
@@ -60,14 +75,16 @@ class HeldGuest:
             raise NoSuchProcess("QEMU has ended", where=f"pid {self.guest.pid}")
 
     def let_run(self) -> None:
-        """As it was: a guest that was paused stays so. Raises ConnectionLost, Refusal."""
+        """As it was: a guest that was paused stays so. Raises ConnectionLost, Refusal, TimeoutError, and what `monitor`
+        does.
+        """
         self.demand_there()
         if self.guest.running:
-            with Qmp(self.guest.qmp) as qmp:
-                qmp.execute("cont")
+            with self.monitor(FLUSH_S) as qmp:
+                qmp.execute("cont", timeout=FLUSH_S)
 
     def end(self) -> None:
-        """QEMU quits, or is killed when it does not: it has let go of its disks when the devices were saved."""
+        """QEMU quits, or is killed when it does not: nothing that it has is written any more."""
         try:
             pidfd = pidfd_open(self.guest.pid)
         except ProcessLookupError:
@@ -75,9 +92,11 @@ class HeldGuest:
         try:
             if self.ended() is not None:
                 return
-            with suppress(LazyprocError, TimeoutError), Qmp(self.guest.qmp) as qmp:
+            quits = False
+            with suppress(LazyprocError, TimeoutError), self.monitor() as qmp:
                 qmp.execute("quit")
-            if not readable([pidfd], GONE_S):
+                quits = True
+            if not (quits and readable([pidfd], GONE_S)):
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 readable([pidfd], GONE_S)

@@ -6,7 +6,6 @@ Whoever finds it can tell who may run the tree, and finish the work: docs/reliab
 from __future__ import annotations
 
 import fcntl
-import functools
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from lazyproc.errors import LazyprocError, UsageError
 from lazyproc.events import Listener, Note
 from lazyproc.facts import dataclass
+from lazyproc.kernel import proc
 from lazyproc.private import make_folder
 
 KEPT_S = 7 * 86400
@@ -48,7 +48,7 @@ class Record:
     @property
     def rebooted(self) -> bool:
         """Whether everything it speaks of has ended with this host's last run."""
-        return self.facts.get("boot_id") != _boot_id()
+        return self.facts.get("boot_id") != proc.boot_id()
 
     @property
     def unborn(self) -> bool:
@@ -99,7 +99,7 @@ class Journal:
 
     def draft(self, state: str, *, durable: bool = True, **facts: object) -> Draft:
         """The most of a `write`, ahead of time: nothing is recorded before `publish`. Raises LazyprocError."""
-        written = self.facts | {"boot_id": _boot_id(), "state": state, "since": time.time(), **facts}
+        written = self.facts | {"boot_id": proc.boot_id(), "state": state, "since": time.time(), **facts}
         draft = Draft(state, durable, self._beside(state), written)
         try:
             _write(draft.path, json.dumps(written).encode(), durable=durable)
@@ -244,8 +244,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-@functools.cache
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -19,7 +19,7 @@ from lazyproc.errors import (
     Parked,
     ProtocolError,
 )
-from lazyproc.events import Listener, PagesMoved, StateChanged
+from lazyproc.events import Listener, Note, PagesMoved, StateChanged
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Chain, Link
 from lazyproc.migrate.lost import asked_again, source_ended
@@ -266,5 +266,7 @@ def await_running(serving: Serving, journal: Journal, steps: Steps, listener: Li
     steps.done("running")
     gc.enable()
     figures = {"frozen_ms": frozen_ms, "blackout_ms": steps.total_ms, "steps_ms": steps.ms()}
+    if stands := running.get("stands"):
+        listener(Note(f"the guest is there and does not run: {stands}; see `cont` in its monitor there"))
     there = {"remote_pid": running.get("root_pid"), "steps_there_ms": running.get("steps_ms")}
     journal.note("running", listener, {**there, **figures}, durable=True)

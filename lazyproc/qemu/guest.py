@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -14,12 +15,15 @@ from lazyproc.kernel.sockdiag import unix_sockets
 from lazyproc.model import PAGE
 from lazyproc.pages.frozen import Place
 from lazyproc.qemu.disks import out_of_reach
+from lazyproc.qemu.files import files
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.ram import Block, blocks, rows
 
 STATES = ("running", "paused")  # RunState in which a guest can be taken
 NEEDED = ("xen-save-devices-state", "add-fd", "human-monitor-command")
 IMMOVABLE = ("vfio-", "vhost-user", "ivshmem")  # of what "info qtree" shows
+# Of what "info network" shows: others than QEMU write to the RAM of the guest, where no userfaultfd of QEMU's sees it.
+OUTSIDE = ("vhost-user", "vhost-vdpa")
 AS_ITSELF = "or move the guest with QEMU's own migration"
 
 
@@ -51,6 +55,7 @@ class Guest:
             "version": self.version,
             "running": self.running,
             "blocks": [each.row() for each in self.blocks],
+            "files": files(self.pid, self.blocks),
         }
 
 
@@ -89,7 +94,7 @@ def look(qmp: Qmp) -> Guest:
 
 def glance(qmp: Qmp) -> Guest:
     """As `look`, without its RAM, which takes longest to find."""
-    pid = _process(qmp)
+    pid = process_behind(qmp)
     status = qmp.execute("query-status")
     return Guest(
         qmp=os.path.abspath(qmp.path),
@@ -108,7 +113,7 @@ def machine_of(qmp: Qmp) -> str:
     return name.removesuffix("-machine")
 
 
-def _process(qmp: Qmp) -> int:
+def process_behind(qmp: Qmp) -> int:
     """Who has the other end of the connection: who has begun to listen may be somebody who passed the socket on."""
     own = unix_sockets().get(qmp.inode())
     link = f"socket:[{own.peer if own else 0}]"
@@ -124,6 +129,15 @@ def _process(qmp: Qmp) -> int:
         where=qmp.path,
         remedy="run lazyproc as root, in the pid namespace of QEMU or above it",
     )
+
+
+def outside(text: str) -> Iterator[tuple[str, str]]:
+    """Name and kind of the backends in what "info network" prints (net/net.c print_net_client) that are processes of
+    their own, or hardware.
+    """
+    for name, kind in re.findall(r"(?m)^[ \\]*(\S+): index=\d+,type=([\w-]+),", text):
+        if kind in OUTSIDE:
+            yield name, kind
 
 
 def looked_at(qmp: Qmp) -> Guest:
@@ -158,6 +172,10 @@ def obstacles(qmp: Qmp, guest: Guest) -> Iterator[Obstacle]:
         if line.strip().startswith("dev: ") and kind.startswith(IMMOVABLE):
             device = kind.split(",")[0]
             yield Obstacle(guest.pid, f"device {device}", "lives outside of QEMU", "unplug it (device_del)")
+    for name, kind in outside(qmp.hmp("info network")):
+        yield Obstacle(
+            guest.pid, f"netdev {name}", f"is {kind}: it lives outside of QEMU", "unplug its device"
+        )
     for job in qmp.execute("query-block-jobs"):
         yield Obstacle(
             guest.pid, f"block job {job['device']}", "is running", "wait for its end, or cancel it"

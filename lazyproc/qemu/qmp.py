@@ -13,6 +13,9 @@ from typing import Any, Self
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError, UsageError
 
 PATIENCE_S = 10.0
+FLUSH_S = (
+    120.0  # for what waits until disks have written all that is under way: `stop`, and what comes behind it
+)
 MESSAGE_MAX = 1 << 24  # bytes
 PIECE = 1 << 16
 _SCM_CREDENTIALS = struct.Struct("3i")
@@ -61,6 +64,7 @@ class Qmp:
         self.path = path
         self._sock = sock
         self._buffer = b""
+        self._asked = 0
         self._events: list[dict[str, Any]] = []
         try:
             self.version: tuple[int, int, int] = _version(self._next(time.monotonic() + timeout))
@@ -101,9 +105,12 @@ class Qmp:
     ) -> Any:
         """What the command returns. `fds` travel with it (getfd, add-fd).
 
-        Raises Refusal, ConnectionLost, ProtocolError, TimeoutError: after that the connection is out of step.
+        QEMU answers in order: who was interrupted, or has a TimeoutError, may go on asking, and gets the answer to that
+        once the command before is done. Raises Refusal, ConnectionLost, ProtocolError, TimeoutError.
         """
-        request = json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n"
+        self._asked = own = self._asked + 1
+        words = {"execute": command, "arguments": arguments or {}, "id": own}
+        request = json.dumps(words).encode() + b"\n"
         deadline = time.monotonic() + timeout
         try:
             sent = socket.send_fds(self._sock, [request], list(fds))
@@ -114,6 +121,8 @@ class Qmp:
             message = self._next(deadline)
             if "event" in message:
                 self._events.append(message)
+            elif message.get("id") != own:  # to a command that nobody waits for any more
+                continue
             elif "error" in message:
                 raise Refusal(str(message["error"].get("desc")), where=f"QMP {command}")
             elif "return" in message:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
-from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess, Obstacle, RestoreError, UsageError
+from lazyproc.errors import ConnectionLost, HostLacks, LazyprocError, NoSuchProcess, Obstacle, RestoreError
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass
 from lazyproc.kernel import family, proc
@@ -22,7 +22,9 @@ from lazyproc.kernel.fds import make_room
 from lazyproc.kernel.remote import Stub
 from lazyproc.kernel.sys import pidfd_getfd
 from lazyproc.kernel.visit import call_in, visiting
+from lazyproc.qemu.command import demand_own_paths
 from lazyproc.qemu.disks import out_of_reach
+from lazyproc.qemu.files import files, in_common
 from lazyproc.qemu.guest import machine_of
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.ram import Block, blocks, differences, rows
@@ -41,10 +43,6 @@ FD_NAME = "lazyproc"
 ABOVE = 64  # numbers that QEMU may take for itself before it meets an anchor
 ANCHORED = 256  # descriptors for which it has room
 CAPABILITIES = ("late-block-activate", "events")
-NOT_WANTED = {
-    "daemonize": "it outlives `receive` without it",
-    "incoming": "lazyproc adds its own",
-}
 
 
 @dataclass(slots=True)
@@ -62,7 +60,9 @@ class Shell:
     def pid(self) -> int:
         return self.process.pid
 
-    def compare(self, machine: str, theirs: Sequence[Block]) -> tuple[Obstacle, ...]:
+    def compare(
+        self, machine: str, theirs: Sequence[Block], their_files: Mapping[str, Sequence[object]]
+    ) -> tuple[Obstacle, ...]:
         """What of the guest does not fit in here; when all does, its blocks are known. Raises HostLacks."""
         here = blocks(self.pid, rows(self.qmp.hmp("info ramblock")))
         own = machine_of(self.qmp)
@@ -70,7 +70,8 @@ class Shell:
             why = f"the QEMU there is a {own}, that of the guest a {machine}"
             return (Obstacle(0, "host", why, f"start it there with -machine {machine}"),)
         places = {each.name: each.addr for each in here}
-        if found := (*differences(here, theirs), *out_of_reach(self.qmp, self.pid)):
+        same = in_common(files(self.pid, here), their_files)
+        if found := (*differences(here, theirs), *same, *out_of_reach(self.qmp, self.pid)):
             return found
         self.blocks = [Block.of(each.number, each.row(), places[each.name]) for each in theirs]
         return ()
@@ -101,10 +102,22 @@ class Shell:
                 for each in self.blocks:
                     advice = mmap.MADV_REMOVE if each.shared else mmap.MADV_DONTNEED
                     stub.call("madvise", each.addr, each.used, advice)
-                register_regions(fd, self._rows())
+                self._register(fd)
                 return fd
         finally:
             os.close(pidfd)
+
+    def _register(self, fd: int) -> None:
+        try:
+            register_regions(fd, self._rows())
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise HostLacks(  # vma_can_userfault(): anonymous memory, shmem, huge pages
+                "its RAM is in files of a filesystem whose pages cannot be brought later",
+                where=f"QEMU of pid {self.pid}",
+                remedy="use memory-backend-memfd, or a mem-path in a tmpfs, at both ends",
+            ) from error
 
     def _userfaultfd(self, stub: Stub) -> int:
         """One that sees the kernel's faults as well: a QEMU that has dropped its rights (-runas) gets it from the
@@ -211,6 +224,7 @@ def empty_shell(
             stack.callback(os.close, device)
         stack.callback(ours.close)
         try:
+            demand_own_paths(command)
             process = _started(words, theirs, device, outputs)
         except OSError as error:
             raise RestoreError(f"cannot be started ({error.strerror})", where=command[0]) from error
@@ -233,15 +247,6 @@ def empty_shell(
             if not any(shell.spared for shell in shells):
                 process.kill()
                 process.wait()
-
-
-def demand_command(command: Sequence[str]) -> None:
-    """Raises UsageError for one that cannot take a guest in."""
-    if shutil.which(command[0]) is None:
-        raise UsageError("is no program here", where=command[0], remedy="install QEMU, or give its path")
-    for word in command[1:]:
-        if word.startswith("-") and (why := NOT_WANTED.get(word.lstrip("-"))):
-            raise UsageError(f"{word} is not wanted: {why}", where=command[0], remedy="leave it out")
 
 
 def _started(

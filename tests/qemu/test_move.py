@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,6 +154,30 @@ def test_a_paused_guest_stays_paused(pair: Pair) -> None:
             assert len(guest.serial.beats()) == beats
             qmp.execute("cont")
             goes_on(guest.serial)
+
+
+@pytest.mark.long
+def test_both_ends_say_that_a_guest_does_not_run_there(pair: Pair) -> None:
+    """Since somebody else has a lock on its disk, for one; it is there, and goes on when that is gone."""
+    shape = replace(SMALL, disk=empty_disk(pair.shared))
+    with prepared(pair, shape) as (guest, receiver):
+        with not_to_be_written(pair.shared / "disk"), moving(pair, guest, receiver) as journey:
+            pid, _ = journey.arrive()
+            assert "the guest is there and does not run" in journey.log()
+            assert "the guest is here and does not run" in receiver.notes()
+        with ending(pid), Qmp(str(pair.destination.outside / "qmp")) as qmp:
+            qmp.execute("cont")
+            goes_on(guest.serial)
+
+
+@contextmanager
+def not_to_be_written(image: Path) -> Iterator[None]:
+    """As a QEMU says it that shares an image with readers only: a lock on the byte for that (block/file-posix.c
+    RAW_LOCK_SHARED_BASE + 1).
+    """
+    with image.open("rb") as file:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 201, 1, 0))
+        yield
 
 
 @pytest.mark.parametrize(
