@@ -10,7 +10,8 @@ from lazyproc.events import Listener, StateChanged, StepDone
 from lazyproc.facts import dataclass
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
-from lazyproc.migrate.guest_source import let_go_on, standing
+from lazyproc.migrate.guest_source import let_go_on
+from lazyproc.migrate.guest_watch import watched
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.model import PAGE
 from lazyproc.qemu import devices, saved
@@ -47,16 +48,15 @@ def checkpoint_guest(
             draft = unfinished.enter_context(filled(Folder(directory), early=not leave_running))
             frozen_at = time.monotonic()
             listener(StateChanged("frozen", frozen_at))
-            with standing(qmp, held) as over, held.open() as pages:
-                state = devices.saved(qmp, guest.machine)
+            with watched(qmp, held) as over, held.open() as pages:
+                state = devices.saved(qmp, guest.machine, ran=guest.running)
                 written = saved.write(draft, guest, state, held.extents(), pages)
-                if not leave_running:
+                if leave_running:
+                    let_go_on(qmp, held)
+                else:
                     draft.sync()
-                    over.set()
+                over.set()
             frozen_ms = (time.monotonic() - frozen_at) * 1e3
-            if leave_running:
-                let_go_on(qmp, held)
-                frozen_ms = (time.monotonic() - frozen_at) * 1e3
     if not leave_running:
         held.end()
     now = time.monotonic()

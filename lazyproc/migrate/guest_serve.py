@@ -22,7 +22,7 @@ from lazyproc.facts import dataclass
 from lazyproc.images.files import Folder
 from lazyproc.images.sums import check_sums
 from lazyproc.kernel.ready import readable
-from lazyproc.migrate.guest_source import standing
+from lazyproc.migrate.guest_watch import watched
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
@@ -121,7 +121,7 @@ def _from_guest(monitor: str, talk: Talk, recover: bool, listener: Listener) -> 
         _demand_state(guest, recover)
         if not recover:
             talk.begin(guest.machine, guest.blocks)
-        gone = stack.enter_context(standing(qmp, held))
+        gone = stack.enter_context(watched(qmp, held))
         state = b"" if recover else devices.saved(qmp, guest.machine)
         pages = stack.enter_context(held.open())
         left = PagesLeft(guest.blocks, held.extents(), pages)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Event
 
-from lazyproc.errors import LazyprocError
+from lazyproc.errors import LazyprocError, NoSuchProcess, Parked
 from lazyproc.events import Listener, Over, StateChanged
 from lazyproc.facts import asdict
 from lazyproc.images.files import pack
@@ -30,7 +30,7 @@ from lazyproc.migrate.talk import Refused, Unfit, expect
 from lazyproc.pages.server import PageServer
 from lazyproc.qemu import devices
 from lazyproc.qemu.guest import Guest, to_facts
-from lazyproc.qemu.qmp import Qmp
+from lazyproc.qemu.qmp import FLUSH_S, Qmp
 from lazyproc.steps import Steps
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Built, Commit, Images
@@ -54,7 +54,7 @@ def hand_over(
         steps, frozen_at = Steps(), time.monotonic()
         sent = stack.enter_context(_recorded(qmp, held, journal))
         steps.done("stop")
-        state = devices.saved(qmp, guest.machine)
+        state = devices.saved(qmp, guest.machine, ran=guest.running)
         steps.done("devices")
         control.send(Images(pack({devices.NAME: state})))
         steps.done("send")
@@ -107,7 +107,8 @@ def _recorded(qmp: Qmp, held: HeldGuest, journal: Journal) -> Iterator[Event]:
     def record() -> None:
         journal.write("parked", durable=False, **facts)
 
-    with standing(qmp, held, record, journal.remove) as sent:
+    sent = Event()
+    with standing(qmp, held, sent, record, journal.remove):
         yield sent
 
 
@@ -115,12 +116,13 @@ def _recorded(qmp: Qmp, held: HeldGuest, journal: Journal) -> Iterator[Event]:
 def standing(
     qmp: Qmp,
     held: HeldGuest,
+    sent: Event,
     begun: Callable[[], object] = lambda: None,
     called_off: Callable[[], object] = lambda: None,
-) -> Iterator[Event]:
+) -> Iterator[None]:
     """Inside, the guest stands still; `begun` is called right before it is stopped. It goes on here after an error
-    before the event was set, or when the other side says no: then it was `called_off`. After any other error it stays,
-    since it may run there.
+    before the event `sent` was set, or when the other side says no: then it was `called_off`. After any other error it
+    stays, since it may run there.
 
     Raises LazyprocError when it is no longer as it was seen, and then it is left alone.
     """
@@ -129,27 +131,39 @@ def standing(
             "somebody else has stopped or continued the guest", where=qmp.path, remedy="try again"
         )
     begun()
-    sent = Event()
     try:
         if held.guest.running:
-            qmp.execute("stop")
-        yield sent
+            qmp.execute("stop", timeout=FLUSH_S)
+        yield
     except BaseException as error:
         if sent.is_set() and not isinstance(error, Refused):
             raise
-        let_go_on(qmp, held)
-        called_off()
+        with deaf():
+            let_go_on(qmp, held)
+            called_off()
         raise
 
 
 def let_go_on(qmp: Qmp, held: HeldGuest) -> None:
-    """By the connection that is there: whoever waits for the monitor would get in before us. Raises as let_run does."""
+    """By the connection that is there: whoever waits for the monitor would get in before us. Raises Parked,
+    NoSuchProcess.
+    """
+    if not held.guest.running:
+        return
     try:
-        if held.guest.running:
-            qmp.execute("cont")
-    except (LazyprocError, TimeoutError):  # it may be out of step
-        qmp.close()
-        held.let_run()
+        try:
+            qmp.execute("cont", timeout=FLUSH_S)
+        except (LazyprocError, TimeoutError):
+            qmp.close()
+            held.let_run()
+    except NoSuchProcess:
+        raise
+    except (LazyprocError, TimeoutError) as error:
+        raise Parked(
+            f"the guest stands still, and could not be continued: {error}",
+            where=f"QEMU of pid {held.root_pid}",
+            remedy="use `cont` in its monitor",
+        ) from error
 
 
 def _put_away(

@@ -16,8 +16,10 @@ NAME = "devices.img"  # among the images of a hand-over
 SAVE_S = 30.0
 
 
-def saved(qmp: Qmp, machine: str) -> bytes:
-    """What "migrate-incoming" of a QEMU of the same machine takes. The guest must be stopped; its disks are let go.
+def saved(qmp: Qmp, machine: str, *, ran: bool = True) -> bytes:
+    """What "migrate-incoming" of a QEMU of the same machine takes. The guest must be stopped; its disks are let go if
+    it `ran` before. One that was paused keeps them: only `cont` takes them back, and QEMU aborts when disks that were
+    let go are to be let go again (block.c bdrv_inactivate_recurse()).
 
     By a descriptor that is passed along: QEMU may not be allowed to make files. Raises Refusal, ConnectionLost,
     ProtocolError for what is no such stream.
@@ -32,7 +34,7 @@ def saved(qmp: Qmp, machine: str) -> bytes:
             os.close(writing)
         try:
             name = f"/dev/fdset/{number}"
-            qmp.execute("xen-save-devices-state", {"filename": name, "live": True}, timeout=SAVE_S)
+            qmp.execute("xen-save-devices-state", {"filename": name, "live": ran}, timeout=SAVE_S)
         finally:
             qmp.execute("remove-fd", {"fdset-id": number})
         return stream(os.pread(file, os.fstat(file).st_size, 0), machine)

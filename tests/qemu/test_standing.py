@@ -1,0 +1,85 @@
+"""A guest that lazyproc lets stand still, or found standing: nothing is left as it was not before."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from lazyproc.errors import NoSuchProcess
+from lazyproc.facts import replace
+from lazyproc.kernel import family, proc
+from lazyproc.migrate.guest_watch import watched
+from lazyproc.migrate.held_guest import HeldGuest
+from lazyproc.qemu.guest import look
+from lazyproc.qemu.qmp import Qmp
+from tests.live.programs import wait_until
+from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor, started
+from tests.qemu.test_serve import answer, goes_on
+
+SMALL = Shape(memory=96, visited=16)
+
+
+def test_a_paused_guest_keeps_its_disks(tmp_path: Path) -> None:
+    """A QEMU that has let go of them aborts when it is asked to do so again."""
+    with beating(replace(SMALL, disk=empty_disk(tmp_path)), tmp_path) as guest:
+        with monitor(guest) as qmp:
+            qmp.execute("stop")
+        for number in range(2):
+            answer("checkpoint", "--qemu", guest.qmp, "-D", tmp_path / f"images{number}", "--leave-running")
+        with monitor(guest) as qmp:
+            assert qmp.execute("query-status")["status"] == "paused"
+            qmp.execute("cont")
+        goes_on(guest.serial)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_guest_whose_command_is_killed_goes_on(told: bool, tmp_path: Path) -> None:
+    """Unless it may run elsewhere by then."""
+    with beating(SMALL, tmp_path) as guest:
+        reading, writing = os.pipe()
+        command = family.child(lambda: _stand(guest, writing, told=told), "command")
+        os.close(writing)
+        assert os.read(reading, 1) == b"s"
+        os.kill(command, signal.SIGKILL)
+        os.waitpid(command, 0)
+        assert os.read(reading, 1) == b"", "its watcher has what the command had"
+        os.close(reading)
+        if told:
+            wait_until(lambda: not _watchers(), "nobody watches it any more")
+            with monitor(guest) as qmp:
+                assert qmp.execute("query-status")["running"] is False
+                qmp.execute("cont")
+        goes_on(guest.serial)
+
+
+def _stand(guest: Guest, writing: int, *, told: bool) -> None:
+    with Qmp(str(guest.qmp)) as qmp, watched(qmp, HeldGuest(look(qmp))) as over:
+        if told:
+            over.set()
+        os.write(writing, b"s")
+        signal.pause()
+
+
+def _watchers() -> list[int]:
+    found = []
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        with suppress(NoSuchProcess):
+            if (stat := proc.stat(proc.read(pid, "stat"))).comm == "lazyproc-watch" and stat.state != "Z":
+                found.append(pid)
+    return found
+
+
+def test_an_answer_to_another_question_is_not_taken(tmp_path: Path) -> None:
+    """Whoever has not waited for the one before."""
+    with (
+        Serial(tmp_path / "serial") as serial,
+        started(SMALL, serial, tmp_path, "-S") as guest,
+        monitor(guest) as qmp,
+    ):
+        with pytest.raises(TimeoutError):
+            qmp.execute("query-commands", timeout=0)
+        assert qmp.execute("query-status")["status"] == "prelaunch"
