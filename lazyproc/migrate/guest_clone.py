@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lazyproc.events import Listener, ignore
-from lazyproc.migrate.guest_serve import GuestServed, Talk, opened, recoverable_from, talk_with
+from lazyproc.migrate.guest_serve import GuestServed, Talk, opened, recoverable_from, talks_with
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
 from lazyproc.qemu.postcopy import PagesLeft
@@ -35,7 +35,7 @@ def qemu_clone(
     trust = Trust(insecure, tls=tls)
     with ExitStack() as stack:
         found, pages = stack.enter_context(opened(directory))
-        talks = [stack.enter_context(talk_with(target, trust, preempt)) for target in targets]
+        talks = stack.enter_context(talks_with(targets, trust, preempt))
         for talk in talks:
             talk.begin(found.machine, found.blocks)
         extents = pages.extents()

@@ -1,7 +1,7 @@
 """`qemu-serve`: a guest, saved or running, for a QEMU that waits for post-copy; nothing of ours is at that end.
 
-In order: connect, say what RAM there is and that all of it is missing, the devices and the word to run, then pages:
-what the guest waits for first, what lies around that, and the rest behind it.
+In order: look at the guest, connect, say what RAM there is and that all of it is missing, the devices and the word to
+run, then pages: what the guest waits for first, what lies around that, and the rest behind it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from lazyproc.errors import ConnectionLost, LazyprocError, Parked, ProtocolError, UsageError
 from lazyproc.events import Listener, PagesMoved, StateChanged
@@ -22,13 +22,12 @@ from lazyproc.facts import dataclass
 from lazyproc.images.files import Folder
 from lazyproc.images.sums import check_sums
 from lazyproc.kernel.ready import readable
+from lazyproc.migrate.guest_dial import ANSWER_S, demand_fit, dialled
 from lazyproc.migrate.guest_watch import watched
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.relay import relayed
-from lazyproc.pages.tls import Tls, handshaken
-from lazyproc.pages.transport import connect, parse_address
+from lazyproc.pages.tls import Tls
 from lazyproc.qemu import devices, saved, stream
 from lazyproc.qemu.guest import Guest, looked_at
 from lazyproc.qemu.postcopy import PagesLeft
@@ -36,15 +35,12 @@ from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.ram import Block
 from lazyproc.qemu.stream import Event, Pong, Received, Resumed, ReturnPath, Shut, Wanted
 
-UNIX = "unix:"
-UNSENT = 1 << 17  # bytes that may wait in front of a page that is waited for
-ANSWER_S = 30.0
-INCOMING = "start QEMU with -incoming there"
 PIECE = 1 << 16
 # A guest that comes to life waits for one page after the other, and each would stand behind what nobody waits for: that
 # goes when the guest has waited for nothing for a while, or has lived for a while.
 QUIET_S, ALIVE_S = 0.02, 0.5
 _E = TypeVar("_E", bound=Event)
+_Talks: TypeAlias = "AbstractContextManager[Sequence[Talk]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +72,27 @@ def qemu_serve(
     A running guest is stopped, and QEMU here quits in the end; until the word to run is sent it goes on here after any
     error. With `recover` the guest runs there already and has lost its source (QMP migrate-recover); with `preempt`
     QEMU there has the capability postcopy-preempt, and what its guest waits for goes by a connection of its own. Raises
-    UsageError, ImageError, CannotBeDone, ConnectionLost, ProtocolError; Parked when its guest may run there by then.
+    UsageError, PermissionDenied, ImageError, CannotBeDone before it connects: the QEMU there waits on; ConnectionLost,
+    ProtocolError; Parked when its guest may run there by then.
     """
-    with talk_with(target, Trust(insecure, tls=tls), preempt) as talk:
-        if isinstance(source, Path) and source.is_dir():
-            return _from_folder(source, talk, recover, listener)
-        return _from_guest(str(source), talk, recover, listener)
+    talks = talks_with([target], Trust(insecure, tls=tls), preempt)
+    if isinstance(source, Path) and source.is_dir():
+        return _from_folder(source, talks, recover, listener)
+    return _from_guest(str(source), talks, recover, listener)
 
 
 @contextmanager
-def talk_with(target: str, trust: Trust, preempt: bool) -> Iterator[Talk]:
-    """Connected. Raises UsageError, ConnectionLost, PermissionDenied."""
+def talks_with(targets: Sequence[str], trust: Trust, preempt: bool) -> Iterator[Sequence[Talk]]:
+    """Connected to each, when none is to be refused. Raises UsageError, ConnectionLost, PermissionDenied."""
+    for target in targets:
+        demand_fit(target, trust)
     with ExitStack() as stack:
-        socks = [stack.enter_context(closing(_dialled(target, trust))) for _ in range(2 if preempt else 1)]
-        yield Talk(socks, target)
+
+        def dial(target: str) -> Talk:
+            count = 2 if preempt else 1
+            return Talk([stack.enter_context(closing(dialled(target, trust))) for _ in range(count)], target)
+
+        yield [dial(target) for target in targets]
 
 
 @contextmanager
@@ -103,9 +106,11 @@ def opened(directory: Path) -> Iterator[tuple[saved.Saved, ImagePages]]:
         yield found, pages
 
 
-def _from_folder(directory: Path, talk: Talk, recover: bool, listener: Listener) -> GuestServed:
-    with opened(directory) as (found, pages):
+def _from_folder(directory: Path, talks: _Talks, recover: bool, listener: Listener) -> GuestServed:
+    with ExitStack() as stack:
+        found, pages = stack.enter_context(opened(directory))
         left = PagesLeft(found.blocks, pages.extents(), pages)
+        (talk,) = stack.enter_context(talks)
         if not recover:
             talk.begin(found.machine, found.blocks)
         with recoverable_from(directory):
@@ -113,12 +118,13 @@ def _from_folder(directory: Path, talk: Talk, recover: bool, listener: Listener)
             return talk.serve(left, listener)
 
 
-def _from_guest(monitor: str, talk: Talk, recover: bool, listener: Listener) -> GuestServed:
+def _from_guest(monitor: str, talks: _Talks, recover: bool, listener: Listener) -> GuestServed:
     with ExitStack() as stack:
         qmp = stack.enter_context(Qmp(monitor))
         guest = looked_at(qmp)
         held = HeldGuest(guest)
         _demand_state(guest, recover)
+        (talk,) = stack.enter_context(talks)
         if not recover:
             talk.begin(guest.machine, guest.blocks)
         gone = stack.enter_context(watched(qmp, held))
@@ -160,34 +166,6 @@ def _demand_state(guest: Guest, recover: bool) -> None:
             "the guest is paused, and may run elsewhere", where=guest.qmp,
             remedy="continue it first (cont), or let another QEMU go on with it by --recover",
         )  # fmt: skip
-
-
-def _dialled(target: str, trust: Trust) -> socket.socket:
-    """TLS as QEMU has it: from byte 0. Raises UsageError, ConnectionLost, PermissionDenied."""
-    if target.startswith(UNIX):
-        if trust.tls is not None:
-            raise UsageError("TLS is for HOST:PORT", where=target, remedy="leave out the --tls options")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.connect(target.removeprefix(UNIX))
-        except OSError as error:
-            sock.close()
-            raise ConnectionLost(
-                f"nobody waits there ({error.strerror})",
-                where=target,
-                remedy=INCOMING,
-            ) from error
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT)
-        trust.check(sock)
-        return sock
-    sock = connect(target, ANSWER_S, INCOMING)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(ANSWER_S * 1e3))
-    if trust.tls is None:
-        trust.check(sock)
-        return sock
-    return relayed(handshaken(sock, trust.tls, parse_address(target)[0], target))
 
 
 class Talk:

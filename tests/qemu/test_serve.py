@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from lazyproc.hosts import pair_of_hosts
 from lazyproc.keys import make_keys
 from lazyproc.model import PAGE
 from tests.live.moving import CLI
 from tests.live.programs import wait_until
-from tests.qemu.guests import Guest, Serial, Shape, beating, monitor, waiting
+from tests.qemu.guests import Guest, Serial, Shape, beating, monitor, started, waiting
 
 SMALL = Shape(memory=96, visited=16)
 
@@ -69,6 +70,37 @@ def test_where_no_qemu_waits(where: str, tmp_path: Path) -> None:
         refused = lazyproc("qemu-serve", guest.qmp, "--to", where, "--insecure", expected=1)
         assert "start QEMU with -incoming there" in refused.stderr
         goes_on(guest.serial)
+
+
+def test_what_is_refused_leaves_the_qemu_that_waits(tmp_path: Path) -> None:
+    """It would end with the connection. Whoever then calls rightly finds it waiting."""
+    with pair_of_hosts() as pair, Serial(pair.shared / "serial") as serial, ExitStack() as stack:
+        garbled = pair.shared / "garbled"
+        garbled.mkdir()
+        (garbled / "lazyproc-guest.img").write_text("{")
+        where = f"{pair.destination.address}:4444"
+        incoming = ("-incoming", f"tcp:{where}", "-global", "migration.x-postcopy-ram=on")
+        guest = stack.enter_context(started(SMALL, serial, tmp_path, host=pair.source))
+        serial.wait(5)
+        there = stack.enter_context(started(SMALL, serial, tmp_path, *incoming, host=pair.destination))
+        monitor(there).close()
+
+        def serve(*words: object, expected: int) -> str:
+            argv = [*CLI, "qemu-serve", *map(str, words), "--to", where]
+            done = pair.source.run(argv, capture_output=True, text=True, timeout=60)
+            assert done.returncode == expected, done.stderr
+            assert there.process.poll() is None or expected == 0
+            return str(done.stderr)
+
+        assert "lazyproc-guest.img" in serve("-D", garbled, "--insecure", expected=1)
+        with monitor(guest) as qmp:
+            qmp.execute("stop")
+        assert "is paused" in serve(guest.inside, "--insecure", expected=2)
+        with monitor(guest) as qmp:
+            qmp.execute("cont")
+        assert "is another host" in serve(guest.inside, expected=1)
+        serve(guest.inside, "--insecure", expected=0)
+        goes_on(serial)
 
 
 @pytest.mark.long
