@@ -66,8 +66,8 @@ def qemu_serve(
     tls: Tls | None = None,
     listener: Listener,
 ) -> GuestServed:
-    """The guest in the folder `source`, or behind the QMP monitor `source`, for the QEMU that waits at `target`
-    (HOST:PORT or unix:PATH) with the capability postcopy-ram; returns when that has every page.
+    """The guest in the folder `source`, a Path, or behind the QMP monitor `source`, a str, for the QEMU that waits at
+    `target` (HOST:PORT or unix:PATH) with the capability postcopy-ram; returns when that has every page.
 
     A running guest is stopped, and QEMU here quits in the end; until the word to run is sent it goes on here after any
     error. With `recover` the guest runs there already and has lost its source (QMP migrate-recover); with `preempt`
@@ -76,9 +76,9 @@ def qemu_serve(
     ProtocolError; Parked when its guest may run there by then.
     """
     talks = talks_with([target], Trust(insecure, tls=tls), preempt)
-    if isinstance(source, Path) and source.is_dir():
+    if isinstance(source, Path):
         return _from_folder(source, talks, recover, listener)
-    return _from_guest(str(source), talks, recover, listener)
+    return _from_guest(source, talks, recover, listener)
 
 
 @contextmanager

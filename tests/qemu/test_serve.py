@@ -103,6 +103,12 @@ def test_what_is_refused_leaves_the_qemu_that_waits(tmp_path: Path) -> None:
         goes_on(serial)
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """And is not taken for a monitor."""
+    done = lazyproc("qemu-serve", "-D", tmp_path / "typo", "--to", "unix:/nowhere", expected=1)
+    assert f"{tmp_path / 'typo'}: no such file or directory; name an existing folder" in done.stderr
+
+
 @pytest.mark.long
 def test_a_running_guest_is_left_running(tmp_path: Path) -> None:
     with beating(SMALL, tmp_path) as guest:
