@@ -5,10 +5,11 @@ is refused before.
 from __future__ import annotations
 
 import socket
+import time
 from ipaddress import ip_address
 
 from lazyproc.errors import ConnectionLost, PermissionDenied, UsageError
-from lazyproc.pages.peer import Trust
+from lazyproc.pages.peer import Trust, peer_uid
 from lazyproc.pages.relay import relayed
 from lazyproc.pages.tls import OPTIONS, dialling, handshaken
 from lazyproc.pages.transport import connect, parse_address
@@ -16,6 +17,7 @@ from lazyproc.pages.transport import connect, parse_address
 UNIX = "unix:"
 UNSENT = 1 << 17  # bytes that may wait in front of a page that is waited for
 ANSWER_S = 30.0
+ACCEPT_S = 5.0
 INCOMING = "start QEMU with -incoming there"
 
 
@@ -62,12 +64,20 @@ def dialled(target: str, trust: Trust) -> socket.socket:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(ANSWER_S * 1e3))
     if trust.tls is None:
         try:
+            _await_accepted(sock, trust)
             trust.check(sock)
         except BaseException:
             sock.close()
             raise
         return sock
     return relayed(handshaken(sock, trust.tls, parse_address(target)[0], target))
+
+
+def _await_accepted(sock: socket.socket, trust: Trust) -> None:
+    """Before that nobody has the other end, and the kernel says of nobody who he is."""
+    deadline = time.monotonic() + ACCEPT_S
+    while not trust.insecure and peer_uid(sock) is None and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def _dialled_here(target: str, trust: Trust) -> socket.socket:
