@@ -27,6 +27,7 @@ class Draft:
         self._made = made
         self._early = early
         self._open: dict[Path, int] = {}
+        self._names: list[str] = []
 
     def write(self, images: Mapping[str, bytes]) -> None:
         """Writes every image, all that are not pages in one call, and their checksums. Raises ImageError."""
@@ -36,7 +37,12 @@ class Draft:
     def write_file(self, name: str, pieces: Iterable[bytes]) -> None:
         """Writes the file `name`, one piece after the other. Raises ImageError, and what `pieces` raises."""
         path = self._folder.path / name
-        fd = self._open[path] = self._folder.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        self._names.append(name)  # first: an interrupt may come before it is open
+        try:
+            fd = self._open[path] = self._folder.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except ImageError:  # it was not made, or by somebody else
+            self._names.remove(name)
+            raise
         started = size = 0
         for piece in pieces:
             with _blamed(path):
@@ -59,6 +65,13 @@ class Draft:
             _sync_names(self._folder.path / "..")
         self.close()
 
+    def remove(self) -> None:
+        """All that it has made: what somebody else writes there at the same time is his."""
+        for name in self._names:
+            self._folder.remove(name)
+        with suppress(OSError):
+            self._folder.path.rmdir()
+
     def close(self) -> None:
         for fd in self._open.values():
             os.close(fd)
@@ -68,7 +81,7 @@ class Draft:
 @contextmanager
 def filled(folder: Folder, *, early: bool) -> Iterator[Draft]:
     """A block that writes a whole checkpoint. After it all is on the disk; when the block or the disk fails no image
-    stays, nor the folder if that empties it.
+    of it stays, nor the folder if that empties it.
 
     `early`: the disk gets to work at once, so that the end of the block waits less and the writing takes longer.
     Raises ImageError, also when there are images already: those of two checkpoints are never mixed.
@@ -85,10 +98,7 @@ def filled(folder: Folder, *, early: bool) -> Iterator[Draft]:
         yield draft
         draft.sync()
     except BaseException:
-        for name in folder.images():
-            folder.remove(name)
-        with suppress(OSError):
-            folder.path.rmdir()
+        draft.remove()
         raise
     finally:
         draft.close()

@@ -74,6 +74,25 @@ def test_what_lay_in_the_folder_before_stays_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_of_two_at_once_the_later_one_takes_nothing_away(tmp_path: Path) -> None:
+    """Both have found the folder empty."""
+    folder = Folder(tmp_path / "new")
+
+    def twice() -> None:
+        with filled(folder, early=False) as other:
+            first.write_file("pages-1.img", [b"first"])
+            other.write({"core-2.img": b"other"})
+            other.write_file("pages-1.img", [b"other"])
+
+    with filled(folder, early=False) as first:
+        with pytest.raises(ImageError, match=r"pages-1\.img: file exists"):
+            twice()
+        first.write({"core-1.img": b"first"})
+    assert sorted(folder.images()) == ["core-1.img", SUMS, "pages-1.img"]
+    assert (folder.path / "pages-1.img").read_bytes() == b"first"
+    check_sums(folder.read())
+
+
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
