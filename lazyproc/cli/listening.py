@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
 from lazyproc.events import Event, Listener
@@ -97,15 +97,17 @@ def _deaf_once_settled(args: argparse.Namespace) -> Iterator[None]:
 def _log(path: str) -> Iterator[Callable[[str], None]]:
     """Appends lines with the time to a file that only its owner can read; the last one says what went wrong."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w", buffering=1) as file:
 
-        def write(text: str) -> None:
-            now = time.time()
-            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-            file.write(f"{stamp}.{int(now % 1 * 1000):03}Z {text}\n")
+    def write(text: str) -> None:
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        os.write(fd, os.fsencode(f"{stamp}.{int(now % 1 * 1000):03}Z {text}\n"))
 
-        try:
-            yield write
-        except BaseException as error:
+    try:
+        yield write
+    except BaseException as error:
+        with suppress(OSError):  # a full disk is no reason to say something else than what went wrong
             write(f"failed: {type(error).__name__}: {error}")
-            raise
+        raise
+    finally:
+        os.close(fd)

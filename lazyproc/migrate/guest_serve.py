@@ -36,6 +36,7 @@ from lazyproc.qemu.ram import Block
 from lazyproc.qemu.stream import Event, Pong, Received, Resumed, ReturnPath, Shut, Wanted
 
 PIECE = 1 << 16
+TELL_S = 0.1  # between two words to the listener, which may take its time for each
 # A guest that comes to life waits for one page after the other, and each would stand behind what nobody waits for: that
 # goes when the guest has waited for nothing for a while, or has lived for a while.
 QUIET_S, ALIVE_S = 0.02, 0.5
@@ -141,7 +142,9 @@ def _from_guest(monitor: str, talks: _Talks, recover: bool, listener: Listener) 
 
 
 def recoverable_from(directory: Path) -> AbstractContextManager[None]:
-    """Inside, the guest of the folder may run at the other end: an error or an interrupt is Parked."""
+    """Inside, the guest of the folder may run at the other end: an error or an interrupt is Parked, also what the
+    listener raises (a full disk).
+    """
     otherwise = "or begin anew in another QEMU, without what the guest has done there"
     return _recoverable(f"-D {directory}", "its images are as they were", otherwise)
 
@@ -150,7 +153,7 @@ def recoverable_from(directory: Path) -> AbstractContextManager[None]:
 def _recoverable(source: str, here: str, otherwise: str) -> Iterator[None]:
     try:
         yield
-    except (LazyprocError, KeyboardInterrupt) as error:
+    except (LazyprocError, OSError, KeyboardInterrupt) as error:
         raise Parked(
             f"the guest may run there, and misses pages ({str(error) or 'interrupted'}); {here}",
             where=source,
@@ -166,6 +169,10 @@ def _demand_state(guest: Guest, recover: bool) -> None:
             "the guest is paused, and may run elsewhere", where=guest.qmp,
             remedy="continue it first (cont), or let another QEMU go on with it by --recover",
         )  # fmt: skip
+
+
+def _moved(left: PagesLeft) -> PagesMoved:
+    return PagesMoved(left.total, left.urgent + left.bulk, left.zero, left.urgent, left.bulk, 0)
 
 
 class Talk:
@@ -235,10 +242,13 @@ class Talk:
         """Every page, and the end."""
         listener(StateChanged("running", time.monotonic()))
         self._hear(left)
-        more = True
+        more, told = True, time.monotonic()
         while more or left.waited_for or not self._loaded:
             more = self._step(left, more)
-            listener(PagesMoved(left.total, left.urgent + left.bulk, left.zero, left.urgent, left.bulk, 0))
+            if (now := time.monotonic()) - told >= TELL_S:
+                told = now
+                listener(_moved(left))
+        listener(_moved(left))
         if self._preempts:
             self._send(stream.END_OF_RAM, self._fast)
         self._send(stream.ends())

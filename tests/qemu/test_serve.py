@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import socket
 import subprocess
 import threading
@@ -14,8 +16,11 @@ from typing import Any
 
 import pytest
 
+from lazyproc.errors import Parked
+from lazyproc.events import Event, PagesMoved
 from lazyproc.hosts import pair_of_hosts
 from lazyproc.keys import make_keys
+from lazyproc.migrate.guest_serve import qemu_serve
 from lazyproc.model import PAGE
 from tests.live.moving import CLI
 from tests.live.programs import wait_until
@@ -246,6 +251,34 @@ def test_a_lost_connection_is_recovered(preempt: bool, tmp_path: Path) -> None:
         report = answer("qemu-serve", "-D", images, "--to", again, "--recover", *options)
         assert (report["pages_urgent"] + report["pages_bulk"]) * PAGE <= whole - CUT_AFTER // 2
         goes_on(serial)
+
+
+def test_a_listener_that_fails_leaves_what_can_be_recovered(tmp_path: Path) -> None:
+    """The guest runs there, and the disk here is full."""
+
+    def fail(event: Event) -> None:
+        if isinstance(event, PagesMoved) and event.bulk:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        saved(SMALL, tmp_path) as (images, serial),
+        waiting(SMALL, serial, tmp_path / "there") as (there, where),
+    ):
+        with pytest.raises(Parked, match=r"No space left on device.*--recover"):
+            qemu_serve(images, where, listener=fail)
+        answer("qemu-serve", "-D", images, "--to", recovering(there, tmp_path / "again"), "--recover")
+        goes_on(serial)
+
+
+def test_a_log_that_cannot_be_written_ends_with_what_is_so(tmp_path: Path) -> None:
+    with (
+        saved(SMALL, tmp_path) as (images, _),
+        Serial(tmp_path / "other") as other,
+        waiting(SMALL, other, tmp_path / "there") as (_, where),
+    ):
+        log = ("--log-file", "/dev/full")
+        lost = lazyproc("qemu-serve", "-D", images, "--to", where, *log, expected=4)
+        assert "No space left on device" in lost.stderr
 
 
 @pytest.mark.long

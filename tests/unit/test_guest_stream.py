@@ -6,6 +6,7 @@ import io
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyproc.errors import ProtocolError
-from lazyproc.events import ignore
+from lazyproc.events import PagesMoved, ignore
 from lazyproc.migrate import guest_serve
 from lazyproc.migrate.guest_serve import GuestServed, Talk
 from lazyproc.model import PAGE, Extent, MemoryObject
@@ -284,6 +285,26 @@ def test_a_guest_is_told_whole() -> None:
         other.end()
         assert other.pages == memory.content()
     assert reports[0].pages_bulk == 3
+
+
+def test_the_listener_hears_of_pages_now_and_then_and_at_the_end() -> None:
+    """Each word may cost it a write to a terminal or a file."""
+    memory = Memory(ram=[True] * 4000)
+    heard: list[object] = []
+
+    def work(talk: Talk) -> GuestServed:
+        talk.begin("pc", memory.blocks)
+        talk.run(DEVICES)
+        return talk.serve(memory.left(), heard.append)
+
+    began = time.monotonic()
+    with talking(memory, work) as (other, _):
+        other.until_run()
+        other.say(Pong())
+        other.end()
+    moved = [event for event in heard if isinstance(event, PagesMoved)]
+    assert len(moved) <= (time.monotonic() - began) / guest_serve.TELL_S + 1
+    assert moved[-1].installed == moved[-1].total == 4000
 
 
 def test_what_is_waited_for_goes_before_the_rest() -> None:
