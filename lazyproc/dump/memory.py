@@ -202,18 +202,24 @@ def _without(start: int, end: int, eager: frozenset[int]) -> Iterator[Extent]:
         yield Extent(start, (end - start) // PAGE, lazy=True)
 
 
-def shared_extents(fd: int, size: int, *, lazy: bool) -> tuple[Extent, ...]:
-    """The allocated pages of a shared memory object (swapped ones too), by SEEK_DATA (mm/shmem.c)."""
+def shared_extents(fd: int, size: int, *, lazy: bool, start: int = 0) -> tuple[Extent, ...]:
+    """The allocated pages of bytes [start, start + size) of a shared memory object (swapped ones too) or a file, by
+    SEEK_DATA (mm/shmem.c); their addresses count from `start`, a whole page.
+    """
     found = []
-    offset = 0
-    while offset < size:
+    offset, last = start, start + size
+    while offset < last:
         try:
-            start = os.lseek(fd, offset, os.SEEK_DATA)
+            data = os.lseek(fd, offset, os.SEEK_DATA)
         except OSError:  # ENXIO: nothing but a hole up to the end
             break
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        found.append(Extent(start, -(-(end - start) // PAGE), lazy=lazy))
-        offset = end
+        if data >= last:
+            break
+        hole = min(os.lseek(fd, data, os.SEEK_HOLE), last)
+        first = data // PAGE * PAGE  # a file system may have smaller blocks
+        count = -(-(hole - first) // PAGE)
+        found.append(Extent(first - start, count, lazy=lazy))
+        offset = first + count * PAGE
     return tuple(found)
 
 

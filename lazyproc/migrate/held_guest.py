@@ -11,13 +11,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from lazyproc.dump.memory import lazy_extents, shared_extents
 from lazyproc.errors import LazyprocError, NoSuchProcess
-from lazyproc.facts import dataclass, replace
+from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.kernel.ready import readable
 from lazyproc.kernel.sys import pidfd_open
-from lazyproc.migrate.holding import GONE_S, mapped_object
+from lazyproc.migrate.guest_extents import extents_of
+from lazyproc.migrate.holding import GONE_S
 from lazyproc.model import Extent, MemoryObject
 from lazyproc.pages.frozen import FrozenPages
 from lazyproc.qemu.guest import Guest, process_behind
@@ -34,15 +34,7 @@ class HeldGuest:
 
     def extents(self) -> dict[MemoryObject, tuple[Extent, ...]]:
         """Every page that QEMU has for its guest; all others are zero."""
-        found = {}
-        for block, place in zip(self.guest.blocks, self.guest.places(), strict=True):
-            if block.shared:
-                with mapped_object(place) as fd:
-                    found[block.object] = shared_extents(fd, block.used, lazy=True)
-            else:
-                own = lazy_extents(self.guest.pid, [(block.addr, block.addr + block.used)], frozenset())
-                found[block.object] = tuple(replace(each, addr=each.addr - block.addr) for each in own)
-        return found
+        return extents_of(self.guest)
 
     def open(self) -> FrozenPages:
         self.demand_there()

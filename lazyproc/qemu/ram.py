@@ -52,6 +52,7 @@ class Block:
     shared: bool
     addr: int  # in QEMU's address space
     number: int  # its place in the list, by which its pages are asked for
+    of_file: bool = False  # private, and what was not written to is a file's
 
     @property
     def object(self) -> MemoryObject:
@@ -97,8 +98,14 @@ def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
             )
         (addr,) = hosts
         shared = maps[addr].perms.endswith("s")
-        found.append(Block(each.name, each.used, each.total, each.page_size, shared, addr, number))
+        of_file = not shared and is_of_file(maps[addr])
+        found.append(Block(each.name, each.used, each.total, each.page_size, shared, addr, number, of_file))
     return tuple(found)
+
+
+def is_of_file(entry: MapsEntry) -> bool:
+    """Also a memfd or shared memory without a name."""
+    return entry.path.startswith("/")
 
 
 def _places(
@@ -224,6 +231,13 @@ def differences(ours: Sequence[Block], theirs: Sequence[Block]) -> Iterator[Obst
         own = known.pop(each.name, None)
         if own is None or (own.total, own.shared, own.page_size) != (each.total, each.shared, each.page_size):
             yield _different(each.name, own, each)
+        elif own.of_file:
+            yield Obstacle(
+                0,
+                f"RAM block {own.name}",
+                "lies in a file there, privately: what is in the file would be there before it has come",
+                "start the QEMU there with memory-backend-ram in place of the file",
+            )
     for own in known.values():
         yield _different(own.name, own, None)
 
