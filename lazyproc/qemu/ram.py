@@ -16,7 +16,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from lazyproc.errors import HostLacks, Obstacle
+from lazyproc.errors import HostLacks, Obstacle, ProtocolError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.kernel.proc import MapsEntry
@@ -27,8 +27,13 @@ PIECE = 1 << 20
 ARENA = 64 << 20  # bytes that malloc(3) reserves for a thread; what is larger is RAM, or the code of TCG
 NAME_SIZE = 256  # RAMBlock.idstr
 BLOCK = 1024  # bytes of a RAMBlock in which its links are
-_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_ROW = r"(?m)^ *(\S+) +([\d.]+) (\w+) +0x([0-9a-f]+) +0x([0-9a-f]+) +0x([0-9a-f]+)"
+OTHERWISE = "save the guest with QEMU's own migration instead"
+_UNITS = {None: 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+# A name may have spaces; behind the sizes newer QEMUs have more columns.
+_ROW = re.compile(
+    r" *(\S.*?) +(\d+) ([KMGT]i)?B +0x[0-9a-f]+ +0x([0-9a-f]+) +0x([0-9a-f]+)(?: .*)?", re.ASCII
+)
+_TITLE = re.compile(r" *Block Name +PSize .*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +79,22 @@ class Block:
 
 
 def rows(text: str) -> tuple[Named, ...]:
-    """What "info ramblock" prints. The page size is written as "4 KiB" there (util/cutils.c size_to_str)."""
-    found = []
-    for name, number, unit, _offset, used, total in re.findall(_ROW, text):
-        found.append(Named(name, int(float(number) * _UNITS[unit]), int(used, 16), int(total, 16)))
-    return tuple(found)
+    """What "info ramblock" prints. The page size is written as "4 KiB" there (util/cutils.c size_to_str). Raises
+    ProtocolError for a line that cannot be read: a block that is left out would be zeros where the guest goes on.
+    """
+    return tuple(_row(line) for line in text.splitlines() if line.strip() and not _TITLE.fullmatch(line))
+
+
+def _row(line: str) -> Named:
+    found = _ROW.fullmatch(line)
+    if found is None:
+        raise ProtocolError(
+            f"a RAM block that cannot be understood: {line.strip()!r:.200}",
+            where="QMP info ramblock",
+            remedy=f"{OTHERWISE}; please report QEMU's version",
+        )
+    name, number, unit, used, total = found.groups()
+    return Named(name, int(number) * _UNITS[unit], int(used, 16), int(total, 16))
 
 
 def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
@@ -94,7 +110,7 @@ def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
                 f"the RAM block {each.name!r} of {each.total} bytes "
                 + ("cannot be found in its memory" if not hosts else f"may lie at {_all(hosts)}"),
                 where=f"pid {pid}",
-                remedy="save the guest with QEMU's own migration instead; please report QEMU's version",
+                remedy=f"{OTHERWISE}; please report QEMU's version",
             )
         (addr,) = hosts
         shared = maps[addr].perms.endswith("s")

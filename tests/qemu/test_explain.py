@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import lazyproc
+from lazyproc.errors import ProtocolError
 from lazyproc.facts import replace
 from lazyproc.qemu import ram
 from lazyproc.qemu.guest import look
@@ -122,11 +123,26 @@ def test_the_list_of_blocks_is_read() -> None:
               Block Name    PSize              Offset               Used              Total
                      ram    2 MiB  0x0000000000000000 0x0000000008000000 0x0000000008000000
     /rom@etc/acpi/tables    4 KiB  0x0000000008080000 0x0000000000020000 0x0000000000200000
+  /rom@genroms/my own.rom    4 KiB  0x00000000080a0000 0x0000000000001000 0x0000000000001000
 """
     assert ram.rows(text) == (
         ram.Named("ram", 2 << 20, 128 << 20, 128 << 20),
         ram.Named("/rom@etc/acpi/tables", 4096, 1 << 17, 2 << 20),
+        ram.Named("/rom@genroms/my own.rom", 4096, 4096, 4096),
     )
+
+
+def test_a_line_of_a_newer_qemu_is_read() -> None:
+    text = (
+        " Block Name PSize Offset Used Total HVA RO\r\n"
+        " pc.ram 4 KiB 0x0000 0x1000 0x2000 0x00007f0000000000 rw\r\n"
+    )
+    assert ram.rows(text) == (ram.Named("pc.ram", 4096, 4096, 8192),)
+
+
+def test_a_block_that_cannot_be_read_is_not_left_out() -> None:
+    with pytest.raises(ProtocolError, match="vga"):
+        ram.rows(" Block Name PSize Offset Used Total\n vga.vram 4 PiB 0x0 0x1000 0x1000\n")
 
 
 @pytest.mark.parametrize(
