@@ -12,7 +12,7 @@ from lazyproc.migrate.holding import mapped_object
 from lazyproc.model import PAGE, Extent, MemoryObject
 from lazyproc.pages.frozen import Place
 from lazyproc.qemu.guest import Guest
-from lazyproc.qemu.ram import Block, is_of_file
+from lazyproc.qemu.ram import Block, is_of_file, permitted
 
 
 def extents_of(guest: Guest) -> dict[MemoryObject, tuple[Extent, ...]]:
@@ -29,7 +29,8 @@ def _extents(block: Block, place: Place, entry: proc.MapsEntry | None) -> tuple[
         raise NoSuchProcess("maps the RAM of its guest no more", where=f"pid {place.pid} at {block.addr:#x}")
     if block.shared:
         return _of_file(block, place, entry.offset)
-    found = lazy_extents(place.pid, [(block.addr, block.addr + block.used)], frozenset())
+    with permitted(place.pid):
+        found = lazy_extents(place.pid, [(block.addr, block.addr + block.used)], frozenset())
     own = tuple(replace(each, addr=each.addr - block.addr) for each in found)
     if not is_of_file(entry):
         return own
@@ -38,7 +39,7 @@ def _extents(block: Block, place: Place, entry: proc.MapsEntry | None) -> tuple[
 
 
 def _of_file(block: Block, place: Place, offset: int) -> tuple[Extent, ...]:
-    with mapped_object(place) as fd:
+    with permitted(place.pid), mapped_object(place) as fd:
         return shared_extents(fd, block.used, lazy=True, start=offset)
 
 

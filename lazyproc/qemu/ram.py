@@ -13,10 +13,10 @@ import os
 import re
 import struct
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from lazyproc.errors import HostLacks, Obstacle, ProtocolError
+from lazyproc.errors import HostLacks, Obstacle, PermissionDenied, ProtocolError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.kernel.proc import MapsEntry
@@ -98,9 +98,11 @@ def _row(line: str) -> Named:
 
 
 def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
-    """Where the blocks lie, in the order of their names. Raises HostLacks when one cannot be found for certain."""
+    """Where the blocks lie, in the order of their names. Raises HostLacks when one cannot be found for certain,
+    PermissionDenied.
+    """
     maps = {entry.start: entry for entry in proc.maps(proc.read(pid, "maps"))}
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
+    with permitted(pid), open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
         places = _places(pid, mem.fileno(), {each.name: each for each in named}, maps)
     found = []
     for number, each in enumerate(sorted(named, key=lambda each: each.name)):
@@ -117,6 +119,19 @@ def blocks(pid: int, named: Sequence[Named]) -> tuple[Block, ...]:
         of_file = not shared and is_of_file(maps[addr])
         found.append(Block(each.name, each.used, each.total, each.page_size, shared, addr, number, of_file))
     return tuple(found)
+
+
+@contextmanager
+def permitted(pid: int) -> Iterator[None]:
+    """Inside, what the kernel does not let us see of a QEMU is PermissionDenied."""
+    try:
+        yield
+    except PermissionError as error:
+        raise PermissionDenied(
+            f"its memory may not be read ({error.strerror})",
+            where=f"pid {pid}",
+            remedy="run lazyproc as root",
+        ) from error
 
 
 def is_of_file(entry: MapsEntry) -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 import lazyproc
-from lazyproc.errors import ProtocolError
+from lazyproc.errors import PermissionDenied, ProtocolError
 from lazyproc.facts import replace
 from lazyproc.qemu import ram
 from lazyproc.qemu.guest import look
@@ -74,6 +76,17 @@ def test_a_list_of_blocks_that_does_not_point_back_is_not_believed(
             memory.write(bytes(8))
         assert ram.blocks(guest.pid, named) == found
         assert len(walked) > 2
+
+
+def test_a_qemu_whose_memory_may_not_be_read_takes_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with Yama, which lets a user see another process of his, but not its memory."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(PermissionDenied, match=rf"pid {os.getpid()}: .*; run lazyproc as root"):
+        ram.blocks(os.getpid(), [])
 
 
 def test_each_obstacle_is_named(tmp_path: Path) -> None:
