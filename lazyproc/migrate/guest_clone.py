@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 
+from lazyproc.errors import ConnectionLost, LazyprocError
 from lazyproc.events import Listener, ignore
 from lazyproc.migrate.guest_serve import GuestServed, Talk, opened, recoverable_from, talks_with
 from lazyproc.pages.peer import Trust
@@ -30,7 +31,7 @@ def qemu_clone(
     them; returns when all have every page. `listener` hears of the first.
 
     None is told to run before all have said that they take the guest in; after that each goes on for itself. Raises
-    UsageError, ImageError, ConnectionLost, ProtocolError; Parked with one that was lost, when the others are done.
+    UsageError, ImageError, ConnectionLost, ProtocolError; Parked with all that were lost, when the others are done.
     """
     trust = Trust(insecure, tls=tls)
     with ExitStack() as stack:
@@ -61,4 +62,12 @@ def _served(
             for talk in talks:
                 talk.hang_up()
             raise
+    lost = {talk: error for talk, each in zip(talks, serving, strict=True) if (error := each.exception())}
+    if len(lost) > 1 and all(isinstance(error, (LazyprocError, OSError)) for error in lost.values()):
+        raise ConnectionLost(" and ".join(_named(talk, error) for talk, error in lost.items()))
     return tuple(each.result() for each in serving)
+
+
+def _named(talk: Talk, error: BaseException) -> str:
+    text = str(error)
+    return text if talk.target in text else f"{talk.target}: {text}"

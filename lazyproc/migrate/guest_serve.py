@@ -182,7 +182,7 @@ class Talk:
 
     def __init__(self, socks: Sequence[socket.socket], target: str) -> None:
         self._sock, self._fast = socks[0], socks[-1]
-        self._target = target
+        self.target = target
         self._path = ReturnPath()
         self._events: deque[Event] = deque()
         self._started = time.monotonic()
@@ -209,7 +209,7 @@ class Talk:
         if readable([self._fast.fileno()], 0):
             raise ConnectionLost(
                 "QEMU takes no second connection",
-                where=self._target,
+                where=self.target,
                 remedy="set its capability postcopy-preempt as well, or leave out --preempt",
             )
 
@@ -254,11 +254,9 @@ class Talk:
         self._send(stream.ends())
         shut = self._expect(Shut)
         if shut.error:
-            raise ConnectionLost(f"QEMU there has failed ({shut.error})", where=self._target)
+            raise ConnectionLost(f"QEMU there has failed ({shut.error})", where=self.target)
         total_ms = (time.monotonic() - self._started) * 1e3
-        return GuestServed(
-            self._target, left.urgent, left.bulk, left.zero, self.bytes, self._run_ms, total_ms
-        )
+        return GuestServed(self.target, left.urgent, left.bulk, left.zero, self.bytes, self._run_ms, total_ms)
 
     def _step(self, left: PagesLeft, more: bool) -> bool:
         """What can be read now, and sent; whether there is `more` then that nobody waits for."""
@@ -291,7 +289,7 @@ class Talk:
         if ready := poll.poll(patience * 1e3):
             return ready[0][1]
         if patience >= ANSWER_S:
-            raise ConnectionLost("QEMU there takes nothing", where=self._target)
+            raise ConnectionLost("QEMU there takes nothing", where=self.target)
         return 0
 
     def _hear(self, left: PagesLeft) -> None:
@@ -304,7 +302,7 @@ class Talk:
                 self._loaded = True
             else:
                 what = type(event).__name__
-                raise ProtocolError(f"{what} from a QEMU that misses pages", where=self._target)
+                raise ProtocolError(f"{what} from a QEMU that misses pages", where=self.target)
 
     def _expect(self, kind: type[_E]) -> _E:
         """The next event of this kind; what is waited for meanwhile is kept for `_step`."""
@@ -317,7 +315,7 @@ class Talk:
                 self._events.extendleft(reversed(kept))
                 return event
             if isinstance(event, Shut):
-                raise ConnectionLost(f"QEMU there has given up ({event.error})", where=self._target)
+                raise ConnectionLost(f"QEMU there has given up ({event.error})", where=self.target)
             kept.append(event)
 
     def _receive(self) -> None:
@@ -338,10 +336,10 @@ class Talk:
 
     def _lost(self, why: str) -> ConnectionLost:
         if self._run_ms or self._loaded:
-            return ConnectionLost(f"QEMU is lost: {why}", where=self._target)
+            return ConnectionLost(f"QEMU is lost: {why}", where=self.target)
         return ConnectionLost(
             f"no QEMU that takes a guest in by post-copy: {why}",
-            where=self._target,
+            where=self.target,
             remedy="see what it says, whether it has the capability postcopy-ram, and with postcopy-preempt use "
             "--preempt",
         )

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyproc.errors import ProtocolError
+from lazyproc.errors import ConnectionLost, ProtocolError
 from lazyproc.events import PagesMoved, ignore
-from lazyproc.migrate import guest_serve
+from lazyproc.migrate import guest_clone, guest_serve
 from lazyproc.migrate.guest_serve import GuestServed, Talk
 from lazyproc.model import PAGE, Extent, MemoryObject
 from lazyproc.qemu import stream
@@ -366,6 +366,19 @@ def test_the_end_waits_until_the_devices_are_loaded() -> None:
         other.say(Pong())
         other.end()
     assert reports[0].pages_zero == 1
+
+
+def test_all_clones_that_are_lost_are_named() -> None:
+    memory, names = Memory(ram=[True] * 4), ["unix:/one", "unix:/two", "unix:/three"]
+    pairs = [socket.socketpair() for _ in names]
+    for _, theirs in pairs:
+        theirs.close()
+    talks = [Talk([ours], name) for (ours, _), name in zip(pairs, names, strict=True)]
+    with pytest.raises(ConnectionLost) as lost:
+        guest_clone._served(talks, [memory.left() for _ in talks], DEVICES, ignore)
+    assert all(name in str(lost.value) for name in names)
+    for ours, _ in pairs:
+        ours.close()
 
 
 def test_what_has_come_does_not_come_again() -> None:
