@@ -21,6 +21,7 @@ from lazyproc.events import Listener, PagesMoved, StateChanged
 from lazyproc.facts import dataclass
 from lazyproc.images.files import Folder
 from lazyproc.images.sums import check_sums
+from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.guest_dial import ANSWER_S, demand_fit, dialled
 from lazyproc.migrate.guest_watch import watched
@@ -120,7 +121,7 @@ def _from_folder(directory: Path, talks: _Talks, recover: bool, listener: Listen
 
 
 def _from_guest(monitor: str, talks: _Talks, recover: bool, listener: Listener) -> GuestServed:
-    with ExitStack() as stack:
+    with ExitStack() as last, ExitStack() as stack:
         qmp = stack.enter_context(Qmp(monitor))
         guest = looked_at(qmp)
         held = HeldGuest(guest)
@@ -137,7 +138,9 @@ def _from_guest(monitor: str, talks: _Talks, recover: bool, listener: Listener) 
         with _recoverable(monitor, "it stays stopped here", otherwise):
             talk.recover(guest.blocks, left) if recover else talk.run(state)
             report = talk.serve(left, listener)
-    held.end()
+            last.enter_context(deaf())  # nothing is missing any more
+        stack.close()
+        held.end()
     return report
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -16,11 +17,13 @@ from typing import Any
 
 import pytest
 
+from lazyproc.cli.main import main
 from lazyproc.errors import Parked
 from lazyproc.events import Event, PagesMoved
 from lazyproc.hosts import pair_of_hosts
 from lazyproc.keys import make_keys
 from lazyproc.migrate.guest_serve import qemu_serve
+from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.model import PAGE
 from tests.live.moving import CLI
 from tests.live.programs import wait_until
@@ -251,6 +254,24 @@ def test_a_lost_connection_is_recovered(preempt: bool, tmp_path: Path) -> None:
         report = answer("qemu-serve", "-D", images, "--to", again, "--recover", *options)
         assert (report["pages_urgent"] + report["pages_bulk"]) * PAGE <= whole - CUT_AFTER // 2
         goes_on(serial)
+
+
+def test_an_interrupt_while_qemu_quits_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest has all of its pages there, and is no longer one here."""
+    end = HeldGuest.end
+
+    def interrupted(held: HeldGuest) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        end(held)
+
+    monkeypatch.setattr(HeldGuest, "end", interrupted)
+    with (
+        beating(SMALL, tmp_path) as guest,
+        waiting(SMALL, guest.serial, tmp_path / "there") as (_, where),
+    ):
+        assert main(["qemu-serve", str(guest.qmp), "--to", where]) == 0
+        assert guest.process.wait(5) == 0
+        goes_on(guest.serial)
 
 
 def test_a_listener_that_fails_leaves_what_can_be_recovered(tmp_path: Path) -> None:
