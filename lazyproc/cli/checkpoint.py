@@ -15,11 +15,8 @@ from lazyproc.cli.options import (
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lazyproc.cli.outcome import Outcome
-    from lazyproc.events import Event, Listener
-    from lazyproc.migrate.guest_checkpoint import GuestCheckpointReport
+    from lazyproc.events import Listener
 
 
 def add(commands: Commands) -> None:
@@ -43,7 +40,9 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     if args.qemu is not None:
         if args.tcp_close:
             raise lazyproc.errors.UsageError("a guest is saved as a whole", remedy="leave out --tcp-close")
-        saved = _saved(args, directory, listener)
+        saved = lazyproc.checkpoint_guest(
+            args.qemu, directory, leave_running=args.leave_running, listener=listener
+        )
         return Outcome(guest_checkpoint_text(saved, args.directory), report_fields(saved))
     report = lazyproc.checkpoint(
         args.pid,
@@ -53,29 +52,3 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         listener=listener,
     )
     return Outcome(checkpoint_text(report, args.directory), report_fields(report))
-
-
-def _saved(args: argparse.Namespace, directory: Path, listener: Listener) -> GuestCheckpointReport:
-    """Raises Parked when an interrupt comes while QEMU ends and the guest is saved: images stay only if all is well."""
-    import lazyproc
-    from lazyproc.events import StateChanged
-
-    frozen = False
-
-    def listen(event: Event) -> None:
-        nonlocal frozen
-        frozen |= isinstance(event, StateChanged) and event.state == "frozen"
-        listener(event)
-
-    try:
-        return lazyproc.checkpoint_guest(
-            args.qemu, directory, leave_running=args.leave_running, listener=listen
-        )
-    except KeyboardInterrupt:
-        if args.leave_running or not frozen or not any(directory.glob("*.img")):
-            raise
-        raise lazyproc.errors.Parked(
-            f"interrupted; the guest is saved in {directory}, and stays stopped here",
-            where=args.qemu,
-            remedy="let its QEMU quit",
-        ) from None

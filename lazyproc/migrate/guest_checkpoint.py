@@ -10,6 +10,7 @@ from lazyproc.events import Listener, StateChanged, StepDone
 from lazyproc.facts import dataclass
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
+from lazyproc.kernel.deaf import deaf
 from lazyproc.migrate.guest_source import let_go_on
 from lazyproc.migrate.guest_watch import watched
 from lazyproc.migrate.held_guest import HeldGuest
@@ -40,7 +41,7 @@ def checkpoint_guest(
     ImageError (a full disk), Refusal.
     """
     started = time.monotonic()
-    with ExitStack() as stack:
+    with ExitStack() as last, ExitStack() as stack:
         qmp = stack.enter_context(Qmp(monitor))
         guest = looked_at(qmp)
         held = HeldGuest(guest)
@@ -55,10 +56,12 @@ def checkpoint_guest(
                     let_go_on(qmp, held)
                 else:
                     draft.sync()
+                    last.enter_context(deaf())  # it is saved, and nobody lets it go on here
                 over.set()
             frozen_ms = (time.monotonic() - frozen_at) * 1e3
-    if not leave_running:
-        held.end()
+        stack.close()
+        if not leave_running:
+            held.end()
     now = time.monotonic()
     listener(StepDone("checkpoint", now, now - started))
     total_ms, size = (now - started) * 1e3, written * PAGE + len(state)

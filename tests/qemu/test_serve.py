@@ -256,8 +256,7 @@ def test_a_lost_connection_is_recovered(preempt: bool, tmp_path: Path) -> None:
         goes_on(serial)
 
 
-def test_an_interrupt_while_qemu_quits_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guest has all of its pages there, and is no longer one here."""
+def interrupt_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     end = HeldGuest.end
 
     def interrupted(held: HeldGuest) -> None:
@@ -265,6 +264,11 @@ def test_an_interrupt_while_qemu_quits_ends_nothing(tmp_path: Path, monkeypatch:
         end(held)
 
     monkeypatch.setattr(HeldGuest, "end", interrupted)
+
+
+def test_an_interrupt_while_qemu_quits_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest has all of its pages there, and is no longer one here."""
+    interrupt_the_end(monkeypatch)
     with (
         beating(SMALL, tmp_path) as guest,
         waiting(SMALL, guest.serial, tmp_path / "there") as (_, where),
@@ -272,6 +276,16 @@ def test_an_interrupt_while_qemu_quits_ends_nothing(tmp_path: Path, monkeypatch:
         assert main(["qemu-serve", str(guest.qmp), "--to", where]) == 0
         assert guest.process.wait(5) == 0
         goes_on(guest.serial)
+
+
+def test_an_interrupt_while_the_qemu_of_a_saved_guest_quits_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_the_end(monkeypatch)
+    with beating(SMALL, tmp_path) as guest:
+        assert main(["checkpoint", "--qemu", str(guest.qmp), "-D", str(tmp_path / "images")]) == 0
+        assert guest.process.wait(5) == 0
+        assert "pc.ram" in lazyproc("show", tmp_path / "images").stdout
 
 
 def test_a_listener_that_fails_leaves_what_can_be_recovered(tmp_path: Path) -> None:

@@ -7,12 +7,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 from lazyproc.cli.main import NAMES, main, parser
-from lazyproc.events import Listener, StateChanged
 
 HEAVY = (
     "google.protobuf",
@@ -188,33 +186,3 @@ def main_exit(argv: list[str]) -> object:
 def _commands(whole: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     (action,) = (action for action in whole._actions if isinstance(action, argparse._SubParsersAction))
     return dict(action.choices)
-
-
-@pytest.mark.parametrize(
-    ("done", "status", "said"),
-    [
-        ("nothing", 1, "runs on as before"),
-        ("frozen", 1, "runs on as before"),
-        ("saved", 4, "stays stopped here; let its QEMU quit"),
-    ],
-)
-def test_an_interrupt_of_a_saved_guest_does_not_say_that_it_runs_on(
-    done: str,
-    status: int,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """In a folder with the images of another one nothing begins."""
-
-    def interrupted(_monitor: str, directory: Path, *, leave_running: bool, listener: Listener) -> NoReturn:
-        if done != "nothing":
-            listener(StateChanged("frozen", 0.0))
-        if done != "frozen":
-            (directory / "devices.img").touch()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lazyproc.checkpoint_guest", interrupted)
-    assert main(["checkpoint", "--qemu", "/run/vm/qmp", "-D", str(tmp_path)]) == status
-    assert said in capsys.readouterr().err
