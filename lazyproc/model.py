@@ -145,6 +145,7 @@ class Thread:
 
 
 DROPPABLE = "dp"  # VmFlags of MAP_DROPPABLE memory
+WIPED = "wf"  # and of MADV_WIPEONFORK
 
 
 class VmaKind(enum.Enum):
@@ -183,9 +184,10 @@ class Vma:
     @property
     def may_be_lazy(self) -> bool:
         """Whether pages of its own may come after the process runs. What mlock(2) holds must be there before; what
-        the kernel may drop at any time (MAP_DROPPABLE) does not come at all.
+        the kernel may drop at any time (MAP_DROPPABLE) does not come at all. What a fork wipes (MADV_WIPEONFORK) is
+        wiped by not being copied (dup_mmap, kernel/fork.c): a page that is missing then would come to the child.
         """
-        return self.kind is VmaKind.ANON and "lo" not in self.vm_flags and DROPPABLE not in self.vm_flags
+        return self.kind is VmaKind.ANON and self.vm_flags.isdisjoint(("lo", DROPPABLE, WIPED))
 
 
 class ObjectKind(enum.IntEnum):

@@ -23,7 +23,7 @@ from lazyproc.migrate.link import Link
 from lazyproc.migrate.needs import obstacles_frame
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.migrate.whom import ROOT, Whom
-from lazyproc.model import Checkpoint, Vma
+from lazyproc.model import WIPED, Checkpoint, Vma
 from lazyproc.needs import FeatureNeed, Wanted
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.remote import RemotePages
@@ -39,7 +39,7 @@ from lazyproc.steps import Steps
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
 from lazyproc.wire.jsonobject import JsonValue
-from lazyproc.wire.native import Abort, Built, Commit, Committed, Images, Prepared, Running
+from lazyproc.wire.native import WIPES, Abort, Built, Commit, Committed, Images, Prepared, Running
 
 PREPARE_S = 60.0
 FREEZE_S = 60.0
@@ -111,6 +111,20 @@ class Ready:
     foreseen: Mapping[int, tuple[Vma, ...]]
     birth: Birth | None = None
     ground: Groundwork | None = None
+
+
+def demand_wiped(checkpoint: Checkpoint, revision: int) -> None:
+    """A source of a `revision` before WIPES names the pages of such memory in MAP, when it is too late. Raises
+    LazyprocError.
+    """
+    for task in checkpoint.tasks if revision < WIPES else ():
+        for vma in task.mm.vmas if task.mm else ():
+            if WIPED in vma.vm_flags:
+                raise LazyprocError(
+                    f"a fork wipes the memory at {vma.start:#x} (MADV_WIPEONFORK), for which its source is too old",
+                    where=f"pid {task.vpid}",
+                    remedy="use the same lazyproc on both hosts, or --mode stopcopy",
+                )
 
 
 class Arrival:
@@ -187,6 +201,8 @@ class Arrival:
         self.described = True
         source = BundledPages(images.pop(NAME, b""), RemotePages(self._link.urgent, {}))
         checkpoint = from_images(images, ready.foreseen)
+        if ready.wishes.lazy:
+            demand_wiped(checkpoint, self._link.control.peer_revision)
         steps.done("decode")
         users = self._users(checkpoint)
         pidns, cgroup = self._terms.pidns, self._terms.cgroup

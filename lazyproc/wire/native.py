@@ -26,9 +26,10 @@ from lazyproc.wire.frame import EMPTY, HEADER, Flag, Frame, Type, is_range
 from lazyproc.wire.jsonobject import JsonValue
 
 VERSION = 1
-REVISION = 3  # of what may be said besides: what an end of an earlier revision does not know
+REVISION = 4  # of what may be said besides: what an end of an earlier revision does not know
 PACKS = 2  # from this revision on pages may be asked for compressed
 FORESEES = 3  # and the tree may be described before it is frozen, and by its own format afterwards
+WIPES = 4  # and what a fork wipes (MADV_WIPEONFORK) is not in MAP, but there before the tree runs
 MAX_NAME = 128  # characters of a session id or token
 _MAP_ENTRY = struct.Struct("<QQQ")  # object, addr, pages
 _LOST = struct.Struct("<Q")

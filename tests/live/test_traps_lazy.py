@@ -34,7 +34,7 @@ from tests.needs import lacking
 ARENA, STRIDE, PAGES = 0x610000000000, 0x100000, 16
 DEEDS = (
     "protect", "write", "read", "direct", "vmsplice", "fork", "vfork", "unmap",
-    "altstack", "stack", "heap", "threads", "exec", "abort", "nothing",
+    "altstack", "stack", "heap", "threads", "wipe", "exec", "abort", "nothing",
 )  # fmt: skip
 NOBODY = 65534
 PTRACE_PEEKDATA = 2
@@ -133,6 +133,14 @@ def test_threads_that_vanish_are_joined_and_their_robust_mutexes_are_free(tmp_pa
         assert len(proc.task_ids(it.pid)) == PAGES + 1
         it.go()
         it.end_well()
+
+
+def test_a_child_finds_zeros_in_what_a_fork_wipes(tmp_path: Path) -> None:
+    """Nothing of it is missing, which would come to the child: the kernel leaves such pages out, not their faults."""
+    with arrived(tmp_path, "wipe") as it:
+        it.go()
+        it.end_well()
+        assert not any(it.was_missed(page_of("wipe", page)) for page in range(PAGES))
 
 
 def test_exec_ends_the_old_memory(tmp_path: Path) -> None:

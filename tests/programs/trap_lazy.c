@@ -10,6 +10,10 @@
 #include <sys/resource.h>
 #include <sys/uio.h>
 
+#ifndef MADV_WIPEONFORK
+#define MADV_WIPEONFORK 18
+#endif
+
 enum { PAGES = 16, THREADS = PAGES, BLOCK = 512, DEPTH = 16, BEYOND = 256 };
 #define ARENA 0x610000000000
 #define STRIDE 0x100000
@@ -226,6 +230,24 @@ static void join_holders(uint8_t *at)
     }
 }
 
+static void wipe_on_fork(uint8_t *at)
+{
+    MUST(madvise(at, PAGES * PAGE, MADV_WIPEONFORK));
+}
+
+static void fork_and_find_zeros(uint8_t *at)
+{
+    pid_t child = fork_child();
+
+    if (child == 0) {
+        for (unsigned page = 0; page < PAGES; page++)
+            verify_page((uint64_t *)(at + page * PAGE), 0, 0);
+        _exit(status->errors != 0);
+    }
+    expect_exit_0(child);
+    check_pages(at, 0, PAGES);
+}
+
 static void become_another(uint8_t *at)
 {
     (void)at;
@@ -269,6 +291,7 @@ static const struct deed {
     { "stack", dirty_stack, use_stack, false },
     { "heap", NULL, grow_heap, false },
     { "threads", start_holders, join_holders, false },
+    { "wipe", wipe_on_fork, fork_and_find_zeros, false },
     { "exec", NULL, become_another, true },
     { "abort", allow_core, die, true },
     { "nothing", NULL, NULL, true },

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyproc.errors import ImageError, RestoreError
+from lazyproc.errors import ImageError, LazyprocError, RestoreError
+from lazyproc.migrate.arrival import demand_wiped
 from lazyproc.model import (
     PAGE,
     Checkpoint,
@@ -30,6 +31,7 @@ from lazyproc.restore.aio import EVENT, HEADER, requests_for
 from lazyproc.restore.creation import stop_signal
 from lazyproc.restore.pages import arranged
 from lazyproc.restore.plan import Dismiss, Exit, Fork, JoinGroup, NewSession, StandIn, creation_steps
+from lazyproc.wire.native import WIPES
 
 BASE = 0x10000
 
@@ -107,6 +109,30 @@ def test_extents_end_with_their_mapping_and_no_page_is_lost(
     assert before.root.mm is not None
     assert [(e.addr, e.end) for e in after] == [(v.start, v.end) for v in before.root.mm.vmas]
     assert [e.lazy for e in after] == [marked and lazy and kind is VmaKind.ANON for _, kind in lengths]
+
+
+@pytest.mark.parametrize("flag", ["lo", "wf"])
+def test_what_is_locked_or_wiped_by_a_fork_is_not_lazy(flag: str) -> None:
+    before = checkpoint([(2, VmaKind.ANON)], (Extent(BASE, 2, lazy=True),))
+    mm = before.root.mm
+    assert mm is not None
+    vmas = tuple(dataclasses.replace(vma, vm_flags=frozenset({"rd", "wr", flag})) for vma in mm.vmas)
+    root = dataclasses.replace(before.root, mm=dataclasses.replace(mm, vmas=vmas))
+    ((_, after),) = arranged(dataclasses.replace(before, tasks=(root,)), lazy=True).memory.items()
+    assert list(after) == [Extent(BASE, 2, lazy=False)]
+
+
+def test_a_source_that_brings_too_late_what_a_fork_wipes_is_refused() -> None:
+    wiped = Vma(BASE, BASE + PAGE, 3, mmap.MAP_PRIVATE, VmaKind.ANON, vm_flags=frozenset({"wf"}))
+    before = checkpoint([(1, VmaKind.ANON)], ())
+    mm = before.root.mm
+    assert mm is not None
+    demand_wiped(before, 0)
+    root = dataclasses.replace(before.root, mm=dataclasses.replace(mm, vmas=(wiped,)))
+    before = dataclasses.replace(before, tasks=(root,))
+    demand_wiped(before, WIPES)
+    with pytest.raises(LazyprocError, match=f"pid 1: a fork wipes the memory at {BASE:#x}"):
+        demand_wiped(before, WIPES - 1)
 
 
 @pytest.mark.parametrize("addr", [BASE - PAGE, BASE + PAGE])
