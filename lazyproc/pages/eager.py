@@ -6,12 +6,17 @@ import struct
 from collections.abc import Callable, Iterable
 
 from lazyproc.kernel import arch_x86_64 as arch
-from lazyproc.model import PAGE, Mm, Thread
+from lazyproc.model import PAGE, Mm, Registers, Thread
 
 Read = Callable[[int, int], bytes]  # so many bytes of the process's memory from an address on
 
 ROBUST_HEAD = struct.Struct("<QqQ")  # struct robust_list_head: next, futex_offset, pending
 ROBUST_LIMIT = 2048  # ROBUST_LIST_LIMIT, include/uapi/linux/futex.h
+POLLFD, TIMESPEC = 8, 16  # bytes
+UINT = (1 << 32) - 1  # of poll's count
+POLL_LIMIT = (
+    1 << 20
+)  # a sleeping poll has no more than RLIMIT_NOFILE; this is fs.nr_open where nobody has raised it
 
 
 def eager_pages(mm: Mm, threads: Iterable[Thread], read: Read) -> frozenset[int]:
@@ -28,11 +33,21 @@ def eager_pages(mm: Mm, threads: Iterable[Thread], read: Read) -> frozenset[int]
             wanted |= {thread.rseq.addr, thread.rseq.addr + thread.rseq.size - 1}
         if thread.robust_list:
             wanted |= {thread.robust_list, *held_futexes(thread.robust_list, read)}
-        if thread.restart:  # the call is made once more before the pager works: what it reads must be there
-            wanted |= {registers.di, registers.si, registers.r10}
+        if thread.restart:  # the call is made once more before the pager works
+            wanted |= touched_again(registers, thread.restart.nr)
     for start, end in ((mm.arg_start, mm.arg_end), (mm.env_start, mm.env_end)):
         wanted |= set(range(start & -PAGE, end, PAGE))
     return frozenset(addr & -PAGE for addr in wanted)
+
+
+def touched_again(registers: Registers, nr: int) -> set[int]:
+    """Addresses on every page that the sleep `nr` reads or writes on its way in and out again."""
+    if nr == arch.SYS["poll"]:
+        end = registers.di + POLLFD * min(registers.si & UINT, POLL_LIMIT)
+        return set(range(registers.di & -PAGE, end, PAGE))
+    # A word that is waited on, a time that is asked for, a place for what is left of it.
+    arguments = (registers.di, registers.si, registers.r10)
+    return {addr for start in arguments for addr in (start, start + TIMESPEC - 1)}
 
 
 def held_futexes(head: int, read: Read) -> set[int]:

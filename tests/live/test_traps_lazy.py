@@ -23,18 +23,20 @@ from lazyproc.events import ignore
 from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel._core import ffi, lib
+from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.tracee import Tracee, memory
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 from lazyproc.restore.lazy import finish
 from lazyproc.uffd.device import Outcome
-from tests.live.arrivals import END_S, Arrival, arriving, leave, wait_for_fault
+from tests.live.arrivals import END_S, Arrival, arriving, dump, leave, wait_for_fault
+from tests.live.programs import running, wait_until
 from tests.needs import lacking
 
 # As trap_lazy.c has them.
 ARENA, STRIDE, PAGES = 0x610000000000, 0x100000, 16
 DEEDS = (
     "protect", "write", "read", "direct", "vmsplice", "fork", "vfork", "unmap",
-    "altstack", "stack", "heap", "threads", "wipe", "exec", "abort", "nothing",
+    "altstack", "stack", "heap", "threads", "wipe", "poll", "rest", "exec", "abort", "nothing",
 )  # fmt: skip
 NOBODY = 65534
 PTRACE_PEEKDATA = 2
@@ -141,6 +143,24 @@ def test_a_child_finds_zeros_in_what_a_fork_wipes(tmp_path: Path) -> None:
         it.go()
         it.end_well()
         assert not any(it.was_missed(page_of("wipe", page)) for page in range(PAGES))
+
+
+@pytest.mark.parametrize("call", ["poll", "rest"])
+def test_a_sleep_that_reads_or_writes_across_the_end_of_a_page(call: str, tmp_path: Path) -> None:
+    """It is made once more before there is a pager."""
+    number = {"poll": SYS["poll"], "rest": SYS["nanosleep"]}[call]
+    with running("trap_lazy", call, directory=tmp_path) as program:
+        wait_until(lambda: any_in_call(program.pid, number), "a thread sleeps")
+        program.watch.wait_beats(1)
+        left = dump(program.pid, program.watch, tmp_path)
+    with arriving(left) as it:
+        it.go()
+        it.end_well()
+
+
+def any_in_call(pid: int, number: int) -> bool:
+    calls = [proc.syscall(proc.read(pid, f"task/{tid}/syscall")) for tid in proc.task_ids(pid)]
+    return any(call is not None and call.nr == number for call in calls)
 
 
 def test_exec_ends_the_old_memory(tmp_path: Path) -> None:

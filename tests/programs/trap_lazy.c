@@ -7,20 +7,24 @@
 #include "check.h"
 
 #include <libgen.h>
+#include <poll.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 
 #ifndef MADV_WIPEONFORK
 #define MADV_WIPEONFORK 18
 #endif
 
-enum { PAGES = 16, THREADS = PAGES, BLOCK = 512, DEPTH = 16, BEYOND = 256 };
+enum { PAGES = 16, THREADS = PAGES, BLOCK = 512, DEPTH = 16, BEYOND = 256, FOREVER_S = 600 };
 #define ARENA 0x610000000000
 #define STRIDE 0x100000
 
 static const char *status_path;
 static pthread_t threads[THREADS];
 static uint8_t *volatile handler_frame;
+static pthread_t polling, resting;
+static int silent[2]; /* a pipe */
 
 static void check_pages(const uint8_t *at, unsigned first, unsigned count)
 {
@@ -248,6 +252,63 @@ static void fork_and_find_zeros(uint8_t *at)
     check_pages(at, 0, PAGES);
 }
 
+static void *poll_both(void *watched)
+{
+    EXPECT(2, poll(watched, 2, FOREVER_S * 1000));
+    return NULL;
+}
+
+/* One lies on either side of a page's end. */
+static void start_poll(uint8_t *at)
+{
+    struct pollfd *watched = (struct pollfd *)(at + PAGE) - 1;
+
+    MUST(pipe2(silent, O_CLOEXEC));
+    watched[0] = watched[1] = (struct pollfd){ .fd = silent[0], .events = POLLIN };
+    polling = start_thread(poll_both, watched);
+}
+
+static void end_poll(uint8_t *at)
+{
+    struct pollfd *watched = (struct pollfd *)(at + PAGE) - 1;
+
+    EXPECT(1, write(silent[1], "", 1));
+    EXPECT(0, pthread_join(polling, NULL));
+    EXPECT(POLLIN, watched[0].revents);
+    EXPECT(POLLIN, watched[1].revents);
+}
+
+static void wake(int signal)
+{
+    (void)signal;
+}
+
+static void *rest_and_see(void *left)
+{
+    struct timespec time = { .tv_sec = FOREVER_S };
+
+    EXPECT(-1, syscall(SYS_nanosleep, &time, left));
+    EXPECT(EINTR, errno);
+    return NULL;
+}
+
+/* What is left of the time lies on both sides of a page's end. */
+static void start_rest(uint8_t *at)
+{
+    resting = start_thread(rest_and_see, at + PAGE - sizeof(time_t));
+}
+
+static void end_rest(uint8_t *at)
+{
+    const struct timespec *left = (const struct timespec *)(at + PAGE - sizeof(time_t));
+    struct sigaction action = { .sa_handler = wake };
+
+    EXPECT(0, sigaction(SIGUSR2, &action, NULL));
+    EXPECT(0, pthread_kill(resting, SIGUSR2));
+    EXPECT(0, pthread_join(resting, NULL));
+    EXPECT(1, left->tv_sec > 0 && left->tv_sec < FOREVER_S);
+}
+
 static void become_another(uint8_t *at)
 {
     (void)at;
@@ -292,6 +353,8 @@ static const struct deed {
     { "heap", NULL, grow_heap, false },
     { "threads", start_holders, join_holders, false },
     { "wipe", wipe_on_fork, fork_and_find_zeros, false },
+    { "poll", start_poll, end_poll, false },
+    { "rest", start_rest, end_rest, false },
     { "exec", NULL, become_another, true },
     { "abort", allow_core, die, true },
     { "nothing", NULL, NULL, true },
