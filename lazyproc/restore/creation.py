@@ -27,6 +27,7 @@ from lazyproc.restore.site import Site, host_tids
 CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PTRACE = 0x100, 0x200, 0x400, 0x800, 0x2000
 CLONE_THREAD, CLONE_SYSVSEM, CLONE_CHILD_CLEARTID = 0x10000, 0x40000, 0x200000
 THREAD_FLAGS = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_PTRACE
+SIG_IGN, SA_NOCLDSTOP = 1, 1  # of the kernel's struct sigaction
 # flags pidfd child_tid parent_tid exit_signal stack size tls set_tid n cgroup
 CLONE_ARGS = struct.Struct("<11Q")
 
@@ -172,7 +173,13 @@ def _swallow(parent: Site, sig: int) -> None:
     """The parent got this signal of its child long ago, in its former life."""
     parent.leader.set_blocked(arch.MASK64 & ~(1 << (sig - 1)))
     parent.leader.cont()
-    os.waitpid(parent.pid, WALL)
+    _, status = os.waitpid(parent.pid, WALL)
+    if not os.WIFSTOPPED(status) or status >> 8 != sig:
+        raise RestoreError(
+            f"was to take signal {sig} of its child and has wait status {status:#x}",
+            where=f"pid {parent.task.vpid}",
+            remedy="report it",
+        )
 
 
 def stop(site: Site, parent: Site | None, tasks: Sequence[Task]) -> None:
@@ -190,8 +197,19 @@ def stop(site: Site, parent: Site | None, tasks: Sequence[Task]) -> None:
         tracee = site.threads[thread.tid]
         tracee.cont()
         tracee.wait_stop(STOP_MS)
-    if parent is not None and signal.SIGCHLD not in pending_signals(parent.task):
+    if parent is not None and hears_of_stops(parent.task):
         _swallow(parent, signal.SIGCHLD)
+
+
+def hears_of_stops(parent: Task) -> bool:
+    """Whether the stop of a child sends it a SIGCHLD (do_notify_parent_cldstop, kernel/signal.c) that is not pending
+    already. Pure.
+    """
+    deaf = any(
+        action.signal == signal.SIGCHLD and (action.handler == SIG_IGN or action.flags & SA_NOCLDSTOP)
+        for action in parent.sigactions
+    )
+    return not deaf and signal.SIGCHLD not in pending_signals(parent)
 
 
 def stop_signal(task: Task, tasks: Sequence[Task]) -> int:

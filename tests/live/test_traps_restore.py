@@ -225,3 +225,30 @@ def test_a_signal_that_came_during_the_freeze_ends_a_pause_in_the_copy(tmp_path:
 def _in_call(pid: int, nr: int) -> bool:
     call = proc.syscall(proc.read(pid, "syscall"))
     return call is not None and call.nr == nr
+
+
+STOPPED_CHILD = """
+static void on_segv(int s) { (void)s; _exit(7); }
+int main(int c, char **v)
+{
+    struct sigaction caught = { .sa_handler = on_segv }, deaf = { .sa_handler = SIG_DFL, .sa_flags = SA_NOCLDSTOP };
+    (void)c;
+    words = v;
+    if (strcmp(v[2], "ignored") == 0) { deaf.sa_handler = SIG_IGN; deaf.sa_flags = 0; }
+    sigaction(SIGSEGV, &caught, NULL);
+    sigaction(SIGCHLD, &deaf, NULL);
+    pid_t child = fork();
+    if (child == 0) { prctl(PR_SET_PDEATHSIG, SIGKILL); raise(SIGSTOP); _exit(0); }
+    waitpid(child, NULL, WUNTRACED);
+    say("ready\\n", 0, 0, 0);
+    for (;;) pause();
+}
+"""
+
+
+@pytest.mark.parametrize("child", ["ignored", "no stops"])
+def test_a_parent_that_does_not_hear_of_stops_keeps_its_actions(child: str, tmp_path: Path) -> None:
+    """It gets no SIGCHLD when its child is stopped again, and waiting for one it would run into its own SIGSEGV."""
+    with tracee(STOPPED_CHILD, tmp_path, child) as it, moved(it.pid) as (root, parent):
+        os.kill(root, signal.SIGSEGV)
+        assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == 7

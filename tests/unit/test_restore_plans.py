@@ -28,7 +28,7 @@ from lazyproc.model import (
     VmaKind,
 )
 from lazyproc.restore.aio import EVENT, HEADER, requests_for
-from lazyproc.restore.creation import stop_signal
+from lazyproc.restore.creation import hears_of_stops, stop_signal
 from lazyproc.restore.pages import arranged
 from lazyproc.restore.plan import Dismiss, Exit, Fork, JoinGroup, NewSession, StandIn, creation_steps
 from lazyproc.wire.native import WIPES
@@ -74,6 +74,19 @@ def test_a_process_is_stopped_again_by_its_signal_where_that_will_do() -> None:
     assert (
         chosen(stopped(5), shell, task(6, 5, 5, 5)) == signal.SIGSTOP
     )  # nobody does: the kernel would drop it
+
+
+def test_a_parent_hears_of_a_stop_unless_it_said_not_to() -> None:
+    def hears(handler: int, flags: int = 0) -> bool:
+        actions = (SigAction(signal.SIGCHLD, handler, flags, 0, 0), SigAction(signal.SIGSEGV, 1, 1, 0, 0))
+        return hears_of_stops(dataclasses.replace(task(5, 0, 5, 5), sigactions=actions))
+
+    pending = (signal.SIGCHLD.to_bytes(4, "little").ljust(128, b"\0"),)
+    assert hears_of_stops(task(5, 0, 5, 5))
+    assert hears(0x1000)
+    assert not hears(1)
+    assert not hears(0x1000, 1)
+    assert not hears_of_stops(dataclasses.replace(task(5, 0, 5, 5), pending=pending))
 
 
 def test_a_session_whose_leader_is_gone_is_refused() -> None:
