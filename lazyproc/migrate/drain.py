@@ -21,7 +21,7 @@ from lazyproc.pages.criu_source import LazyRuns
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.private import PrivatePages
 from lazyproc.pages.remote import extents_of
-from lazyproc.restore.lazy import finish
+from lazyproc.restore.finishing import Finishing
 from lazyproc.restore.lazytree import LazyTree
 from lazyproc.trace import TraceFile
 from lazyproc.uffd.pager import Counters, Pager, PagerState
@@ -71,6 +71,10 @@ class Drain:
         self._listener = listener
         self._settled = settled
         self._settle = settle
+        self._finishing = Finishing(pager, tree, listener)
+        self._whole: Mapping[str, JsonValue] | None = (
+            None  # the report, while the tree has something to give back
+        )
         self._link: Link | None = None
         self._alone = False  # nobody has to be told
         self._stays = False  # whoever maps lost memory anew needs our answer
@@ -186,11 +190,11 @@ class Drain:
         if self.report is None and self._pager.wait(0):
             self._complete()
         if self._stays and not self._pager.spaces():
-            self._finish(ended=True)
+            self._finish()
 
     def _listen(self, link: Link, timeout: float) -> None:
         try:
-            if self.report is None:  # the last page is heard of at once
+            if self.report is None and self._whole is None:  # the last page is heard of at once
                 readable([link.control.fileno(), self._pager.news], timeout)
                 timeout = 0
             event = link.control.receive(timeout)
@@ -234,22 +238,35 @@ class Drain:
         self._mapped = True
 
     def _complete(self) -> None:
+        """Every page is there. Again and again while a debugger keeps us out of the tree."""
+        if self._whole is None:
+            self._whole = self._counted()
+        if not (self._stays or self._finish()):
+            return
+        self.report = self._whole
+        self._listener(StateChanged("drained", time.monotonic()))
+        self._send(Drained(self.report))
+
+    def _counted(self) -> Mapping[str, JsonValue]:
         counters = self._last_counters()
         ended = not self._pager.spaces()
         self._stays = not ended and self._pager.shares_poison
         report = self._settled or report_of(counters, ended=ended)
         if not self._stays:
             self._settle(report)
-            self._finish(ended=ended)
-        self.report = report
-        self._listener(StateChanged("drained", time.monotonic()))
-        self._send(Drained(self.report))
+        return report
 
-    def _finish(self, *, ended: bool) -> None:
-        finish(self._pager, self._tree)
+    def _finish(self) -> bool:
+        """False: not yet."""
+        ended = not self._pager.spaces()
+        done = self._finishing.attempt()
+        self.reason = self._finishing.reason
+        if not done:
+            return False
         self._stays = False
         if ended:
             remove(self._tree.groups)
+        return True
 
     def _last_counters(self) -> Counters:
         """The counters of the report. The trace that the source has asked for ends with the same fault."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lazyproc.errors import LazyprocError, LostAfterCommit, Parked, UsageError
-from lazyproc.events import Listener, StateChanged
+from lazyproc.events import Listener, StateChanged, ignore
 from lazyproc.facts import asdict, dataclass, field, replace
 from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import EXTRAS, Folder
@@ -23,8 +23,9 @@ from lazyproc.pages import PageSource
 from lazyproc.pages.images import ImagePages
 from lazyproc.restore.altered import all_ended, all_stopped
 from lazyproc.restore.crius import fitted, taken_over
+from lazyproc.restore.finishing import Finishing
 from lazyproc.restore.handing import hand_over, shared_at_once
-from lazyproc.restore.lazy import finish, introduce
+from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import LazyTree
 from lazyproc.restore.tree import NONE_GIVEN, BuiltTree, Pidns, built_tree
 from lazyproc.runs import Extents
@@ -32,6 +33,7 @@ from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.planner import follow
 from lazyproc.uffd.policy import RECORDED, Chunk, Policy, blocks, named
 
+LOOK_S = 0.02
 PLACE_S = 0.1  # how long the tree waits for its recorded pages at most, before its first instruction
 
 
@@ -86,6 +88,8 @@ class Restored:
         default=lambda: None, kw_only=True
     )  # before it gives back what it keeps
     served: Served | None = field(default=None, kw_only=True)
+    _listener: Listener = field(default=ignore, kw_only=True)
+    _finishing: Finishing | None = field(default=None, kw_only=True)  # once every page is there
     _plan: Callable[[], Iterable[Chunk]] | None = field(default=None, kw_only=True)  # until the pager has it
     _status: int | None = field(default=None, kw_only=True)
 
@@ -102,11 +106,23 @@ class Restored:
         if not self.pager.wait(timeout):
             self._demand_source(self.pager)
             return False
-        self.settle()
-        finish(self.pager, self.tree)
+        if not self._give_back(self.pager, timeout):
+            return False
         self.drained = True
         if self.served is not None:
             self.served.finish()
+        return True
+
+    def _give_back(self, pager: Pager, timeout: float | None) -> bool:
+        """False: not yet, after `timeout` seconds."""
+        if self._finishing is None:
+            self.settle()
+            self._finishing = Finishing(pager, self.tree, self._listener)
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self._finishing.attempt():
+            if end is not None and time.monotonic() >= end:
+                return False
+            time.sleep(LOOK_S)
         return True
 
     def _demand_source(self, pager: Pager) -> None:
@@ -254,7 +270,14 @@ def restore(
                     if chosen.reaction is not None:
                         follow(pager, chosen.reaction())
         memory = tree.checkpoint.memory
-        yield Restored(remains, started, pager, served=served, _plan=lambda: chosen.order(_lazy(memory)))
+        yield Restored(
+            remains,
+            started,
+            pager,
+            served=served,
+            _listener=listener,
+            _plan=lambda: chosen.order(_lazy(memory)),
+        )
 
 
 @contextmanager
