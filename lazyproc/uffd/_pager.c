@@ -90,9 +90,12 @@ void failed(struct pager *p, const char *what, int error)
         set_status(p, PAGER_FAILED, what, error);
 }
 
+/* Also of a lost source: processes that end want nothing more from it. */
 void check_done(struct pager *p)
 {
-    if (p->status == PAGER_RUNNING && p->ledger.head->map_known && p->ledger.head->remaining == 0)
+    bool goes_on = p->status == PAGER_RUNNING || p->status == PAGER_LOST;
+
+    if (goes_on && p->ledger.head->map_known && p->ledger.head->remaining == 0)
         set_status(p, PAGER_DONE, "", 0);
 }
 

@@ -107,6 +107,15 @@ def test_a_pager_that_waits_for_its_source_sleeps(tree: Lost) -> None:
     assert ticks() - ticked < 25, "of a hundred to the second"
 
 
+def test_its_end_is_the_end_of_the_waiting(tree: Lost) -> None:
+    for pid in reversed(tree.pids()):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: journal(tree.pair.destination, DESTINATION)["state"] == "drained", "its end is noted")
+    report = journal(tree.pair.destination, DESTINATION)["report"]
+    assert report["ended"] is True
+    assert adds_up(report)
+
+
 # --- abort --------------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from tests.live.lazy_rig import (
     server,
     whole,
 )
+from tests.live.programs import wait_until
 
 MADV_DONTNEED = 4
 MADV_REMOVE = 9
@@ -333,6 +334,19 @@ def test_a_lost_connection_parks_the_faults_until_another_one() -> None:
         r.finish_in_bulk()
         assert r.pager.counters().reconnects == 1
         assert r.child.call("digest", addr=r.addr, length=r.length) == r.expect(0, r.pages)
+
+
+def test_a_process_that_ends_wants_nothing_of_a_lost_source() -> None:
+    with rig() as r:
+        r.start()
+        assert r.child.call("digest", addr=r.at(3), length=PAGE) == r.expect(3, 1)
+        r.server.hang_up()
+        wait_until(lambda: r.pager.state == PagerState.LOST, "the loss is noticed")
+        r.child.process.send_signal(signal.SIGKILL)
+        r.child.process.wait()
+        wait_until(lambda: r.pager.wait(0), "it is done")
+        assert balanced(r.pager)
+        assert r.pager.counters().dropped == r.pages - 1
 
 
 def damaged(key: int, addr: int, page: bytes, tag: int) -> bytes:
