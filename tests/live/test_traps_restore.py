@@ -252,3 +252,35 @@ def test_a_parent_that_does_not_hear_of_stops_keeps_its_actions(child: str, tmp_
     with tracee(STOPPED_CHILD, tmp_path, child) as it, moved(it.pid) as (root, parent):
         os.kill(root, signal.SIGSEGV)
         assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == 7
+
+
+LOCKED = """
+#include <sys/resource.h>
+int main(int c, char **v)
+{
+    size_t size = 1 << 20;
+    struct rlimit few = { 65536, 65536 };
+    (void)c;
+    words = v;
+    char *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mlock(at, size) || setrlimit(RLIMIT_MEMLOCK, &few)) return 1;
+    say("ready\\n", 0, 0, 0);
+    if (setresuid(65534, 65534, 65534)) return 1;
+    for (;;) pause();
+}
+"""
+NOBODY = 65534
+
+
+def test_memory_that_was_locked_before_its_user_changed_is_locked(tmp_path: Path) -> None:
+    """More than he may lock himself."""
+    with tracee(LOCKED, tmp_path) as it:
+        wait_until(lambda: _status(it.pid).uid.effective == NOBODY, "it has become another user's")
+        before = _status(it.pid).locked_kib
+        with moved(it.pid) as (root, _):
+            assert _status(root).uid.effective == NOBODY
+            assert before == _status(root).locked_kib == 1024
+
+
+def _status(pid: int) -> proc.Status:
+    return proc.status(proc.read(pid, "status"))
