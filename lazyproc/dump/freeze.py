@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -222,7 +223,10 @@ def _seize(task: FrozenTask, tracee: Tracee) -> None:
     try:
         tracee.seize()
     except PermissionDenied:
-        ours = proc.status(proc.read(tracee.tid, "status")).tracer_pid == os.getpid()
+        tracer = proc.status(
+            proc.read(tracee.tid, "status")
+        ).tracer_pid  # a thread's number, not its process's
+        ours = tracer == threading.get_native_id()
         if not (task.seized and ours):
             raise
     task.seized = True

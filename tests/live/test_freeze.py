@@ -8,14 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from lazyproc.dump.freeze import frozen_tree
+from lazyproc.dump.freeze import FrozenTask, _seize, frozen_tree
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.kernel import proc
+from lazyproc.kernel.tracee import Tracee
 from lazyproc.kernel.visit import call_in
 from tests.live.programs import running, wait_until
 from tests.live.tracees import freeze_and_let_go, frozen_and_dumped, state_of, tracee
@@ -322,3 +324,13 @@ def test_an_error_while_frozen_lets_it_go(tmp_path: Path) -> None:
         with pytest.raises(TraceeError), frozen_tree(it.pid):
             raise TraceeError("of the test")
         assert tracer_of(it.pid) == 0
+
+
+def test_what_a_thread_of_ours_has_seized_is_its_own(tmp_path: Path) -> None:
+    """Whichever thread: the kernel names that, not its process."""
+    with tracee(PLAIN, tmp_path) as it, ThreadPoolExecutor(1) as other:
+        task = FrozenTask(it.pid)
+        other.submit(_seize, task, Tracee(it.pid)).result()
+        other.submit(_seize, task, Tracee(it.pid)).result()
+        with pytest.raises(PermissionDenied, match="is traced by"):
+            _seize(task, Tracee(it.pid))
