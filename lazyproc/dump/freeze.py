@@ -170,7 +170,7 @@ def _stop_process(tree: FrozenTree, pid: int, timeout_ms: int) -> bool:
         task = tree.tasks[pid] = FrozenTask(pid)
         if _is_zombie(task):
             return True
-        task.pidfd = kernel.pidfd_open(pid)
+        task.pidfd = _pidfd_of(pid)
     running = _take_running(task)
     known = {tracee.tid for tracee in (*task.threads, *running)}
     new = [tid for tid in proc.task_ids(pid) if tid not in known]
@@ -182,6 +182,14 @@ def _stop_process(tree: FrozenTree, pid: int, timeout_ms: int) -> bool:
     if not task.threads:  # all that we knew have ended, and an exec goes on
         time.sleep(LOOK_S)
     return bool(new or running) or not task.threads
+
+
+def _pidfd_of(pid: int) -> int:
+    """Raises NoSuchProcess: nobody waits for a child whose parent ignores SIGCHLD, it is gone as soon as it ends."""
+    try:
+        return kernel.pidfd_open(pid)
+    except ProcessLookupError:
+        raise NoSuchProcess("has ended", where=f"pid {pid}", remedy="check the pid") from None
 
 
 def _take_running(task: FrozenTask) -> list[Tracee]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyproc.dump.freeze import FrozenTask, _seize, frozen_tree
+from lazyproc.dump.freeze import FrozenTask, _pidfd_of, _seize, frozen_tree
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.kernel import proc
@@ -334,3 +334,11 @@ def test_what_a_thread_of_ours_has_seized_is_its_own(tmp_path: Path) -> None:
         other.submit(_seize, task, Tracee(it.pid)).result()
         with pytest.raises(PermissionDenied, match="is traced by"):
             _seize(task, Tracee(it.pid))
+
+
+def test_who_is_gone_as_soon_as_it_ends_is_named() -> None:
+    """A child between two looks at it, whose parent ignores SIGCHLD."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    with pytest.raises(NoSuchProcess, match=f"pid {child.pid}: has ended"):
+        _pidfd_of(child.pid)
