@@ -231,10 +231,8 @@ def _seize(task: FrozenTask, tracee: Tracee) -> None:
     try:
         tracee.seize()
     except PermissionDenied:
-        tracer = proc.status(
-            proc.read(tracee.tid, "status")
-        ).tracer_pid  # a thread's number, not its process's
-        ours = tracer == threading.get_native_id()
+        tracer = proc.status(proc.read(tracee.tid, "status")).tracer_pid
+        ours = tracer == threading.get_native_id()  # a tracer is a thread
         if not (task.seized and ours):
             raise
     task.seized = True

@@ -14,9 +14,7 @@ ROBUST_HEAD = struct.Struct("<QqQ")  # struct robust_list_head: next, futex_offs
 ROBUST_LIMIT = 2048  # ROBUST_LIST_LIMIT, include/uapi/linux/futex.h
 POLLFD, TIMESPEC = 8, 16  # bytes
 UINT = (1 << 32) - 1  # of poll's count
-POLL_LIMIT = (
-    1 << 20
-)  # a sleeping poll has no more than RLIMIT_NOFILE; this is fs.nr_open where nobody has raised it
+POLL_LIMIT = 1 << 20  # fs.nr_open, unless it was raised: poll takes no more than RLIMIT_NOFILE
 
 
 def eager_pages(mm: Mm, threads: Iterable[Thread], read: Read) -> frozenset[int]:
