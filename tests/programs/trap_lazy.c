@@ -338,7 +338,8 @@ static const struct deed {
     const char *name;
     void (*prepare)(uint8_t *at);
     void (*act)(uint8_t *at);
-    bool last; /* the process does not survive it */
+    bool alone; /* only by its name: the process does not survive it, or not a restore by CRIU, which ends sleeps
+                 * (EINTR) and lets what a fork wipes come later */
 } deeds[] = {
     { "protect", hide, show, false },
     { "write", NULL, write_from_page, false },
@@ -352,9 +353,9 @@ static const struct deed {
     { "stack", dirty_stack, use_stack, false },
     { "heap", NULL, grow_heap, false },
     { "threads", start_holders, join_holders, false },
-    { "wipe", wipe_on_fork, fork_and_find_zeros, false },
-    { "poll", start_poll, end_poll, false },
-    { "rest", start_rest, end_rest, false },
+    { "wipe", wipe_on_fork, fork_and_find_zeros, true },
+    { "poll", start_poll, end_poll, true },
+    { "rest", start_rest, end_rest, true },
     { "exec", NULL, become_another, true },
     { "abort", allow_core, die, true },
     { "nothing", NULL, NULL, true },
@@ -363,7 +364,7 @@ enum { DEEDS = sizeof deeds / sizeof *deeds };
 
 static bool is_wanted(const struct deed *deed, const char *name)
 {
-    return name == NULL ? !deed->last : strcmp(name, deed->name) == 0;
+    return name == NULL ? !deed->alone : strcmp(name, deed->name) == 0;
 }
 
 static uint8_t *stretch_of(const struct deed *deed)
