@@ -71,7 +71,8 @@ class Shell:
             return (Obstacle(0, "host", why, f"start it there with -machine {machine}"),)
         places = {each.name: each.addr for each in here}
         same = in_common(files(self.pid, here), their_files)
-        if found := (*differences(here, theirs), *same, *out_of_reach(self.qmp, self.pid)):
+        others = (*same, *_locked(self.pid), *out_of_reach(self.qmp, self.pid))
+        if found := (*differences(here, theirs), *others):
             return found
         self.blocks = [Block.of(each.number, each.row(), places[each.name]) for each in theirs]
         return ()
@@ -195,6 +196,17 @@ class Shell:
     def run(self) -> None:
         """The guest goes on."""
         self.qmp.execute("cont")
+
+
+def _locked(pid: int) -> Iterator[Obstacle]:
+    """What mlock(2) holds is there already and stays (madvise(2), EINVAL): no page of it could come later."""
+    if proc.status(proc.read(pid, "status")).locked_kib:
+        yield Obstacle(
+            0,
+            "host",
+            "the QEMU there has locked its memory, so that no page of the guest is missing",
+            "start it there without -overcommit mem-lock=on",
+        )
 
 
 @contextmanager

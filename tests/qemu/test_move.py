@@ -323,6 +323,7 @@ def test_wrong_receivers_refuse(pair: Pair) -> None:
         for other, wrong in (
             (Shape(memory=64), "RAM block pc.ram"),
             (replace(SMALL, machine="q35"), "pc-q35"),
+            (replace(SMALL, options=("-overcommit", "mem-lock=on")), "has locked its memory"),
         ):
             command = other.command(pair.shared / "nothing", pair.destination.scratch / "qmp")
             with (
