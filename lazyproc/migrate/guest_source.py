@@ -151,11 +151,7 @@ def let_go_on(qmp: Qmp, held: HeldGuest) -> None:
     if not held.guest.running:
         return
     try:
-        try:
-            qmp.execute("cont", timeout=FLUSH_S)
-        except (LazyprocError, TimeoutError):
-            qmp.close()
-            held.let_run()
+        _continued(qmp, held)
     except NoSuchProcess:
         raise
     except (LazyprocError, TimeoutError) as error:
@@ -164,6 +160,14 @@ def let_go_on(qmp: Qmp, held: HeldGuest) -> None:
             where=f"QEMU of pid {held.root_pid}",
             remedy="use `cont` in its monitor",
         ) from error
+
+
+def _continued(qmp: Qmp, held: HeldGuest) -> None:
+    try:
+        qmp.execute("cont", timeout=FLUSH_S)
+    except (LazyprocError, TimeoutError):
+        qmp.close()
+        held.let_run()
 
 
 def _put_away(

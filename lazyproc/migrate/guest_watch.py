@@ -33,14 +33,14 @@ class _Told(Event):
 def watched(qmp: Qmp, held: HeldGuest) -> Iterator[Event]:
     """As `standing`, with an event that is given. Who is killed before that was set leaves the guest running."""
     reading, writing = os.pipe()
+    told = _Told(writing)
     try:
-        told = _Told(writing)
         if held.guest.running:
             daemon(lambda: _watch(reading, held), "lazyproc-watch")
         with standing(qmp, held, told):
             yield told
-        told.set()
     finally:
+        told.set()  # whoever is not killed has let it go on, or has left it as somebody else wants it
         os.close(reading)
         os.close(writing)
 

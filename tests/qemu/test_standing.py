@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyproc.errors import NoSuchProcess
+from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.facts import replace
 from lazyproc.kernel import family, proc
 from lazyproc.migrate.guest_watch import watched
@@ -54,6 +54,18 @@ def test_a_guest_whose_command_is_killed_goes_on(told: bool, tmp_path: Path) -> 
                 assert qmp.execute("query-status")["running"] is False
                 qmp.execute("cont")
         goes_on(guest.serial)
+
+
+def test_a_guest_that_somebody_else_has_stopped_is_left_alone(tmp_path: Path) -> None:
+    with beating(SMALL, tmp_path) as guest:
+        with monitor(guest) as qmp:
+            held = HeldGuest(look(qmp))
+            qmp.execute("stop")
+            with pytest.raises(LazyprocError, match="somebody else"), watched(qmp, held):
+                pass
+        wait_until(lambda: not _watchers(), "nobody watches it any more")
+        with monitor(guest) as qmp:
+            assert qmp.execute("query-status")["running"] is False
 
 
 def _stand(guest: Guest, writing: int, *, told: bool) -> None:
