@@ -76,6 +76,16 @@ def test_a_program_goes_on_without_one_wrong_check(name: str, tmp_path: Path) ->
             program.watch.wait_ended()
 
 
+def threads_go_on(changed: Callable[[Checkpoint], Checkpoint], directory: Path) -> None:
+    with running("threads", "16", directory=directory) as program:
+        program.watch.wait_beats(1)
+        with moved(program.pid, changed=changed) as (root, parent):
+            program.watch.wait_beats(2)
+            os.kill(root, signal.SIGTERM)
+            assert os.waitpid(parent, 0)[1] == 0
+            program.watch.wait_ended()
+
+
 def _of_fewer_components(area: bytes) -> bytes:
     """Without what Intel has behind the AVX-512 registers: protection keys, tiles."""
     if len(area) <= AVX512_END:
@@ -107,13 +117,7 @@ def test_vector_state_of_another_processor(changed: Callable[[bytes], bytes], tm
         threads = tuple(replace(thread, xsave=changed(thread.xsave)) for thread in task.threads)
         return replace(checkpoint, tasks=(replace(task, threads=threads),))
 
-    with running("threads", "16", directory=tmp_path) as program:
-        program.watch.wait_beats(1)
-        with moved(program.pid, changed=there) as (root, parent):
-            program.watch.wait_beats(2)
-            os.kill(root, signal.SIGTERM)
-            assert os.waitpid(parent, 0)[1] == 0
-            program.watch.wait_ended()
+    threads_go_on(there, tmp_path)
 
 
 def test_no_thread_loses_the_end_of_its_program_to_a_signal_action(tmp_path: Path) -> None:
@@ -124,13 +128,7 @@ def test_no_thread_loses_the_end_of_its_program_to_a_signal_action(tmp_path: Pat
         action = next(action for action in task.sigactions if action.signal == ENDINGS[0])
         return replace(checkpoint, tasks=(replace(task, sigactions=(*task.sigactions, *[action] * 1000)),))
 
-    with running("threads", "16", directory=tmp_path) as program:
-        program.watch.wait_beats(1)
-        with moved(program.pid, changed=again_and_again) as (root, parent):
-            program.watch.wait_beats(2)
-            os.kill(root, signal.SIGTERM)
-            assert os.waitpid(parent, 0)[1] == 0
-            program.watch.wait_ended()
+    threads_go_on(again_and_again, tmp_path)
 
 
 SLEEPERS = """
