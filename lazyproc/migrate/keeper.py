@@ -25,13 +25,14 @@ from lazyproc.migrate.apart import Client, Messages, result, stream, unplug
 from lazyproc.migrate.arrival import Arrival, Terms
 from lazyproc.migrate.crew import Clients, Member, amend, heard, say
 from lazyproc.migrate.desk import Desk, Request, ask
-from lazyproc.migrate.guest_arrival import GuestArrival
+from lazyproc.migrate.guest_arrival import GuestArrival, let_run
 from lazyproc.migrate.journal import DESTINATION, Journal, Record
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.paging import Paging, Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
 from lazyproc.pages.transport import Channel, Door, Session, listen
+from lazyproc.qemu.shell import run_instead
 from lazyproc.restore.ending import end_tree
 from lazyproc.restore.lazy import drop_anchors
 from lazyproc.restore.lazytree import LazyTree, anchor_holders, from_facts
@@ -165,6 +166,7 @@ class Keeper:
         self._resumed = False  # the client is no `receive`
         self._left = MEMBERS
         self._outlived = mmap.mmap(-1, 1)  # shared with the guard: the tree no longer ends with its tracer
+        self._told = mmap.mmap(-1, 1)  # shared as well: so was the source, and a guest was let run
         self._keeper = Member(os.getpid())
 
     # --- the keeper ---
@@ -220,6 +222,7 @@ class Keeper:
     def _watch(self) -> None:
         """Until the pager says that it has done everything."""
         self._note_crew()
+        self._told[0] = 1
         while True:
             watched = [self._near.fileno(), self._desk.fileno(), self._pager.pidfd, self._guard.pidfd]
             ready = readable([*watched, *self._others()], self._patience())
@@ -384,13 +387,22 @@ class Keeper:
         self._keeper = Member(os.getpid())
         if "pager_pid" in facts:  # otherwise it is the first one still, whom we know
             self._pager = Member(int(facts["pager_pid"]), int(facts["pager_pidfd"]))
+        told = bool(self._told[0])
+        if told:
             self._connections = [socket.socket(fileno=fd) for fd in facts["connections"]]
-        else:  # and nobody knows what the source has been told
+        else:  # nobody knows what the source has heard: it is to ask
             self._drop_connections()
         self._count_killed()
         self._guard = self._new_guard()
         self._clients.tell(Note(f"session {self._session.id}: the keeper was killed and is replaced"))
+        if "monitor" in facts and not told:
+            self._let_guest_run(int(facts["tree"]["root_pid"]), int(facts["monitor"]))
         self._watch()
+
+    def _let_guest_run(self, pid: int, monitor: int) -> None:
+        """It may run already: that is no error of `cont`."""
+        let_run(pid, lambda: run_instead(pid, monitor), self._clients.tell)
+        say(self._near, "run", None)
 
     def _take_back(self) -> None:
         """The keeper died before the commit, or before its first word of it, and with it the tree, which has not run.
@@ -400,6 +412,7 @@ class Keeper:
             end_tree(from_facts(self._journal.facts["tree"]))
         reason = "the keeper was killed before the tree ran"
         self._journal.note("aborted", self._clients.tell, {"reason": reason}, durable=True)
+        self._drop_connections()  # the pager of a guest holds them as well
 
 
 def _brought(request: Request) -> Channel:

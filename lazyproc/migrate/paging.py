@@ -157,7 +157,7 @@ class Paging:
             if self._is_alone():
                 restorer = self._journal.facts.get("restorer")
                 if restorer is None:  # a guest: QEMU has ended with the keeper, unless it was let run
-                    return self._journal.facts.get("state") != ARRIVING
+                    return self._journal.facts.get("state") == "running"
                 if forestall(restorer[0]):
                     return False
                 amend(self._journal, {"state": "running"}, self._clients.tell)

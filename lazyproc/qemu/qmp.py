@@ -18,6 +18,7 @@ FLUSH_S = (
 )
 MESSAGE_MAX = 1 << 24  # bytes
 PIECE = 1 << 16
+INHERITED = 1 << 32  # the first number of who goes on for another
 _SCM_CREDENTIALS = struct.Struct("3i")
 
 
@@ -60,12 +61,22 @@ class Qmp:
         client._begin(sock, name, timeout)
         return client
 
-    def _begin(self, sock: socket.socket, path: str, timeout: float) -> None:
+    @classmethod
+    def inherited(cls, sock: socket.socket, name: str) -> Self:
+        """On the socket of a client that was killed. What it had asked may still be answered, to numbers below ours."""
+        client = cls.__new__(cls)
+        client._take(sock, name, INHERITED)
+        return client
+
+    def _take(self, sock: socket.socket, path: str, asked: int = 0) -> None:
         self.path = path
         self._sock = sock
         self._buffer = b""
-        self._asked = 0
+        self._asked = asked
         self._events: list[dict[str, Any]] = []
+
+    def _begin(self, sock: socket.socket, path: str, timeout: float) -> None:
+        self._take(sock, path)
         try:
             self.version: tuple[int, int, int] = _version(self._next(time.monotonic() + timeout))
             self.execute("qmp_capabilities", timeout=timeout)

@@ -198,6 +198,15 @@ class Shell:
         self.qmp.execute("cont")
 
 
+def run_instead(pid: int, monitor: int) -> None:
+    """The guest goes on, though its keeper was killed before it had said so, or heard that it does. `monitor` is the
+    descriptor of that one. Raises ConnectionLost, Refusal, TimeoutError.
+    """
+    sock = socket.socket(fileno=os.dup(monitor))
+    with Qmp.inherited(sock, f"the monitor of pid {pid}") as qmp:
+        qmp.execute("cont")
+
+
 def _locked(pid: int) -> Iterator[Obstacle]:
     """What mlock(2) holds is there already and stays (madvise(2), EINVAL): no page of it could come later."""
     if proc.status(proc.read(pid, "status")).locked_kib:

@@ -9,7 +9,7 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lazyproc.wire.frame import Type
 from tests.faults.campaign.cases import AtFrame
 from tests.faults.campaign.moments import Trap, frame_trap
 from tests.faults.helpers import DESTINATION, SOURCE, gone, journal, journals, kill
+from tests.faults.killed_at import killed_at
 from tests.faults.test_links_cut import cut
 from tests.live.moving import CLI, END_S, Receiver, receiving, run_cli
 from tests.live.programs import wait_until
@@ -46,16 +47,21 @@ SMALL = Shape(memory=96, visited=16)
 
 
 @contextmanager
-def prepared(pair: Pair, shape: Shape = SMALL, *options: str) -> Iterator[tuple[Guest, Receiver]]:
-    """A guest that beats, and a receiver for it on the other host."""
-    with beating(shape, pair.shared, host=pair.source) as guest, waiting(pair, guest, *options) as receiver:
+def prepared(
+    pair: Pair, shape: Shape = SMALL, *options: str, by: Sequence[str] = ()
+) -> Iterator[tuple[Guest, Receiver]]:
+    """A guest that beats, and a receiver for it on the other host, run `by` another command."""
+    with (
+        beating(shape, pair.shared, host=pair.source) as guest,
+        waiting(pair, guest, *options, by=by) as receiver,
+    ):
         yield guest, receiver
 
 
 @contextmanager
-def waiting(pair: Pair, guest: Guest, *options: str) -> Iterator[Receiver]:
+def waiting(pair: Pair, guest: Guest, *options: str, by: Sequence[str] = ()) -> Iterator[Receiver]:
     command = guest.shape.command(guest.serial.path, pair.destination.scratch / "qmp")
-    with receiving(pair.destination, *options, "--", *command) as receiver:
+    with receiving(pair.destination, *options, "--", *command, by=by) as receiver:
         yield receiver
 
 
@@ -242,6 +248,18 @@ def test_helpers_are_killed_while_the_pages_follow(pair: Pair, names: tuple[str,
         journey.wait_running()
         kill(pair.destination, DESTINATION, *names)
         arrives(guest, journey)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("point", ["committed", "outlived", "COMMITTED said"])
+def test_the_keeper_is_killed_around_the_commit(pair: Pair, point: str) -> None:
+    """The guest runs: where it was, or here, where somebody else continues it."""
+    with prepared(pair, by=killed_at(point)) as (guest, receiver), moving(pair, guest, receiver) as journey:
+        if point == "committed":
+            journey.finish(expected=1)
+            goes_on(guest.serial)
+        else:
+            arrives(guest, journey)
 
 
 @pytest.mark.long
