@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 from lazyproc.errors import ConnectionLost, LazyprocError, Obstacle, ProtocolError
-from lazyproc.events import Later, Listener, Note, StateChanged
+from lazyproc.events import Later, Note, StateChanged
 from lazyproc.images.files import unpack
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.answering import heard, obstacles_to_guest
@@ -97,15 +97,24 @@ class GuestArrival(Arrival):
 
     def _run(self, shell: Shell, tree: LazyTree, running: bool, steps: Steps) -> None:
         committed = StateChanged("committed", time.monotonic())
-        stands = let_run(shell.pid, shell.run, self._listener) if running else {}
+        standing = self._let_run(shell) if running else {}
         self.runs()
         steps.done("release")
         with suppress(ConnectionLost):  # whoever drains notices
             self._link.control.send(Committed())
             there: dict[str, JsonValue] = {"root_pid": tree.root_pid, "steps_ms": {**steps.ms()}}
-            self._link.control.send(Running({**there, **stands}))
+            self._link.control.send(Running({**there, **standing}))
         self._listener(committed)
         self._listener(StateChanged("running", time.monotonic()))
+
+    def _let_run(self, shell: Shell) -> dict[str, str]:
+        """It is committed: whatever is wrong, it is wrong here, and said at both ends."""
+        try:
+            shell.run()
+        except (LazyprocError, TimeoutError) as error:
+            self._listener(stands(shell.pid, error))
+            return {"stands": str(error)}
+        return {}
 
     def _admit_guest(self, order: Mapping[str, Any]) -> None:
         """Raises Unfit."""
@@ -115,14 +124,8 @@ class GuestArrival(Arrival):
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups={})
 
 
-def let_run(pid: int, run: Callable[[], None], listener: Listener) -> dict[str, str]:
-    """It is committed: whatever is wrong, it is wrong here, and said at both ends."""
-    try:
-        run()
-    except (LazyprocError, TimeoutError) as error:
-        listener(Note(f"pid {pid}: the guest is here and does not run: {error}; see `cont` in its monitor"))
-        return {"stands": str(error)}
-    return {}
+def stands(pid: int, error: LazyprocError | TimeoutError) -> Note:
+    return Note(f"pid {pid}: the guest is here and does not run: {error}; see `cont` in its monitor")
 
 
 def _offered(order: Mapping[str, Any]) -> tuple[str, bool, tuple[Block, ...], Mapping[str, Any]]:

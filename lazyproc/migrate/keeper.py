@@ -25,13 +25,14 @@ from lazyproc.migrate.apart import Client, Messages, result, stream, unplug
 from lazyproc.migrate.arrival import Arrival, Terms
 from lazyproc.migrate.crew import Clients, Member, amend, heard, say
 from lazyproc.migrate.desk import Desk, Request, ask
-from lazyproc.migrate.guest_arrival import GuestArrival, let_run
+from lazyproc.migrate.guest_arrival import GuestArrival, stands
 from lazyproc.migrate.journal import DESTINATION, Journal, Record
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.paging import Paging, Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
 from lazyproc.pages.transport import Channel, Door, Session, listen
+from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.shell import run_instead
 from lazyproc.restore.ending import end_tree
 from lazyproc.restore.lazy import drop_anchors
@@ -82,6 +83,13 @@ def keep_on(record: Record, supply: Supply, listener: Listener) -> Mapping[str, 
     tree = from_facts(record.facts["tree"])
     if "whole" in record.facts and not any(anchor_holders(tree, "ledger")):
         return _put_away(record, tree, listener)
+    facts = {**record.facts}
+    if facts.pop("monitor", None) is not None and not facts.get("told"):
+        listener(
+            Note(
+                f"pid {tree.root_pid}: all were killed before the guest was let run; see `cont` in its monitor"
+            )
+        )
     ours, theirs = stream()
 
     def run() -> None:
@@ -91,7 +99,7 @@ def keep_on(record: Record, supply: Supply, listener: Listener) -> Mapping[str, 
         try:
             kept = anchors(tree)
             rebind(kept.ledger, kept.cradle, kept.userfaultfds)
-            facts = {**record.facts, "ledger": kept.ledger, "connections": [], "supply": supply.facts()}
+            facts.update(ledger=kept.ledger, connections=[], supply=supply.facts())
             journal = Journal(record.session, DESTINATION, facts)
             journal.write(record.state, durable=False)
             session = Session(record.session, str(record.facts["token"]))
@@ -159,14 +167,15 @@ class Keeper:
         self._clients = Clients(client)
         self._desk = Desk(session.id, DESTINATION)
         self._door: Door | None = None
+        self._guest: Qmp | None = None  # is told to run, and has not answered yet
         self._gathering = Gathering(session)
         self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeper, pager
         self._connections: list[socket.socket] = []  # of the newest link; the pager has duplicates of its own
         self._committed = False
         self._resumed = False  # the client is no `receive`
+        self._told = False  # the source knows that it runs here, and a guest was let run
         self._left = MEMBERS
         self._outlived = mmap.mmap(-1, 1)  # shared with the guard: the tree no longer ends with its tracer
-        self._told = mmap.mmap(-1, 1)  # shared as well: so was the source, and a guest was let run
         self._keeper = Member(os.getpid())
 
     # --- the keeper ---
@@ -221,8 +230,8 @@ class Keeper:
 
     def _watch(self) -> None:
         """Until the pager says that it has done everything."""
+        self._told = True
         self._note_crew()
-        self._told[0] = 1
         while True:
             watched = [self._near.fileno(), self._desk.fileno(), self._pager.pidfd, self._guard.pidfd]
             ready = readable([*watched, *self._others()], self._patience())
@@ -244,16 +253,29 @@ class Keeper:
 
     def _others(self) -> list[int]:
         """What else is watched."""
-        return [self._door.fileno()] if self._door else []
+        return [each.fileno() for each in (self._door, self._guest) if each]
 
     def _patience(self) -> float:
         """Seconds until the next look at what nobody tells."""
         return WATCH_S
 
-    def _attend(self, _ready: set[int]) -> bool:
+    def _attend(self, ready: set[int]) -> bool:
         """See to it. False: there is nothing left to keep."""
         self._attend_door()
+        if self._guest is not None and self._guest.fileno() in ready:
+            self._attend_guest(self._guest)
         return True
+
+    def _attend_guest(self, guest: Qmp) -> None:
+        """Whether it runs."""
+        try:
+            guest.answer(timeout=0)
+        except TimeoutError:
+            return  # it was an event
+        except LazyprocError as error:
+            self._clients.tell(stands(int(self._journal.facts["tree"]["root_pid"]), error))
+        guest.close()
+        self._guest = None
 
     def _heard_the_end(self) -> bool:
         """Whether the pager has said that there is nothing left to do. What it says is for the journal."""
@@ -299,6 +321,7 @@ class Keeper:
             "pager_pidfd": self._pager.pidfd,
             "guard_pid": self._guard.pid,
             "connections": [each.fileno() for each in self._connections],
+            "told": self._told,
         }
         self._journal.note(str(self._journal.facts["state"]), self._clients.tell, crew)
 
@@ -387,7 +410,7 @@ class Keeper:
         self._keeper = Member(os.getpid())
         if "pager_pid" in facts:  # otherwise it is the first one still, whom we know
             self._pager = Member(int(facts["pager_pid"]), int(facts["pager_pidfd"]))
-        told = bool(self._told[0])
+        told = facts.get("told") is True
         if told:
             self._connections = [socket.socket(fileno=fd) for fd in facts["connections"]]
         else:  # nobody knows what the source has heard: it is to ask
@@ -396,13 +419,10 @@ class Keeper:
         self._guard = self._new_guard()
         self._clients.tell(Note(f"session {self._session.id}: the keeper was killed and is replaced"))
         if "monitor" in facts and not told:
-            self._let_guest_run(int(facts["tree"]["root_pid"]), int(facts["monitor"]))
+            with suppress(ConnectionLost):  # QEMU has ended
+                self._guest = run_instead(int(facts["tree"]["root_pid"]), int(facts["monitor"]))
+            say(self._near, "run", None)
         self._watch()
-
-    def _let_guest_run(self, pid: int, monitor: int) -> None:
-        """It may run already: that is no error of `cont`."""
-        let_run(pid, lambda: run_instead(pid, monitor), self._clients.tell)
-        say(self._near, "run", None)
 
     def _take_back(self) -> None:
         """The keeper died before the commit, or before its first word of it, and with it the tree, which has not run.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lazyproc import events
-from lazyproc.errors import ConnectionLost, Parked, UsageError
+from lazyproc.errors import ConnectionLost, LazyprocError, UsageError
 from lazyproc.events import Listener, Over
 from lazyproc.facts import dataclass
 from lazyproc.migrate.apart import Client, Work, apart, crew
@@ -158,7 +158,7 @@ def _apart(
     lost = f"see lazyproc sessions, and lazyproc resume {session}"
     try:
         return apart(first, again, tell, NAME, staff=lambda: Desk(session, SOURCE), lost=lost, let_go=let_go)
-    except Parked:
+    except LazyprocError:  # of a successor, who finds no record
         if reports and not any((each.session, each.role) == (session, SOURCE) for each in records()):
             return reports[-1]  # they were killed when nothing was left to do
         raise

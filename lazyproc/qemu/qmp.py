@@ -73,6 +73,7 @@ class Qmp:
         self._sock = sock
         self._buffer = b""
         self._asked = asked
+        self._command = ""
         self._events: list[dict[str, Any]] = []
 
     def _begin(self, sock: socket.socket, path: str, timeout: float) -> None:
@@ -119,23 +120,32 @@ class Qmp:
         QEMU answers in order: who was interrupted, or has a TimeoutError, may go on asking, and gets the answer to that
         once the command before is done. Raises Refusal, ConnectionLost, ProtocolError, TimeoutError.
         """
-        self._asked = own = self._asked + 1
-        words = {"execute": command, "arguments": arguments or {}, "id": own}
+        self.ask(command, arguments, fds=fds)
+        return self.answer(timeout=timeout)
+
+    def ask(self, command: str, arguments: dict[str, Any] | None = None, *, fds: Sequence[int] = ()) -> None:
+        """Without waiting for the answer. Raises ConnectionLost."""
+        self._asked += 1
+        self._command = command
+        words = {"execute": command, "arguments": arguments or {}, "id": self._asked}
         request = json.dumps(words).encode() + b"\n"
-        deadline = time.monotonic() + timeout
         try:
             sent = socket.send_fds(self._sock, [request], list(fds))
             self._sock.sendall(request[sent:])
         except OSError as error:
             raise ConnectionLost(f"QEMU has hung up ({error.strerror})", where=self.path) from error
+
+    def answer(self, *, timeout: float = PATIENCE_S) -> Any:
+        """What the last command returns. Raises as `execute`; after a TimeoutError it may be asked for again."""
+        deadline = time.monotonic() + timeout
         while True:
             message = self._next(deadline)
             if "event" in message:
                 self._events.append(message)
-            elif message.get("id") != own:  # to a command that nobody waits for any more
+            elif message.get("id") != self._asked:  # to a command that nobody waits for any more
                 continue
             elif "error" in message:
-                raise Refusal(str(message["error"].get("desc")), where=f"QMP {command}")
+                raise Refusal(str(message["error"].get("desc")), where=f"QMP {self._command}")
             elif "return" in message:
                 return message["return"]
 
@@ -155,14 +165,11 @@ class Qmp:
 
     def _next(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("QEMU does not answer")
-            self._sock.settimeout(left)
+            self._sock.settimeout(max(0, deadline - time.monotonic()))  # what is there is read in any case
             try:
                 data = self._sock.recv(PIECE)
-            except TimeoutError:
-                raise
+            except (TimeoutError, BlockingIOError):
+                raise TimeoutError("QEMU does not answer") from None
             except OSError as error:
                 raise ConnectionLost(f"QEMU has hung up ({error.strerror})", where=self.path) from error
             if not data:

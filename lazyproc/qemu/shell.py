@@ -198,13 +198,13 @@ class Shell:
         self.qmp.execute("cont")
 
 
-def run_instead(pid: int, monitor: int) -> None:
-    """The guest goes on, though its keeper was killed before it had said so, or heard that it does. `monitor` is the
-    descriptor of that one. Raises ConnectionLost, Refusal, TimeoutError.
+def run_instead(pid: int, monitor: int) -> Qmp:
+    """The guest is told to go on, since its keeper may have been killed before it had. `monitor` is the descriptor of
+    that one. QEMU answers when the pages are there that it needs for that. Raises ConnectionLost.
     """
-    sock = socket.socket(fileno=os.dup(monitor))
-    with Qmp.inherited(sock, f"the monitor of pid {pid}") as qmp:
-        qmp.execute("cont")
+    qmp = Qmp.inherited(socket.socket(fileno=os.dup(monitor)), f"the monitor of pid {pid}")
+    qmp.ask("cont")  # it is no error when it runs already
+    return qmp
 
 
 def _locked(pid: int) -> Iterator[Obstacle]:

@@ -115,11 +115,12 @@ def test_killed_at_the_source_it_arrives(pair: Pair, program: Program, point: st
         wait_until(lambda: not journals(pair.destination, DESTINATION), "the destination's journal is closed")
 
 
-def test_all_are_killed_at_the_source_when_nothing_is_left_to_do(pair: Pair, program: Program) -> None:
+@pytest.mark.parametrize("whom", ["one", "all"])
+def test_killed_at_the_source_when_nothing_is_left_to_do(pair: Pair, program: Program, whom: str) -> None:
     """The command knows the report already, and that no record is left."""
     with (
         receiving(pair.destination) as receiver,
-        migrating(pair.source, receiver, program.pid, run_by=killed_at("record removed", "all")) as journey,
+        migrating(pair.source, receiver, program.pid, run_by=killed_at("record removed", whom)) as journey,
     ):
         arrives(pair, journey, program)
 

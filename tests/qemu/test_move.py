@@ -22,7 +22,7 @@ from lazyproc.qemu.qmp import Qmp
 from lazyproc.wire.frame import Type
 from tests.faults.campaign.cases import AtFrame
 from tests.faults.campaign.moments import Trap, frame_trap
-from tests.faults.helpers import DESTINATION, SOURCE, gone, journal, journals, kill
+from tests.faults.helpers import DESTINATION, SOURCE, gone, journal, journals, kill, sessions
 from tests.faults.killed_at import killed_at
 from tests.faults.test_links_cut import cut
 from tests.live.moving import CLI, END_S, Receiver, receiving, run_cli
@@ -260,6 +260,22 @@ def test_the_keeper_is_killed_around_the_commit(pair: Pair, point: str) -> None:
             goes_on(guest.serial)
         else:
             arrives(guest, journey)
+
+
+@pytest.mark.long
+def test_all_are_killed_before_the_guest_is_let_run(pair: Pair) -> None:
+    """Its memory follows, and who resumes it is told what else is missing."""
+    with prepared(pair, by=killed_at("outlived", "all")) as (guest, receiver):
+        with moving(pair, guest, receiver) as journey:
+            wait_until(lambda: any(it["state"] == "orphaned" for it in sessions(pair.destination)), "all are")
+            (left,) = sessions(pair.destination)
+            resumed = run_cli(pair.destination, "resume", left["id"])
+            assert "see `cont` in its monitor" in resumed.stderr
+            journey.finish()
+        with ending(pair.destination.pid(left["root_pid"])):
+            with Qmp(str(pair.destination.outside / "qmp")) as qmp:
+                qmp.execute("cont")
+            goes_on(guest.serial)
 
 
 @pytest.mark.long
