@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from lazyproc.errors import LazyprocError, NoSuchProcess
+from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.kernel.ready import readable
@@ -86,7 +86,8 @@ class HeldGuest:
                 return
             quits = False
             with suppress(LazyprocError, TimeoutError), self.monitor() as qmp:
-                qmp.execute("quit")
+                with suppress(ConnectionLost):  # it may have ended before we hear that it will
+                    qmp.execute("quit")
                 quits = True
             if not (quits and readable([pidfd], GONE_S)):
                 with suppress(ProcessLookupError):

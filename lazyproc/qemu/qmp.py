@@ -131,7 +131,8 @@ class Qmp:
         request = json.dumps(words).encode() + b"\n"
         try:
             sent = socket.send_fds(self._sock, [request], list(fds))
-            self._sock.sendall(request[sent:])
+            if sent < len(request):  # sending nothing fails as well when it has hung up (`quit`)
+                self._sock.sendall(request[sent:])
         except OSError as error:
             raise ConnectionLost(f"QEMU has hung up ({error.strerror})", where=self.path) from error
 
