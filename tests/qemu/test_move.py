@@ -67,9 +67,16 @@ def waiting(pair: Pair, guest: Guest, *options: str, by: Sequence[str] = ()) -> 
 
 @contextmanager
 def moving(
-    pair: Pair, guest: Guest, receiver: Receiver, *options: str, by: str | None = None
+    pair: Pair,
+    guest: Guest,
+    receiver: Receiver,
+    *options: str,
+    by: str | None = None,
+    run_by: Sequence[str] = (),
 ) -> Iterator[Journey]:
-    with migrating(pair.source, receiver, guest.pid, *options, by=by, monitor=guest.inside) as journey:
+    with migrating(
+        pair.source, receiver, guest.pid, *options, by=by, run_by=run_by, monitor=guest.inside
+    ) as journey:
         yield journey
 
 
@@ -258,6 +265,24 @@ def test_the_keeper_is_killed_around_the_commit(pair: Pair, point: str) -> None:
         if point == "committed":
             journey.finish(expected=1)
             goes_on(guest.serial)
+        else:
+            arrives(guest, journey)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("point", "here"),
+    [("IMAGES said", True), ("parked", True), ("COMMIT said", False), ("RUNNING heard", False)],
+)
+def test_who_moves_it_is_killed_around_the_commit(pair: Pair, point: str, here: bool) -> None:
+    with (
+        prepared(pair) as (guest, receiver),
+        moving(pair, guest, receiver, run_by=killed_at(point)) as journey,
+    ):
+        if here:
+            journey.finish(expected=1)
+            goes_on(guest.serial)
+            assert not journals(pair.source, SOURCE)
         else:
             arrives(guest, journey)
 
