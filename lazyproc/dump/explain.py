@@ -118,6 +118,11 @@ def _of_process(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
         return
     if process.pid == facts.our_pid:
         yield obstacle("is lazyproc itself", "start lazyproc outside of the tree")
+    if any(thread.parked for thread in process.threads):
+        yield obstacle(
+            "is parked: an earlier move of it is not over, which alone knows where it goes on",
+            "see lazyproc sessions, then lazyproc resume or lazyproc abort",
+        )
     if process.elf_class == ELF_32:
         yield obstacle("is a 32-bit program", "use its 64-bit build")
     if process.stat.tty:

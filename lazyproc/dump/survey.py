@@ -17,6 +17,7 @@ from lazyproc.dump.walk import tree_of
 from lazyproc.errors import NoSuchProcess, PermissionDenied, UsageError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
+from lazyproc.kernel.park import looks_parked
 from lazyproc.kernel.sys import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, kcmp
 from lazyproc.kernel.sysvipc import LastUse, last_uses
 
@@ -41,6 +42,7 @@ class ThreadFacts:
     )  # the kernel function in which it sleeps without taking signals, None when it takes them
     namespaces: Mapping[str, int]
     apart: tuple[str, ...]  # what it does not share with its process's first thread
+    parked: bool = False  # it stands in our code, for a session that is not over
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,7 @@ def _threads(pid: int) -> Iterator[ThreadFacts]:
                 stuck_in=_stuck_in(pid, tid) if status.state == "D" else None,
                 namespaces=proc.namespaces(tid),
                 apart=tuple(words for kind, words in APART.items() if tid != pid and kcmp(pid, tid, kind)),
+                parked=looks_parked(pid, status.sig_blocked),
             )
 
 

@@ -9,10 +9,11 @@ while no tracer is there.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from lazyproc.errors import LazyprocError, NoSuchProcess
+from lazyproc.errors import LazyprocError, NoSuchProcess, TraceeError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc
@@ -24,6 +25,7 @@ from lazyproc.kernel.tracee import Memory, Tracee
 from lazyproc.model import Registers
 
 STOP_MS = 2000
+NEVER_BLOCKED = 1 << signal.SIGKILL - 1 | 1 << signal.SIGSTOP - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,21 @@ def unpark(process: ParkedProcess, tracees: Sequence[Tracee], memory: Memory) ->
 def is_there(process: ParkedProcess) -> bool:
     """Whether the process still lives, and is not another one with its number."""
     return proc.lives(process.pid, process.started)
+
+
+def looks_parked(pid: int, blocked: int) -> bool:
+    """Whether a thread of that process with this mask is parked, by whomever: every signal is blocked, and the code is
+    there. Nothing is stopped to see it. Raises NoSuchProcess.
+    """
+    if blocked | NEVER_BLOCKED != arch.MASK64:
+        return False
+    with ptrace.memory(pid) as memory:
+        for entry in proc.maps(proc.read(pid, "maps")):
+            if "x" in entry.perms:
+                with suppress(TraceeError):  # [vsyscall], or behind the end of a file
+                    if memory.read(entry.end - STUB_ROOM - len(arch.PARK), len(arch.PARK)) == arch.PARK:
+                        return True
+    return False
 
 
 def let_run(process: ParkedProcess) -> None:

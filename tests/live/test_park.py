@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lazyproc.dump.explain import explain
 from lazyproc.dump.freeze import FrozenTree, frozen_tree
 from lazyproc.dump.gather import dumped
 from lazyproc.dump.park import park_tree, parking, unpark_tree
@@ -64,6 +65,20 @@ def test_a_parked_tree_survives_its_tracer_and_runs_on(cargo: tuple[str, ...], t
         assert stands_still(program)
         for process in processes:
             park.let_run(process)
+        program.watch.wait_beats()
+        program.stop_and_verify()
+
+
+@pytest.mark.parametrize("name", ["threads", "seccomp", "tree"])
+def test_what_is_parked_is_not_moved_or_dumped_as_if_it_ran(name: str, tmp_path: Path) -> None:
+    """The copy would pause for ever: where it goes on is in the journal of the first move."""
+    with running(name, directory=tmp_path) as program:
+        processes = by_a_tracer_that_dies(program.pid, park_all)
+        against = [each for each in explain(program.pid) if "is parked" in each.why]
+        assert {each.pid for each in against} == {process.pid for process in processes}
+        for process in processes:
+            park.let_run(process)
+        assert not explain(program.pid)
         program.watch.wait_beats()
         program.stop_and_verify()
 
