@@ -31,7 +31,7 @@ from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.paging import Paging, Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
-from lazyproc.pages.transport import Channel, Door, Session, listen
+from lazyproc.pages.transport import Channel, Door, Session, inherited, listen
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.shell import run_instead
 from lazyproc.restore.ending import end_tree
@@ -415,6 +415,8 @@ class Keeper:
             self._connections = [socket.socket(fileno=fd) for fd in facts["connections"]]
         else:  # nobody knows what the source has heard: it is to ask
             self._drop_connections()
+        if self._door is None and self._place.address:
+            self._door = inherited(self._place.address, Party.DESTINATION, trust=self._place.trust)
         self._count_killed()
         self._guard = self._new_guard()
         self._clients.tell(Note(f"session {self._session.id}: the keeper was killed and is replaced"))

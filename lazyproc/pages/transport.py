@@ -402,6 +402,34 @@ def listen(
     return Door(sock, side, trust, report, criu)
 
 
+def inherited(address: str, side: Party, *, trust: Trust) -> Door | None:
+    """The Door that a process which had our descriptor table was opening, or had open, at that address when it was
+    killed.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            sock = socket.socket(fileno=int(name))
+            inet = sock.family in (socket.AF_INET, socket.AF_INET6)
+            if inet and not _connected(sock) and _name_of(sock) == address:
+                sock.listen()
+                return Door(sock, side, trust)
+            sock.detach()
+    return None
+
+
+def _connected(sock: socket.socket) -> bool:
+    try:
+        return bool(sock.getpeername())
+    except OSError:
+        return False
+
+
+def _name_of(sock: socket.socket) -> str:
+    """HOST:PORT of the end that is here."""
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 _BIND = {
     errno.EADDRINUSE: ("the address is in use", "stop who listens there (ss -ltnp), or take another port"),
     errno.EADDRNOTAVAIL: ("this host does not have the address", "take one that `ip address` shows"),
@@ -425,7 +453,7 @@ class Door:
         sock: socket.socket,
         side: Party,
         trust: Trust,
-        report: events.Listener,
+        report: events.Listener = events.ignore,
         criu: Caller | None = None,
     ) -> None:
         self._sock = sock
@@ -452,8 +480,7 @@ class Door:
     @property
     def address(self) -> str:
         """Where it listens, for `listen` to do so again."""
-        host, port = self._sock.getsockname()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return _name_of(self._sock)
 
     def fileno(self) -> int:
         return self._selector.fileno()

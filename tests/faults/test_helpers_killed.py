@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,13 @@ from tests.faults.campaign.judge import Outcome
 from tests.faults.campaign.moments import Trap, frame_trap
 from tests.faults.campaign.run import run
 from tests.faults.helpers import DESTINATION, SOURCE, helper, journal, journals, kill, sessions
-from tests.live.moving import END_S, receiving, run_cli
+from tests.live.moving import END_S, Receiver, receiving, run_cli
 from tests.live.programs import Program, running, wait_until
 from tests.live.real import Journey, ending, migrating, processes_of, runs
 
 MIB = "64"
 SLOW = ("--max-rate", "20000000")  # 3 seconds for 64 MiB
+CRAWLING = ("--max-rate", "3000000")
 
 
 @pytest.fixture
@@ -112,6 +113,44 @@ def test_the_receiver_killed_as_well_the_resumed_keeper_takes_its_place(pair: Pa
         (orphan,) = sessions(pair.destination)
         run_cli(pair.destination, "resume", orphan["id"])
         completes(pair, journey, program)
+
+
+def test_a_keeper_that_listens_in_place_of_the_receiver_is_killed_and_the_link_is_lost(pair: Pair) -> None:
+    """The door is in the descriptor table that the guard has as well."""
+    with (
+        paced(pair, "one") as program,
+        receiving(pair.destination, expected=-signal.SIGKILL) as receiver,
+        migrating(pair.source, receiver, program.pid, *CRAWLING) as journey,
+    ):
+        journey.wait_running()
+        listened_without(receiver)
+        was = journal(pair.destination, DESTINATION)["keeper_pid"]
+        kill(pair.destination, DESTINATION, "keeper")
+        wait_until(
+            lambda: journal(pair.destination, DESTINATION)["keeper_pid"] != was, "the guard is the keeper"
+        )
+        kill(pair.destination, DESTINATION, "pager")
+        completes(pair, journey, program)
+
+
+@contextmanager
+def paced(pair: Pair, folder: str) -> Iterator[Program]:
+    """A program that is in no hurry to have its pages."""
+    (pair.shared / folder).mkdir()
+    with running(
+        "memory_random", MIB, "2", "2000", directory=pair.shared / folder, host=pair.source
+    ) as program:
+        program.watch.wait_beats()
+        yield program
+
+
+def listened_without(receiver: Receiver) -> None:
+    """It is killed, and a keeper listens in its place."""
+    receiver.process.kill()
+    receiver.process.wait()
+    port = int(receiver.address.rpartition(":")[2])
+    table = Path(f"/proc/{receiver.host.init_pid}/net/tcp")
+    wait_until(lambda: f":{port:04X} 00000000:0000 0A" in table.read_text(), "a keeper listens")
 
 
 def test_a_pager_alone_that_loses_its_link_leaves_and_one_resume_completes_it() -> None:
