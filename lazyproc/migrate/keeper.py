@@ -30,6 +30,7 @@ from lazyproc.migrate.journal import DESTINATION, Journal, Record
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.paging import Paging, Preferences
 from lazyproc.migrate.place import Place
+from lazyproc.migrate.reception import hand_on
 from lazyproc.migrate.supply import Supply
 from lazyproc.pages.transport import Channel, Door, Session, inherited, listen
 from lazyproc.qemu.qmp import Qmp
@@ -352,7 +353,16 @@ class Keeper:
             with suppress(CannotListen, UsageError):  # of files for TLS that are being renewed
                 self._door = listen(self._place.address, Party.DESTINATION, trust=self._place.trust)
         if self._door is not None and (channel := self._door.accept(0)) is not None:
+            self._let_in(channel)
+
+    def _let_in(self, channel: Channel) -> None:
+        """Several trees may have come by one receiver: without it one of their keepers listens for all."""
+        assert channel.hello is not None, "the door has read the HELLO"
+        if channel.hello.session == self._session.id:
             self._take(channel)
+            return
+        with suppress(ConnectionLost, ProtocolError):
+            hand_on(channel, channel.hello)
 
     def _take(self, channel: Channel) -> None:
         try:

@@ -37,7 +37,7 @@ def hand_on(channel: Channel, hello: Hello) -> None:
         else:
             channel.welcome()
             if hello.role is Role.CONTROL:
-                family.child(lambda: _tell(channel, record), "lazyproc-tell")
+                family.daemon(lambda: _tell(channel, record), "lazyproc-tell")
 
 
 def _record(hello: Hello) -> Record | None:
@@ -54,6 +54,7 @@ def _tell(channel: Channel, record: Record) -> None:
     """How it has ended here. What is known is kept until the source has said that it knows; to ABORT it says nothing,
     so that is kept (journal.forget_old).
     """
+    family.keep_only(channel.fileno())  # neither a door nor a desk is to live on in us
     with suppress(ConnectionLost, ProtocolError):
         if record.state == "aborted" or record.unborn:  # nobody is left who could commit it
             reason = record.facts.get("reason", "all who built the tree there were killed before it ran")

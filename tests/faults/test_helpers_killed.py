@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -131,6 +131,25 @@ def test_a_keeper_that_listens_in_place_of_the_receiver_is_killed_and_the_link_i
         )
         kill(pair.destination, DESTINATION, "pager")
         completes(pair, journey, program)
+
+
+def test_trees_that_came_by_one_receiver_find_their_keepers_without_it(pair: Pair) -> None:
+    """One of them listens, and hands on who asks for another one."""
+    with ExitStack() as stack:
+        programs = [stack.enter_context(paced(pair, name)) for name in ("one", "other")]
+        receiver = stack.enter_context(receiving(pair.destination, expected=-signal.SIGKILL))
+        journeys = []
+        for program in programs:
+            journeys.append(stack.enter_context(migrating(pair.source, receiver, program.pid, *CRAWLING)))
+            journeys[-1].wait_running()
+        listened_without(receiver)
+        for record in journals(pair.destination, DESTINATION):
+            os.kill(pair.destination.pid(record["pager_pid"]), signal.SIGKILL)
+        for program, journey in zip(programs, journeys, strict=True):
+            new, report = journey.arrive()
+            with ending(new):
+                program.watch.wait_beats()
+                assert report["reconnects"] == 1
 
 
 @contextmanager
