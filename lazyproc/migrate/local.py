@@ -139,7 +139,7 @@ def _session(
     }
     with closing(Desk(session, DESTINATION)):
         journal = Journal(session, DESTINATION, facts)
-        journal.write("running", durable=False)
+        journal.note("running", listener)  # it runs already, and needs us with or without a record
         restored.settle = partial(_note_whole, restored, journal, listener)
         try:
             yield

@@ -48,7 +48,7 @@ from tests.live.bad_luck import (
     unchanged,
     unharmed,
 )
-from tests.live.moving import receiving, run_cli
+from tests.live.moving import checkpoint, receiving, restore, run_cli
 from tests.live.programs import Program, running, stands_still, wait_until
 from tests.live.real import network_of
 
@@ -327,6 +327,16 @@ def test_a_journal_that_cannot_be_written(pair: Pair, program: Program) -> None:
     with receiving(pair.destination) as receiver, unchanged(pair.source, pair.destination), unharmed(program):
         done = migrated(pair, receiver, program.pid)
         says(done, 1, receiver.address, "the journal cannot be written", "make room there")
+
+
+def test_a_lazy_restore_whose_journal_cannot_be_written(pair: Pair, program: Program) -> None:
+    """It runs by then: its memory comes all the same."""
+    checkpoint(pair.source, program.pid, pair.source.scratch / "images")
+    (pair.source.outside / "state").write_text("a file, no folder")
+    moved = restore(pair.source, pair.source.scratch / "images", "--lazy")
+    assert "the journal cannot be written" in moved.notes
+    program.watch.wait_beats()
+    moved.end(program.watch)
 
 
 # --- a source that fails -----------------------------------------------------------------------------------
