@@ -43,6 +43,7 @@ from lazyproc.wire.native import Hello, Party
 LOOK_S = 0.5
 STEP_S = 0.02
 NOTED_S = 0.001
+SETTLINGS = 4  # of LOOK_S each: the source takes us for lost after 5 s of silence
 GOODBYE_S = 1.0
 RELEASE_S = 60.0  # the tree is complete: how long the source is waited for, to be told so
 
@@ -262,12 +263,14 @@ class Paging:
             self._clients.done(drain.report)
 
     def _settle(self, report: Mapping[str, JsonValue]) -> None:
-        """Recorded when this returns, by whomever."""
-        self._have_noted({"whole": report})
-        while self._is_kept() and "whole" not in self._journal.facts:
-            time.sleep(NOTED_S)
-        if "whole" not in self._journal.facts:
-            amend(self._journal, {"whole": report}, self._clients.tell)
+        """Recorded when this returns, by whomever, unless it cannot be (a full disk): then all goes on without."""
+        for _ in range(SETTLINGS):  # who was told may have been killed before he wrote it down
+            self._have_noted({"whole": report})
+            until = time.monotonic() + LOOK_S
+            while self._is_kept() and "whole" not in self._journal.facts and time.monotonic() < until:
+                time.sleep(NOTED_S)
+            if "whole" in self._journal.facts:
+                return
 
     def _close(self, drain: Drain) -> None:
         """All is done; whoever is kept is dismissed by the keeper."""

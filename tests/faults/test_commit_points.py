@@ -207,6 +207,20 @@ def test_the_disk_is_full_at_the_source_and_it_arrives(pair: Pair, program: Prog
         assert "No space left on device" in journey.log()
 
 
+def test_nothing_more_can_be_written_at_the_destination_and_it_arrives(pair: Pair, program: Program) -> None:
+    """From when it runs there on, as where an error of the disk has made its file system read-only."""
+    small_disk(pair.destination)
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, "--max-rate", "20000000") as journey,
+    ):
+        journey.wait_running()
+        place = pair.destination.scratch / "state/lazyproc/sessions"
+        pair.destination.run(["mount", "-o", "remount,ro", place], check=True)
+        arrives(pair, journey, program)
+        assert "Read-only file system" in receiver.notes()
+
+
 def arrives(pair: Pair, journey: Journey, program: Program) -> None:
     new, report = journey.arrive()
     assert report["ended"] is False
