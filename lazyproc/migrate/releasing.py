@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import Self
 
+from lazyproc.errors import LazyprocError
 from lazyproc.events import Listener, Note
 from lazyproc.kernel.discard import Discarder, discarding, may_discard
 from lazyproc.kernel.park import ParkedProcess
@@ -91,6 +92,7 @@ class Releaser:
         self._stack = ExitStack()
         self._discarders: dict[int, Discarder | None] = {}
         self._objects: dict[MemoryObject, int] = {}
+        self._told = False  # that nothing is freed
 
     def __enter__(self) -> Self:
         return self
@@ -115,8 +117,8 @@ class Releaser:
 
     def release(self, entries: Sequence[MapEntry]) -> None:
         """Free what was acknowledged. The server knows it before it is gone."""
-        if self._journal.facts["state"] != RELEASING:
-            self._journal.write(RELEASING)
+        if not self._is_recorded():
+            return
         private: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for part in self._places.of(entries):
             length = part.end - part.start
@@ -128,6 +130,19 @@ class Releaser:
         for pid, ranges in private.items():
             if (discarder := self._discarder(pid)) is not None:
                 discarder.discard(ranges)
+
+    def _is_recorded(self) -> bool:
+        """That it never runs here again. While that cannot be written down its memory stays, until the end at worst."""
+        if self._journal.facts["state"] == RELEASING:
+            return True
+        try:
+            self._journal.write(RELEASING)
+        except LazyprocError as error:
+            if not self._told:
+                self._told = True
+                self._listener(Note(f"its memory is not freed for now: {error}"))
+            return False
+        return True
 
     def _discarder(self, pid: int) -> Discarder | None:
         if pid not in self._discarders:

@@ -207,6 +207,20 @@ def test_the_disk_is_full_at_the_source_and_it_arrives(pair: Pair, program: Prog
         assert "No space left on device" in journey.log()
 
 
+def test_the_disk_is_full_at_the_source_before_memory_is_freed_and_it_arrives(
+    pair: Pair, program: Program
+) -> None:
+    """Nothing is freed that is not on record."""
+    small_disk(pair.source)
+    point = killed_at("RUNNING heard", "disk")
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, "--release", run_by=point) as journey,
+    ):
+        arrives(pair, journey, program)
+        assert "its memory is not freed for now" in journey.log()
+
+
 def test_nothing_more_can_be_written_at_the_destination_and_it_arrives(pair: Pair, program: Program) -> None:
     """From when it runs there on, as where an error of the disk has made its file system read-only."""
     small_disk(pair.destination)
