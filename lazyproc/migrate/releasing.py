@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import Self
 
-from lazyproc.errors import LazyprocError
+from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.events import Listener, Note
 from lazyproc.kernel.discard import Discarder, discarding, may_discard
 from lazyproc.kernel.park import ParkedProcess
@@ -101,8 +101,9 @@ class Releaser:
         self.close()
 
     def close(self) -> None:
-        """The threads stand, or are, in their parking code again."""
-        self._stack.close()
+        """The threads stand, or are, in their parking code again; but for those of a process that was killed."""
+        with suppress(NoSuchProcess):
+            self._stack.close()
 
     def take_over(self) -> None:
         """A predecessor has freed pages: what has no content any more is not there, and must not be read as zeros. The
@@ -116,7 +117,7 @@ class Releaser:
                 self._server.release(obj, start, (end - start) // PAGE)
 
     def release(self, entries: Sequence[MapEntry]) -> None:
-        """Free what was acknowledged. The server knows it before it is gone."""
+        """Free what was acknowledged. The server knows it before it is gone. Raises NoSuchProcess."""
         if not self._is_recorded():
             return
         private: dict[int, list[tuple[int, int]]] = defaultdict(list)

@@ -167,7 +167,7 @@ class Serving:
                 if self._trace is not None:
                     self._trace.write(event.records, event.lost)
             elif isinstance(event, Ack) and self._releaser is not None:
-                self._releaser.release(event.entries)
+                self._release(self._releaser, event)
             elif event is not None and not isinstance(event, Pong):
                 fields = checked(event, Drained, link.control).fields
                 self._listener(StateChanged("drained", time.monotonic()))
@@ -175,6 +175,12 @@ class Serving:
             if (beyond := self._beyond_repair()) is not None:
                 self._give_up(beyond)
             self._listener(self._progress(self._map))
+
+    def _release(self, releaser: Releaser, ack: Ack) -> None:
+        try:
+            releaser.release(ack.entries)
+        except NoSuchProcess:
+            self._give_up(source_ended(self._pid, self._chain.session))
 
     def _found(self) -> Extents:
         """Which pages have content."""

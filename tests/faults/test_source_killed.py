@@ -56,6 +56,18 @@ def test_after_the_commit(pair: Pair, program: Program) -> None:
         is_lost(pair, program, journey)
 
 
+def test_while_its_memory_is_freed(pair: Pair, program: Program) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *SLOW, "--release") as journey,
+    ):
+        wait_until(
+            lambda: {each["state"] for each in journals(pair.source, SOURCE)} == {"releasing"}, "it frees"
+        )
+        os.kill(program.pid, signal.SIGKILL)
+        is_lost(pair, program, journey)
+
+
 def test_before_it_is_known_which_pages_have_content(pair: Pair, program: Program) -> None:
     """Without the map nothing is taken for zero."""
 
