@@ -12,13 +12,16 @@ import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from lazyproc.errors import PermissionDenied
+from lazyproc.errors import NoSuchProcess, PermissionDenied
+from lazyproc.kernel import proc
 from lazyproc.pages.peer import Trust
 
 PACKET_MAX = 1 << 16
 ANSWER_S = 5.0
+INODE = 6  # the column of /proc/net/unix
 SAY_S = 1.0  # the keeper has more to do than to wait for who has connected and says nothing
 
 
@@ -93,6 +96,19 @@ def ask(session: str, role: str, fields: Mapping[str, object], fd: int = -1) -> 
             return answer
         except (PermissionDenied, OSError, ValueError):
             return None
+
+
+def has_desk(pid: int, session: str, role: str) -> bool:
+    """Whether that process is one of those who have the keeper's descriptors, and not a later one with its number."""
+    name = _name(session, role).replace("\0", "@")  # as unix(7) writes it
+    rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
+    desks = {f"socket:[{row[INODE]}]" for row in rows if row[-1] == name}
+    with suppress(OSError, NoSuchProcess):
+        for number in proc.descriptor_numbers(pid):
+            with suppress(FileNotFoundError):
+                if os.readlink(f"/proc/{pid}/fd/{number}") in desks:
+                    return True
+    return False
 
 
 def is_staffed(session: str, role: str) -> bool:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from lazyproc.errors import UsageError
+from lazyproc.errors import NoSuchProcess, UsageError
 from lazyproc.events import Listener, ignore
 from lazyproc.facts import asdict, dataclass
-from lazyproc.kernel import netfilter
+from lazyproc.kernel import netfilter, proc
 from lazyproc.kernel.sys import pidfd_open
-from lazyproc.migrate.desk import is_staffed
+from lazyproc.migrate.desk import has_desk, is_staffed
 from lazyproc.migrate.held import held_by
 from lazyproc.migrate.journal import DESTINATION, RELEASING, SOURCE, Journal, Record, find, records
 from lazyproc.migrate.promises import pages_remaining
@@ -25,6 +26,8 @@ ORPHANED, GONE = "orphaned", "gone"
 ENDED = ("aborted", "drained")  # what is kept for the other side to learn
 AWAITING = ("committed", "running")  # at the destination: pages may be missing
 RUNS_THERE = ("committed", "running", RELEASING)  # at the source
+STANDING = "TtZX"  # states of a process
+STOP_S, LOOK_S = 2.0, 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,15 +212,18 @@ class AbortReport:
 
 def abort(session: str) -> AbortReport:
     """End what is left of a session on this host, its tree included. Raises UsageError when there is none."""
-    record = find(session)
-    state, left = state_of(record), None
-    with _stopped_helpers(record):
+    with _stopped_helpers(find(session)) as record:
+        state, left = state_of(record), None
         if state not in (GONE, *ENDED):
             left = pages_remaining(record.facts)
             _end_tree(record)
     if record.role == SOURCE:
         netfilter.release_session(session)
-    Journal(session, record.role).remove()
+    journal = Journal(session, record.role, record.facts)
+    if record.unborn and state not in ENDED:  # its source may have said COMMIT, and will ask
+        journal.write("aborted", reason="it was ended there before it ran")
+    else:
+        journal.remove()
     return AbortReport(session, record.role, state, left, _what_it_means(record, state, left))
 
 
@@ -234,27 +240,53 @@ def _what_it_means(record: Record, state: str, left: int | None) -> str:
 
 
 @contextmanager
-def _stopped_helpers(record: Record) -> Iterator[None]:
+def _stopped_helpers(record: Record) -> Iterator[Record]:
     """They neither bring pages nor see one another's end inside, and are killed at the end: not before, since a forked
-    child whose userfaultfd nobody has reads zeros.
+    child whose userfaultfd nobody has reads zeros. What is given is the record when all of them stand still.
     """
-    staffed = is_staffed(record.session, record.role)
-    pids = [record.facts.get(f"{name}_pid") for name in ("guard", "keeper", "pager", "server")]
+    helpers: dict[int, int] = {}  # pidfds, -1 where the number is somebody else's by now
     with ExitStack() as stack:
-        pidfds = []
-        for pid in filter(None, pids if staffed else ()):
-            with suppress(ProcessLookupError):
-                pidfds.append(pidfd_open(int(pid)))
-                stack.callback(os.close, pidfds[-1])
-        _signal(pidfds, signal.SIGSTOP)
-        yield
-        _signal(pidfds, signal.SIGKILL)
+        try:
+            while new := _numbers(record) - helpers.keys():
+                helpers |= {pid: _helper(pid, record, stack) for pid in new}
+                _signal(helpers.values(), signal.SIGSTOP)
+                _await_stop(pid for pid, pidfd in helpers.items() if pidfd >= 0)
+                record = find(record.session, record.role)
+            yield record
+        except BaseException:
+            _signal(helpers.values(), signal.SIGCONT)
+            raise
+        _signal(helpers.values(), signal.SIGKILL)
 
 
-def _signal(pidfds: Sequence[int], number: int) -> None:
+def _numbers(record: Record) -> set[int]:
+    pids = (record.facts.get(f"{name}_pid") for name in ("guard", "keeper", "pager", "server"))
+    return {int(pid) for pid in pids if pid}
+
+
+def _helper(pid: int, record: Record, stack: ExitStack) -> int:
+    try:
+        pidfd = pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+    stack.callback(os.close, pidfd)
+    return pidfd if has_desk(pid, record.session, record.role) else -1
+
+
+def _await_stop(pids: Iterable[int]) -> None:
+    """A signal that was sent is not heard yet."""
+    until = time.monotonic() + STOP_S
+    for pid in pids:
+        with suppress(NoSuchProcess):
+            while proc.stat(proc.read(pid, "stat")).state not in STANDING and time.monotonic() < until:
+                time.sleep(LOOK_S)
+
+
+def _signal(pidfds: Iterable[int], number: int) -> None:
     for pidfd in pidfds:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, number)
+        if pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, number)
 
 
 def _end_tree(record: Record) -> None:
