@@ -141,7 +141,12 @@ def apart(
     def keep() -> None:
         ours.close()
         unplug()
-        client, _desk = Client(theirs), staff()
+        client = Client(theirs)
+        try:
+            _desk = staff()
+        except LazyprocError as error:  # somebody else works on it
+            client.failed(error)
+            return
         worker = family.child(lambda: _do(first, client), name)
         let_go()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # is the worker's

@@ -7,6 +7,7 @@ be root or the same user. A request and its answer are one packet each: JSON, an
 from __future__ import annotations
 
 import array
+import errno
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lazyproc.errors import NoSuchProcess, PermissionDenied
+from lazyproc.errors import NoSuchProcess, PermissionDenied, UsageError
 from lazyproc.kernel import proc
 from lazyproc.pages.peer import Trust
 
@@ -33,8 +34,15 @@ class Desk:
     """The keeper's end. `fileno` becomes readable when `next` has something."""
 
     def __init__(self, session: str, role: str) -> None:
+        """Raises UsageError when there is one."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.bind(_name(session, role))
+        try:
+            self._socket.bind(_name(session, role))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            remedy = "see its processes in lazyproc sessions"
+            raise UsageError("is being worked on", where=session, remedy=remedy) from None
         self._socket.listen()
 
     def fileno(self) -> int:

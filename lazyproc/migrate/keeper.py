@@ -99,12 +99,13 @@ def keep_on(record: Record, supply: Supply, listener: Listener) -> Mapping[str, 
         client = Client(theirs)
         try:
             kept = anchors(tree)
-            rebind(kept.ledger, kept.cradle, kept.userfaultfds)
             facts.update(ledger=kept.ledger, connections=[], supply=supply.facts())
             journal = Journal(record.session, DESTINATION, facts)
-            journal.write(record.state, durable=False)
             session = Session(record.session, str(record.facts["token"]))
             keeper = Keeper(session, journal, Place.of(record.facts), client, Preferences())
+            # Whoever else resumes it has found the desk taken, and what is shared is ours to change.
+            rebind(kept.ledger, kept.cradle, kept.userfaultfds)
+            journal.write(record.state, durable=False)
         except (LazyprocError, OSError) as error:
             client.failed(error)
             return

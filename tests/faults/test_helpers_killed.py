@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ from tests.faults.campaign.judge import Outcome
 from tests.faults.campaign.moments import Trap, frame_trap
 from tests.faults.campaign.run import run
 from tests.faults.helpers import DESTINATION, SOURCE, helper, journal, journals, kill, sessions
-from tests.live.moving import END_S, Receiver, receiving, run_cli
+from tests.live.moving import CLI, END_S, Receiver, receiving, run_cli
 from tests.live.programs import Program, running, wait_until
 from tests.live.real import Journey, ending, migrating, processes_of, runs
 
@@ -99,6 +101,59 @@ def test_everything_killed_at_the_destination_is_completed_by_one_resume(
         assert orphan["pages_remaining"] > 0
         run_cli(pair.destination, "resume", orphan["id"])
         completes(pair, journey, program)
+
+
+# It has seen that nobody works on it, and goes on when it is told to.
+LATE = """
+import sys
+from lazyproc.cli.main import main
+from lazyproc.migrate import sessions
+
+def late(record):
+    demand_orphaned(record)
+    print("seen", flush=True)
+    sys.stdin.readline()
+
+demand_orphaned, sessions._demand_orphaned = sessions._demand_orphaned, late
+sys.exit(main(["resume", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("role", "names"), [(DESTINATION, ("keeper", "pager", "guard")), (SOURCE, ("keeper", "server"))]
+)
+def test_of_two_resumes_at_once_one_changes_nothing(pair: Pair, role: str, names: tuple[str, ...]) -> None:
+    host = pair.destination if role == DESTINATION else pair.source
+    pipe = subprocess.PIPE
+    with (
+        paced(pair, "one") as program,
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *CRAWLING) as journey,
+    ):
+        journey.wait_running()
+        kill(host, role, *names)
+        session, was = (journal(host, role)[fact] for fact in ("id", f"{names[1]}_pid"))
+        argv = [sys.executable, "-c", LATE, session]
+        second = host.popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        assert second.stdout
+        assert second.stdout.readline() == "seen\n"
+        first = host.popen(
+            [*CLI, "resume", session, "--json"], stdin=subprocess.DEVNULL, stdout=pipe, text=True
+        )
+        wait_until(lambda: journal(host, role)[f"{names[1]}_pid"] != was, "the first one works")
+        crew = {name: helper(host, role, name) for name in names}
+        _, words = second.communicate(timeout=20)
+        assert second.returncode == 2, words
+        assert "is being worked on" in words
+        assert {name: helper(host, role, name) for name in names} == crew
+        kill(host, role, names[1])  # who takes over finds what is right
+        out, _ = first.communicate(timeout=30)
+        assert first.returncode == 0
+        if role == DESTINATION:
+            completes(pair, journey, program)
+        else:
+            with ending(pair.destination.pid(json.loads(out)["root_pid"])):
+                program.watch.wait_beats()
 
 
 def test_the_receiver_killed_as_well_the_resumed_keeper_takes_its_place(pair: Pair, program: Program) -> None:
