@@ -100,6 +100,9 @@ class Wishes:
 class Outliving(Protocol):
     """What is built, and ends with us until then."""
 
+    def demand_there(self) -> None:
+        """Raises NoSuchProcess when somebody has ended it."""
+
     def outlive_us(self) -> None: ...
 
 
@@ -341,9 +344,6 @@ class Arrival:
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
-    def _before_it_holds(self) -> None:
-        """The last moment in which it may be called off, by an error."""
-
     def _commit(self, tree: Outliving, drafting: Drafting, steps: Steps) -> None:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again.
@@ -353,7 +353,7 @@ class Arrival:
         steps.done("draft")
         expect(self._link.control, Commit, FREEZE_S)
         steps.done("wait for commit")
-        self._before_it_holds()
+        tree.demand_there()  # the last moment in which it may be called off
         self._settle()
         self._journal.publish(committed)
         steps.done("durable")

@@ -34,7 +34,6 @@ class GuestArrival(Arrival):
     `runs` is called when the guest is about to run: only then may pages come that nobody waits for.
     """
 
-    _shell: Shell
     outputs: Sequence[int] = ()
     noted: Callable[[], object] = staticmethod(lambda: None)
     runs: Callable[[], object] = staticmethod(lambda: None)
@@ -54,7 +53,7 @@ class GuestArrival(Arrival):
             order = heard(control, PREPARE_S).order
             with one_at_a_time():
                 self._admit_guest(order)
-            self._shell = shell = ready()
+            shell = ready()
             wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
             machine, running, theirs, files = _offered(order)
             if unlike := shell.compare(machine, theirs, files):
@@ -91,9 +90,6 @@ class GuestArrival(Arrival):
         control = self._link.control
         # Until it has heard that all is built the source has nothing to say: it has called it off, or is gone.
         shell.load(images[devices.NAME], lambda: bool(readable([control.fileno()], 0)))
-
-    def _before_it_holds(self) -> None:
-        self._shell.demand_there()
 
     def _run(self, shell: Shell, tree: LazyTree, running: bool, steps: Steps) -> None:
         committed = StateChanged("committed", time.monotonic())

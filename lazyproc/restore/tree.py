@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from types import MappingProxyType
 from typing import Literal
 
@@ -66,6 +67,13 @@ class BuiltTree:
     @property
     def root_pid(self) -> int:
         return self.sites[self.checkpoint.root.vpid].pid
+
+    def demand_there(self) -> None:
+        """Raises NoSuchProcess when somebody has killed a process of it, as the kernel does for want of memory."""
+        for site in self.sites.values():
+            for tracee in islice(site.threads.values(), 1):
+                if not tracee.is_stopped():
+                    raise NoSuchProcess("was killed before it ran", where=f"pid {site.pid}")
 
     def outlive_us(self) -> None:
         """From here on the tree is never killed for our sake: whatever becomes of us, it runs. The nursery goes first,

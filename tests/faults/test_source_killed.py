@@ -1,4 +1,6 @@
-"""The parked process is killed at the source, by an operator or for want of memory: what had not come over is lost."""
+"""The process is killed by an operator, or for want of memory: parked at the source, and what had not come over is
+lost; or at the destination before it ran there, and it runs on here.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,10 @@ from tests.faults.campaign import cases
 from tests.faults.campaign.moments import Trap, frame_trap
 from tests.faults.helpers import DESTINATION, SOURCE, gone, journal, journals, kill, sessions
 from tests.faults.test_helpers_killed import waits_for_a_page
+from tests.live.bad_luck import unharmed
 from tests.live.moving import receiving, run_cli
 from tests.live.programs import Program, running, wait_until
-from tests.live.real import Journey, migrating
+from tests.live.real import Journey, migrating, processes_of
 
 SLOW = ("--max-rate", "1000000")  # a minute for 64 MiB
 
@@ -103,3 +106,29 @@ def test_with_the_one_who_serves_it(pair: Pair, program: Program) -> None:
         run_cli(pair.destination, "abort", record["id"], expected=5)
         assert gone(root)
         assert program.watch.read().errors == 0
+
+
+@pytest.mark.parametrize(
+    "cargo", [("memory_random", "64", "2"), ("cow_fork", "16")], ids=["the root", "a child"]
+)
+def test_at_the_destination_before_the_commit(pair: Pair, cargo: tuple[str, ...]) -> None:
+    killed: list[int] = []
+
+    def kill_it() -> None:
+        built = [pid for pid, comm in processes_of(pair.destination).items() if comm == cargo[0]]
+        killed.append(max(built))
+        os.kill(killed[0], signal.SIGKILL)
+        wait_until(lambda: gone(killed[0]), "it has ended")
+
+    trap = Trap(kill_it)
+    with running(*cargo, directory=pair.shared, host=pair.source, exclusive=True) as program:
+        with (
+            unharmed(program),
+            receiving(pair.destination) as receiver,
+            frame_trap(pair, receiver, cases.AtFrame(Type.COMMIT), trap) as address,
+            migrating(pair.source, receiver, program.pid, by=address) as journey,
+        ):
+            assert "was killed before it ran" in journey.finish(expected=1)["error"]
+            assert trap.error is None
+            assert not journals(pair.source, SOURCE)
+        program.stop_and_verify()
