@@ -6,20 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
-from lazyproc.errors import ConnectionLost, Parked, ProtocolError, UsageError
+from lazyproc.errors import CannotListen, ConnectionLost, Parked, ProtocolError, UsageError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.apart import Messages
 from lazyproc.migrate.arrival import Terms
-from lazyproc.migrate.journal import forget_old
-from lazyproc.migrate.keeper import keep
+from lazyproc.migrate.desk import ask
+from lazyproc.migrate.journal import DESTINATION, forget_old, records
+from lazyproc.migrate.keeper import LET_LISTEN, keep
 from lazyproc.migrate.link import Gathering
 from lazyproc.migrate.paging import Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.reception import hand_on
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Channel, Door, listen
+from lazyproc.pages.transport import Channel, Door, listen, parse_address
 from lazyproc.qemu.command import demand_command
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Party, Role
@@ -55,7 +56,7 @@ def receive(
     trust = Trust(insecure, terms.uids, tls)
     with (
         _preferences(terms, listener) as preferences,
-        listen(address, Party.DESTINATION, trust=trust, report=listener) as door,
+        _door(address, trust, listener) as door,
         closing(_Arrivals(door, terms, preferences, trust, listener)) as arrivals,
     ):
         listener(Note(f"listening on port {door.port}"))
@@ -69,6 +70,19 @@ def receive(
                 remedy="see lazyproc sessions, and lazyproc resume there, unless it was ended with lazyproc abort",
             )
         return arrivals.committed
+
+
+def _door(address: str, trust: Trust, listener: Listener) -> Door:
+    """Keepers of trees that came before may listen there, in place of a receiver that has ended. Raises as `listen`."""
+    try:
+        return listen(address, Party.DESTINATION, trust=trust, report=listener)
+    except CannotListen:
+        port = str(parse_address(address)[1])
+        places = [(each.session, str(each.facts.get("address", ""))) for each in records()]
+        keepers = [session for session, place in places if place.rpartition(":")[2] == port]
+        if {} not in [ask(session, DESTINATION, LET_LISTEN) for session in keepers]:
+            raise
+    return listen(address, Party.DESTINATION, trust=trust, report=listener)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -44,6 +45,8 @@ from lazyproc.wire.native import Hello, Party, Role
 NAME = "lazyproc-keeper"
 WATCH_S = 0.5
 LIVING = ("running", "drained", "poisoned")  # states in which a tree goes on without the keeper
+LET_LISTEN = {"do": "let listen"}  # of a receiver that begins where we listen
+YIELD_S = 2.0  # for it to do so
 MEMBERS = 100  # helpers that are killed so often are killed on purpose
 
 
@@ -176,6 +179,7 @@ class Keeper:
         self._committed = False
         self._resumed = False  # the client is no `receive`
         self._told = False  # the source knows that it runs here, and a guest was let run
+        self._listens_from = 0.0  # on the monotonic clock
         self._left = MEMBERS
         self._outlived = mmap.mmap(-1, 1)  # shared with the guard: the tree no longer ends with its tracer
         self._keeper = Member(os.getpid())
@@ -342,6 +346,10 @@ class Keeper:
         if request.fields.get("do") == "supply":
             self._supplied(request)
             return
+        if request.fields == LET_LISTEN:
+            self._yield_door()
+            request.answer({})
+            return
         try:
             channel = _brought(request)
         except (KeyError, TypeError, ValueError, OSError, ProtocolError) as error:
@@ -354,11 +362,19 @@ class Keeper:
         """While `receive` is there it hands connections on; without it we wait for them ourselves."""
         if self._place.dials or not self._place.address:
             return
-        if self._door is None and (self._resumed or not self._clients.first.listens()):
+        waits = time.monotonic() >= self._listens_from
+        if self._door is None and waits and (self._resumed or not self._clients.first.listens()):
             with suppress(CannotListen, UsageError):  # of files for TLS that are being renewed
                 self._door = listen(self._place.address, Party.DESTINATION, trust=self._place.trust)
         if self._door is not None and (channel := self._door.accept(0)) is not None:
             self._let_in(channel)
+
+    def _yield_door(self) -> None:
+        """It hands on who comes for us. When it has ended we listen again."""
+        self._listens_from = time.monotonic() + YIELD_S
+        if self._door is not None:
+            self._door.close()
+            self._door = None
 
     def _let_in(self, channel: Channel) -> None:
         """Several trees may have come by one receiver: without it one of their keepers listens for all."""
@@ -411,7 +427,8 @@ class Keeper:
 
     def _be_guard(self) -> None:
         """Do nothing until the keeper is dead, then be it."""
-        begun = self._journal.facts
+        begun, _theirs = self._journal.facts, self._door  # the keeper's to close: kept, and not used
+        self._door = None
         readable([self._keeper.pidfd])
         self._journal.reload()
         facts = self._journal.facts
@@ -430,7 +447,7 @@ class Keeper:
             self._connections = [socket.socket(fileno=fd) for fd in facts["connections"]]
         else:  # nobody knows what the source has heard: it is to ask
             self._drop_connections()
-        if self._door is None and self._place.address:
+        if self._place.address:
             self._door = inherited(self._place.address, Party.DESTINATION, trust=self._place.trust)
         self._count_killed()
         self._guard = self._new_guard()

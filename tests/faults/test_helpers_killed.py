@@ -206,6 +206,38 @@ def test_trees_that_came_by_one_receiver_find_their_keepers_without_it(pair: Pai
             program.watch.wait_beats()
 
 
+def test_a_receiver_that_is_started_again_takes_its_place_among_keepers(pair: Pair) -> None:
+    """And loses it to them again when it ends, whoever of them is killed."""
+    with (
+        paced(pair, "one") as program,
+        receiving(pair.destination, expected=-signal.SIGKILL) as receiver,
+        migrating(pair.source, receiver, program.pid, *CRAWLING) as journey,
+    ):
+        journey.wait_running()
+        listened_without(receiver)
+        kill(pair.destination, DESTINATION, "guard")  # the next one is forked when the keeper listens
+        again = (*CLI, "receive", "--listen", receiver.address, "--insecure")
+        log = pair.destination.outside / "again.log"
+        with log.open("w") as file:
+            second = pair.destination.popen(again, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        wait_until(lambda: "listening on port" in log.read_text() or second.poll() is not None, "it listens")
+        assert second.poll() is None, log.read_text()
+        kill(pair.destination, DESTINATION, "pager")
+        wait_until(lambda: "reconnecting" in journey.log(), "the link is lost")
+        wait_until(
+            lambda: journey.log().splitlines()[-1] == "running", "by the second receiver it has another"
+        )
+        second.kill()
+        second.wait()
+        was = journal(pair.destination, DESTINATION)["keeper_pid"]
+        kill(pair.destination, DESTINATION, "keeper")
+        wait_until(
+            lambda: journal(pair.destination, DESTINATION)["keeper_pid"] != was, "the guard is the keeper"
+        )
+        kill(pair.destination, DESTINATION, "pager")
+        assert completes(pair, journey, program)["reconnects"] == 2
+
+
 @contextmanager
 def paced(pair: Pair, folder: str) -> Iterator[Program]:
     """A program that is in no hurry to have its pages."""
