@@ -162,8 +162,10 @@ def settled(registry: Registry, tasks: Sequence[Task]) -> dict[int, SharedMemory
 
 
 def open_memfds(registry: Registry, descriptors: Mapping[int, int], objects: Objects) -> None:
-    """Memfds that nobody maps: `descriptors` are our duplicates by object id."""
+    """Memfds that nobody maps: `descriptors` are our duplicates by object id. Opened anew: looking for what is no hole
+    moves the position, and that of a duplicate is the tree's.
+    """
     for number, fd in descriptors.items():
         if number not in objects.fds:
-            objects.fds[number] = os.dup(fd)
+            objects.fds[number] = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
             objects.stack.callback(os.close, objects.fds[number])

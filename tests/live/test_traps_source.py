@@ -22,6 +22,7 @@ from lazyproc.dump.gather import dumped
 from lazyproc.kernel import proc, remote
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel import tracee as ptrace
+from lazyproc.kernel.proc_fdinfo import fdinfo
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.kernel.tracee import Tracee
 from lazyproc.model import Rseq
@@ -156,6 +157,30 @@ def test_a_sleep_at_the_source_ends_on_time(tmp_path: Path) -> None:
         got, took = map(int, it.hear().split())
         assert got == 0
         assert 500 <= took < 650
+
+
+# --- positions ----------------------------------------------------------------------------------------------------
+
+
+def test_the_position_of_a_memfd_that_nobody_maps_stays(tmp_path: Path) -> None:
+    source = """
+    int main(int c, char **v)
+    {
+        char text[10000] = { 1 };
+        int fd = memfd_create("queue", MFD_CLOEXEC);
+        (void)c;
+        words = v;
+        if (write(fd, text, sizeof(text)) < 0 || lseek(fd, 123, SEEK_SET) < 0) return 1;
+        say("%ld\\n", fd, 0, 0);
+        pause();
+    }
+    """
+    with tracee(source, tmp_path) as it:
+        (fd,) = (
+            fd for fd in proc.descriptor_numbers(it.pid) if "memfd" in os.readlink(f"/proc/{it.pid}/fd/{fd}")
+        )
+        freeze_and_let_go(it.pid)
+        assert fdinfo(proc.read(it.pid, f"fdinfo/{fd}")).pos == 123
 
 
 # --- signals that come during a program ---------------------------------------------------------------------------
