@@ -25,8 +25,8 @@ from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.question import Question, ask
 from lazyproc.dump.registry import Registry, TaskRef
 from lazyproc.dump.space import NOTHING, Seen, space_now
-from lazyproc.dump.tasks import TASK_ANSWERS, gather_task, gather_zombie, process_questions
-from lazyproc.dump.threads import ThreadAnswers, gather_thread, thread_question
+from lazyproc.dump.tasks import ROOM_OF_TIMER, TASK_ANSWERS, gather_task, gather_zombie, process_questions
+from lazyproc.dump.threads import ROOM_OF_THREAD, ThreadAnswers, gather_thread, thread_question
 from lazyproc.errors import CannotBeDone, Obstacle
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc, remote, sysvipc
@@ -50,6 +50,8 @@ from lazyproc.model import (
 )
 from lazyproc.pages.eager import eager_pages
 from lazyproc.steps import Steps
+
+ROOM = 1 << 16  # bytes for what is asked of a process once
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +254,8 @@ def _ask(
             tracee.set_options(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_SUSPEND_SECCOMP)
     ending = remote.ending_signal(frozen.stopped[0].status.sig_caught, pending)
     states = [stopped.state for stopped in frozen.stopped]
-    with remote.borrowed(frozen.threads, states, memory, maps, ending=ending) as bench:
+    size = PAGE * -(-(ROOM + ROOM_OF_THREAD * len(states) + ROOM_OF_TIMER * len(timers)) // PAGE)
+    with remote.borrowed(frozen.threads, states, memory, maps, ending=ending, size=size) as bench:
         questions: list[list[Question[object]]] = [[thread_question(bench)] for _ in frozen.threads]
         questions[0] += process_questions(bench, timers)
         steps.done("bench")

@@ -17,6 +17,7 @@ PR_GET_DUMPABLE, PR_GET_CHILD_SUBREAPER, PR_GET_THP_DISABLE = 3, 37, 42
 KERNEL_SIGACTION = struct.Struct("<QQQQ")  # handler, flags, restorer, mask
 ITIMERVAL = struct.Struct("<qqqq")  # interval s, us; value s, us
 ITIMERSPEC = struct.Struct("<qqqq")  # interval s, ns; value s, ns
+ROOM_OF_TIMER = 256  # bytes that a POSIX timer takes of a bench
 SIGEV_THREAD_ID = 4
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9  # include/uapi/linux/membarrier.h
 SIGKILL, SIGSTOP = 9, 19

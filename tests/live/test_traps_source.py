@@ -396,6 +396,36 @@ def writable_memory(pid: int, areas: Sequence[Rseq | None]) -> dict[int, bytes]:
     return {start: bytes(content) for start, content in found.items()}
 
 
+MANY = """
+static void *wait_for_ever(void *a) { for (;;) pause(); return a; }
+int main(int c, char **v)
+{
+    struct sigevent silent = { .sigev_notify = SIGEV_NONE };
+    pthread_attr_t small;
+    pthread_t thread;
+    timer_t timer;
+    (void)c;
+    words = v;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, 1 << 16);
+    for (int i = 1; i < 1000; i++)
+        if (pthread_create(&thread, &small, wait_for_ever, NULL)) return 1;
+    for (int i = 0; i < 1000; i++)
+        if (timer_create(CLOCK_MONOTONIC, &silent, &timer)) return 1;
+    say("ready\\n", 0, 0, 0);
+    for (;;) pause();
+}
+"""
+
+
+def test_a_thousand_threads_and_timers(tmp_path: Path) -> None:
+    """All are asked at the same time, and all of that lies in the process."""
+    with tracee(MANY, tmp_path) as it, frozen_tree(it.pid) as tree, dumped(tree) as dump:
+        (task,) = dump.checkpoint.tasks
+        assert len(task.threads) == 1000
+        assert len(task.posix_timers) == 1000
+
+
 def test_nothing_is_left_in_the_address_space(tmp_path: Path) -> None:
     with running("steady", directory=tmp_path) as program:
         before = proc.read(program.pid, "maps")
