@@ -9,6 +9,7 @@ from typing import cast
 from lazyproc.dump.freeze import FrozenTask
 from lazyproc.dump.question import Question
 from lazyproc.errors import NoSuchProcess
+from lazyproc.facts import replace
 from lazyproc.kernel import proc, xfeatures
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.model import IntervalTimer, Limit, PosixTimer, SigAction, Task, TaskState, Thread
@@ -18,7 +19,7 @@ KERNEL_SIGACTION = struct.Struct("<QQQQ")  # handler, flags, restorer, mask
 ITIMERVAL = struct.Struct("<qqqq")  # interval s, us; value s, us
 ITIMERSPEC = struct.Struct("<qqqq")  # interval s, ns; value s, ns
 ROOM_OF_TIMER = 256  # bytes that a POSIX timer takes of a bench
-SIGEV_THREAD_ID = 4
+SIGEV_NONE, SIGEV_THREAD_ID = 1, 4
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9  # include/uapi/linux/membarrier.h
 SIGKILL, SIGSTOP = 9, 19
 TASK_ANSWERS = 6  # of `process_questions`, for `gather_task`; the others are of the address space
@@ -160,10 +161,12 @@ def gather_task(
 
 
 def _own_tid(timer: PosixTimer, tids: Mapping[int, int]) -> PosixTimer:
+    """That of a thread which has ended runs on and signals nobody (kernel/time/posix-timers.c): like a silent one."""
     if not timer.tid:
         return timer
-    fields = {name: getattr(timer, name) for name in PosixTimer.__slots__}
-    return PosixTimer(**{**fields, "tid": tids[timer.tid]})
+    if timer.tid not in tids:
+        return replace(timer, notify=SIGEV_NONE, tid=0)
+    return replace(timer, tid=tids[timer.tid])
 
 
 def _loginuid(pid: int) -> int:

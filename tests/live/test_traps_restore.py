@@ -244,6 +244,42 @@ int main(int c, char **v)
 """
 
 
+TIMER_OF_NOBODY = """
+static timer_t timer;
+static void *owner(void *a)
+{
+    struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGUSR1 };
+    struct itimerspec often = { { 0, 50000000 }, { 0, 50000000 } };
+    event._sigev_un._tid = syscall(SYS_gettid);
+    return timer_create(CLOCK_MONOTONIC, &event, &timer) || timer_settime(timer, 0, &often, NULL) ? words : a;
+}
+int main(int c, char **v)
+{
+    struct itimerspec left;
+    pthread_t thread;
+    void *failed;
+    (void)c;
+    words = v;
+    pthread_create(&thread, NULL, owner, NULL);
+    pthread_join(thread, &failed);
+    if (failed) return 1;
+    say("ready\\n", 0, 0, 0);
+    while (access(v[2], F_OK)) usleep(1000);
+    long got = timer_gettime(timer, &left);
+    say("%ld %ld\\n", got, left.it_interval.tv_nsec, 0);
+}
+"""
+
+
+def test_a_timer_outlives_the_thread_that_it_signals(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with tracee(TIMER_OF_NOBODY, tmp_path, str(gate)) as it:
+        wait_until(lambda: len(proc.task_ids(it.pid)) == 1, "the thread has ended")
+        with moved(it.pid):
+            gate.touch()
+            assert it.hear() == "0 50000000"
+
+
 @pytest.mark.parametrize("child", ["ignored", "no stops"])
 def test_a_parent_that_does_not_hear_of_stops_keeps_its_actions(child: str, tmp_path: Path) -> None:
     """It gets no SIGCHLD when its child is stopped again, and waiting for one it would run into its own SIGSEGV."""
