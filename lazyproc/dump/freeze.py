@@ -43,6 +43,10 @@ class FrozenTask:
     def zombie(self) -> bool:
         return not self.threads
 
+    def shared_pending(self) -> tuple[bytes, ...]:
+        """What is pending for the process, whichever of its threads takes it."""
+        return self.threads[0].pending(self.stopped[0].status.shared_pending, shared=True)
+
 
 @dataclass(slots=True)
 class FrozenTree:

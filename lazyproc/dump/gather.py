@@ -264,7 +264,7 @@ def _ask(
     steps.done("bench")
     of_process = answers[0][1:]
     sigactions = cast(tuple[SigAction, ...], of_process[0])
-    cpus, shared = os.cpu_count() or 1, frozen.threads[0].pending(shared=True)
+    cpus, shared = os.cpu_count() or 1, frozen.shared_pending()
     threads = tuple(
         gather_thread(cpus, tracee, stopped, cast(ThreadAnswers, row[0]), sigactions, memory, shared)
         for tracee, stopped, row in zip(frozen.threads, frozen.stopped, answers, strict=True)

@@ -143,7 +143,7 @@ def gather_task(
         stop_signal=leader.stop_signal,
         threads=threads,
         sigactions=cast(tuple[SigAction, ...], sigactions),
-        pending=leader.pending(shared=True),
+        pending=frozen.shared_pending(),
         itimers=cast(tuple[IntervalTimer, ...], itimers),
         posix_timers=tuple(_own_tid(timer, tids) for timer in cast(tuple[PosixTimer, ...], timers)),
         limits=tuple(

@@ -64,7 +64,7 @@ def gather_thread(
     `shared` is pending for the whole process.
     """
     state, status = stopped.state, stopped.status
-    pending = tracee.pending(shared=False)
+    pending = tracee.pending(status.sig_pending, shared=False)
     registers, restart = resumed(stopped, (*pending, *shared), sigactions, memory)
     return Thread(
         tid=status.ns_pid[-1],

@@ -142,13 +142,21 @@ static long job_start(const struct lp_job *job)
 	return lp_ptrace(PTRACE_CONT, job->tid, 0, 0);
 }
 
+/* Whether it is the signal that the program has sent to its own thread, with `own` as getpid(2). Where there is no room
+ * for a siginfo (RLIMIT_SIGPENDING) the kernel makes up a blank one, without a sender (collect_signal, kernel/signal.c). */
+static int is_own(const siginfo_t *info, int own)
+{
+	return (info->si_code == SI_TKILL && info->si_pid == own) || (info->si_code == SI_USER && info->si_pid == 0);
+}
+
 /* A signal-delivery-stop during a program: 1 when it is the program's end, 0 when the signal came from elsewhere
- * and is kept to be sent again. Nothing but `signal` and SIGSTOP is unblocked: all others are faults. */
+ * and is kept to be sent again. Nothing but `signal` and SIGSTOP is unblocked: all others are faults. Behind its last
+ * call the program has come to its end whosever signal that was: another one to the thread has taken its own in. */
 static long job_stopped(struct lp_job *job, int sig)
 {
 	struct user_regs_struct regs;
 	siginfo_t info;
-	int own_thread;
+	int own_thread, ended;
 	long err;
 
 	if (sig == SIGSTOP) {
@@ -163,12 +171,13 @@ static long job_stopped(struct lp_job *job, int sig)
 	err = lp_ptrace(PTRACE_GETSIGINFO, job->tid, 0, (uint64_t)&info);
 	if (err < 0)
 		return err;
-	own_thread = info.si_code == SI_TKILL;
-	if (own_thread && regs.rip == job->entry - lp_blob_loop() + lp_blob_ended())
+	ended = regs.rip == job->entry - lp_blob_loop() + lp_blob_ended();
+	if (ended && is_own(&info, (int)regs.rbx))
 		return 1;
+	own_thread = ended || info.si_code == SI_TKILL;
 	job->foreign[own_thread] = 1;
 	memcpy(job->siginfo[own_thread], &info, sizeof(info));
-	return 0;
+	return ended;
 }
 
 #define PROGRAM_MS 10000 /* microseconds are usual; a call that does not return must not hang us */

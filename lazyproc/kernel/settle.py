@@ -87,7 +87,8 @@ def _waiting(tracee: Tracee, status: proc.Status, blocked: int) -> int:
     """The signals, as a mask, that are pending now and will interrupt the thread when it runs: those neither blocked
     nor ignored. `status` may be older: a frozen process cannot change what it ignores.
     """
-    return _interrupting((*tracee.pending(shared=False), *tracee.pending(shared=True)), status, blocked)
+    own = tracee.pending(status.sig_pending, shared=False)
+    return _interrupting((*own, *tracee.pending(status.shared_pending, shared=True)), status, blocked)
 
 
 def _interrupting(queued: Sequence[bytes], status: proc.Status, blocked: int) -> int:

@@ -47,6 +47,11 @@ NT_X86_XSTATE = 0x202
 SIGINFO = 128
 XSAVE_MAX = 16384
 WALL = 0x40000000  # __WALL
+# Signals that another one takes away while they are pending (prepare_signal, kernel/signal.c).
+CLEARED = sum(
+    1 << (sig - 1) for sig in (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT)
+)
+_NUMBER = struct.Struct("<i")  # si_signo begins a siginfo
 GONE_PAUSE_S = 0.0002
 # EPERM also while exec in another thread takes this one's number over (fs/exec.c, de_thread).
 SEIZE_TRIES, SEIZE_PAUSE_S = 20, 0.0005
@@ -178,8 +183,20 @@ class Tracee:
         value = ffi.new("uint64_t *", mask)
         self._ptrace(PTRACE_SETSIGMASK, 8, _address(value))
 
-    def pending(self, *, shared: bool) -> tuple[bytes, ...]:
-        """The queued signals of the thread, or of its process, oldest first; siginfo of 128 bytes each."""
+    def pending(self, bits: int, *, shared: bool) -> tuple[bytes, ...]:
+        """The pending signals of the thread, or of its process, oldest first; siginfo of 128 bytes each. `bits` are
+        those of proc.Status: one of them that is not in the queue had no room there (RLIMIT_SIGPENDING), and comes with
+        what the kernel makes up for it.
+        """
+        queued = self._queued(shared)
+        left = bits & ~CLEARED
+        for info in queued:
+            left &= ~(1 << (_NUMBER.unpack_from(info)[0] - 1))
+        return queued + tuple(
+            _NUMBER.pack(sig).ljust(SIGINFO, b"\0") for sig in range(1, 65) if left >> (sig - 1) & 1
+        )
+
+    def _queued(self, shared: bool) -> tuple[bytes, ...]:
         found: list[bytes] = []
         batch = 32
         buffer = bytearray(SIGINFO * batch)

@@ -280,6 +280,37 @@ def test_a_timer_outlives_the_thread_that_it_signals(tmp_path: Path) -> None:
             assert it.hear() == "0 50000000"
 
 
+NO_ROOM = """
+#include <sys/resource.h>
+int main(int c, char **v)
+{
+    struct rlimit none = { 0, 0 };
+    union sigval value = { .sival_int = 5 };
+    sigset_t all, now;
+    (void)c;
+    words = v;
+    sigfillset(&all);
+    sigprocmask(SIG_BLOCK, &all, NULL);
+    setrlimit(RLIMIT_SIGPENDING, &none);
+    pthread_kill(pthread_self(), SIGUSR1);
+    sigqueue(getpid(), SIGUSR2, value);
+    kill(getpid(), SIGRTMIN);
+    say("ready\\n", 0, 0, 0);
+    while (access(v[2], F_OK)) usleep(1000);
+    sigpending(&now);
+    say("%ld %ld %ld\\n", sigismember(&now, SIGUSR1), sigismember(&now, SIGUSR2), sigismember(&now, SIGRTMIN));
+}
+"""
+
+
+def test_signals_for_which_the_queue_had_no_room(tmp_path: Path) -> None:
+    """Nor has it for the signal that ends a program of ours."""
+    gate = tmp_path / "gate"
+    with tracee(NO_ROOM, tmp_path, str(gate)) as it, moved(it.pid):
+        gate.touch()
+        assert it.hear() == "1 1 1"
+
+
 @pytest.mark.parametrize("child", ["ignored", "no stops"])
 def test_a_parent_that_does_not_hear_of_stops_keeps_its_actions(child: str, tmp_path: Path) -> None:
     """It gets no SIGCHLD when its child is stopped again, and waiting for one it would run into its own SIGSEGV."""
