@@ -308,7 +308,7 @@ def _let_go(tree: FrozenTree) -> None:
 
 def _settle_again(tracee: Tracee, stopped: Stopped) -> None:
     with suppress(LazyprocError):
-        settle_again(tracee, stopped.interrupted_epoll, stopped.status, stopped.state.blocked)
+        settle_again(tracee, stopped.ended_by_stop, stopped.status, stopped.state.blocked)
 
 
 def _close(task: FrozenTask) -> None:

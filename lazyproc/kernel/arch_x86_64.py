@@ -20,6 +20,8 @@ EINTR = 4
 
 # arch/x86/entry/syscalls/syscall_64.tbl
 SYS = {
+    "read": 0,
+    "write": 1,
     "close": 3,
     "poll": 7,
     "mmap": 9,
@@ -28,6 +30,8 @@ SYS = {
     "brk": 12,
     "rt_sigaction": 13,
     "ioctl": 16,
+    "readv": 19,
+    "writev": 20,
     "mremap": 25,
     "madvise": 28,
     "shmat": 30,
@@ -36,10 +40,15 @@ SYS = {
     "setitimer": 38,
     "getpid": 39,
     "connect": 42,
+    "accept": 43,
+    "sendto": 44,
+    "recvfrom": 45,
+    "sendmsg": 46,
     "recvmsg": 47,
     "listen": 50,
     "socketpair": 53,
     "wait4": 61,
+    "semop": 65,
     "fcntl": 72,
     "flock": 73,
     "fchdir": 81,
@@ -52,6 +61,7 @@ SYS = {
     "setfsuid": 122,
     "setfsgid": 123,
     "capset": 126,
+    "rt_sigtimedwait": 128,
     "rt_sigqueueinfo": 129,
     "sigaltstack": 131,
     "personality": 135,
@@ -61,8 +71,10 @@ SYS = {
     "gettid": 186,
     "futex": 202,
     "io_setup": 206,
+    "io_getevents": 208,
     "set_tid_address": 218,
     "restart_syscall": 219,
+    "semtimedop": 220,
     "timer_create": 222,
     "timer_settime": 223,
     "timer_gettime": 224,
@@ -75,19 +87,39 @@ SYS = {
     "unshare": 272,
     "set_robust_list": 273,
     "epoll_pwait": 281,
+    "accept4": 288,
     "dup3": 292,
     "rt_tgsigqueueinfo": 297,
+    "recvmmsg": 299,
+    "sendmmsg": 307,
     "setns": 308,
     "seccomp": 317,
     "userfaultfd": 323,
-    "mlock2": 325,
     "membarrier": 324,
+    "mlock2": 325,
     "rseq": 334,
     "clone3": 435,
     "close_range": 436,
     "epoll_pwait2": 441,
 }
-SLEEPS_OF_EPOLL = frozenset((SYS["epoll_wait"], SYS["epoll_pwait"], SYS["epoll_pwait2"]))
+# They fail with EINTR where others are made again: waits without a restart (fs/eventpoll.c, kernel/signal.c, fs/aio.c,
+# ipc/sem.c), and what waits at a socket no longer than SO_RCVTIMEO or SO_SNDTIMEO says (sock_intr_errno).
+ENDED_BY_STOP = frozenset(
+    SYS[name]
+    for name in (
+        *(
+            "epoll_wait",
+            "epoll_pwait",
+            "epoll_pwait2",
+            "rt_sigtimedwait",
+            "io_getevents",
+            "semop",
+            "semtimedop",
+        ),
+        *("read", "readv", "recvfrom", "recvmsg", "recvmmsg", "accept", "accept4"),
+        *("write", "writev", "sendto", "sendmsg", "sendmmsg", "connect"),
+    )
+)
 
 ARCH_MAP_VDSO_64 = 0x2003
 
@@ -109,9 +141,9 @@ def restart_code(registers: Registers) -> int:
     return code if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK) else 0
 
 
-def interrupted_epoll(registers: Registers) -> bool:
-    """epoll_wait gives EINTR even for a mere freeze, since it has no restart (fs/eventpoll.c)."""
-    return registers.orig_ax in SLEEPS_OF_EPOLL and registers.ax == MASK64 - EINTR + 1
+def ended_by_stop(registers: Registers) -> bool:
+    """Whether a system call has failed with EINTR that does so even for a mere freeze."""
+    return registers.orig_ax in ENDED_BY_STOP and registers.ax == MASK64 - EINTR + 1
 
 
 def call_arguments(registers: Registers) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ class ParkedThread:
     tid: int  # in our pid namespace
     registers: Registers
     blocked: int
-    interrupted_epoll: (
+    ended_by_stop: (
         Registers | None
     )  # in place of `registers` when a signal has come meanwhile: kernel/settle.py
 
@@ -68,7 +68,7 @@ def place_for(
         ips=(each.state.registers.ip for each in stopped),
     )
     threads = tuple(
-        ParkedThread(tracee.tid, each.state.registers, each.state.blocked, each.interrupted_epoll)
+        ParkedThread(tracee.tid, each.state.registers, each.state.blocked, each.ended_by_stop)
         for tracee, each in zip(tracees, stopped, strict=True)
     )
     return ParkedProcess(pid, started, at, threads)
@@ -166,7 +166,7 @@ def _put_back(process: ParkedProcess, tracees: Sequence[Tracee]) -> None:
         for tracee, thread in parked:
             _take_out(tracee, thread)
             status = proc.status(proc.read(process.pid, f"task/{thread.tid}/status"))
-            settle_again(tracee, thread.interrupted_epoll, status, thread.blocked)
+            settle_again(tracee, thread.ended_by_stop, status, thread.blocked)
         if len(parked) == len(tracees):
             memory.write(process.at, bytes(len(arch.PARK)))
 

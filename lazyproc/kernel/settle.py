@@ -1,7 +1,8 @@
 """What a stop has interrupted in a thread, and how that goes on: here when it is let go, or in a copy of it.
 
 A freeze should not be seen. Three things would show it: a critical section of rseq(2) that is not aborted, an
-epoll_wait(2) that ends with EINTR, and, in a copy, a sleep that starts anew (docs/adr/0003-sleep-restarts.md).
+epoll_wait(2) or another wait that ends with EINTR, and, in a copy, a sleep that starts anew
+(docs/adr/0003-sleep-restarts.md).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Stopped:
     state: State
     status: proc.Status
     restart: Restart | None  # a sleep, with what is left of it
-    interrupted_epoll: Registers | None  # with EINTR, as the stop has left them
+    ended_by_stop: Registers | None  # with EINTR, as the stop has left them
 
 
 def settle(
@@ -52,15 +53,15 @@ def settle(
 
     A thread inside an rseq critical section goes to its abort address now: the kernel forgets the section at the
     first remote call, and the abort would be lost with the registers put back (tried: silent corruption).
-    An epoll_wait that the stop ended with EINTR is made again, with the time that is left.
+    A call that the stop ended with EINTR is made again, an epoll_wait with the time that is left.
     """
     registers = _aborted(state.registers, state.rseq, memory) if state.rseq else state.registers
     restart, interrupted = None, None
     if arch.restart_code(registers) == arch.ERESTART_RESTARTBLOCK:
         restart = sleeps.remaining(before, registers, status.voluntary_switches, frozen_at_ns, memory.read)
-    elif arch.interrupted_epoll(registers) and not _waiting(tracee, status, state.blocked):
+    elif arch.ended_by_stop(registers) and not _waiting(tracee, status, state.blocked):
         left = sleeps.remaining(before, registers, status.voluntary_switches, frozen_at_ns, memory.read)
-        interrupted, registers = registers, _epoll_again(registers, left)
+        interrupted, registers = registers, _again(registers, left)
     if registers != state.registers:
         tracee.set_registers(registers)
         state = replace(state, registers=registers)
@@ -76,7 +77,7 @@ def _aborted(registers: Registers, rseq: Rseq, memory: Memory) -> Registers:
     return registers._replace(ip=abort) if inside else registers
 
 
-def _epoll_again(registers: Registers, left: Restart | None) -> Registers:
+def _again(registers: Registers, left: Restart | None) -> Registers:
     again = arch.rewind(registers)
     if left is None:
         return again
@@ -99,15 +100,13 @@ def _interrupting(queued: Sequence[bytes], status: proc.Status, blocked: int) ->
     return _mask(*{_NUMBER.unpack_from(info)[0] for info in queued}) & ~blocked & ~ignored
 
 
-def settle_again(
-    tracee: Tracee, interrupted_epoll: Registers | None, status: proc.Status, blocked: int
-) -> None:
-    """Before the thread is let go: a signal that came during the freeze ends its epoll_wait with EINTR after all.
+def settle_again(tracee: Tracee, ended_by_stop: Registers | None, status: proc.Status, blocked: int) -> None:
+    """Before the thread is let go: a signal that came during the freeze ends its call with EINTR after all.
 
     Else its handler would run before a call that then waits for ever; programs rely on it to notice a flag.
     """
-    if interrupted_epoll is not None and _waiting(tracee, status, blocked):
-        tracee.set_registers(interrupted_epoll)
+    if ended_by_stop is not None and _waiting(tracee, status, blocked):
+        tracee.set_registers(ended_by_stop)
 
 
 def resumed(
@@ -121,11 +120,11 @@ def resumed(
     """
     registers = stopped.state.registers
     code = arch.restart_code(registers)
-    if not code and stopped.interrupted_epoll is None:
+    if not code and stopped.ended_by_stop is None:
         return registers, None
     waiting = _interrupting(queued, stopped.status, stopped.state.blocked)
-    if stopped.interrupted_epoll is not None:
-        return stopped.interrupted_epoll if waiting else registers, None
+    if stopped.ended_by_stop is not None:
+        return stopped.ended_by_stop if waiting else registers, None
     handlers = [action for action in sigactions if waiting >> (action.signal - 1) & 1]
     if handlers and _ends(code, handlers[0].flags):
         return registers._replace(ax=arch.MASK64 - arch.EINTR + 1, orig_ax=arch.MASK64), None

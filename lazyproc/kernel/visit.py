@@ -45,6 +45,6 @@ def visiting(pid: int) -> Iterator[tuple[Stub, Memory]]:
                 with lone_stub(tracee, stopped.state, memory, proc.maps(proc.read(pid, "maps"))) as stub:
                     yield stub, memory
             finally:
-                settle_again(tracee, stopped.interrupted_epoll, status, stopped.state.blocked)
+                settle_again(tracee, stopped.ended_by_stop, status, stopped.state.blocked)
     finally:
         tracee.detach()

@@ -192,7 +192,7 @@ def to_facts(holding: Holding) -> dict[str, object]:
                 p.pid,
                 p.started,
                 p.at,
-                [[t.tid, t.registers, t.blocked, t.interrupted_epoll] for t in p.threads],
+                [[t.tid, t.registers, t.blocked, t.ended_by_stop] for t in p.threads],
             ]
             for p in holding.processes
         ],

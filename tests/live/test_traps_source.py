@@ -19,6 +19,7 @@ import pytest
 from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.freeze import FrozenTask, frozen_tree
 from lazyproc.dump.gather import dumped
+from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc, remote
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel import tracee as ptrace
@@ -136,6 +137,75 @@ def test_an_ignored_signal_does_not_end_epoll_wait(tmp_path: Path) -> None:
         wait_until(lambda: in_epoll(it.pid), "it still waits")
         os.kill(it.pid, signal.SIGUSR1)
         assert it.hear().split()[0] == str(-errno.EINTR)
+
+
+WAITS = """
+#include <linux/aio_abi.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+int main(int c, char **v)
+{
+    struct timeval long_time = { 100, 0 };
+    struct timespec as_long = { 100, 0 };
+    int sockets[2], listening = socket(AF_UNIX, SOCK_STREAM, 0);
+    struct sockaddr address = { .sa_family = AF_UNIX };
+    aio_context_t ring = 0;
+    struct io_event event;
+    siginfo_t info;
+    sigset_t usr1;
+    char byte = 0;
+    long got;
+    (void)c;
+    words = v;
+    socketpair(AF_UNIX, SOCK_STREAM, 0, sockets);
+    setsockopt(sockets[0], SOL_SOCKET, SO_RCVTIMEO, &long_time, sizeof(long_time));
+    setsockopt(sockets[0], SOL_SOCKET, SO_SNDTIMEO, &long_time, sizeof(long_time));
+    setsockopt(listening, SOL_SOCKET, SO_RCVTIMEO, &long_time, sizeof(long_time));
+    bind(listening, &address, sizeof(address.sa_family));
+    listen(listening, 1);
+    syscall(SYS_io_setup, 1, &ring);
+    sigemptyset(&usr1);
+    sigaddset(&usr1, SIGUSR1);
+    sigprocmask(SIG_BLOCK, &usr1, NULL);
+    while (!strcmp(v[2], "send") && send(sockets[0], words, 64, MSG_DONTWAIT) > 0);
+    say("ready\\n", 0, 0, 0);
+    errno = 0;
+    switch (v[2][0]) {
+    case 'r': got = v[2][1] == 'd' ? read(sockets[0], &byte, 1) : recv(sockets[0], &byte, 1, 0); break;
+    case 's': got = send(sockets[0], &byte, 1, 0); break;
+    case 'a': got = accept(listening, NULL, NULL); break;
+    case 'i': got = syscall(SYS_io_getevents, ring, 1, 1, &event, &as_long); break;
+    default: got = sigtimedwait(&usr1, &info, &as_long);
+    }
+    say("%ld %ld\\n", got, errno, 0);
+}
+"""
+
+
+WAITING_IN = {
+    "recv": "recvfrom",
+    "rd": "read",
+    "send": "sendto",
+    "accept": "accept",
+    "io_getevents": "io_getevents",
+    "wait": "rt_sigtimedwait",
+}
+
+
+@pytest.mark.parametrize("call", WAITING_IN)
+def test_a_wait_that_has_no_restart_does_not_see_a_freeze(call: str, tmp_path: Path) -> None:
+    def waits(pid: int) -> bool:
+        blocked = proc.syscall(proc.read(pid, "syscall"))
+        return blocked is not None and blocked.nr == arch.SYS[WAITING_IN[call]]
+
+    with tracee(WAITS, tmp_path, call) as it:
+        wait_until(lambda: waits(it.pid), call)
+        freeze_and_let_go(it.pid)
+        wait_until(lambda: waits(it.pid), f"{call} once more")
+        if call == "wait":
+            with frozen_and_dumped(it.pid):
+                os.kill(it.pid, signal.SIGUSR1)
+            assert it.hear() == f"{int(signal.SIGUSR1)} 0"
 
 
 def test_a_sleep_at_the_source_ends_on_time(tmp_path: Path) -> None:
