@@ -123,6 +123,11 @@ def _of_process(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
             "is parked: an earlier move of it is not over, which alone knows where it goes on",
             "see lazyproc sessions, then lazyproc resume or lazyproc abort",
         )
+    if process.frozen_group:
+        yield obstacle(
+            f"is in a frozen cgroup, {process.frozen_group}: nothing can be asked of it",
+            "let it run first (docker unpause, systemctl thaw, or echo 0 > cgroup.freeze)",
+        )
     if process.elf_class == ELF_32:
         yield obstacle("is a 32-bit program", "use its 64-bit build")
     if process.stat.tty:

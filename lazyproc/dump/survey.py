@@ -17,6 +17,7 @@ from lazyproc.dump.walk import tree_of
 from lazyproc.errors import NoSuchProcess, PermissionDenied, UsageError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
+from lazyproc.kernel.cgroup import Hierarchy, frozen_group, hierarchies
 from lazyproc.kernel.park import looks_parked
 from lazyproc.kernel.sys import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, kcmp
 from lazyproc.kernel.sysvipc import LastUse, last_uses
@@ -57,6 +58,7 @@ class ProcessFacts:
     threads: tuple[ThreadFacts, ...]  # the first one first
     namespaces: Mapping[str, int]
     elf_class: int  # 1: 32 bits, 2: 64 bits, 0: unknown
+    frozen_group: str = ""  # the directory of a cgroup that keeps it from running
 
     @property
     def pid(self) -> int:
@@ -102,10 +104,10 @@ def survey(root: int) -> TreeFacts:
     that we may not trace.
     """
     _demand_process(root)
-    processes = []
+    processes, known = [], hierarchies()
     for pid in tree_of(root):
         try:
-            processes.append(_process(pid))
+            processes.append(_process(pid, known))
         except NoSuchProcess:
             if pid == root:
                 raise
@@ -133,10 +135,10 @@ def _demand_process(pid: int) -> None:
         raise UsageError("is a thread", where=f"pid {pid}", remedy=f"name its process, {status.tgid}")
 
 
-def _process(pid: int) -> ProcessFacts:
+def _process(pid: int, known: Sequence[Hierarchy]) -> ProcessFacts:
     """NoSuchProcess also for one that ends while it is looked at: it shows what it has no longer."""
     try:
-        facts = _facts(pid)
+        facts = _facts(pid, known)
     except (
         PermissionDenied
     ):  # its namespaces, when it has none any more (proc_ns_get_link, fs/proc/namespaces.c)
@@ -152,7 +154,7 @@ def _is_ending(pid: int) -> bool:
     return bool(proc.stat(proc.read(pid, "stat")).flags & PF_EXITING)
 
 
-def _facts(pid: int) -> ProcessFacts:
+def _facts(pid: int, known: Sequence[Hierarchy]) -> ProcessFacts:
     stat, status = proc.stat(proc.read(pid, "stat")), proc.status(proc.read(pid, "status"))
     kernel_thread = status.kernel_thread or bool(stat.flags & PF_KTHREAD)
     alive = stat.state != "Z" and not kernel_thread
@@ -167,6 +169,7 @@ def _facts(pid: int) -> ProcessFacts:
         threads=tuple(_threads(pid)) if alive else (),
         namespaces=proc.namespaces(pid) if alive else {},
         elf_class=_elf_class(pid) if alive else 0,
+        frozen_group=frozen_group(proc.cgroup(proc.read(pid, "cgroup")), known) if alive else "",
     )
 
 

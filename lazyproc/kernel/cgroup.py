@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from lazyproc.facts import dataclass
@@ -171,7 +171,23 @@ def _make(place: Place, made: list[str]) -> None:
 def _demand_open(folder: str) -> None:
     """Who is born in a frozen group never runs, and we would wait for it; the rest is permission."""
     os.close(os.open(f"{folder}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC))
+    if _is_frozen(folder):
+        raise OSError(0, "it is frozen", folder)
+
+
+def _is_frozen(folder: str) -> bool:
+    """By itself or by a group above it."""
     for name, frozen in (("cgroup.events", "frozen 1"), ("freezer.state", "FR")):
         with suppress(FileNotFoundError), open(f"{folder}/{name}") as file:
             if any(line.startswith(frozen) for line in file):
-                raise OSError(0, "it is frozen", folder)
+                return True
+    return False
+
+
+def frozen_group(groups: Mapping[str, str], known: Iterable[Hierarchy]) -> str:
+    """Which of its groups (as proc.cgroup has them) keeps a process from running, "" none that is to be seen here."""
+    for each in known:
+        path = groups.get(each.controllers)
+        if path is not None and each.shows(path) and _is_frozen(each.folder(path)):
+            return each.folder(path)
+    return ""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lazyproc.dump.explain import explain
 from lazyproc.errors import RestoreError
 from lazyproc.hosts import Host, Pair
 from lazyproc.kernel import proc
@@ -240,6 +241,18 @@ def test_a_group_that_cannot_be_had(
             says(done, 3, receiver.address, f"cgroup {path}: the tree cannot be put into it ({words}")
             assert "frozen" not in done.stderr.replace(words, "").splitlines()
         assert os.listdir(folder).count("below") == 0
+
+
+def test_a_process_in_a_frozen_group_is_not_waited_for(v2: str, tmp_path: Path) -> None:
+    with group(Path(v2, "lazyproc-test-frozen")) as folder, running("steady", directory=tmp_path) as program:
+        (folder / "cgroup.procs").write_text(str(program.pid))
+        (folder / "cgroup.freeze").write_text("1")
+        wait_until(lambda: "frozen 1" in (folder / "cgroup.events").read_text(), "it is frozen")
+        (obstacle,) = explain(program.pid)
+        assert f"is in a frozen cgroup, {folder}" in obstacle.why
+        (folder / "cgroup.freeze").write_text("0")
+        assert explain(program.pid) == ()
+        program.stop_and_verify()
 
 
 def test_no_path_of_a_group(host: Host) -> None:
