@@ -334,7 +334,7 @@ def borrowed(
 
     On leaving everything is as it was: mapping gone, registers and masks back.
     """
-    refuse_32bit(tracees, states)
+    refuse_unfit(tracees, states)
     code = len(BLOB) + -len(BLOB) % HOME_ALIGN + HOME_ROOM * len(tracees)
     code_size = (code + PAGE - 1) & -PAGE
     hole = find_hole([(m.start, m.end) for m in maps], code_size + size)
@@ -353,12 +353,20 @@ def borrowed(
             stub.call("munmap", hole, code_size + size)
 
 
-def refuse_32bit(tracees: Sequence[Tracee], states: Sequence[State]) -> None:
-    """Raises TraceeError for a thread that is in 32-bit code: our instructions mean something else there."""
+def refuse_unfit(tracees: Sequence[Tracee], states: Sequence[State]) -> None:
+    """Raises TraceeError for a thread that is in 32-bit code, where our instructions mean something else, and for one
+    that would get our calls as SIGSYS: forced on it while that is blocked it resets the program's own action.
+    """
     for tracee, state in zip(tracees, states, strict=True):
         if not arch.is_64bit(state.registers):
             raise TraceeError(
                 "runs 32-bit code", where=f"thread {tracee.tid}", remedy="use a 64-bit build of the program"
+            )
+        if tracee.dispatches_calls():
+            raise TraceeError(
+                "gets its own system calls as signals (PR_SET_SYSCALL_USER_DISPATCH, as Wine does)",
+                where=f"thread {tracee.tid}",
+                remedy="it can be moved when the program has turned that off",
             )
 
 

@@ -37,7 +37,8 @@ from lazyproc.model import Registers, Rseq, SeccompFilter
     PTRACE_SETSIGMASK,
     PTRACE_SECCOMP_GET_FILTER,
     PTRACE_SECCOMP_GET_METADATA,
-) = (12, 13, 7, 17, 0x4200, 0x4201, 0x4205, 0x4206, 0x4207, 0x4209, 0x420B, 0x420C, 0x420D)
+    PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG,
+) = (12, 13, 7, 17, 0x4200, 0x4201, 0x4205, 0x4206, 0x4207, 0x4209, 0x420B, 0x420C, 0x420D, 0x4211)
 PTRACE_O_TRACESYSGOOD = 1
 PTRACE_O_EXITKILL = 1 << 20
 PTRACE_O_SUSPEND_SECCOMP = 1 << 21
@@ -207,6 +208,12 @@ class Tracee:
             found += [bytes(buffer[SIGINFO * i : SIGINFO * (i + 1)]) for i in range(got)]
             if got < batch:
                 return tuple(found)
+
+    def dispatches_calls(self) -> bool:
+        """Whether it may get its own system calls as SIGSYS (prctl(2), PR_SET_SYSCALL_USER_DISPATCH)."""
+        config = ffi.new("uint64_t[4]")  # mode, selector, offset, length
+        self._ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, ffi.sizeof(config), _address(config))
+        return bool(config[0])
 
     def seccomp_filters(self, count_limit: int = 32768) -> tuple[SeccompFilter, ...]:
         """The classic BPF filters, oldest first. The kernel numbers them from the oldest."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
-from lazyproc.kernel.remote import Stub, lone_stub, refuse_32bit
+from lazyproc.kernel.remote import Stub, lone_stub, refuse_unfit
 from lazyproc.kernel.settle import settle, settle_again
 from lazyproc.kernel.tracee import Memory, Tracee
 
@@ -36,7 +36,7 @@ def visiting(pid: int) -> Iterator[tuple[Stub, Memory]]:
         stopped_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         status, ours = (proc.status(proc.read(each, "status")) for each in (pid, os.getpid()))
         (state,) = ptrace.states([tracee])
-        refuse_32bit([tracee], [state])
+        refuse_unfit([tracee], [state])
         with ptrace.memory(pid) as memory:
             stopped = settle(tracee, state, status, memory, None, stopped_ns)
             if status.seccomp and not ours.seccomp:  # who is filtered may not suspend a filter (ptrace(2))

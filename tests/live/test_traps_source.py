@@ -19,6 +19,7 @@ import pytest
 from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.freeze import FrozenTask, frozen_tree
 from lazyproc.dump.gather import dumped
+from lazyproc.errors import TraceeError
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc, remote
 from lazyproc.kernel import sys as kernel
@@ -388,6 +389,32 @@ def test_a_process_in_strict_seccomp_mode(tmp_path: Path) -> None:
                 assert bench.run(leader, [Call("getpid")]) == [it.pid]
         fifo.write_bytes(b"x")
         assert it.process.wait(5) == -signal.SIGKILL
+
+
+DISPATCHER = """
+static volatile char selector = 0;
+static void on_sys(int s) { (void)s; selector = 0; }
+int main(int c, char **v)
+{
+    struct sigaction action = { .sa_handler = on_sys };
+    (void)c;
+    words = v;
+    sigaction(SIGSYS, &action, NULL);
+    if (prctl(PR_SET_SYSCALL_USER_DISPATCH, PR_SYS_DISPATCH_ON, 0, 0, &selector)) return 1;
+    say("ready\\n", 0, 0, 0);
+    for (selector = 1; selector;);
+}
+"""
+
+
+def test_a_thread_that_gets_its_own_system_calls_as_signals(tmp_path: Path) -> None:
+    with tracee(DISPATCHER, tmp_path) as it:
+        wait_until(lambda: state_of(it.pid) == "R", "it runs")
+        before = proc.status(proc.read(it.pid, "status")).sig_caught
+        with pytest.raises(TraceeError, match="gets its own system calls as signals"):
+            freeze_and_let_go(it.pid)
+        assert proc.status(proc.read(it.pid, "status")).sig_caught == before
+        assert state_of(it.pid) == "R"
 
 
 def test_a_static_program_without_a_library(tmp_path: Path) -> None:
