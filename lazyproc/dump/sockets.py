@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+from collections.abc import Sequence
 from functools import cached_property
 from types import TracebackType
 
@@ -19,7 +20,7 @@ from lazyproc.dump.peek import read_queue
 from lazyproc.dump.registry import Place, Refused, Registry
 from lazyproc.dump.unix import UnixNamespace, gather_unix, has_peer, holds_data, view
 from lazyproc.facts import dataclass, field
-from lazyproc.kernel import netns, sockdiag, tcp
+from lazyproc.kernel import multicast, netns, sockdiag, tcp
 from lazyproc.kernel.netfilter import End, Flow, plain
 from lazyproc.kernel.sockopt import (
     INTERFACE_NUMBERS,
@@ -85,6 +86,10 @@ class _Known:
     @cached_property
     def udp(self) -> dict[int, sockdiag.InetInfo]:
         return {info.inode: info for info in self._inet(socket.IPPROTO_UDP)}
+
+    @cached_property
+    def groups(self) -> tuple[multicast.Group, ...]:
+        return multicast.groups(self._example)
 
     @cached_property
     def tcp(self) -> tuple[sockdiag.InetInfo, ...]:
@@ -211,6 +216,8 @@ class SocketTable:
         if ends is None:
             tree = frozenset(self._taken) | self._refused
             return gather_unix(self.registry, taken.sock, known.unix, tree, options, queue)
+        if ends.protocol == socket.IPPROTO_UDP:
+            refuse_groups(taken.sock, known.groups)
         if ends.state == TCP_LISTEN and tcp.info(taken.sock).pending:
             refuse_waiting(ends, self._connections(), known.tcp, tcp_close=self.tcp_close)
         return gather_inet(
@@ -302,6 +309,16 @@ def refuse_urgent(sock: socket.socket) -> None:
 def refuse_interface_numbers(options: SocketOptions) -> None:
     if any(any(options.values.get(option, b"")) for option in INTERFACE_NUMBERS):
         raise Refused("is tied to a network interface by number", "tie it by name (SO_BINDTODEVICE)")
+
+
+def refuse_groups(sock: socket.socket, known: Sequence[multicast.Group]) -> None:
+    """Nothing of ours makes a membership again, and without it the socket would receive nothing in silence."""
+    for group in multicast.joined(sock, known):
+        address = socket.inet_ntop(group.family, group.address)
+        raise Refused(
+            f"has joined the multicast group {address} on interface {group.interface}",
+            "let the program leave it (close the socket) before the move and join it again after it",
+        )
 
 
 def _filter(sock: socket.socket) -> bytes:

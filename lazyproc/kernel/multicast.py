@@ -1,0 +1,96 @@
+"""Multicast groups that a socket has joined (ip(7), IP_ADD_MEMBERSHIP; ipv6(7)).
+
+No call lists them. But the groups of a network namespace are known (net/ipv4/igmp.c, net/ipv6/mcast.c), and the
+filter of each can be asked of a socket, which has one as a member only.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lazyproc.kernel._core import ffi
+from lazyproc.kernel.netns import namespace_of
+from lazyproc.kernel.sockopt import SOL_IP, SOL_IPV6, SYS_GETSOCKOPT
+from lazyproc.kernel.sys import syscall
+
+MCAST_MSFILTER = 48
+# All hosts, all routers, the solicited nodes of an address: interfaces have joined them themselves (RFC 1112, 4291).
+_OF_INTERFACES = {bytes.fromhex("e0000001")} | {
+    bytes.fromhex(f"ff0{scope}" + "00" * 13 + f"0{who}") for scope in (1, 2, 5) for who in (1, 2)
+}
+_SOLICITED = bytes.fromhex("ff0200000000000000000001ff")
+_FILTER_SIZE = 144  # GROUP_FILTER_SIZE(0): interface, group as sockaddr_storage, mode, number of sources
+
+
+class Group(NamedTuple):
+    """`address` is packed; `interface` is a name."""
+
+    family: int
+    address: bytes
+    number: int  # of the interface
+    interface: str
+
+
+def groups(sock: socket.socket) -> tuple[Group, ...]:
+    """Every group that a socket in the network namespace of this one may be a member of."""
+    with namespace_of(sock):
+        return (*_of_ipv4(_lines("igmp")), *_of_ipv6(_lines("igmp6")))
+
+
+def _is_of_interface_alone(address: bytes, users: str) -> bool:
+    return users == "1" and (address in _OF_INTERFACES or address.startswith(_SOLICITED))
+
+
+def joined(sock: socket.socket, known: Sequence[Group]) -> Iterator[Group]:
+    """Those of the groups that the socket itself is a member of. An IPv6 socket may have joined IPv4 groups too."""
+    for group in known:
+        if (sock.family, group.family) != (socket.AF_INET, socket.AF_INET6) and _is_member(sock, group):
+            yield group
+
+
+def _lines(name: str) -> list[str]:
+    try:
+        with open(f"/proc/thread-self/net/{name}") as file:
+            return file.read().splitlines()
+    except FileNotFoundError:  # a kernel without IPv6, or without CONFIG_IP_MULTICAST
+        return []
+
+
+def _of_ipv4(lines: Sequence[str]) -> Iterator[Group]:
+    """An interface's line, "4\teth0      :     1      V3", and those of its groups, "\t\t\t\t010000E0     1 ..."."""
+    index, interface = 0, ""
+    for line in lines[1:]:
+        words = line.split()
+        if not line.startswith("\t"):
+            index, interface = int(words[0]), words[1]
+        elif not _is_of_interface_alone(address := struct.pack("=I", int(words[0], 16)), words[1]):
+            yield Group(socket.AF_INET, address, index, interface)
+
+
+def _of_ipv6(lines: Sequence[str]) -> Iterator[Group]:
+    """ "4    eth0            ff020000000000000000000000000001     1 0000000C 0"."""
+    for line in lines:
+        index, interface, address, users, *_ = line.split()
+        if not _is_of_interface_alone(bytes.fromhex(address), users):
+            yield Group(socket.AF_INET6, bytes.fromhex(address), int(index), interface)
+
+
+def _is_member(sock: socket.socket, group: Group) -> bool:
+    level, layout = (SOL_IP, "=I4xH2x4s") if group.family == socket.AF_INET else (SOL_IPV6, "=I4xH6x16s")
+    asked = struct.pack(layout, group.number, group.family, group.address).ljust(_FILTER_SIZE, b"\0")
+    filter_, length = ffi.new("uint8_t[]", asked), ffi.new("uint32_t *", _FILTER_SIZE)
+    try:
+        syscall(SYS_GETSOCKOPT, sock.fileno(), level, MCAST_MSFILTER, _address(filter_), _address(length))
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        return False
+    return True
+
+
+def _address(pointer: object) -> int:
+    return int(ffi.cast("uintptr_t", pointer))
