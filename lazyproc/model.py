@@ -613,7 +613,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """What the tree's clocks showed when it was frozen, in ns."""
+    """What the tree's clocks showed when all of the frozen tree had been read, in ns."""
 
     monotonic_ns: int
     boottime_ns: int

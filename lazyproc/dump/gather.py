@@ -157,7 +157,6 @@ def dumped(
     before the queues of sockets are read. CannotBeDone lists all obstacles.
     """
     steps = steps or Steps()
-    clocks = _clocks(tree)
     alive = [task for task in tree.tasks.values() if not task.zombie]
     tids = {
         t.tid: s.status.ns_pid[-1] for task in alive for t, s in zip(task.threads, task.stopped, strict=True)
@@ -184,8 +183,9 @@ def dumped(
             if not shared.lazy:
                 obj = MemoryObject(ObjectKind.SHARED, number)
                 eager[obj] = shared_extents(objects.fds[number], shared.size, lazy=False)
+        clocks, since = _clocks(tree), time.monotonic_ns() - tree.frozen_at_ns
         checkpoint = Checkpoint(
-            tasks=tuple(tasks),
+            tasks=tuple(_sleeping(task, since) for task in tasks),
             files=gathered.files,
             pipes=gathered.pipes,
             shared=shared_memory,
@@ -307,16 +307,29 @@ def _segments(
 
 
 def _clocks(tree: FrozenTree) -> Clocks:
-    """The clocks as the tree saw them when it was frozen: ours, moved by the difference of the time namespaces."""
+    """The clocks as the tree would see them now, when the last of its timers has been read: from an earlier moment on,
+    what a timer had left when it was read would end before its time. They are ours, moved by the difference of the
+    time namespaces.
+    """
     root = next(iter(tree.tasks.values())).pid
     ours = proc.timens_offsets(proc.read(os.getpid(), "timens_offsets"))
     theirs = proc.timens_offsets(proc.read(root, "timens_offsets"))
-    since = time.monotonic_ns() - tree.frozen_at_ns
     return Clocks(
-        monotonic_ns=tree.frozen_at_ns + theirs.monotonic_ns - ours.monotonic_ns,
-        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        - since
-        + theirs.boottime_ns
-        - ours.boottime_ns,
-        realtime_ns=time.time_ns() - since,
+        monotonic_ns=time.monotonic_ns() + theirs.monotonic_ns - ours.monotonic_ns,
+        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + theirs.boottime_ns - ours.boottime_ns,
+        realtime_ns=time.time_ns(),
     )
+
+
+def _sleeping(task: Task, since: int) -> Task:
+    """What was left of its sleeps when the tree was frozen is `since` (ns) less now."""
+    if not any(thread.restart for thread in task.threads):
+        return task
+    return replace(task, threads=tuple(_less(thread, since) for thread in task.threads))
+
+
+def _less(thread: Thread, since: int) -> Thread:
+    restart = thread.restart
+    if restart is None:
+        return thread
+    return replace(thread, restart=replace(restart, remaining_ns=max(0, restart.remaining_ns - since)))

@@ -25,7 +25,7 @@ MS_NS = 1_000_000
 def resume(site: Site, clocks: Clocks) -> dict[int, Registers]:
     """Re-issue the interrupted sleeps of a task; the registers to resume those threads with, by tid.
 
-    What is left counts from when the tree was frozen at `clocks`; its own clock runs since its time namespace began.
+    What is left counts from `clocks`, when it was described; its own clock runs since its time namespace began.
     """
     shared = _shared(site.task)
     sleepers = [(t, t.restart) for t in site.task.threads if t.restart and not _waits_in(shared, t)]

@@ -154,7 +154,7 @@ def is_taken(number: int) -> bool:
 
 
 def timens_text(clocks: Clocks) -> str:
-    """timens_offsets with which a new time namespace shows the tree's clocks now as they were when it was frozen."""
+    """timens_offsets with which a new time namespace shows the tree's clocks now as they were when it was described."""
     ours = proc.timens_offsets(proc.read(os.getpid(), "timens_offsets"))
     monotonic = clocks.monotonic_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC) + ours.monotonic_ns
     boottime = clocks.boottime_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + ours.boottime_ns

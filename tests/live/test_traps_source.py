@@ -27,7 +27,7 @@ from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.proc_fdinfo import fdinfo
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.kernel.tracee import Tracee
-from lazyproc.model import Rseq
+from lazyproc.model import Rseq, TimerFd
 from tests.live.programs import UNSUPPORTED, running, wait_until
 from tests.live.tracees import freeze_and_let_go, frozen_and_dumped, state_of, tracee
 
@@ -252,6 +252,46 @@ def test_the_position_of_a_memfd_that_nobody_maps_stays(tmp_path: Path) -> None:
         )
         freeze_and_let_go(it.pid)
         assert fdinfo(proc.read(it.pid, f"fdinfo/{fd}")).pos == 123
+
+
+TIMERS = """
+#include <sys/timerfd.h>
+int main(int c, char **v)
+{
+    struct sigevent silent = { .sigev_notify = SIGEV_NONE };
+    struct itimerspec end = { { 0, 0 }, { atol(v[2]), 0 } };
+    timer_t timer;
+    (void)c;
+    words = v;
+    timerfd_settime(timerfd_create(CLOCK_MONOTONIC, 0), TFD_TIMER_ABSTIME, &end, NULL);
+    timer_create(CLOCK_MONOTONIC, &silent, &timer);
+    timer_settime(timer, TIMER_ABSTIME, &end, NULL);
+    say("ready\\n", 0, 0, 0);
+    for (;;) nanosleep(&end.it_value, NULL);
+}
+"""
+
+
+def test_no_timer_of_the_copy_ends_before_its_time(tmp_path: Path) -> None:
+    """By its own clock, which goes on from where the dump says."""
+    end_s = time.monotonic_ns() // 10**9 + 100
+    with tracee(TIMERS, tmp_path, str(end_s)) as it:
+        wait_until(lambda: it.pid in observed_sleeps(it.pid), "it sleeps")
+        with frozen_tree(it.pid, asleep=observed_sleeps(it.pid)) as tree, dumped(tree) as dump:
+            (task,) = dump.checkpoint.tasks
+            (timer,) = task.posix_timers
+            (timerfd,) = (
+                f.resource for f in dump.checkpoint.files.values() if isinstance(f.resource, TimerFd)
+            )
+            asleep, frozen_ns = task.leader.restart, tree.frozen_at_ns
+            now_ns = dump.checkpoint.clocks.monotonic_ns
+        end_ns = end_s * 10**9
+        assert now_ns + timer.value_ns >= end_ns
+        assert now_ns + timerfd.value_ns >= end_ns
+        assert asleep is not None
+        assert (
+            now_ns + asleep.remaining_ns <= frozen_ns + end_ns
+        )  # for as long as it was to sleep, and no longer
 
 
 # --- signals that come during a program ---------------------------------------------------------------------------
