@@ -31,6 +31,7 @@ def gather_pipe_end(registry: Registry, look: Look, taken: int) -> PipeEnd:
         path = fifo_path(registry, look.link, taken) if look.link.startswith("/") else ""
         capacity = fcntl.fcntl(taken, fcntl.F_GETPIPE_SZ)
         packets = _packets(taken, look, capacity) if registry.contents_wanted else ()
+        capacity = _room_for(sum(map(len, packets)), capacity)
         lengths = tuple(map(len, packets)) if len(packets) > 1 else ()  # a plain pipe is read in one go
         registry.pipes[number] = Pipe(number, capacity, b"".join(packets), path, lengths)
     return PipeEnd(number)
@@ -47,13 +48,20 @@ def _number(registry: Registry, look: Look, status: os.stat_result) -> int:
     return registry.pipe_numbers[inode]
 
 
+def _room_for(length: int, capacity: int) -> int:
+    """What was spliced from a socket into a pipe lies there in pieces larger than a page, in more than its capacity
+    (skb_splice_bits, net/core/skbuff.c). Written it takes a pipe of that size.
+    """
+    return capacity if length <= capacity else 1 << (length - 1).bit_length()
+
+
 def _packets(taken: int, look: Look, capacity: int) -> tuple[bytes, ...]:
     """What lies in the pipe, as successive reads would give it."""
     length = unread(taken)
     if not length:
         return ()
-    with _reading_end(taken, look) as source, _copy(source, capacity) as copy:
-        packets = tuple(iter(lambda: _read(copy, capacity), b""))
+    with _reading_end(taken, look) as source, _copy(source, capacity, length) as copy:
+        packets = tuple(iter(lambda: _read(copy, length), b""))
     if sum(map(len, packets)) != length:
         raise Refused(
             f"its pipe holds {length} bytes in a buffer of {capacity}, more than may be copied here",
@@ -81,13 +89,13 @@ def _reading_end(taken: int, look: Look) -> Iterator[int]:
 
 
 @contextmanager
-def _copy(source: int, capacity: int) -> Iterator[int]:
-    """The reading end of a pipe of ours with the same contents as `source`."""
+def _copy(source: int, capacity: int, length: int) -> Iterator[int]:
+    """The reading end of a pipe of ours with the same contents as `source`, `length` bytes."""
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         with suppress(PermissionError):  # beyond fs.pipe-max-size: the caller sees that bytes are missing
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, capacity)
-        fds.tee(source, writing, capacity)
+        fds.tee(source, writing, length)
         yield reading
     finally:
         os.close(reading)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import socket
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,25 @@ def test_the_source_keeps_its_contents() -> None:
         assert pipe.id == os.stat(f"/proc/{tasks[0].pid}/fd/10").st_ino
         with first.sockets, second.sockets:
             pass
+
+
+def test_more_than_its_capacity_spliced_from_a_socket() -> None:
+    sent = bytes(range(250)) * 400
+
+    def body() -> None:
+        _pipe()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            sending = socket.create_connection(server.getsockname())
+            receiving, _ = server.accept()
+        with sending, receiving:
+            sending.sendall(sent)
+            left = len(sent)
+            while left:
+                left -= os.splice(receiving.fileno(), 11, left)
+
+    with made_from(body) as fds:
+        os.set_blocking(fds[10], False)
+        assert os.read(fds[10], len(sent) + 1) == sent
 
 
 def test_an_empty_pipe_blocks_or_not_as_before() -> None:
