@@ -18,7 +18,7 @@ from lazyproc.facts import dataclass
 from lazyproc.kernel.sockopt import SIOCINQ, SO_PASSCRED, SO_PEEK_OFF, SOL_SOCKET, peek_all_but_last
 from lazyproc.model import Packet
 
-_DATAGRAM = 1 << 18
+_DATAGRAM = 1 << 18  # bytes of a datagram that are looked for first
 _SCM_RIGHTS, _SCM_CREDENTIALS, _SCM_PIDFD = 1, 2, 4
 _UCRED = struct.Struct("=iii")
 _CONTROL = (
@@ -67,10 +67,14 @@ def _walking(sock: socket.socket) -> Iterator[None]:
 
 
 def _datagrams(sock: socket.socket) -> Iterator[_Peeked]:
-    size = _DATAGRAM
+    at, size = 0, _DATAGRAM
     while (peeked := _peek(sock, size)) is not None:
-        if peeked.truncated:
-            raise OSError(90, f"a datagram of more than {size} bytes is queued")
+        if peeked.truncated:  # once more from its beginning; its descriptors come again with it
+            _close(peeked.fds)
+            sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, at)
+            size *= 2
+            continue
+        at += len(peeked.data)
         # A unix packet always shows credentials here; without them nothing was there but the end
         # (SEQPACKET).
         if not peeked.data and sock.family == socket.AF_UNIX and peeked.credentials is None:

@@ -14,7 +14,7 @@ import pytest
 
 from lazyproc.dump.descriptors import Gathered, explain_descriptors, gather_descriptors
 from lazyproc.errors import RestoreError
-from lazyproc.kernel.sockopt import SO_PASSCRED, SO_PEEK_OFF, disconnect
+from lazyproc.kernel.sockopt import SO_PASSCRED, SO_PEEK_OFF, SO_SNDBUFFORCE, disconnect
 from lazyproc.model import Checkpoint, UnixSocket
 from lazyproc.restore.names import acting_as
 from tests.live.descriptors import stopped
@@ -74,6 +74,29 @@ def test_packets_keep_their_boundaries_the_empty_one_too(kind: int) -> None:
         assert [socks[11].recv(1 << 20, socket.MSG_DONTWAIT) for _ in packets] == packets
         with pytest.raises(BlockingIOError):
             socks[11].recv(1, socket.MSG_DONTWAIT)
+
+
+@pytest.mark.parametrize("kind", [DGRAM, SEQPACKET])
+def test_a_packet_that_is_larger_than_most(kind: int) -> None:
+    """With a descriptor, between others, one of them empty."""
+    large = bytes(range(250)) * 4000
+
+    def body() -> None:
+        one, other = _pair(kind)
+        one.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 1 << 22)
+        null = os.open("/dev/null", os.O_RDONLY)
+        one.send(b"before")
+        one.send(b"")
+        socket.send_fds(one, [large], [null])
+        one.send(b"after")
+        os.close(null)
+        keep(one, other)
+
+    with remade(body) as socks:
+        got = [_receive(socks[11]) for _ in range(4)]
+        assert [data for data, _ in got] == [b"before", b"", large, b"after"]
+        assert [len(fds) for _, fds in got] == [0, 0, 1, 0]
+        os.close(got[2][1][0])
 
 
 def test_dumping_consumes_nothing_and_leaves_no_option_behind() -> None:
