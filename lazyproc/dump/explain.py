@@ -71,6 +71,7 @@ def examine(
     smaps = {pid: process.smaps for pid, process in alive.items()}
     of_tree = [*obstacles(facts)]
     of_tree += () if permits.led_from_outside else _led_from_outside(facts)
+    of_tree += () if permits.outside else _shared_outside(facts)
     of_tree += () if permits.net_apart else _net_apart(facts)
     found = point_to_guests((*of_tree, *of_resources), qemus_of(alive))
     return Examined(found, (*wanted, *guards), smaps, seen)
@@ -209,6 +210,12 @@ def _led_from_outside(facts: TreeFacts) -> Iterator[Obstacle]:
                 yield Obstacle(
                     process.pid, "process", why, "start it with setsid, or say that it is a job of a shell"
                 )
+
+
+def _shared_outside(facts: TreeFacts) -> Iterator[Obstacle]:
+    for pid, other, what in facts.shared_outside:
+        why = f"shares {what} with process {other}, which is not in the tree: each would go on with its own"
+        yield Obstacle(pid, "process", why, "move that process too (give the pid that started both)")
 
 
 def _net_apart(facts: TreeFacts) -> Iterator[Obstacle]:

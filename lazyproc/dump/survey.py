@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from lazyproc.dump.supervisor import Supervisor, supervisor_of
 from lazyproc.dump.walk import tree_of
-from lazyproc.errors import NoSuchProcess, PermissionDenied, UsageError
+from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, UsageError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.kernel.cgroup import Hierarchy, frozen_group, hierarchies
@@ -91,6 +92,7 @@ class TreeFacts:
     sharing: tuple[Sharing, ...]
     ipc_uses: tuple[LastUse, ...]  # of System V IPC, by processes of the tree
     supervisor: Supervisor  # of the root
+    shared_outside: tuple[Sharing, ...] = ()  # memory that a process which is not of the tree maps too
 
     @property
     def root(self) -> ProcessFacts:
@@ -119,6 +121,7 @@ def survey(root: int) -> TreeFacts:
         sharing=tuple(_shared([process.pid for process in processes if process.alive])),
         ipc_uses=tuple(sorted(uses)),
         supervisor=supervisor_of(root, processes[0].stat.ppid),
+        shared_outside=tuple(_shared_outside(processes)),
     )
 
 
@@ -235,6 +238,34 @@ def _shared(pids: Sequence[int]) -> Iterator[Sharing]:
         for one, other in pairwise(ordered):
             if _compare(kind, one, other) == 0:
                 yield Sharing(max(one, other), min(one, other), words)
+
+
+# Memory that has no path: the last columns of a line of maps.
+_OBJECT = re.compile(
+    rb"s [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(?:/dev/zero|/memfd:.*) \(deleted\)$", re.MULTILINE
+)
+
+
+def _shared_outside(processes: Sequence[ProcessFacts]) -> Iterator[Sharing]:
+    """Each process that is not of the tree once, whatever it shares; but for those that we may not look at."""
+    ours = {
+        (*each.dev, each.inode): (process.pid, each) for process in processes for each in _objects(process)
+    }
+    known = {process.pid for process in processes}
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()) if ours else ():
+        if pid not in known:
+            with suppress(LazyprocError):
+                theirs = _OBJECT.findall(proc.read(pid, "maps"))
+                keys = ((int(major, 16), int(minor, 16), int(inode)) for major, minor, inode in theirs)
+                if found := next((ours[key] for key in keys if key in ours), None):
+                    yield Sharing(found[0], pid, f"memory at {found[1].start:#x} ({found[1].path})")
+
+
+def _objects(process: ProcessFacts) -> Iterator[proc.MapsEntry]:
+    for each in process.smaps:
+        entry = each.entry
+        if entry.perms[3] == "s" and entry.deleted and entry.path.startswith(("/dev/zero", "/memfd:")):
+            yield entry
 
 
 def _compare(kind: int, one: int, other: int) -> int:

@@ -242,6 +242,20 @@ def test_directories_shared_with_another_process() -> None:
     assert why.startswith("process: shares its directories (CLONE_FS) with process ")
 
 
+def test_memory_shared_with_a_process_outside_of_the_tree() -> None:
+    kept: list[mmap.mmap] = []
+
+    def share() -> None:
+        os.setsid()
+        kept.append(mmap.mmap(-1, 4096))
+
+    with stopped(share, lambda: None) as (parent, child):
+        assert explain(parent.pid) == ()
+        (obstacle,) = explain(child.pid)
+    assert obstacle.why.startswith("shares memory at 0x")
+    assert f"(/dev/zero) with process {parent.pid}, which is not in the tree" in obstacle.why
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
