@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import lazyproc
 from lazyproc.criu import inherited, places, scripts
-from lazyproc.criu.log import INFO, Log
+from lazyproc.criu.log import INFO, WARNING, Log
 from lazyproc.criu.parse import Given
 from lazyproc.errors import UsageError
 from lazyproc.events import Event, StateChanged
@@ -23,13 +25,23 @@ def run(given: Given, log: Log) -> None:
         raise UsageError("no process is named", where="dump", remedy="give its pid with --tree")
     if "lazy-pages" in given:
         _demand_only_lazy(given)
+    stats = places.work(given) / "stats-dump"  # a folder that is none is said before anything is stopped
     scripts.run(given, log, "pre-dump")
     report = _lazily(given, log, pid) if "lazy-pages" in given else _at_once(given, log, pid)
-    (places.work(given) / "stats-dump").write_bytes(report.stats())
+    _write_stats(stats, log, report)
     log.write(
         INFO,
         f"dumped {report.tasks} processes, {report.pages_total} pages, frozen for {report.frozen_ms:.1f} ms",
     )
+
+
+def _write_stats(path: Path, log: Log, report: lazyproc.CheckpointReport) -> None:
+    """The tree may have ended: a disk that is full now is no failure of the dump, as with CRIU."""
+    try:
+        path.write_bytes(report.stats())
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        log.write(WARNING, f"{path}: cannot be written ({reason}); the dump is complete without it")
 
 
 def _at_once(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:

@@ -134,6 +134,34 @@ def test_crit_shows_the_figures_of_a_dump(place: Place, tmp_path: Path) -> None:
     assert dump["frozen_time"] >= dump["freezing_time"] + dump["memwrite_time"]
 
 
+def test_figures_that_cannot_be_written_are_no_failure(place: Place, tmp_path: Path) -> None:
+    """The tree has ended by then: exit 1 would say that it runs."""
+    (place.images / "stats-dump").mkdir()
+    with running("threads", directory=tmp_path) as program:
+        program.watch.wait_beats()
+        dumped(place, program)
+        assert "stats-dump: cannot be written (is a directory)" in place.log("dump")
+        place.restore()
+        place.verify(program)
+
+
+def test_a_work_folder_that_is_none_is_said_before_anything_is_stopped(place: Place, tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        where = ("--images-dir", str(place.images), "--work-dir", "none")
+        command = [sys.executable, "-m", "lazyproc.criu.main", "dump", "--no-default-config", *where]
+        done = subprocess.run(
+            [*command, "--tree", str(program.pid)],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "--work-dir none: is no folder" in done.stderr
+        program.watch.wait_beats()
+        program.stop_and_verify()
+
+
 @pytest.mark.parametrize("daemon", ["ours", "criu's"])
 def test_a_lazy_restore_has_its_pages_from_the_daemon(daemon: str, place: Place, tmp_path: Path) -> None:
     with running("memory_random", 16, 2, 100, directory=tmp_path) as program:
