@@ -6,9 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
 from lazyproc.errors import CannotBeDone, UsageError
 from lazyproc.events import Event, Note, StateChanged, StepDone
@@ -18,10 +17,13 @@ _PREFIXES = {ERROR: "Error (lazyproc): ", WARNING: "Warn  (lazyproc): ", INFO: "
 
 
 class Log:
-    """Lines up to a level, each written at once. An instance is a Listener."""
+    """Lines up to a level, each written at once to a descriptor. An instance is a Listener.
 
-    def __init__(self, file: TextIO, level: int) -> None:
-        self._file = file
+    What cannot be written is left out: a full disk must not end what is being done, and says nothing of what was done.
+    """
+
+    def __init__(self, fd: int, level: int) -> None:
+        self._fd = fd
         self._level = level
         self._began = time.monotonic()
 
@@ -39,9 +41,9 @@ class Log:
         if level > max(self._level, ERROR):
             return
         seconds = time.monotonic() - self._began
-        for line in text.splitlines():
-            self._file.write(f"({seconds:09.6f}) {_PREFIXES[level]}{line}\n")
-        self._file.flush()
+        lines = (f"({seconds:09.6f}) {_PREFIXES[level]}{line}\n" for line in text.splitlines())
+        with suppress(OSError):
+            os.write(self._fd, os.fsencode("".join(lines)))  # a path may be no text
 
     def failed(self, error: BaseException) -> None:
         """Why a command has failed: each obstacle on a line, a fault of ours with where it was."""
@@ -58,17 +60,20 @@ class Log:
 
 @contextmanager
 def opened(path: Path | None, level: int) -> Iterator[Log]:
-    """A new log in the file `path`, otherwise on stderr. Raises UsageError."""
-    if path is None:
-        yield Log(sys.stderr, level)
+    """A new log in the file `path`, which is nobody else's, otherwise on stderr. Raises UsageError."""
+    if path is None and sys.stderr is not None:
+        yield Log(sys.stderr.fileno(), level)
         return
     try:
-        file = path.open("w")
+        # Without a stderr: number 2 will be another file's.
+        fd = os.open(path or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UsageError(
             f"the log cannot be written ({os.strerror(error.errno or 0).lower()})",
             where=str(path),
             remedy="see --work-dir",
         ) from None
-    with file:
-        yield Log(file, level)
+    try:
+        yield Log(fd, level)
+    finally:
+        os.close(fd)

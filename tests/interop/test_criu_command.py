@@ -162,6 +162,22 @@ def test_a_work_folder_that_is_none_is_said_before_anything_is_stopped(place: Pl
         program.stop_and_verify()
 
 
+def test_a_log_that_cannot_be_written_changes_nothing(place: Place, tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        program.watch.wait_beats()
+        dumped(place, program, "--log-file", "/dev/full")
+        place.restore("--log-file", "/dev/full")
+        place.verify(program)
+
+
+def test_a_log_names_files_whose_names_are_no_text(tmp_path: Path) -> None:
+    place = Place(tmp_path / os.fsdecode(b"images\xff"))
+    (place.images / "inventory.img").mkdir(parents=True)
+    assert place.run("restore") == 1
+    log = (place.images / "restore.log").read_bytes()
+    assert b"images\xff/inventory.img: not a regular file" in log
+
+
 @pytest.mark.parametrize("daemon", ["ours", "criu's"])
 def test_a_lazy_restore_has_its_pages_from_the_daemon(daemon: str, place: Place, tmp_path: Path) -> None:
     with running("memory_random", 16, 2, 100, directory=tmp_path) as program:
