@@ -26,7 +26,7 @@ def run(given: Given, log: Log) -> None:
     if "lazy-pages" in given:
         _demand_only_lazy(given)
     stats = places.work(given) / "stats-dump"  # a folder that is none is said before anything is stopped
-    scripts.run(given, log, "pre-dump")
+    scripts.run(given, log, "pre-dump", pid)
     report = _lazily(given, log, pid) if "lazy-pages" in given else _at_once(given, log, pid)
     _write_stats(stats, log, report)
     log.write(
@@ -56,7 +56,7 @@ def _at_once(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
             keep_connections="tcp-established" in given,
             permits=_permits(given),
             timeout_ms=_timeout_ms(given),
-            last=partial(scripts.run, given, log, "post-dump"),
+            last=partial(scripts.run, given, log, "post-dump", pid),
             store=stack.enter_context(server.sending()) if server else None,
             listener=log,
         )
@@ -82,7 +82,8 @@ def _lazily(given: Given, log: Log, pid: int) -> lazyproc.CheckpointReport:
         insecure=places.insecure(given),
         tls=places.tls(given),
     )
-    last, alone = partial(scripts.run, given, log, "post-dump"), partial(places.close_status, given)
+    last = partial(scripts.run, given, log, "post-dump", pid)
+    alone = partial(places.close_status, given)
     return dump_lazily(order, last=last, alone=alone, listener=hear)
 
 

@@ -19,8 +19,9 @@ def run(given: Given, log: Log, action: str, root_pid: int = 0) -> None:
         environment["CRTOOLS_INIT_PID"] = str(root_pid)
     for script in given.every("action-script"):
         log.write(DEBUG, f"running {script} ({action})")
-        # Through a shell, as CRIU does: it may be a command with arguments.
-        status = subprocess.run(script, shell=True, env=environment, check=False).returncode
+        # One path, whatever is in it. By a shell as by execvp(3): its first line need not name an interpreter.
+        command = ["/bin/sh", "-c", 'exec "$0"', script]
+        status = subprocess.run(command, env=environment, check=False).returncode
         if status:
             raise LazyprocError(
                 f"the action script returned {status} for {action}",

@@ -322,7 +322,7 @@ echo "$CRTOOLS_SCRIPT_ACTION ${CRTOOLS_INIT_PID:-none} $CRTOOLS_IMAGE_DIR" >> %s
 
 
 def script(tmp_path: Path, failing: str) -> tuple[Path, Path]:
-    told, path = tmp_path / "told", tmp_path / "script"
+    told, path = tmp_path / "told", tmp_path / "a script's"
     path.write_text(SCRIPT % (told, failing))
     path.chmod(0o755)
     return path, told
@@ -334,10 +334,9 @@ def test_scripts_are_run_at_their_stages(place: Place, tmp_path: Path) -> None:
         dumped(place, program, "--action-script", path)
         place.restore("--action-script", path)
         place.verify(program)
-    before, pid = f"none {place.images}", f"{place.restored} {place.images}"
     assert told.read_text().splitlines() == [
-        *(f"{stage} {before}" for stage in ("pre-dump", "post-dump", "pre-restore")),
-        *(f"{stage} {pid}" for stage in ("post-restore", "pre-resume", "post-resume")),
+        f"{stage} {'none' if stage == 'pre-restore' else place.restored} {place.images}"
+        for stage in ("pre-dump", "post-dump", "pre-restore", "post-restore", "pre-resume", "post-resume")
     ]
 
 
