@@ -22,17 +22,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = parse.parse(sys.argv[1:] if argv is None else argv, os.environ)
         for number in given.every("close"):
-            with suppress(OSError):
+            with suppress(OSError, OverflowError):
                 os.close(int(number))
         if "help" in given or "version" in given:
             print(usage() if "help" in given else version())
             return 0
-        path = None if given.command == options.CHECK else places.log(given)
-        with opened(path, given.number("verbosity", WARNING)) as log:
-            return _logged(given, log)
+        verbosity = given.number("verbosity", WARNING)
     except (UsageError, ValueError) as error:
-        print(f"Error (lazyproc): {error}", file=sys.stderr)
-        return MISUSED
+        return _said(error, MISUSED)
+    try:
+        with opened(None if given.command == options.CHECK else places.log(given), verbosity) as log:
+            return _logged(given, log)
+    except UsageError as error:  # there is no log
+        return _said(error, FAILED)
+
+
+def _said(error: Exception, code: int) -> int:
+    print(f"Error (lazyproc): {error}", file=sys.stderr)
+    return code
 
 
 def _logged(given: Given, log: Log) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from lazyproc.criu.options import (
@@ -170,12 +169,10 @@ def _from_files(
     if "no-default-config" not in names:
         paths += [GLOBAL_FILE, os.path.join(environment.get("HOME", "/"), USER_FILE)]
     paths += [environment[FILE_VARIABLE]] if FILE_VARIABLE in environment else []
-    for path in paths:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            yield from configured(Path(path).read_text().splitlines(), path)
-    for path in (value for option, value in options if option.name == "config" and value):
+    named = [value for option, value in options if option.name == "config" and value]
+    for path in [path for path in paths if os.path.exists(path)] + named:
         try:
-            lines = Path(path).read_text().splitlines()
+            lines = Path(path).read_text(errors="surrogateescape").splitlines()
         except OSError as error:
             raise UsageError(
                 os.strerror(error.errno or 0).lower(), where=path, remedy="name a file that can be read"

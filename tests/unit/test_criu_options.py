@@ -149,6 +149,21 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--nonsense" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_none_is_a_failure_and_no_misuse(capsys: pytest.CaptureFixture[str]) -> None:
+    """As with CRIU; with a log and without one."""
+    assert main(["restore", "--no-default-config", "-D", "/none", "-o", "log", "--close", str(1 << 40)]) == 1
+    assert "/none: is no folder" in capsys.readouterr().err
+
+
+def test_a_configuration_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".criu/default.conf").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["check", "--feature", "list"]) == 2
+    assert f"{tmp_path}/.criu/default.conf: is a directory" in capsys.readouterr().err
+
+
 def test_descriptors_that_are_given_and_words_that_are_written() -> None:
     """The first of a name counts, as in CRIU; debug[N] is for the one who reads N."""
     reading, writing = os.pipe()
