@@ -38,7 +38,8 @@ def run(given: Given, log: Log) -> None:
 def _write_stats(path: Path, log: Log, report: lazyproc.CheckpointReport) -> None:
     """The tree may have ended: a disk that is full now is no failure of the dump, as with CRIU."""
     try:
-        path.write_bytes(report.stats())
+        with open(path, "wb", opener=places.private) as file:
+            file.write(report.stats())
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
         log.write(WARNING, f"{path}: cannot be written ({reason}); the dump is complete without it")

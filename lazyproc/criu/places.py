@@ -39,13 +39,18 @@ def _folder(name: str, option: str) -> Path:
     return path
 
 
+def private(path: str, flags: int) -> int:
+    """An opener (see open()) of files that are nobody else's, whatever the umask is; as CRIU's are."""
+    return os.open(path, flags, 0o600)
+
+
 def write_pidfile(given: Given, pid: int) -> None:
     """No new line, as of CRIU. Raises UsageError when it is there already."""
     if "pidfile" not in given:
         return
     path = work(given) / given.last("pidfile")
     try:
-        with path.open("x") as file:
+        with open(path, "x", opener=private) as file:
             file.write(str(pid))
     except OSError as error:
         raise UsageError(

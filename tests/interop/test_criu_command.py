@@ -134,6 +134,21 @@ def test_crit_shows_the_figures_of_a_dump(place: Place, tmp_path: Path) -> None:
     assert dump["frozen_time"] >= dump["freezing_time"] + dump["memwrite_time"]
 
 
+def test_what_it_writes_is_nobody_elses(place: Place, tmp_path: Path) -> None:
+    with running("threads", directory=tmp_path) as program:
+        program.watch.wait_beats()
+        before = os.umask(0)
+        try:
+            dumped(place, program)
+            place.restore()
+        finally:
+            os.umask(before)
+        modes = {path.name: path.stat().st_mode & 0o077 for path in place.images.iterdir()}
+        assert modes.keys() >= {"dump.log", "restore.log", "stats-dump", "pid", "inventory.img"}
+        assert not any(modes.values()), modes
+        place.verify(program)
+
+
 def test_figures_that_cannot_be_written_are_no_failure(place: Place, tmp_path: Path) -> None:
     """The tree has ended by then: exit 1 would say that it runs."""
     (place.images / "stats-dump").mkdir()
