@@ -74,9 +74,10 @@ def lock_calls(task: Task, bench: Bench) -> Iterator[Call]:
         yield Call("fcntl", (lock.fd, command, where))
 
 
-def lowest_free(task: Task, count: int) -> list[int]:
-    """The numbers that the next descriptors get."""
-    taken = {descriptor.fd for descriptor in task.descriptors}
+def lowest_free(site: Site, count: int) -> list[int]:
+    """The numbers that the next descriptors get: the task's own are in use, and ours right above them."""
+    ours = {site.transport_fd, site.anchor, site.ledger, site.cradle}
+    taken = ours | {descriptor.fd for descriptor in site.task.descriptors}
     return list(islice((fd for fd in counted() if fd not in taken), count))
 
 

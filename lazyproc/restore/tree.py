@@ -396,7 +396,7 @@ def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> N
     """With the next run: the last descriptors, and what is the process's as a whole."""
     task, bench = site.task, site.bench
     assert task.fs is not None
-    cwd, root = numbers = descriptors.lowest_free(task, 2)
+    cwd, root = numbers = descriptors.lowest_free(site, 2)
     site.receive_later([made[task.fs.cwd_id], made[task.fs.root_id]], numbers)
     keep_root = descriptors.is_our_root(checkpoint, task.fs.root_id)
     site.run_later(

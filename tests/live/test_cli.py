@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -130,6 +131,67 @@ def test_show_lists_what_is_in_the_images(images: Path, program: Program) -> Non
 
 def test_show_of_no_images_is_exit_1(tmp_path: Path) -> None:
     assert "inventory.img: missing" in lazyproc("show", tmp_path, code=1).stderr
+
+
+# --- many of everything -----------------------------------------------------------------------------------
+
+MANY = """
+import os, resource, signal, sys, threading
+files, threads, ready, end = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+opened = [os.open(__file__, os.O_RDONLY) for _ in range(files)]
+for place, fd in enumerate(opened):
+    os.lseek(fd, place, os.SEEK_SET)
+threading.stack_size(64 << 10)
+over = threading.Event()
+workers = [threading.Thread(target=over.wait) for _ in range(threads)]
+for worker in workers:
+    worker.start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+open(ready, "w").close()
+signal.sigwait({signal.SIGTERM})
+over.set()
+for worker in workers:
+    worker.join()
+same = [os.lseek(fd, 0, os.SEEK_CUR) for fd in opened] == list(range(files))
+open(end, "w").write("well" if same else "other positions")
+"""
+
+
+@pytest.mark.parametrize(("files", "threads", "limit"), [(100, 1, 4096)])
+def test_as_many_files_and_threads_as_a_server_has(
+    files: int, threads: int, limit: int, tmp_path: Path
+) -> None:
+    """Whatever number of descriptors the shell allows at first (RLIMIT_NOFILE)."""
+
+    def limited(*words: object) -> None:
+        command = ["sh", "-c", f'ulimit -Sn {limit}; exec "$@"', "sh", *LAZYPROC, *map(str, words)]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+    ready, end, images, pid = (tmp_path / name for name in ("ready", "end", "images", "pid"))
+    (tmp_path / "many.py").write_text(MANY)
+    os.mkfifo(ready)
+    command = [sys.executable, str(tmp_path / "many.py"), str(files), str(threads), str(ready), str(end)]
+    quiet = subprocess.DEVNULL
+    with (
+        subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True) as started,
+        killed_at_the_end(started.pid),
+    ):
+        ready.read_bytes()  # its end
+        limited("checkpoint", started.pid, "-D", images)
+    limited("restore", "-D", images, "--detach", "--pidfile", pid)
+    root = int(pid.read_text())
+    with killed_at_the_end(root):
+        assert len(os.listdir(f"/proc/{root}/task")) == threads + 1
+        waiting = os.pidfd_open(root)
+        os.kill(root, signal.SIGTERM)
+        assert select.select([waiting], [], [], 20)[0]
+        os.close(waiting)
+    assert end.read_text() == "well"
 
 
 # --- restore ----------------------------------------------------------------------------------------------
