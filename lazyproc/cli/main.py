@@ -103,8 +103,10 @@ def _interrupted(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     """The result is printed when the progress bar is out of the way."""
     from lazyproc.cli.listening import listening
+    from lazyproc.limits import raise_descriptor_limit
     from lazyproc.show.text import print_json
 
+    raise_descriptor_limit()
     with listening(args) as listener:
         outcome: Outcome = args.run(args, listener)
     if args.json:

@@ -159,7 +159,9 @@ open(end, "w").write("well" if same else "other positions")
 """
 
 
-@pytest.mark.parametrize(("files", "threads", "limit"), [(100, 1, 4096)])
+@pytest.mark.parametrize(
+    ("files", "threads", "limit"), [(100, 1, 4096), (600, 1, 256), (1, 300, 256), (1, 1000, 4096)]
+)
 def test_as_many_files_and_threads_as_a_server_has(
     files: int, threads: int, limit: int, tmp_path: Path
 ) -> None:
