@@ -54,6 +54,7 @@ COMMANDS = (
 )
 NAMES = tuple(module.__name__.rpartition(".")[2].replace("_", "-") for module in COMMANDS)
 FAILED = 1
+NEW_LINE = "\n"
 EPILOG = (
     "exit codes: 0 done, 1 failed and the source runs as before, 2 wrong usage, 3 cannot be done (obstacles listed), "
     "4 goes on without this command, 5 memory lost after the hand-over"
@@ -104,7 +105,7 @@ def _run(args: argparse.Namespace) -> int:
     """The result is printed when the progress bar is out of the way."""
     from lazyproc.cli.listening import listening
     from lazyproc.limits import raise_descriptor_limit
-    from lazyproc.show.text import print_json
+    from lazyproc.show.text import print_json, printable
 
     raise_descriptor_limit()
     with listening(args) as listener:
@@ -112,19 +113,19 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(outcome.fields)
     elif outcome.text:
-        print(outcome.text, flush=True)
+        print(printable(outcome.text, keep=NEW_LINE), flush=True)
     return outcome.status
 
 
 def _failed(error: Exception, args: argparse.Namespace) -> int:
     from lazyproc.show.failures import exit_code, failure_fields, failure_text
-    from lazyproc.show.text import print_json
+    from lazyproc.show.text import print_json, printable
 
     if args.verbose:
         import traceback
 
         traceback.print_exception(error)
-    print(f"lazyproc: {failure_text(error)}", file=sys.stderr)
+    print(f"lazyproc: {printable(failure_text(error), keep=NEW_LINE)}", file=sys.stderr)
     if args.json:
         print_json(failure_fields(error))
     return exit_code(error)

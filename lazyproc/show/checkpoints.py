@@ -26,7 +26,7 @@ from lazyproc.model import (
     VmaKind,
 )
 from lazyproc.pages.images import ImagePages
-from lazyproc.show.text import numbers, plural, size, table
+from lazyproc.show.text import numbers, plural, printable, size, table
 
 TCP_STATES = {1: "established", 7: "closed", 10: "listening"}
 
@@ -78,7 +78,8 @@ def checkpoint_text(checkpoint: Checkpoint) -> str:
     """The tree, and for each task what it has."""
     parts = [_head(checkpoint)]
     for task in checkpoint.tasks:
-        parts.append(f"{'  ' * _depth(checkpoint, task)}{task.vpid} {task.comm} ({task.state.value})")
+        name = printable(task.comm)
+        parts.append(f"{'  ' * _depth(checkpoint, task)}{task.vpid} {name} ({task.state.value})")
         parts.extend(f"    {line}" for line in _task_lines(checkpoint, task))
     return "\n".join(parts)
 
@@ -86,7 +87,7 @@ def checkpoint_text(checkpoint: Checkpoint) -> str:
 def _head(checkpoint: Checkpoint) -> str:
     lazy, eager = _pages([extent for extents in checkpoint.memory.values() for extent in extents])
     threads = sum(len(task.threads) for task in checkpoint.tasks)
-    where = f" from {checkpoint.hostname}" if checkpoint.hostname else ""
+    where = f" from {printable(checkpoint.hostname)}" if checkpoint.hostname else ""
     return (
         f"{plural(len(checkpoint.tasks), 'task')}, {plural(threads, 'thread')}{where}; "
         f"{size(lazy * PAGE)} lazy, {size(eager * PAGE)} eager"
@@ -100,7 +101,7 @@ def _task_lines(checkpoint: Checkpoint, task: Task) -> Iterator[str]:
     yield f"mappings  {', '.join(f'{count} {kind} ({size(length)})' for kind, count, length in _by_kind(task))}"
     lazy, eager = _pages(checkpoint.memory.get(MemoryObject(ObjectKind.TASK, task.vpid), ()))
     yield f"pages     {lazy} lazy, {eager} eager"
-    rows = [(f"fd {row.fd}", file_text(checkpoint.files[row.file_id])) for row in task.descriptors]
+    rows = [(f"fd {row.fd}", printable(file_text(checkpoint.files[row.file_id]))) for row in task.descriptors]
     yield from table(rows).splitlines() if rows else ()
 
 

@@ -8,7 +8,7 @@ from typing import Self, TextIO
 
 from lazyproc.events import Event, Note, Over, PagesMoved, StateChanged, StepDone
 from lazyproc.model import PAGE
-from lazyproc.show.text import size
+from lazyproc.show.text import printable, size
 
 WIDTH = 30  # characters of the bar
 REFRESH_S = 0.1
@@ -77,6 +77,7 @@ class Progress:
 
     def _line(self, text: str) -> None:
         """Above the bar, which is drawn again below."""
+        text = printable(text, keep="\n")
         ending = f"\r\x1b[K{text}\n{self._bar}" if self._bar else f"{text}\n"
         self._stream.write(ending)
         self._stream.flush()

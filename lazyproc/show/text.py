@@ -14,6 +14,22 @@ def print_json(fields: Mapping[str, object] | Sequence[Mapping[str, object]]) ->
     print(json.dumps(fields), flush=True)
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """With all that is no text of one line written as escapes, but for `keep`: a file may be called anything, so that
+    its name is bytes that no encoding has, or commands for a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in keep else _escaped(each) for each in text)
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # of os.fsdecode(): a byte
+        return f"\\x{number - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of the same length as columns, two blanks apart; nothing behind the last column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

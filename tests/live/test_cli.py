@@ -129,6 +129,26 @@ def test_show_lists_what_is_in_the_images(images: Path, program: Program) -> Non
     assert f"{program.pid} memory_random (alive)" in text
 
 
+def test_names_that_are_no_text_are_shown_and_no_terminal_obeys_them(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"a\xff\n\x1b[31m")
+    odd.touch()
+    quiet = subprocess.DEVNULL
+    with (
+        odd.open() as file,
+        subprocess.Popen(
+            ["sleep", "60"], stdin=file, stdout=quiet, stderr=quiet, start_new_session=True
+        ) as process,
+        killed_at_the_end(process.pid),
+    ):
+        lazyproc("checkpoint", process.pid, "-D", tmp_path / "images")
+    done = subprocess.run(
+        [*LAZYPROC, "show", str(tmp_path / "images")],
+        capture_output=True, timeout=60, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"/a\xff\n\x1b[31m" in done.stdout
+
+
 def test_show_of_no_images_is_exit_1(tmp_path: Path) -> None:
     assert "inventory.img: missing" in lazyproc("show", tmp_path, code=1).stderr
 

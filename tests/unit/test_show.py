@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from lazyproc.errors import CannotBeDone, ImageError, LostAfterCommit, Obstacle
 from lazyproc.events import Event, Note, PagesMoved, StateChanged, StepDone
 from lazyproc.show.failures import exit_code, failure_fields, failure_text
 from lazyproc.show.progress import Progress, bar, event_text
-from lazyproc.show.text import UNITS, numbers, plural, size, table
+from lazyproc.show.text import UNITS, numbers, plural, printable, size, table
 
 OBSTACLE = Obstacle(7, "fd 3", "is a pidfd", "close it")
 
@@ -37,6 +38,13 @@ def test_a_table_is_aligned_and_has_no_blanks_at_the_end() -> None:
     assert table([("a", "bb", ""), ("ccc", "d", "e")]) == "a    bb\nccc  d   e"
     assert plural(1, "task") == "1 task"
     assert plural(0, "task") == "0 tasks"
+
+
+def test_what_is_no_text_is_written_out() -> None:
+    assert printable("é and 漢 stay") == "é and 漢 stay"
+    name = os.fsdecode(b"a\xff\n\x1b[31m\xc2\x85\xe2\x80\xae")
+    assert printable(name) == r"a\xff\n\x1b[31m\x85\u202e"
+    assert printable("a\nb\tc", keep="\n") == "a\nb\\tc"
 
 
 def test_failures_say_what_where_and_how_to_mend_it() -> None:
