@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from google.protobuf.message import Message
@@ -78,6 +78,8 @@ _PLAIN = {
     (_SOL_TCP, 6): _Option(2, "keepcnt"),
 }
 _LINGER, _RCVTIMEO, _SNDTIMEO, _FILTER = ((_SOL_SOCKET, number) for number in (13, 20, 21, 26))
+_TCP_NODELAY, _TCP_CORK = (_SOL_TCP, 1), (_SOL_TCP, 3)
+_BEFORE_4 = {(_SOL_TCP, 4): "tcp_keepidle", (_SOL_TCP, 5): "tcp_keepintvl", (_SOL_TCP, 6): "tcp_keepcnt"}
 _TIMES = {_RCVTIMEO: "so_rcv_tmo", _SNDTIMEO: "so_snd_tmo"}
 _BPF = struct.Struct("<HBBI")  # struct sock_filter: code, jt, jf, k
 _DEFAULT_BUFFER = 212992  # net.core.wmem_default; CRIU requires a size
@@ -144,6 +146,16 @@ def read_options(messages: Sequence[Message], extra: own.FileExtra) -> SocketOpt
     if extra.HasField("options"):
         return SocketOptions({(option.level, option.name): option.value for option in extra.options.values})
     return SocketOptions(_decode_options(messages))
+
+
+def _options_before_4(opts: Message, stream: pb.tcp_stream_entry) -> Iterator[tuple[tuple[int, int], bytes]]:
+    """Those of TCP, which CRIU has in fields of their own since 4.0."""
+    for key, field in _BEFORE_4.items():
+        if opts.HasField(field):
+            yield key, getattr(opts, field).to_bytes(4, "little")
+    for key, value in ((_TCP_NODELAY, stream.nodelay), (_TCP_CORK, stream.cork)):
+        if value:
+            yield key, (1).to_bytes(4, "little")
 
 
 # --- queues -------------------------------------------------------------------------------------------------
@@ -365,6 +377,9 @@ def read_inet(
         )
     remote = struct.pack(f"<{len(entry.dst_addr)}I", *entry.dst_addr), entry.dst_port
     name = f"tcp-stream-{entry.ino:x}.img"
+    reader = open_image(images, name) if name in images else None
+    stream = reader.message(pb.tcp_stream_entry) if reader else pb.tcp_stream_entry()
+    options = read_options((entry.opts, entry.ip_opts, entry.tcp_opts), extra).values
     socket = InetSocket(
         inode=entry.ino,
         family=entry.family,
@@ -375,10 +390,10 @@ def read_inet(
         remote=remote if any(remote[0]) or remote[1] else None,
         backlog=entry.backlog,
         shutdown=entry.shutdown,
-        options=read_options((entry.opts, entry.ip_opts, entry.tcp_opts), extra),
+        options=SocketOptions({**dict(_options_before_4(entry.opts, stream)), **options}),
         v6only=entry.v6only,
         interface=to_text(entry.opts.so_bound_dev.rstrip(b"\0"), where),
-        tcp=_read_tcp(open_image(images, name), extra) if name in images else None,
+        tcp=_read_tcp(reader, stream, extra) if reader else None,
         queue=queue,
         absent=extra.absent,
     )
@@ -395,8 +410,8 @@ def _given_up(socket: InetSocket) -> InetSocket:
     return replace(socket, state=_CLOSE, remote=None, shutdown=_BOTH, tcp=nothing)
 
 
-def _read_tcp(reader: ImageReader, extra: own.FileExtra) -> TcpState:
-    entry = reader.message(pb.tcp_stream_entry)
+def _read_tcp(reader: ImageReader, entry: pb.tcp_stream_entry, extra: own.FileExtra) -> TcpState:
+    """`reader` stands behind the entry."""
     window = b""
     if entry.HasField("snd_wnd"):
         window = struct.pack(

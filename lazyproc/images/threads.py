@@ -59,6 +59,12 @@ def with_leaders_filters(
     threads: Sequence[Thread], leader: pb.core_entry, message: pb.seccomp_entry
 ) -> tuple[Thread, ...]:
     """The threads, with the filters that were written down for all of them with the first."""
+    if leader.tc.HasField("old_seccomp_mode"):  # CRIU before 3.11: as those of the process
+        newest = leader.tc.old_seccomp_filter if leader.tc.HasField("old_seccomp_filter") else None
+        chain = () if newest is None else seccomp_chain(message, newest)
+        return tuple(
+            replace(each, seccomp=chain, seccomp_mode=leader.tc.old_seccomp_mode) for each in threads
+        )
     entry = leader.thread_core
     filters = message.seccomp_filters
     if not entry.HasField("seccomp_filter") or not filters[entry.seccomp_filter].flags & _FOR_ALL_THREADS:

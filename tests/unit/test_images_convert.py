@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from google.protobuf.message import Message
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,10 @@ from lazyproc.images.convert import from_images, to_images
 from lazyproc.images.files import EXTRAS, ImageWriter, pack, record, unpack
 from lazyproc.images.memory import Behind, WrittenMappings, access_modes, write_mappings
 from lazyproc.images.pagemap import merge
+from lazyproc.images.pb import files_pb2 as files_pb
 from lazyproc.images.pb import lazyproc_pb2 as own
+from lazyproc.images.pb import process_pb2 as pb
+from lazyproc.images.sockets import read_inet
 from lazyproc.model import Checkpoint, Epoll, Limit, SharedKind, Task, VmaKind
 from tests.unit.model_strategies import checkpoints
 
@@ -143,6 +147,51 @@ def test_without_lazyproc_img_what_criu_knows_is_the_same(checkpoint: Checkpoint
             }
     assert plain.files.keys() >= {item.file_id for task in plain.tasks for item in task.descriptors}
     assert plain.memory == checkpoint.memory
+
+
+def _rewritten(images: dict[str, bytes], name: str, message: Message) -> dict[str, bytes]:
+    """With an image that holds this record alone, and no checksums."""
+    writer = ImageWriter()
+    writer.add(name, message)
+    return images | writer.finish()
+
+
+@HEAVY
+@given(checkpoints())
+def test_filters_of_a_process_as_criu_had_them_before_3_11(checkpoint: Checkpoint) -> None:
+    """Once for all threads, beside what belongs to the process."""
+    images = to_images(checkpoint)
+    for task in checkpoint.tasks:
+        for thread in task.threads:
+            name = f"core-{thread.tid}.img"
+            core = record(images, name, pb.core_entry)
+            if thread is task.leader:
+                core.tc.old_seccomp_mode = core.thread_core.seccomp_mode
+                if core.thread_core.HasField("seccomp_filter"):
+                    core.tc.old_seccomp_filter = core.thread_core.seccomp_filter
+            core.thread_core.ClearField("seccomp_mode")
+            core.thread_core.ClearField("seccomp_filter")
+            images = _rewritten(images, name, core)
+    for task, found in zip(checkpoint.tasks, from_images(images).tasks, strict=True):
+        for thread in found.threads:
+            assert (thread.seccomp_mode, thread.seccomp) == (task.leader.seccomp_mode, task.leader.seccomp)
+
+
+def test_options_of_tcp_as_criu_had_them_before_4() -> None:
+    entry = files_pb.inet_sk_entry(ino=1, family=2, type=1, proto=6, state=1, src_addr=[1], dst_addr=[2])
+    entry.opts.tcp_keepidle, entry.opts.tcp_keepintvl, entry.opts.tcp_keepcnt = 7, 8, 9
+    stream = files_pb.tcp_stream_entry(
+        inq_len=0, inq_seq=0, outq_len=0, outq_seq=0, opt_mask=0, snd_wscale=0, mss_clamp=0, nodelay=True
+    )
+    images = _rewritten({EXTRAS: b""}, "tcp-stream-1.img", stream)
+
+    def numbers() -> dict[int, int]:
+        options = read_inet(entry, own.FileExtra(id=1), (), images).options.values
+        return {name: int.from_bytes(options.get((6, name), b""), "little") for name in (1, 3, 4, 5, 6)}
+
+    assert numbers() == {1: 1, 3: 0, 4: 7, 5: 8, 6: 9}
+    entry.tcp_opts.keepidle = 11
+    assert numbers()[4] == 11
 
 
 @settings(HEAVY, max_examples=5)
