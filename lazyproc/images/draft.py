@@ -69,8 +69,9 @@ class Draft:
         """All that it has made: what somebody else writes there at the same time is his."""
         for name in self._names:
             self._folder.remove(name)
-        with suppress(OSError):
-            self._folder.path.rmdir()
+        if self._made:
+            with suppress(OSError):
+                self._folder.path.rmdir()
 
     def close(self) -> None:
         for fd in self._open.values():
@@ -81,7 +82,7 @@ class Draft:
 @contextmanager
 def filled(folder: Folder, *, early: bool) -> Iterator[Draft]:
     """A block that writes a whole checkpoint. After it all is on the disk; when the block or the disk fails no image
-    of it stays, nor the folder if that empties it.
+    of it stays, nor the folder if it was made for them.
 
     `early`: the disk gets to work at once, so that the end of the block waits less and the writing takes longer.
     Raises ImageError, also when there are images already: those of two checkpoints are never mixed.

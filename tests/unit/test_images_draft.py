@@ -74,6 +74,13 @@ def test_what_lay_in_the_folder_before_stays_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_folder_that_was_there_stays_there(tmp_path: Path) -> None:
+    """Somebody has made it, with an owner and a label maybe, and tries again."""
+    with pytest.raises(ZeroDivisionError), filled(Folder(tmp_path), early=False) as draft:
+        draft.write_file("pages-1.img", (bytes(1 // count) for count in (1, 0)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_of_two_at_once_the_later_one_takes_nothing_away(tmp_path: Path) -> None:
     """Both have found the folder empty."""
     folder = Folder(tmp_path / "new")
