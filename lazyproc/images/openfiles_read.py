@@ -108,7 +108,9 @@ class FileReader:
                     "pipes-data.img", entry.pipe.pipe_id, entry.pipe.pipe_id, ""
                 )
             elif entry.type == pb.FIFO:
-                path = to_text(self._path_of(entry).name, FILES)
+                file = self._path_of(entry)
+                # Nobody can come to one that was removed by its name: a pipe does.
+                path = "" if file.id in self._remaps else to_text(file.name, FILES)
                 number = self._fifo_ids[entry.fifo.pipe_id]
                 pipes[number] = self._pipe("fifo-data.img", entry.fifo.pipe_id, number, path)
         return pipes

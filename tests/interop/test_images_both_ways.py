@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import socket
 import subprocess
 import sys
@@ -138,6 +139,31 @@ def test_a_name_outside_that_nobody_has_any_more(tmp_path: Path) -> None:
             name.unlink()
             said = lazyproc("restore", "-D", images, "--detach", expected=1)
             assert str(name) in said, said
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["free", "taken"])
+def test_a_fifo_that_was_removed_is_nobody_elses(taken: bool, tmp_path: Path) -> None:
+    """Not that of who has its name now."""
+    fifo, said = tmp_path / "fifo", tmp_path / "said"
+    code = (
+        f"import os, sys; os.mkfifo({str(fifo)!r}); fd = os.open({str(fifo)!r}, os.O_RDWR); os.write(fd, b'kept')\n"
+        f"os.unlink({str(fifo)!r}); os.write(int(sys.argv[1]), b'x'); os.close(int(sys.argv[1]))\n"
+        "signal.sigwait([signal.SIGTERM]); os.write(fd, b' so')\n"
+        f"open({str(said)!r}, 'wb').write(os.read(fd, 99)); os.rename({str(said)!r}, {str(said) + '.all'!r})\n"
+    )
+    code = f"import signal; signal.pthread_sigmask(0, [signal.SIGTERM])\n{code}"
+    with _dumped(code, tmp_path) as images:
+        if taken:
+            os.mkfifo(fifo)
+            other = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+        root = restored_by_lazyproc(images)
+        if taken:
+            with pytest.raises(BlockingIOError):
+                os.read(other, 99)
+            os.close(other)
+        os.kill(root, signal.SIGTERM)
+        wait_until((tmp_path / "said.all").exists, "it has read what lay in its FIFO")
+    assert (tmp_path / "said.all").read_bytes() == b"kept so"
 
 
 @pytest.mark.parametrize(
