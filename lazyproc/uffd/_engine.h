@@ -102,6 +102,7 @@ struct pager {
     uint64_t changes; /* messages other than faults so far */
     bool retry;       /* a fault was deferred: serve it again soon */
     bool patient;     /* a fault waits for what is under way in bulk */
+    uint64_t reaped_ns; /* when it was last looked whether a process has ended */
     pid_t owner;
     pthread_t fault_thread, bulk_thread;
     bool fault_runs, bulk_runs;
@@ -191,7 +192,7 @@ void wake(const struct pager *p, uint32_t space, uint64_t va, uint64_t pages);
 void retire_space(struct pager *p, uint32_t space);
 /* -ENOENT: it lives. -EAGAIN: its mappings are changing. -ESRCH: it is gone. */
 int64_t probe_space(const struct pager *p, uint32_t space);
-void reap_dead(struct pager *p);
+bool reap_dead(struct pager *p); /* whether there were any */
 int faults_push(struct faults *list, const struct fault *f);
 void requeue(struct pager *p, int64_t space); /* waiting faults are looked at anew; space < 0: all */
 

@@ -15,6 +15,7 @@
 #define EVENT_URGENT (UINT64_MAX - 1)
 #define EVENT_KICK UINT64_MAX
 #define TICK_MS 250    /* how soon a process that ended is noticed when nobody touches it */
+#define TICK_NS (TICK_MS * 1000000ull)
 #define PATIENCE_MS 1 /* between two looks at what should have come in bulk */
 #define SPINS 200      /* a copy is deferred while another thread is between two instructions of the kernel... */
 #define BACK_OFF_MS 1  /* ...or in a long fork */
@@ -107,21 +108,41 @@ int apply_messages(struct pager *p, uint32_t count)
     return 0;
 }
 
+/* Bytes, or -errno. A fork for whose child no descriptor is free stays unread: those of processes that have ended are. */
+static ssize_t read_messages(struct pager *p, uint32_t space)
+{
+    struct ledger_head *head = p->ledger.head;
+
+    for (;;) {
+        ssize_t n;
+
+        head->messages_space = space;
+        n = read(p->ledger.spaces[space].uffd, head->messages, sizeof(head->messages));
+        if (n >= 0)
+            return n;
+        if (errno != EMFILE)
+            return -errno;
+        if (!reap_dead(p))
+            return -EMFILE;
+        if (!p->ledger.spaces[space].live)
+            return -EAGAIN;
+    }
+}
+
 /* Reads a process's messages until none is left. The kernel hands out faults before events, whatever came first: no
  * fault may be looked at before this. */
 static int drain(struct pager *p, uint32_t space)
 {
-    struct ledger_head *head = p->ledger.head;
+    const ssize_t most = sizeof(p->ledger.head->messages);
     ssize_t n;
     int error = 0;
 
     do {
-        head->messages_space = space;
-        n = read(p->ledger.spaces[space].uffd, head->messages, sizeof(head->messages));
+        n = read_messages(p, space);
         if (n < 0)
-            return errno == EAGAIN || errno == EINTR ? 0 : -errno;
-        error = apply_messages(p, (uint32_t)((size_t)n / sizeof(head->messages[0])));
-    } while (!error && n == sizeof(head->messages));
+            return n == -EAGAIN || n == -EINTR ? 0 : (int)n;
+        error = apply_messages(p, (uint32_t)((size_t)n / sizeof(struct uffd_msg)));
+    } while (!error && n == most);
     return error;
 }
 
@@ -427,7 +448,7 @@ static void turn(struct pager *p, const struct epoll_event *events, int count)
         take_answers(p);
     serve_fresh(p);
     send_requests(p);
-    if (count == 0 && !p->retry && !p->patient)
+    if (now_ns() >= p->reaped_ns + TICK_NS)
         reap_dead(p);
     tell_faulted(p);
     check_done(p);

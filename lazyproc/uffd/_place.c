@@ -196,11 +196,17 @@ int64_t probe_space(const struct pager *p, uint32_t space)
 }
 
 /* A process that ends sends no message. */
-void reap_dead(struct pager *p)
+bool reap_dead(struct pager *p)
 {
+    bool any = false;
+
     for (uint32_t s = 0; s < p->ledger.head->spaces; s++)
-        if (p->ledger.spaces[s].live && probe_space(p, s) == -ESRCH)
+        if (p->ledger.spaces[s].live && probe_space(p, s) == -ESRCH) {
             retire_space(p, s);
+            any = true;
+        }
+    p->reaped_ns = now_ns();
+    return any;
 }
 
 /* --- pages ------------------------------------------------------------------------------------------------------- */

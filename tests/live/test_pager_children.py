@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import socket
 
 from lazyproc.model import PAGE
-from lazyproc.uffd.pager import rebind
+from lazyproc.uffd.pager import PagerState, rebind
 from tests.live.lazy_rig import DEADLINE, pager, rig
 
 SO_PEEK_OFF = 42
@@ -52,3 +53,21 @@ def test_the_living_are_kept_and_the_dead_do_not_pile_up() -> None:
             assert waiting.result(DEADLINE) == r.expect(5, 1)
             assert r.child.call("fork_digest", addr=r.at(6), length=PAGE) == r.expect(6, 1)
         os.close(ledger)
+
+
+def test_children_that_have_ended_leave_their_descriptors_to_the_next() -> None:
+    """More of them one after the other than there are free descriptors, and no moment of rest between them."""
+    free = 20
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with rig() as r:
+        r.server.hold("urgent", r.at(5))
+        r.start()
+        assert r.child.call("digest", addr=r.at(0), length=PAGE) == r.expect(0, 1)
+        os.close(lowest := duplicate(r.pager.ledger))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, limits[1]))
+        try:
+            for _ in range(5 * free):
+                assert r.child.call("fork_digest", addr=r.at(0), length=PAGE) == r.expect(0, 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert r.pager.state is PagerState.RUNNING
