@@ -64,6 +64,7 @@ def _fork_server(source: Source) -> tuple[int, int, int]:
     pid = os.fork()
     if pid == 0:
         try:
+            os.setsid()  # Ctrl-C is for whoever waits for a page, and that page still has to come
             for ours, _ in pairs:
                 ours.close()
             _serve(source, {theirs.fileno(): theirs for _, theirs in pairs})

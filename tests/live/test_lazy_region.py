@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -72,6 +74,38 @@ def test_a_source_that_fails_is_told_and_nobody_reads_zeros() -> None:
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+INTERRUPTED = """
+import os, signal
+from lazyproc.uffd.region import LazyRegion
+
+def source(_offset, length):
+    os.killpg(main, signal.SIGINT)
+    return b"x" * length
+
+main = os.getpid()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with LazyRegion(4096, source) as memory:
+    try:
+        found = memory[0]
+        os.getpid()
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+def output_of(program: str) -> str:
+    argv = [sys.executable, "-c", program]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            return process.communicate(timeout=DEADLINE)[0]
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_while_a_page_is_waited_for_is_an_interrupt() -> None:
+    assert output_of(INTERRUPTED) == "interrupted\n"
 
 
 @pytest.mark.parametrize("length", [0, -PAGE, PAGE + 1])
