@@ -76,6 +76,28 @@ def _fork_server(source: Source) -> tuple[int, int, int]:
     return pid, urgent, bulk
 
 
+class _Memory(mmap.mmap):
+    """Brings its pages as long as it is mapped: munmap(2) waits until its event has been read, and without that whoever
+    ends with a part of it in use would never end."""
+
+    pager: Pager
+    server: int  # pid
+    owner: int  # pid
+
+    def end(self) -> None:
+        """The memory first: with the pager gone its missing pages would read as zeros. Raises BufferError."""
+        self.close()
+        if os.getpid() != self.owner:  # a fork, with a copy of the memory
+            return
+        self.pager.abandon()
+        os.kill(self.server, signal.SIGKILL)
+        os.waitpid(self.server, 0)
+
+    def __del__(self) -> None:
+        if not self.closed:
+            self.end()
+
+
 class LazyRegion:
     """`length` bytes of private memory, in whole pages, filled by `source` as they are touched.
 
@@ -105,9 +127,10 @@ class LazyRegion:
         self._pager = Pager()
         with Userfaultfd.open() as uffd:
             uffd.api()
-            self._server, urgent, bulk = _fork_server(self._source)
+            server, urgent, bulk = _fork_server(self._source)
             self._pager.serve_remote(urgent, bulk)
-            self._map = mmap.mmap(-1, self._length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map = _Memory(-1, self._length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map.pager, self._map.server, self._map.owner = self._pager, server, os.getpid()
             self._view = memoryview(self._map)
             addr = int(ffi.cast("uintptr_t", ffi.from_buffer(self._map)))
             uffd.register(addr, self._length)
@@ -118,12 +141,8 @@ class LazyRegion:
         return self._view
 
     def __exit__(self, *_exception: object) -> None:
-        # The memory first: with the pager gone its missing pages would read as zeros.
         self._view.release()
-        self._map.close()
-        self._pager.abandon()
-        os.kill(self._server, signal.SIGKILL)
-        os.waitpid(self._server, 0)
+        self._map.end()
 
     def wait(self, timeout: float | None = None) -> bool:
         """True when every page is there, False after `timeout` seconds or when the source is lost."""

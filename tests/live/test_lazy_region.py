@@ -46,6 +46,22 @@ def test_a_forked_process_sees_it_too() -> None:
         assert os.waitpid(pid, 0) == (pid, 0)
 
 
+FORKED = """
+import os, sys
+from lazyproc.uffd.region import LazyRegion
+
+with LazyRegion(1 << 20, lambda _offset, length: b"x" * length) as memory:
+    if os.fork() == 0:
+        sys.exit()
+    os.wait()
+    print(chr(memory[0]))
+"""
+
+
+def test_a_forked_process_that_leaves_takes_nothing_with_it() -> None:
+    assert output_of(FORKED) == "x\n"
+
+
 def test_pages_of_a_page_source() -> None:
     obj = MemoryObject(ObjectKind.TASK, 9)
 
@@ -106,6 +122,21 @@ def output_of(program: str) -> str:
 
 def test_ctrl_c_while_a_page_is_waited_for_is_an_interrupt() -> None:
     assert output_of(INTERRUPTED) == "interrupted\n"
+
+
+SLICED = """
+from lazyproc.uffd.region import LazyRegion
+
+try:
+    with LazyRegion(1 << 20, lambda _offset, length: b"x" * length) as memory:
+        part = memory[4096:]
+except BufferError:
+    print(chr(part[0]))
+"""
+
+
+def test_who_ends_with_a_part_of_it_in_use_ends() -> None:
+    assert output_of(SLICED) == "x\n"
 
 
 @pytest.mark.parametrize("length", [0, -PAGE, PAGE + 1])
