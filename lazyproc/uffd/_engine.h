@@ -191,7 +191,7 @@ int place_filler(struct pager *p, const struct fault *f, enum page_class as);
 void wake(const struct pager *p, uint32_t space, uint64_t va, uint64_t pages);
 void retire_space(struct pager *p, uint32_t space);
 /* -ENOENT: it lives. -EAGAIN: its mappings are changing. -ESRCH: it is gone. */
-int64_t probe_space(const struct pager *p, uint32_t space);
+int64_t probe_space(struct pager *p, uint32_t space);
 bool reap_dead(struct pager *p); /* whether there were any */
 int faults_push(struct faults *list, const struct fault *f);
 void requeue(struct pager *p, int64_t space); /* waiting faults are looked at anew; space < 0: all */

@@ -67,10 +67,10 @@ static void release_instance(struct ledger *l, uint32_t instance)
     gone->live = 0;
 }
 
-/* --- unmap, remove, remap ----------------------------------------------------------------------------------------- */
+/* --- unmap, remove ------------------------------------------------------------------------------------------------ */
 
 /* Takes [start, end) out of the one region `i`. */
-static int cut_region(struct ledger *l, uint32_t space, uint32_t i, uint64_t start, uint64_t end)
+int cut_region(struct ledger *l, uint32_t space, uint32_t i, uint64_t start, uint64_t end)
 {
     struct region *r = ledger_regions(l, space) + i;
     struct region tail = {end, r->end, r->addr + (end - r->start), r->instance, 0};
@@ -115,6 +115,7 @@ void ledger_retire(struct ledger *l, uint32_t space)
     (void)ledger_unmap(l, space, 0, UINT64_MAX & ~(PAGE_SIZE - 1));
     l->spaces[space].live = 0;
     shadow_end_retire(l);
+    forget_due(l, space);
 }
 
 const struct region *ledger_shared_in(const struct ledger *l, uint32_t space, uint64_t start, uint64_t end)
@@ -138,57 +139,6 @@ void ledger_remove(struct ledger *l, uint32_t space, uint64_t start, uint64_t en
         if (shared_too || instance_is_private(&l->instances[regions[i].instance]))
             drop_pages(l, regions[i].instance, regions[i].addr + (from - regions[i].start), (to - from) >> PAGE_SHIFT);
     }
-}
-
-/* The first region at or after `from`, clipped to [from, end) and moved by `shift`. */
-static bool shifted(const struct ledger *l, uint32_t space, uint64_t from, uint64_t end, uint64_t shift,
-                    struct region *out)
-{
-    uint32_t i = region_above(l, space, from);
-    struct region r = ledger_regions(l, space)[i];
-    uint64_t start = r.start > from ? r.start : from;
-
-    if (i == l->spaces[space].regions || start >= end)
-        return false;
-    out->start = start + shift;
-    out->end = (r.end < end ? r.end : end) + shift;
-    out->addr = r.addr + (start - r.start);
-    out->instance = r.instance;
-    out->reserved = 0;
-    return true;
-}
-
-/* Length 0 is mremap's way of mapping shared memory a second time. The message does not say how much: as much as there
- * is, up to what is known to lie behind. */
-static uint64_t doubled_length(const struct ledger *l, uint32_t space, uint64_t from, uint64_t to)
-{
-    const struct region *whole = ledger_region_at(l, space, from);
-    uint32_t i = region_above(l, space, to);
-    uint64_t length = whole ? whole->end - from : 0;
-    uint64_t next = i < l->spaces[space].regions ? ledger_regions(l, space)[i].start : UINT64_MAX;
-
-    if (next <= to)
-        return 0;
-    return next - to < length ? next - to : length;
-}
-
-/* mremap(2). The old place of a private region is left at once. A shared one keeps it: with MREMAP_DONTUNMAP the old
- * mapping goes on showing the object, and otherwise an UNMAP message follows. */
-int ledger_remap(struct ledger *l, uint32_t space, uint64_t from, uint64_t to, uint64_t length)
-{
-    uint64_t shift = to - from, end = from + (length ? length : doubled_length(l, space, from, to));
-    struct region moved;
-    int error = ledger_unmap(l, space, from + shift, end + shift);
-
-    while (!error && shifted(l, space, from, end, shift, &moved)) {
-        uint64_t old = moved.start - shift;
-
-        from = moved.end - shift;
-        error = insert_region(l, space, moved);
-        if (!error && instance_is_private(&l->instances[moved.instance]))
-            error = cut_region(l, space, region_above(l, space, old), old, from);
-    }
-    return error;
 }
 
 /* --- fork --------------------------------------------------------------------------------------------------------- */

@@ -77,7 +77,7 @@ static int on_message(struct pager *p, uint32_t space, const struct uffd_msg *ms
     case UFFD_EVENT_REMOVE:
         return on_remove(p, space, msg->arg.remove.start, msg->arg.remove.end);
     case UFFD_EVENT_UNMAP:
-        error = ledger_unmap(&p->ledger, space, msg->arg.remove.start, msg->arg.remove.end);
+        error = ledger_unmapped(&p->ledger, space, msg->arg.remove.start, msg->arg.remove.end);
         break;
     }
     /* Who waits for a page in a range that changed waits for something else now, or for nothing. */
@@ -103,6 +103,7 @@ int apply_messages(struct pager *p, uint32_t count)
             return error;
         atomic_signal_fence(memory_order_seq_cst); /* with this store the event is over: _shadow.h */
         head->messages[i].event = 0;
+        ledger_message_over(&p->ledger);
     }
     removals_done(&p->removals);
     return 0;

@@ -28,6 +28,8 @@
 #define LEDGER_TRACE 65536u
 #define LEDGER_BUCKETS 1024u
 #define LEDGER_REMOVALS 8192u /* descriptors, two a processor */
+#define LEDGER_DUE 256u      /* messages that are due at the same time */
+#define LIMBO (1ull << 62)    /* regions beyond wait for the message that tells where their memory is */
 #define NO_KIN UINT32_MAX
 
 /* How far a page has come. Those up to PAGE_ABSENT still wait for their content. */
@@ -103,6 +105,17 @@ struct span {
     uint64_t states;
 };
 
+/* Addresses of which a message is due that is older than what is there now (_remap.c). */
+struct due {
+    uint64_t start;
+    uint64_t end;
+    uint32_t space;
+    uint8_t late;   /* where what was there has gone; that is in limbo */
+    uint8_t reused; /* or else that it is unmapped: is there anything now? */
+    uint8_t over;   /* it has come */
+    uint8_t reserved;
+};
+
 struct ledger_head {
     uint64_t magic;
     uint32_t spaces;    /* slots ever used */
@@ -128,6 +141,8 @@ struct ledger_head {
     uint32_t children;    /* ids handed out */
     uint32_t removal_count; /* 0: nobody looks */
     int32_t removal_fds[LEDGER_REMOVALS]; /* _removals.h */
+    uint32_t due_count;
+    struct due due[LEDGER_DUE];
 };
 
 struct shadow; /* _shadow.h */
@@ -181,6 +196,10 @@ int ledger_remap(struct ledger *l, uint32_t space, uint64_t from, uint64_t to, u
 /* Private memory is discarded, and what the objects of shared memory have there only if they lost it, too. */
 void ledger_remove(struct ledger *l, uint32_t space, uint64_t start, uint64_t end, bool shared_too);
 int ledger_unmap(struct ledger *l, uint32_t space, uint64_t start, uint64_t end);
+/* The message of that. It is of what was there first. */
+int ledger_unmapped(struct ledger *l, uint32_t space, uint64_t start, uint64_t end);
+void ledger_message_over(struct ledger *l);
+void ledger_quiet(struct ledger *l, uint32_t space); /* no message of the process was due */
 void ledger_retire(struct ledger *l, uint32_t space); /* its process is gone */
 
 /* The first region of shared memory that lies in [start, end), in part at least, or NULL. */

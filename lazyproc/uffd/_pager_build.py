@@ -18,6 +18,7 @@ PARTS = (
     "ledger",
     "states",
     "events",
+    "remap",
     "acknowledge",
     "link",
     "pace",

@@ -15,16 +15,25 @@
 #define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_zeropage)
 #endif
 
-/* Bytes installed, or -errno. Part of the range may be done when an error stops the rest: then the part counts. */
-static int64_t install(int uffd, uint64_t va, const uint8_t *data, uint64_t bytes, enum page_class as)
+/* Bytes installed, or -errno. Part of the range may be done when an error stops the rest: then the part counts. Any
+ * answer but EAGAIN says that no message of the process was under way. */
+static int64_t install(struct pager *p, uint32_t space, uint64_t va, const uint8_t *data, uint64_t bytes,
+                       enum page_class as)
 {
+    int uffd = p->ledger.spaces[space].uffd;
     struct uffdio_copy copy = {.dst = va, .src = (uintptr_t)data, .len = bytes};
     struct uffdio_zeropage fill = {.range = {.start = va, .len = bytes}};
     unsigned long filler = as == CLASS_POISONED ? UFFDIO_POISON : UFFDIO_ZEROPAGE;
     int64_t done;
 
-    if (data ? ioctl(uffd, UFFDIO_COPY, &copy) == 0 : ioctl(uffd, filler, &fill) == 0)
+    if (va >= LIMBO) /* until it is known where that is */
+        return probe_space(p, space);
+    if (data ? ioctl(uffd, UFFDIO_COPY, &copy) == 0 : ioctl(uffd, filler, &fill) == 0) {
+        ledger_quiet(&p->ledger, space);
         return (int64_t)bytes;
+    }
+    if (errno != EAGAIN)
+        ledger_quiet(&p->ledger, space);
     done = data ? copy.copy : fill.zeropage;
     return done > 0 ? done : -errno;
 }
@@ -186,13 +195,13 @@ void retire_space(struct pager *p, uint32_t space)
 }
 
 /* A request for an address that nothing maps. */
-int64_t probe_space(const struct pager *p, uint32_t space)
+int64_t probe_space(struct pager *p, uint32_t space)
 {
     const uint64_t nowhere = 0x10000; /* the default vm.mmap_min_addr */
 
     if (ledger_region_at(&p->ledger, space, nowhere))
         return -ENOENT;
-    return install(p->ledger.spaces[space].uffd, nowhere, NULL, PAGE_SIZE, CLASS_ZERO);
+    return install(p, space, nowhere, NULL, PAGE_SIZE, CLASS_ZERO);
 }
 
 /* A process that ends sends no message. */
@@ -240,16 +249,16 @@ static void settle(struct pager *p, uint32_t instance, uint64_t addr, uint64_t p
 /* The kernel looks whether mappings are changing (userfaultfd_copy in fs/userfaultfd.c), waits for the mapping's lock,
  * and only then finds nothing mapped (mfill_atomic in mm/userfaultfd.c). What was moved away meanwhile is not gone: the
  * message about that is unread still, as we hold the lock that reading takes (docs/adr/0016). */
-static int64_t install_mapped(const struct pager *p, uint32_t space, uint64_t va, const uint8_t *data, uint64_t pages,
+static int64_t install_mapped(struct pager *p, uint32_t space, uint64_t va, const uint8_t *data, uint64_t pages,
                               enum page_class as)
 {
-    int64_t result = install(p->ledger.spaces[space].uffd, va, data, pages * PAGE_SIZE, as);
+    int64_t result = install(p, space, va, data, pages * PAGE_SIZE, as);
 
     return result == -ENOENT && probe_space(p, space) == -EAGAIN ? -EAGAIN : result;
 }
 
 /* One mapping is one or more VMAs: mprotect(2) and madvise(2) split them unseen, and a copy must not cross a border. */
-static int64_t install_run(const struct pager *p, const struct mapping *m, const uint8_t *data, enum page_class as)
+static int64_t install_run(struct pager *p, const struct mapping *m, const uint8_t *data, enum page_class as)
 {
     int64_t result = install_mapped(p, m->space, m->va, data, m->pages, as);
 
@@ -358,7 +367,7 @@ int place_pages(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages
  * was poisoned is so wherever it is mapped since. */
 int place_filler(struct pager *p, const struct fault *f, enum page_class as)
 {
-    int64_t result = install(p->ledger.spaces[f->space].uffd, f->va, NULL, PAGE_SIZE, as);
+    int64_t result = install(p, f->space, f->va, NULL, PAGE_SIZE, as);
     int outcome = count_outcome(p, as, result);
 
     if (outcome < 0 || outcome == OUTCOME_DEFERRED)

@@ -34,7 +34,7 @@ int pager_spaces(struct pager *p, int *uffds, size_t count)
 
 /* -ENOMEM: taking part of a mapping out would exceed vm.max_map_count; the ioctl calls it the same when the process is
  * gone. Any other refusal means that nothing is mapped there any more, and the message about that is on its way. */
-static int unregister_all(const struct pager *p, uint32_t space)
+static int unregister_all(struct pager *p, uint32_t space)
 {
     const struct region *regions = ledger_regions(&p->ledger, space);
 

@@ -19,6 +19,7 @@
 #define HEAP 0x10000000ull
 #define STACK 0x20000000ull
 #define SHM 0x30000000ull
+#define FAR 0x40000000ull
 
 static void check(bool good, const char *what)
 {
@@ -54,6 +55,21 @@ static void fork_it(struct ledger *l)
     check(ledger_fork(l, 0, 101, 1) >= 0, "fork");
 }
 
+static bool shows(const struct ledger *l, uint64_t at, uint64_t addr)
+{
+    const struct region *r = ledger_region_at(l, 0, at);
+
+    return r && r->start == at && r->addr == addr;
+}
+
+/* The stack is moved to where the heap was, and that has been moved or unmapped itself, which is heard later. */
+static void move_in(struct ledger *l, const char *what)
+{
+    if (!strcmp(what, "unmap-after-move"))
+        check(ledger_remap(l, 0, HEAP, FAR, 16 * PAGE_SIZE) == 0, "move");
+    check(ledger_remap(l, 0, STACK, HEAP, 16 * PAGE_SIZE) == 0, "move in");
+}
+
 static void change(struct ledger *l, const char *what)
 {
     if (!strcmp(what, "unmap-middle"))
@@ -64,6 +80,10 @@ static void change(struct ledger *l, const char *what)
         check(ledger_remap(l, 0, HEAP + 4 * PAGE_SIZE, SHM + 8 * PAGE_SIZE, 16 * PAGE_SIZE) == 0, what);
     else if (!strcmp(what, "double"))
         check(ledger_remap(l, 0, SHM, SHM + 64 * PAGE_SIZE, 0) == 0, what);
+    else if (!strcmp(what, "late-move"))
+        check(ledger_remap(l, 0, HEAP, FAR, 16 * PAGE_SIZE) == 0 && shows(l, FAR, HEAP) && shows(l, HEAP, STACK), what);
+    else if (!strcmp(what, "late-unmap") || !strcmp(what, "unmap-after-move"))
+        check(ledger_unmapped(l, 0, HEAP, HEAP + 16 * PAGE_SIZE) == 0 && shows(l, HEAP, STACK), what);
     else if (!strcmp(what, "discard"))
         ledger_remove(l, 0, HEAP, HEAP + 32 * PAGE_SIZE, false);
     else if (!strcmp(what, "remove"))
@@ -100,6 +120,7 @@ static void apply(struct ledger *l, const char *what)
     change(l, what);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     l->head->messages[0].event = 0;
+    ledger_message_over(l);
 }
 
 static void print_space(FILE *f, const struct ledger *l, uint32_t s)
@@ -153,6 +174,8 @@ static void prepare(struct ledger *l, const char *what)
     make(l);
     if (needs_child(what))
         fork_it(l);
+    if (strstr(what, "late") || strstr(what, "after"))
+        move_in(l, what);
     l->head->messages[0].event = strncmp(what, "retire", 6) ? 1 : 0;
 }
 

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 ROOM = HERE.parents[1] / "lazyproc"
 SOURCES = (
     HERE / "ledger_killed.c",
-    *(ROOM / f"uffd/_{part}.c" for part in ("ledger", "states", "events", "shadow")),
+    *(ROOM / f"uffd/_{part}.c" for part in ("ledger", "states", "events", "remap", "shadow")),
 )
 FEWEST = 20  # kills, or the change was over before it began
 
@@ -33,6 +33,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "unmap-all",
         "move",
         "double",
+        "late-move",
+        "late-unmap",
+        "unmap-after-move",
         "discard",
         "remove",
         "fork",

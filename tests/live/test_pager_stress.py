@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy
 import pytest
 
+from lazyproc.kernel import proc
 from lazyproc.kernel import sys as kernel
 from lazyproc.model import PAGE, Extent
 from lazyproc.runs import Segment
 from lazyproc.uffd.pager import Pager
 from tests.live.lazy_rig import DEADLINE, TASK, Server, balanced, pager, whole
+from tests.live.programs import wait_until
 
 HERE = Path(__file__).parent
 
@@ -26,6 +28,14 @@ def toucher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     binary = tmp_path_factory.mktemp("toucher") / "toucher"
     flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
     subprocess.run(["gcc", *flags, HERE / "toucher.c", "-o", binary], check=True)
+    return binary
+
+
+@pytest.fixture(scope="session")
+def movers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    binary = tmp_path_factory.mktemp("movers") / "movers"
+    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    subprocess.run(["gcc", *flags, HERE / "movers.c", "-o", binary], check=True)
     return binary
 
 
@@ -148,3 +158,50 @@ def test_what_moves_while_it_is_put_in_place_is_not_lost(toucher: Path, tmp_path
         assert target.go() == 0
         assert balanced(made)
         assert made.counters().dropped == 0
+
+
+@pytest.mark.parametrize("pairs", [1, 2000], ids=["forced", "raced"])
+def test_memory_that_moves_to_where_another_thread_has_just_moved_away(
+    movers: Path, tmp_path: Path, pairs: int
+) -> None:
+    """The kernel tells of both moves when they have been made, and may tell of the second one first. Who moves away is
+    told that his old place is unmapped when he has heard of the new one: after the second move, if the pager begins
+    when both wait to be heard.
+    """
+    pages = 2
+    argv: list[Path | str] = [movers, str(pairs), str(pages)]
+    with (
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
+        pager() as made,
+        open(tmp_path / "pages-1.img", "w+b") as image,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        pid, theirs, *areas = map(int, process.stdout.readline().split())
+        pidfd = kernel.pidfd_open(pid)
+        space = made.add_space(kernel.pidfd_getfd(pidfd, theirs))
+        os.close(pidfd)
+        starts = [area + pair * 2 * pages * PAGE for area in sorted(areas) for pair in range(pairs)]
+        segments = []
+        for start in starts:
+            made.add_region(space, start, pages * PAGE, TASK, start)
+            segments.append(Segment(TASK.key, start, start + pages * PAGE, image.fileno(), image.tell()))
+            for addr in range(start, start + pages * PAGE, PAGE):
+                image.write(addr.to_bytes(8, "little").ljust(PAGE, b"\1"))
+        image.flush()
+        made.serve_segments(segments)
+        made.apply_map({TASK: [extent for start in starts for extent in whole(start, pages)]})
+        try:
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            if pairs == 1:
+                wait_until(lambda: not is_mapped(pid, areas[1]), "both have moved")
+            made.start(bulk=False)
+            assert process.communicate(timeout=60)[0] == b"0\n"
+            assert made.counters().dropped == 0
+        finally:
+            process.kill()
+
+
+def is_mapped(pid: int, addr: int) -> bool:
+    return any(entry.start <= addr < entry.end for entry in proc.maps(proc.read(pid, "maps")))
