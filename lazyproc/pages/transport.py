@@ -618,4 +618,8 @@ def parse_address(text: str) -> tuple[str, int]:
         return host[1:-1], int(port)
     if ":" in host or "[" in host or "]" in host:
         raise UsageError("is not an address", where=repr(text), remedy="write an IPv6 address as [IPV6]:PORT")
+    try:
+        host.encode("idna")  # as `socket` does
+    except UnicodeError:
+        raise UsageError("is not the name of a host", where=repr(text), remedy="check the name") from None
     return host, int(port)

@@ -157,6 +157,12 @@ def test_what_is_no_address(text: str) -> None:
         parse_address(text)
 
 
+@pytest.mark.parametrize("text", ["a..b:80", ".a:80", "a" * 64 + ":80", "a\udcff:80"])
+def test_what_is_no_name(text: str) -> None:
+    with pytest.raises(UsageError, match="check the name"):
+        parse_address(text)
+
+
 def test_an_address_in_use_says_what_to_do() -> None:
     with listening() as (_, address, _), pytest.raises(CannotListen, match="in use; stop who listens"):
         listen(address, Party.SOURCE, trust=US)
