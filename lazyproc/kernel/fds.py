@@ -52,13 +52,16 @@ F_OWNER_TID, F_OWNER_PID, F_OWNER_PGRP = range(3)
 
 
 def make_room(count: int) -> None:
-    """Make our descriptor table large enough for `count` descriptors now, or for as many as we may have.
+    """Make our descriptor table large enough for `count` descriptors now, or for as many as we may have. From now on
+    that is what the hard limit allows: each process of a tree takes some, also those that are forked while it arrives.
 
     It grows when the first beyond it is opened (64 at the start, then always twice as many), and where others share it,
     threads too, that waits until every processor has passed through the scheduler: 7 to 15 ms (fs/file.c,
     expand_fdtable, synchronize_rcu).
     """
-    highest = min(count, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 1
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    highest = min(count, most) - 1
     some = os.open("/", os.O_PATH | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # EMFILE: the last is in use, so it is as large already

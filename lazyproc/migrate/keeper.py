@@ -99,6 +99,7 @@ def keep_on(record: Record, supply: Supply, listener: Listener) -> Mapping[str, 
     def run() -> None:
         ours.close()
         unplug()
+        make_room(AMPLE)
         client = Client(theirs)
         try:
             kept = anchors(tree)

@@ -19,6 +19,7 @@ from lazyproc.images.files import Folder
 from lazyproc.images.lazy import LazyMemory, highest_descriptor
 from lazyproc.kernel import family
 from lazyproc.kernel.deaf import ignore_interrupts
+from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.nursery import TRANSPORT_FD
 from lazyproc.migrate.apart import Client, Messages, result, stream, unplug
 from lazyproc.migrate.arrival import Wishes
@@ -213,6 +214,7 @@ class LazyPagesKeeper(Keeper):
 
     def take_over(self, door: Door, pages: PrivatePages, beforehand: Beforehand) -> None:
         """From the first connection to the last page."""
+        make_room(AMPLE)
         self._beforehand = beforehand
         self._entrance = door
         tables = Pager()  # its threads run in the pager; here its tables are filled

@@ -18,6 +18,7 @@ from lazyproc.images.convert import from_images, memory_objects
 from lazyproc.images.files import EXTRAS, Folder
 from lazyproc.images.foreign import network_lock
 from lazyproc.kernel.cgroup import remove
+from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.model import Checkpoint, Extent, MemoryObject
 from lazyproc.pages import PageSource
 from lazyproc.pages.images import ImagePages
@@ -224,6 +225,7 @@ def restore(
         source = served.pages(local) if served is not None else local
         if EXTRAS not in images:
             checkpoint = fitted(checkpoint, source)
+        make_room(AMPLE)
         pager = stack.enter_context(Pager(trace=bool(files))) if lazy else None
         handed = lazy_pages is not None
         with (

@@ -12,7 +12,8 @@ import pytest
 PROGRAM = """
 import os, resource, sys
 from lazyproc.kernel.fds import make_room
-resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[2])))
+hard = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 4 if sys.argv[3] == "soft" else hard, hard))
 if sys.argv[3] == "full":
     os.dup2(0, int(sys.argv[2]) - 1)
 before = sorted(os.listdir("/proc/self/fd"))
@@ -24,7 +25,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.parametrize(
     ("count", "limit", "state", "least"),
-    [(3000, 4096, "", 3000), (3000, 1000, "", 1000), (1000, 1000, "full", 1000)],
+    [(3000, 4096, "", 3000), (3000, 1000, "", 1000), (1000, 1000, "full", 1000), (3000, 4096, "soft", 3000)],
 )
 def test_there_is_room_for_as_many_descriptors_as_may_be(
     count: int, limit: int, state: str, least: int
