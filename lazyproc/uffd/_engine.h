@@ -190,7 +190,7 @@ int place_pages(struct pager *p, uint32_t primary, uint64_t addr, uint64_t pages
 int place_filler(struct pager *p, const struct fault *f, enum page_class as);
 void wake(const struct pager *p, uint32_t space, uint64_t va, uint64_t pages);
 void retire_space(struct pager *p, uint32_t space);
-/* -ENOENT: it lives. -EAGAIN: its mappings are changing. -ESRCH: it is gone. */
+/* -EAGAIN: its mappings are changing. -ESRCH: it is gone. Anything else: it lives. */
 int64_t probe_space(struct pager *p, uint32_t space);
 bool reap_dead(struct pager *p); /* whether there were any */
 int faults_push(struct faults *list, const struct fault *f);

@@ -26,8 +26,10 @@ static int64_t install(struct pager *p, uint32_t space, uint64_t va, const uint8
     unsigned long filler = as == CLASS_POISONED ? UFFDIO_POISON : UFFDIO_ZEROPAGE;
     int64_t done;
 
-    if (va >= LIMBO) /* until it is known where that is */
-        return probe_space(p, space);
+    if (va >= LIMBO) { /* it is not known yet where that is */
+        done = probe_space(p, space);
+        return done == -EAGAIN || done == -ESRCH ? done : -ENOENT;
+    }
     if (data ? ioctl(uffd, UFFDIO_COPY, &copy) == 0 : ioctl(uffd, filler, &fill) == 0) {
         ledger_quiet(&p->ledger, space);
         return (int64_t)bytes;
@@ -194,13 +196,14 @@ void retire_space(struct pager *p, uint32_t space)
     close(uffd);
 }
 
-/* A request for an address that nothing maps. */
+/* A request for an address where nothing is missing; mostly nothing is mapped there. */
 int64_t probe_space(struct pager *p, uint32_t space)
 {
-    const uint64_t nowhere = 0x10000; /* the default vm.mmap_min_addr */
+    uint64_t nowhere = 0x10000; /* the default vm.mmap_min_addr */
+    const struct region *r;
 
-    if (ledger_region_at(&p->ledger, space, nowhere))
-        return -ENOENT;
+    while ((r = ledger_region_at(&p->ledger, space, nowhere)))
+        nowhere = r->end;
     return install(p, space, nowhere, NULL, PAGE_SIZE, CLASS_ZERO);
 }
 

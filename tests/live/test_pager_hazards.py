@@ -234,6 +234,24 @@ def test_a_process_that_ends_drops_its_pages() -> None:
         assert r.pager.spaces() == ()
 
 
+def test_a_process_that_ends_with_the_lowest_memory_there_is() -> None:
+    """As Wine reserves it."""
+    pages, lowest = 4, 0x10000  # the default vm.mmap_min_addr
+    with child() as process, pager() as made:
+        addr = process.call("mmap", length=pages * PAGE)
+        flags = MREMAP_MAYMOVE | MREMAP_FIXED
+        process.call("mremap", addr=addr, old=pages * PAGE, new=pages * PAGE, flags=flags, to=lowest)
+        with server({TASK.key: (lowest, content(pages))}) as source:
+            space = made.add_space(process.register((lowest, pages * PAGE)))
+            made.add_region(space, lowest, pages * PAGE, TASK, lowest)
+            made.serve_remote(*source.connect())
+            made.apply_map({TASK: whole(lowest, pages)})
+            made.start(bulk=False)
+            process.process.kill()
+            assert made.wait(DEADLINE)
+            assert made.counters().dropped == pages
+
+
 def test_shared_memory_mapped_twice_and_shrunk() -> None:
     pages = 8
     data = content(pages)
