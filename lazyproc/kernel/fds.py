@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from lazyproc.kernel._core import ffi
 from lazyproc.kernel.sys import KCMP_EPOLL_TFD, kcmp, syscall
+from lazyproc.limits import raise_descriptor_limit
 
 SYS_FSTATFS = 138
 SYS_EPOLL_CTL = 233
@@ -59,9 +60,8 @@ def make_room(count: int) -> None:
     threads too, that waits until every processor has passed through the scheduler: 7 to 15 ms (fs/file.c,
     expand_fdtable, synchronize_rcu).
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    highest = min(count, most) - 1
+    raise_descriptor_limit()
+    highest = min(count, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 1
     some = os.open("/", os.O_PATH | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # EMFILE: the last is in use, so it is as large already
