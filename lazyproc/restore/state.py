@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import struct
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 
 from lazyproc.events import Listener, Note
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.remote import Bench, Call
-from lazyproc.model import Credentials, Fs, SeccompFilter, Task, Thread
+from lazyproc.model import Credentials, Fs, PosixTimer, SeccompFilter, Task, Thread
 from lazyproc.restore.inherited import Inherited
 
 # include/uapi/linux/prctl.h
@@ -20,6 +21,7 @@ PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_TIMERSLACK = 24, 28, 29
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 36, 38, 47
 PR_CAP_AMBIENT_RAISE = 2
 PR_TIMER_CREATE_RESTORE_IDS = 77
+CLOCK_THREAD_CPUTIME_ID, THIS_THREAD = 3, -2  # the latter is how /proc/PID/timers calls the former
 SECBIT_NO_SETUID_FIXUP = 1 << 2
 SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC = 1, 1
 CAPABILITY_VERSION_3 = 0x20080522
@@ -64,12 +66,23 @@ def flag_calls(task: Task) -> Iterator[Call]:
             yield Call("membarrier", (1 << bit, 0, 0))
 
 
-def timer_create_calls(task: Task, bench: Bench) -> Iterator[Call]:
+def timer_makers(task: Task) -> dict[int, list[PosixTimer]]:
+    """The POSIX timers by the thread that is to make them. A timer on the time of "this thread" goes by the time of who
+    made it, which the kernel does not tell: nearly always it is the one that it signals (SIGEV_THREAD_ID). Pure.
+    """
+    made = defaultdict(list)
+    for timer in task.posix_timers:
+        of_thread = timer.clock in (CLOCK_THREAD_CPUTIME_ID, THIS_THREAD) and timer.tid
+        made[timer.tid if of_thread else task.vpid].append(timer)
+    return made
+
+
+def timer_create_calls(timers: Sequence[PosixTimer], bench: Bench) -> Iterator[Call]:
     """POSIX timers under their own numbers (kernel 6.16, PR_TIMER_CREATE_RESTORE_IDS), not armed yet."""
-    if not task.posix_timers:
+    if not timers:
         return
     yield Call("prctl", (PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0))
-    for timer in task.posix_timers:
+    for timer in timers:
         event = struct.pack("<Qiii", timer.value, timer.signal, timer.notify, timer.tid).ljust(64, b"\0")
         number = bench.place(struct.pack("<i", timer.id))
         yield Call("timer_create", (timer.clock, bench.place(event), number))

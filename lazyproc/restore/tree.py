@@ -361,6 +361,9 @@ def _give_threads(ground: Groundwork, checkpoint: Checkpoint, files: Mapping[int
         _set_paths(site, checkpoint, files)
         site.run()
         meet_threads(site, ground.birth.nursery)
+        for tid, timers in state.timer_makers(site.task).items():
+            if tid != site.task.vpid:
+                site.bench.run(site.threads[tid], list(state.timer_create_calls(timers, site.bench)))
 
 
 @contextmanager
@@ -406,7 +409,7 @@ def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> N
         Call("close", (site.transport_fd,)),
         *descriptors.lock_calls(task, bench),
         *state.flag_calls(task),
-        *state.timer_create_calls(task, bench),
+        *state.timer_create_calls(state.timer_makers(task)[task.vpid], bench),
         Call("set_tid_address", (task.leader.clear_child_tid,)),
     )
 

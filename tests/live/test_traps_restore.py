@@ -319,6 +319,50 @@ def test_a_parent_that_does_not_hear_of_stops_keeps_its_actions(child: str, tmp_
         assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == 7
 
 
+TIMER_OF_A_THREAD = """
+#ifndef sigev_notify_thread_id
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
+static timer_t timer;
+static volatile sig_atomic_t asked;
+static void on_usr1(int s) { (void)s; asked = 1; }
+static void on_timer(int s) { (void)s; if (asked) { asked = 0; say("fired\\n", 0, 0, 0); } }
+static void *of_thread(void *clock)
+{
+    struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGPROF };
+    struct itimerspec times = { { 0, 10000000 }, { 0, 10000000 } };
+    event.sigev_notify_thread_id = gettid();
+    if (timer_create((clockid_t)(long)clock, &event, &timer) || timer_settime(timer, 0, &times, NULL)) _exit(1);
+    while ((long)clock == CLOCK_THREAD_CPUTIME_ID) continue;
+    return NULL;
+}
+int main(int c, char **v)
+{
+    long clock = strcmp(v[2], "busy") ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID;
+    struct itimerspec times;
+    pthread_t thread;
+    (void)c;
+    words = v;
+    signal(SIGUSR1, on_usr1);
+    signal(SIGPROF, on_timer);
+    pthread_create(&thread, NULL, of_thread, (void *)clock);
+    if (clock == CLOCK_MONOTONIC) pthread_join(thread, NULL);
+    say("ready\\n", 0, 0, 0);
+    do pause(); while (clock != CLOCK_MONOTONIC);
+    long got = timer_gettime(timer, &times);
+    say("%ld %ld\\n", got, times.it_interval.tv_nsec, 0);
+    for (;;) pause();
+}
+"""
+
+
+def test_a_timer_on_the_time_that_a_thread_uses_goes_by_that_thread(tmp_path: Path) -> None:
+    """As a profiler has one in each thread: made by another thread it goes by the time of that one."""
+    with tracee(TIMER_OF_A_THREAD, tmp_path, "busy") as it, moved(it.pid) as (root, _):
+        os.kill(root, signal.SIGUSR1)
+        assert it.hear() == "fired"
+
+
 LOCKED = """
 #include <sys/resource.h>
 int main(int c, char **v)
