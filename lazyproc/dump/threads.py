@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from lazyproc.dump.question import Question
 from lazyproc.kernel import proc
-from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.kernel.settle import Stopped, resumed
+from lazyproc.kernel.sys import scheduling
 from lazyproc.kernel.tracee import Memory, Tracee
-from lazyproc.model import Credentials, Scheduling, SigAction, SignalStack, Thread
+from lazyproc.model import Credentials, SigAction, SignalStack, Thread
 
 # include/uapi/linux/prctl.h
 PR_GET_PDEATHSIG, PR_GET_SECUREBITS, PR_GET_TIMERSLACK, PR_GET_TID_ADDRESS = 2, 27, 30, 40
@@ -79,7 +78,7 @@ def gather_thread(
         robust_list_len=state.robust_list_len,
         rseq=state.rseq,
         credentials=credentials(status, answers.securebits),
-        scheduling=_scheduling(tracee.tid, cpus),
+        scheduling=scheduling(tracee.tid, cpus),
         pdeath_signal=answers.pdeath_signal,
         timer_slack_ns=answers.timer_slack_ns,
         seccomp_mode=status.seccomp,
@@ -100,15 +99,4 @@ def credentials(status: proc.Status, securebits: int) -> Credentials:
         cap_ambient=status.cap_ambient,
         securebits=securebits,
         no_new_privs=status.no_new_privs,
-    )
-
-
-def _scheduling(tid: int, cpus: int) -> Scheduling:
-    allowed = os.sched_getaffinity(tid)
-    return Scheduling(
-        policy=os.sched_getscheduler(tid),
-        priority=os.sched_getparam(tid).sched_priority,
-        nice=os.getpriority(os.PRIO_PROCESS, tid),
-        ioprio=kernel.ioprio_get(tid),
-        cpus=() if len(allowed) >= cpus else tuple(sorted(allowed)),
     )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from lazyproc.errors import HostLacks
 from lazyproc.kernel._core import ffi, lib
+from lazyproc.model import Scheduling
 
 SYS_FALLOCATE = 285
 SYS_KCMP = 312
@@ -96,6 +97,18 @@ def ioprio_get(tid: int) -> int:
 def ioprio_set(tid: int, priority: int) -> None:
     """ioprio_set(2) of a thread. EPERM for the real-time class without CAP_SYS_ADMIN."""
     syscall(SYS_IOPRIO_SET, IOPRIO_WHO_PROCESS, tid, priority)
+
+
+def scheduling(tid: int, cpus: int) -> Scheduling:
+    """Of a thread; this host has `cpus` processors."""
+    allowed = os.sched_getaffinity(tid)
+    return Scheduling(
+        policy=os.sched_getscheduler(tid),
+        priority=os.sched_getparam(tid).sched_priority,
+        nice=os.getpriority(os.PRIO_PROCESS, tid),
+        ioprio=ioprio_get(tid),
+        cpus=() if len(allowed) >= cpus else tuple(sorted(allowed)),
+    )
 
 
 def read_memory(pid: int, addr: int, length: int) -> bytes:

@@ -7,9 +7,9 @@ import signal
 
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
-from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.nursery import Nursery
 from lazyproc.kernel.remote import Call
+from lazyproc.kernel.sys import scheduling
 from lazyproc.model import Credentials, Scheduling
 
 PR_GET_SECUREBITS = 27
@@ -31,13 +31,4 @@ class Inherited:
             status.cap_inheritable, status.cap_permitted, status.cap_effective, status.cap_bounding,
             status.cap_ambient, securebits, status.no_new_privs,
         )  # fmt: skip
-        pid = nursery.pid
-        return cls(
-            credentials,
-            Scheduling(
-                os.sched_getscheduler(pid),
-                os.sched_getparam(pid).sched_priority,
-                os.getpriority(os.PRIO_PROCESS, pid),
-                kernel.ioprio_get(pid),
-            ),
-        )
+        return cls(credentials, scheduling(nursery.pid, os.cpu_count() or 1))

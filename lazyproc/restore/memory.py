@@ -201,8 +201,7 @@ def _mm_calls(mm: Mm, bench: Bench, exe_fd: int) -> Iterator[Call]:
         exe_fd,
     )
     yield Call("prctl", (PR_SET_MM, PR_SET_MM_MAP, bench.place(fields), len(fields), 0))
-    if mm.thp_disabled:
-        yield Call("prctl", (PR_SET_THP_DISABLE, 1, 0, 0, 0))
+    yield Call("prctl", (PR_SET_THP_DISABLE, int(mm.thp_disabled), 0, 0, 0))  # ours outlives fork and exec
 
 
 def lock_calls(vmas: Sequence[Vma]) -> Iterator[Call]:

@@ -217,21 +217,22 @@ def late_calls(task: Task, thread: Thread, bench: Bench, inherited: Inherited) -
 
 
 def schedule(thread: Thread, tid: int, inherited: Inherited, listener: Listener) -> None:
-    """Policy and nice value, set from outside while the thread still has our privileges."""
-    wanted = thread.scheduling
-    if wanted == inherited.scheduling:
+    """Policy, nice value and processors, set from outside while the thread still has our privileges."""
+    wanted, given = thread.scheduling, inherited.scheduling
+    if wanted == given:
         return
     try:
         os.sched_setscheduler(tid, wanted.policy, os.sched_param(wanted.priority))
         os.setpriority(os.PRIO_PROCESS, tid, wanted.nice)
-        if wanted.ioprio:
+        if wanted.ioprio != given.ioprio:
             kernel.ioprio_set(tid, wanted.ioprio)
     except PermissionError:
         listener(Note(f"thread {thread.tid}: {wanted} is not allowed here"))
-    if wanted.cpus:
-        try:
-            os.sched_setaffinity(tid, wanted.cpus)
-        except OSError:  # this host, or our part of it, has none of them
-            listener(
-                Note(f"thread {thread.tid}: may run on all CPUs here, for there is none of {wanted.cpus}")
-            )
+    if wanted.cpus == given.cpus:
+        return
+    everywhere = range(os.sysconf("SC_NPROCESSORS_CONF"))
+    try:
+        os.sched_setaffinity(tid, wanted.cpus or everywhere)
+    except OSError:  # this host, or our part of it, has none of them
+        os.sched_setaffinity(tid, everywhere)
+        listener(Note(f"thread {thread.tid}: may run on all CPUs here, for there is none of {wanted.cpus}"))

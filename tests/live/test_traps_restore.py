@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -20,7 +21,8 @@ from lazyproc.facts import replace
 from lazyproc.images.xsave import relaid
 from lazyproc.kernel import proc, xfeatures
 from lazyproc.kernel.remote import ENDINGS
-from lazyproc.model import Checkpoint
+from lazyproc.kernel.sys import ioprio_get, ioprio_set, scheduling
+from lazyproc.model import Checkpoint, Scheduling
 from lazyproc.restore.tree import built_tree
 from tests.live.programs import UNSUPPORTED, running, wait_until
 from tests.live.tracees import tracee
@@ -389,6 +391,47 @@ def test_memory_that_was_locked_before_its_user_changed_is_locked(tmp_path: Path
         with moved(it.pid) as (root, _):
             assert _status(root).uid.effective == NOBODY
             assert before == _status(root).locked_kib == 1024
+
+
+WAITING = """
+int main(int c, char **v)
+{
+    (void)c;
+    words = v;
+    say("ready\\n", 0, 0, 0);
+    for (;;) pause();
+}
+"""
+IDLE = 3 << 13  # ioprio_set(2)
+PR_SET_THP_DISABLE = 41
+
+
+@contextmanager
+def _treated() -> Iterator[None]:
+    """We are to run on one processor, read from disks when nobody else does, and have no huge pages."""
+    cpus, priority, prctl = os.sched_getaffinity(0), ioprio_get(0), ctypes.CDLL(None).prctl
+    try:
+        os.sched_setaffinity(0, {min(cpus)})
+        ioprio_set(0, IDLE)
+        prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)
+        ioprio_set(0, priority)
+        prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+def test_how_the_restorer_is_treated_is_nothing_to_the_tree(tmp_path: Path) -> None:
+    with tracee(WAITING, tmp_path) as it:
+        before = _treatment(it.pid)
+        with _treated(), moved(it.pid) as (root, _):
+            assert _treatment(root) == before
+
+
+def _treatment(pid: int) -> tuple[Scheduling, bytes]:
+    huge = next(line for line in proc.read(pid, "status").splitlines() if line.startswith(b"THP_enabled"))
+    return scheduling(pid, os.cpu_count() or 1), huge
 
 
 def _status(pid: int) -> proc.Status:
