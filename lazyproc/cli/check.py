@@ -15,7 +15,9 @@ CANNOT_BE_DONE = 3
 
 
 def add(commands: Commands) -> None:
-    parser = command(commands, run, "check", "say what this host can do, and how to mend what it cannot")
+    parser = command(
+        commands, run, "check", "say what this host can do, and how to mend what it cannot", only_tells=True
+    )
     add_peer(parser, "also whether trees of this host can move to the receiver there")
     add_json(parser)
 

@@ -24,7 +24,13 @@ OBSTACLES = 3
 
 
 def add(commands: Commands) -> None:
-    parser = command(commands, run, "explain", "say what would stop a checkpoint or a move of a process tree")
+    parser = command(
+        commands,
+        run,
+        "explain",
+        "say what would stop a checkpoint or a move of a process tree",
+        only_tells=True,
+    )
     add_pid_or_qemu(parser)
     add_peer(parser, "what would stop a move to the receiver there; it is asked, and nothing moves")
     add_tcp_close(parser)

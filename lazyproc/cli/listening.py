@@ -8,10 +8,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
-from lazyproc.events import Event, Listener
+from lazyproc.errors import LazyprocError
+from lazyproc.events import Event, Listener, Note
 from lazyproc.show.progress import Progress, event_text
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -32,7 +33,7 @@ def listening(args: argparse.Namespace) -> Iterator[Listener]:
 
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(sys.stderr, verbose=args.verbose))
-        log = stack.enter_context(_log(args.log_file)) if args.log_file else None
+        log = stack.enter_context(_log(args.log_file, progress)) if args.log_file else None
         stack.enter_context(handling(interrupt, *INTERRUPTS))
         stack.enter_context(_said_again(interrupt))
         stack.enter_context(_deaf_once_settled(args))
@@ -94,20 +95,36 @@ def _deaf_once_settled(args: argparse.Namespace) -> Iterator[None]:
 
 
 @contextmanager
-def _log(path: str) -> Iterator[Callable[[str], None]]:
-    """Appends lines with the time to a file that only its owner can read; the last one says what went wrong."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _log(path: str, listener: Listener) -> Iterator[Callable[[str], None]]:
+    """Appends lines with the time to a file that only its owner can read; the last one says what went wrong. A full
+    disk ends the log, and not the work: `listener` is told. Raises LazyprocError when it cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise LazyprocError(
+            f"the log cannot be written: {error.strerror}",
+            where=path,
+            remedy="name another file with --log-file",
+        ) from None
+    ended = False
 
     def write(text: str) -> None:
+        nonlocal ended
+        if ended:
+            return
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-        os.write(fd, os.fsencode(f"{stamp}.{int(now % 1 * 1000):03}Z {text}\n"))
+        try:
+            os.write(fd, os.fsencode(f"{stamp}.{int(now % 1 * 1000):03}Z {text}\n"))
+        except OSError as error:
+            ended = True
+            listener(Note(f"{path}: the log ends here: {error.strerror}"))
 
     try:
         yield write
     except BaseException as error:
-        with suppress(OSError):  # a full disk is no reason to say something else than what went wrong
-            write(f"failed: {type(error).__name__}: {error}")
+        write(f"failed: {type(error).__name__}: {error}")
         raise
     finally:
         os.close(fd)

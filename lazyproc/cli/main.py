@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +28,7 @@ from lazyproc.cli import (
     stdio,
 )
 from lazyproc.cli.options import Formatter
+from lazyproc.cli.streams import answered, fill_gaps, give_up, say
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -79,14 +79,15 @@ def parser(only: str = "") -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name. Returns the exit code."""
+    fill_gaps()
     words = sys.argv[1:] if argv is None else argv
     args = parser(words[0] if words and words[0] in NAMES else "").parse_args(words)
     try:
         return _run(args)
     except KeyboardInterrupt:
         return _interrupted(args)
-    except BrokenPipeError:  # whoever read our output has gone; what remains in the buffer has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # whoever read what the command printed on its way has gone
+        give_up(1)
         return FAILED
     except Exception as error:
         return _failed(error, args)
@@ -95,26 +96,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _interrupted(args: argparse.Namespace) -> int:
     from lazyproc.show.text import print_json
 
-    print(f"lazyproc: {args.when_interrupted}", file=sys.stderr)
+    say(f"lazyproc: {args.when_interrupted}")
     if args.json:
-        print_json({"error": args.when_interrupted, "exit_code": FAILED})
+        answered(lambda: print_json({"error": args.when_interrupted, "exit_code": FAILED}))
     return FAILED
 
 
 def _run(args: argparse.Namespace) -> int:
-    """The result is printed when the progress bar is out of the way."""
+    """The result is printed when the progress bar is out of the way. Its exit code stands whatever becomes of that,
+    unless the result is all that the command is for.
+    """
     from lazyproc.cli.listening import listening
     from lazyproc.limits import raise_descriptor_limit
-    from lazyproc.show.text import print_json, printable
 
     raise_descriptor_limit()
     with listening(args) as listener:
         outcome: Outcome = args.run(args, listener)
+        args.settled = True  # an interrupt comes too late
+    if not answered(lambda: _print(outcome, args)) and args.only_tells:
+        return outcome.status or FAILED
+    return outcome.status
+
+
+def _print(outcome: Outcome, args: argparse.Namespace) -> None:
+    from lazyproc.show.text import print_json, printable
+
     if args.json:
         print_json(outcome.fields)
     elif outcome.text:
         print(printable(outcome.text, keep=NEW_LINE), flush=True)
-    return outcome.status
 
 
 def _failed(error: Exception, args: argparse.Namespace) -> int:
@@ -124,10 +134,10 @@ def _failed(error: Exception, args: argparse.Namespace) -> int:
     if args.verbose:
         import traceback
 
-        traceback.print_exception(error)
-    print(f"lazyproc: {printable(failure_text(error), keep=NEW_LINE)}", file=sys.stderr)
+        say(printable("".join(traceback.format_exception(error)).rstrip(), keep=NEW_LINE))
+    say(f"lazyproc: {printable(failure_text(error), keep=NEW_LINE)}")
     if args.json:
-        print_json(failure_fields(error))
+        answered(lambda: print_json(failure_fields(error)))
     return exit_code(error)
 
 

@@ -41,13 +41,19 @@ def _columns() -> int:
         return 80
 
 
-def command(commands: Commands, run: Run, name: str, words: str) -> argparse.ArgumentParser:
-    """A command with the options that all have. `words` say in the list of commands what it does."""
+def command(
+    commands: Commands, run: Run, name: str, words: str, *, only_tells: bool = False
+) -> argparse.ArgumentParser:
+    """A command with the options that all have. `words` say in the list of commands what it does; one that `only_tells`
+    has done nothing when its result cannot be printed.
+    """
     description = words[0].upper() + words[1:] + "."
     parser = commands.add_parser(
         name, help=words, description=description, allow_abbrev=False, formatter_class=Formatter
     )
-    parser.set_defaults(run=run, json=False, when_interrupted="interrupted", settled=False)
+    parser.set_defaults(
+        run=run, json=False, when_interrupted="interrupted", settled=False, only_tells=only_tells
+    )
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="say each step, and where an error came from"
     )

@@ -16,7 +16,11 @@ FOLLOW_S = 0.5
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, run, "sessions", "list the migrations that are under way or parked on this host"
+        commands,
+        run,
+        "sessions",
+        "list the migrations that are under way or parked on this host",
+        only_tells=True,
     )
     parser.add_argument(
         "--follow", action="store_true", help="show them again at every change, until interrupted"

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    parser = command(commands, run, "show", "list the tasks, mappings, files and pages in a folder of images")
+    parser = command(
+        commands,
+        run,
+        "show",
+        "list the tasks, mappings, files and pages in a folder of images",
+        only_tells=True,
+    )
     parser.add_argument("directory", metavar="DIR", help="folder of images, lazyproc's or CRIU's")
     add_json(parser)
 

@@ -40,13 +40,17 @@ def bar(event: PagesMoved) -> str:
 
 
 class Progress:
-    """A listener that writes to `stream`. The bar is drawn only on a terminal; steps and states when `verbose`."""
+    """A listener that writes to `stream`. The bar is drawn only on a terminal; steps and states when `verbose`. When
+    the stream fails (its reader has gone, its disk is full) that is no reason to end the work, and nothing is said any
+    more.
+    """
 
     def __init__(self, stream: TextIO, *, verbose: bool) -> None:
         self._stream = stream
         self._verbose = verbose
         self._drawn_at = 0.0
         self._bar = ""
+        self._lost = False
 
     def __enter__(self) -> Self:
         return self
@@ -55,7 +59,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
-            self._stream.write("\n")
+            self._write("\n")
             self._bar = ""
 
     def __call__(self, event: Event) -> None:
@@ -72,12 +76,18 @@ class Progress:
         whole = event.installed >= event.total
         if self._stream.isatty() and (whole or now - self._drawn_at >= REFRESH_S):
             self._drawn_at, self._bar = now, bar(event)
-            self._stream.write(f"\r{self._bar}\x1b[K")
-            self._stream.flush()
+            self._write(f"\r{self._bar}\x1b[K")
 
     def _line(self, text: str) -> None:
         """Above the bar, which is drawn again below."""
         text = printable(text, keep="\n")
-        ending = f"\r\x1b[K{text}\n{self._bar}" if self._bar else f"{text}\n"
-        self._stream.write(ending)
-        self._stream.flush()
+        self._write(f"\r\x1b[K{text}\n{self._bar}" if self._bar else f"{text}\n")
+
+    def _write(self, text: str) -> None:
+        if self._lost:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._lost = True

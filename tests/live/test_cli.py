@@ -352,6 +352,42 @@ def test_the_log_file_has_events_and_the_failure_and_is_private(tmp_path: Path) 
     assert log.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize(
+    "gone", ["-v 2>/dev/full", "-v 2>&-", ">/dev/full", "--json >&-", "--log-file /dev/full"]
+)
+def test_what_nobody_can_hear_was_done_all_the_same(gone: str, tmp_path: Path, program: Program) -> None:
+    command = [*LAZYPROC, "checkpoint", str(program.pid), "-D", str(tmp_path / "images")]
+    done = subprocess.run(["sh", "-c", f'exec "$@" {gone}', "sh", *command], capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+    assert program.process.wait(10) == -signal.SIGKILL
+    lazyproc("show", tmp_path / "images")
+
+
+def test_a_reader_that_leaves_during_a_move_changes_no_exit_code(program: Program) -> None:
+    """Exit 1 would say that the process runs here."""
+    with listening("receive", "--once", "--json") as (_, target):
+        command = [*LAZYPROC, "migrate", str(program.pid), target, "-v", "--json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as moving:
+            assert moving.stderr is not None
+            assert moving.stdout is not None
+            while "prepared" not in moving.stderr.readline():
+                pass
+            moving.stderr.close()
+            there = json.loads(moving.stdout.read())["root_pid"]
+        assert moving.returncode == 0
+        stop_and_verify(there, program.watch)
+
+
+def test_what_only_tells_has_failed_when_nobody_can_hear_it(tmp_path: Path) -> None:
+    for command in (["check"], ["sessions", "--json"], ["explain", str(os.getpid()), "--json"]):
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$@" >/dev/full', "sh", *LAZYPROC, *command], stderr=subprocess.PIPE, text=True
+        )
+        assert done.returncode in (1, 3)
+        assert "standard output: the result cannot be written: No space left on device" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_demo_moves_and_verifies() -> None:
     done = lazyproc("demo")
