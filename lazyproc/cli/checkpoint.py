@@ -16,7 +16,7 @@ from lazyproc.cli.options import (
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
     from lazyproc.cli.outcome import Outcome
-    from lazyproc.events import Listener
+    from lazyproc.events import Event, Listener
 
 
 def add(commands: Commands) -> None:
@@ -34,14 +34,19 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
 
     import lazyproc
     from lazyproc.cli.outcome import Outcome
+    from lazyproc.events import StepDone
     from lazyproc.show.reports import checkpoint_text, guest_checkpoint_text, report_fields
+
+    def listen(event: Event) -> None:
+        args.settled |= isinstance(event, StepDone) and event.name == "checkpoint"
+        listener(event)
 
     directory = Path(args.directory)
     if args.qemu is not None:
         if args.tcp_close:
             raise lazyproc.errors.UsageError("a guest is saved as a whole", remedy="leave out --tcp-close")
         saved = lazyproc.checkpoint_guest(
-            args.qemu, directory, leave_running=args.leave_running, listener=listener
+            args.qemu, directory, leave_running=args.leave_running, listener=listen
         )
         return Outcome(guest_checkpoint_text(saved, args.directory), report_fields(saved))
     report = lazyproc.checkpoint(
@@ -49,6 +54,6 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         directory,
         leave_running=args.leave_running,
         tcp_close=args.tcp_close,
-        listener=listener,
+        listener=listen,
     )
     return Outcome(checkpoint_text(report, args.directory), report_fields(report))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lazyproc import Restored
     from lazyproc.cli.outcome import Outcome
-    from lazyproc.events import Listener
+    from lazyproc.events import Event, Listener
 
 POLL_S = 0.1
 # What a shell or a supervisor sends to the command is meant for the tree.
@@ -61,7 +61,9 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace, listener: Listener) -> Outcome:
-    """Without --detach signals go to the root process, and its exit status is the command's."""
+    """Without --detach signals go to the root process, and its exit status is the command's. Once it runs nobody is
+    told that nothing has been restored.
+    """
     import signal
 
     if args.peer is None and args.directory is None:
@@ -70,12 +72,17 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
         args.refuse("--criu-4.1 goes with -D and --from")
     from lazyproc.cli.listening import handling
     from lazyproc.cli.outcome import Outcome
+    from lazyproc.events import StateChanged
     from lazyproc.private import write_text
     from lazyproc.show.reports import report_fields, restore_text
 
+    def listen(event: Event) -> None:
+        args.settled |= isinstance(event, StateChanged) and event.state == "running"
+        listener(event)
+
     signals = [signal.Signals[name] for name in FORWARDED]
     with (
-        _restored(args, listener) as restored,
+        _restored(args, listen) as restored,
         handling(lambda number, _: restored.forward(signal.Signals(number)), *signals),
     ):
         if args.pidfile:

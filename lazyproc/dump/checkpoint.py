@@ -177,7 +177,7 @@ def checkpoint(
     started = time.monotonic()
     leave_running |= leave_stopped
     demand_possible(pid, tcp_close=tcp_close, permits=permits, listener=listener)
-    with ExitStack() as unfinished:
+    with ExitStack() as over, ExitStack() as unfinished:
         # The disk has its time when the tree runs again, unless it is to end.
         draft = unfinished.enter_context(filled(Folder(directory), early=not leave_running))
         with written(
@@ -196,9 +196,10 @@ def checkpoint(
                 it.tree.stop()
             if not leave_running:
                 unfinished.close()  # from here on the images stay, whatever becomes of this host
-                with deaf():
-                    it.end()
+                over.enter_context(deaf())  # it ends here, and an interrupt would say that it runs on
+                it.end()
         thawed = time.monotonic()
-    now = time.monotonic()
-    listener(StepDone("checkpoint", now, now - started))
-    return it.report(started, thawed)
+        unfinished.close()
+        now = time.monotonic()
+        listener(StepDone("checkpoint", now, now - started))
+        return it.report(started, thawed)

@@ -93,6 +93,18 @@ def test_left_running_it_runs(tmp_path: Path, program: Program) -> None:
     program.stop_and_verify()
 
 
+def test_ctrl_c_comes_too_late_when_the_tree_has_ended(tmp_path: Path, program: Program) -> None:
+    """It was told that the process runs on as before, and that the checkpoint failed."""
+    command = [*LAZYPROC, "checkpoint", str(program.pid), "-D", str(tmp_path / "images")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as saving:
+        assert program.process.wait(20) == -signal.SIGKILL
+        while saving.poll() is None:
+            saving.send_signal(signal.SIGINT)
+        words, complaint = saving.communicate()
+    assert (saving.returncode, complaint) == (0, "")
+    assert words.startswith("1 task with")
+
+
 def test_an_obstacle_is_exit_3_and_nothing_has_happened(tmp_path: Path) -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True) as process:
         fields = result("checkpoint", process.pid, "-D", tmp_path / "images", code=3)
