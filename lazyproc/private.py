@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -15,8 +17,25 @@ def make_folder(path: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """A file with that text, 0600 when it is new. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w") as file:
-        file.write(text)
+@contextmanager
+def written_later(path: str | Path) -> Iterator[Callable[[str], None]]:
+    """What writes a text to a file when there is one: that the file can be had is known before it is worth a text. 0600
+    when it is new; without a text it is not there, or as it was. Raises OSError.
+    """
+    new = not os.path.lexists(path)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    written = False
+
+    def write(text: str) -> None:
+        nonlocal written
+        written = True
+        with suppress(OSError):  # a pipe has no length
+            os.ftruncate(fd, 0)
+        os.write(fd, os.fsencode(text))
+
+    try:
+        yield write
+    finally:
+        os.close(fd)
+        if new and not written:
+            os.unlink(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from lazyproc.cli.options import (
     HOST_PORT,
@@ -73,7 +75,6 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     from lazyproc.cli.listening import handling
     from lazyproc.cli.outcome import Outcome
     from lazyproc.events import StateChanged
-    from lazyproc.private import write_text
     from lazyproc.show.reports import report_fields, restore_text
 
     def listen(event: Event) -> None:
@@ -82,14 +83,43 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
 
     signals = [signal.Signals[name] for name in FORWARDED]
     with (
+        _pidfile(args.pidfile, listener) as write_pid,
         _restored(args, listen) as restored,
         handling(lambda number, _: restored.forward(signal.Signals(number)), *signals),
     ):
-        if args.pidfile:
-            write_text(args.pidfile, f"{restored.root_pid}\n")
+        write_pid(restored.root_pid)
         status = _wait(restored, args.detach, listener)
         report = restored.report()
     return Outcome(restore_text(report) if args.detach else "", report_fields(report), status)
+
+
+@contextmanager
+def _pidfile(path: str | None, listener: Listener) -> Iterator[Callable[[int], None]]:
+    """Opened before anything is built: once the tree runs it is too late to fail. Raises LazyprocError."""
+    if path is None:
+        yield lambda pid: None
+        return
+    from lazyproc.errors import LazyprocError
+    from lazyproc.events import Note
+    from lazyproc.private import written_later
+
+    with ExitStack() as stack:
+        try:
+            write = stack.enter_context(written_later(path))
+        except OSError as error:
+            raise LazyprocError(
+                f"cannot be written: {error.strerror}", where=path, remedy="name another file with --pidfile"
+            ) from None
+
+        def write_pid(pid: int) -> None:
+            try:
+                write(f"{pid}\n")
+            except OSError as error:
+                listener(
+                    Note(f"{path}: the number of the root, {pid}, could not be written: {error.strerror}")
+                )
+
+        yield write_pid
 
 
 def _restored(args: argparse.Namespace, listener: Listener) -> AbstractContextManager[Restored]:

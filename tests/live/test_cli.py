@@ -256,6 +256,23 @@ def test_an_attached_restore_passes_signals_and_the_status_on(images: Path, prog
             restoring.kill()
 
 
+def test_a_pidfile_that_cannot_be_written_is_known_before_the_tree_runs(images: Path, tmp_path: Path) -> None:
+    """The command failed, and the tree ran all the same."""
+    for pidfile, words in (
+        (tmp_path / "none" / "pid", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        failed = lazyproc("restore", "-D", images, "--detach", "--pidfile", pidfile, code=1)
+        assert failed.stderr == (
+            f"lazyproc: {pidfile}: cannot be written: {words}; name another file with --pidfile\n"
+        )
+    pidfile = tmp_path / "pid"
+    lazyproc("restore", "-D", tmp_path, "--pidfile", pidfile, code=1)
+    assert not pidfile.exists()
+    full = result("restore", "-D", images, "--detach", "--pidfile", "/dev/full")
+    os.kill(full["root_pid"], signal.SIGKILL)
+
+
 def test_a_restore_that_cannot_be_is_exit_1(tmp_path: Path) -> None:
     fields = result("restore", "-D", tmp_path, code=1)
     assert fields["error"] == "missing"
