@@ -116,7 +116,7 @@ def _log(path: str, listener: Listener) -> Iterator[Callable[[str], None]]:
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         try:
-            os.write(fd, os.fsencode(f"{stamp}.{int(now % 1 * 1000):03}Z {text}\n"))
+            os.write(fd, f"{stamp}.{int(now % 1 * 1000):03}Z {text}\n".encode(errors="surrogateescape"))
         except OSError as error:
             ended = True
             listener(Note(f"{path}: the log ends here: {error.strerror}"))

@@ -28,7 +28,7 @@ from lazyproc.cli import (
     stdio,
 )
 from lazyproc.cli.options import Formatter
-from lazyproc.cli.streams import answered, fill_gaps, give_up, say
+from lazyproc.cli.streams import answered, give_up, prepare, say
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def parser(only: str = "") -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name. Returns the exit code."""
-    fill_gaps()
+    prepare()
     words = sys.argv[1:] if argv is None else argv
     args = parser(words[0] if words and words[0] in NAMES else "").parse_args(words)
     try:

@@ -4,16 +4,21 @@ that has moved has moved, whoever hears of it.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
 
 
-def fill_gaps() -> None:
-    """Where one is closed (`2>&-`) what we open next would get its number, and what is printed would go there."""
+def prepare() -> None:
+    """Where one is closed (`2>&-`) what we open next would get its number, and what is printed would go there. File
+    names may be bytes that the terminal has no letters for: they are escaped, as standard error does.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # by number: each takes the lowest
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def give_up(fd: int) -> None:

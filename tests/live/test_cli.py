@@ -393,6 +393,16 @@ def test_what_nobody_can_hear_was_done_all_the_same(gone: str, tmp_path: Path, p
     lazyproc("show", tmp_path / "images")
 
 
+def test_a_name_that_no_terminal_can_show(tmp_path: Path, program: Program) -> None:
+    """Standard output is strict wherever the locale is UTF-8, but for C.UTF-8: the tree had ended, with exit 1."""
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/im\xff")
+    for command in (["checkpoint", str(program.pid), "-D", folder], ["show", folder]):
+        done = subprocess.run([*LAZYPROC, *command], env=strict, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"1 task" in done.stdout
+
+
 def test_a_reader_that_leaves_during_a_move_changes_no_exit_code(program: Program) -> None:
     """Exit 1 would say that the process runs here."""
     with listening("receive", "--once", "--json") as (_, target):
