@@ -2,11 +2,12 @@
 
 A deleted file is created under its old name and removed at once, so that /proc/PID/fd shows "<path>
 (deleted)" as before. Where that name is taken by now it gets a private name in the same directory, where the
-directory is gone too in the nearest one above it; only the name shown differs then.
+directory is gone too in the nearest one above it; only the name shown differs then. One of O_TMPFILE gets none.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat as st
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ def ghost(workshop: Workshop, content_id: int, path: str) -> int:
 
 def _make_ghost(workshop: Workshop, content: FileContent, path: str) -> int:
     with _nearest(workshop, os.path.dirname(path)) as parent:
+        if _never_had_a_name(workshop, content) and (found := _nameless(parent, content)) >= 0:
+            return found
         name = os.path.basename(path)
         try:
             _create(parent, name, content)
@@ -69,6 +72,32 @@ def _make_ghost(workshop: Workshop, content: FileContent, path: str) -> int:
             return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         finally:
             (os.rmdir if st.S_ISDIR(content.mode) else os.unlink)(name, dir_fd=parent)
+
+
+def _never_had_a_name(workshop: Workshop, content: FileContent) -> bool:
+    """A file of O_TMPFILE may be given one yet (linkat(2)), and one that was removed may not."""
+    files = workshop.checkpoint.files.values()
+    return any(
+        isinstance(file.resource, RegularFile)
+        and file.resource.content_id == content.id
+        and file.flags & os.O_TMPFILE == os.O_TMPFILE
+        for file in files
+    )
+
+
+def _nameless(parent: int, content: FileContent) -> int:
+    """Its O_PATH descriptor; -1 where the file system has no O_TMPFILE."""
+    try:
+        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=parent)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+        return -1
+    try:
+        _fill(fd, content)
+        return os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
 
 
 def _new_file(parent: int, name: str) -> int:

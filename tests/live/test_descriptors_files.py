@@ -221,7 +221,10 @@ def test_file_without_a_name(tmp_path: Path) -> None:
     with made_from(body) as fds:
         assert os.pread(fds[10], 99, 0) == b"anonymous"
         assert os.fstat(fds[10]).st_nlink == 0
-    assert os.listdir(tmp_path) == []
+        assert os.listdir(tmp_path) == []
+        # With a directory's descriptor it is linkat(2), which follows the link.
+        os.link(f"/proc/self/fd/{fds[10]}", tmp_path / "named", src_dir_fd=fds[10])
+    assert (tmp_path / "named").read_bytes() == b"anonymous"
 
 
 def test_other_hard_link_in_the_same_directory(tmp_path: Path) -> None:
