@@ -184,7 +184,7 @@ def refuse_waiting(
     from outside is given up.
     """
     for info in known:
-        if info.inode or info.state not in CONNECTED or not _arrived_at(ends, info.local):
+        if info.inode or info.state not in CONNECTED or not arrived_at(ends, info.local):
             continue
         mirrored = (plain(info.remote), plain(info.local)) if info.remote else None
         if tcp_close and mirrored not in tree:
@@ -196,7 +196,8 @@ def refuse_waiting(
             )
 
 
-def _arrived_at(listener: Ends, local: End) -> bool:
+def arrived_at(listener: Ends, local: End) -> bool:
+    """Whether a connection with this local address comes from the listening socket, or may."""
     return listener.local[1] == local[1] and (
         not any(listener.local[0]) or plain(listener.local) == plain(local)
     )

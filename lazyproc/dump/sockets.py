@@ -15,7 +15,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from types import TracebackType
 
-from lazyproc.dump.inet import Ends, ends_of, gather_inet, refuse_state, refuse_unsent, refuse_waiting
+from lazyproc.dump.inet import (
+    Ends,
+    arrived_at,
+    ends_of,
+    gather_inet,
+    refuse_state,
+    refuse_unsent,
+    refuse_waiting,
+)
 from lazyproc.dump.peek import read_queue
 from lazyproc.dump.registry import Place, Refused, Registry
 from lazyproc.dump.unix import UnixNamespace, gather_unix, has_peer, holds_data, view
@@ -155,14 +163,18 @@ class SocketTable:
 
     def early_flows(self) -> list[Flow]:
         """What may be held back while the tree still runs: TCP with the outside, which sends again what was
-        dropped. A dropped datagram is lost, and its sender sees EPERM; between two ends in the tree TCP would stall.
+        dropped. A dropped datagram is lost, and its sender sees EPERM; between two ends in the tree TCP would stall,
+        and so it would without the packets of the listening socket from which one of them comes.
         """
+        connections = self._connections()
+        inside = [local for local, remote in connections if (remote, local) in connections]
         return [
             ends.flow
             for ends in self._bound()
             if ends.protocol == socket.IPPROTO_TCP
             and not self._is_inside(ends)
             and not self._is_given_up(ends)
+            and not (ends.state == TCP_LISTEN and any(arrived_at(ends, local) for local in inside))
         ]
 
     def connections(self) -> list[socket.socket]:

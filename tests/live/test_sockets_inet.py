@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from lazyproc.dump.descriptors import gather_descriptors
+from lazyproc.dump.descriptors import early_flows, gather_descriptors
 from lazyproc.errors import RestoreError
 from lazyproc.kernel import tcp
 from lazyproc.kernel.sockopt import (
@@ -263,6 +263,20 @@ def test_a_connection_within_the_tree(family: Family, network: Network) -> None:
         socks[11].shutdown(socket.SHUT_WR)
         assert _read(socks[12], 1) == b""
     assert network.resets_sent() == 0
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
+def test_who_accepts_from_the_tree_itself_is_not_held_back_before_the_freeze(address: str) -> None:
+    """The packets of its connections have its port, too: dropped while the tree still runs, one is waited for (RTO)."""
+
+    def body() -> None:
+        within = _listener(INET, 5000, 10, address)
+        client = put(11, socket.create_connection(("127.0.0.1", 5000)))
+        accepted, _ = within.accept()
+        keep(within, client, put(12, accepted), _listener(INET, 5001, 13, address))
+
+    with stopped(body) as tasks:
+        assert [(flow.local[1], flow.remote) for flow in early_flows(tasks)] == [(5001, None)]
 
 
 def test_a_v4_connection_of_a_v6_socket(network: Network) -> None:
