@@ -28,9 +28,12 @@ class Member:
     def alive(self) -> bool:
         return not readable([self.pidfd], 0)
 
-    def end(self) -> None:
+    def kill(self) -> None:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def end(self) -> None:
+        self.kill()
         self.forget()
 
     def forget(self) -> None:

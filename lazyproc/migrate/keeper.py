@@ -237,6 +237,8 @@ class Keeper:
         self._note_outlived()
         self._pager = self._new_pager()
         self._guard = self._new_guard()
+        self._note_crew()
+        say(self._near, "serve", None)
         self._watch()
 
     def _watch(self) -> None:
@@ -300,18 +302,25 @@ class Keeper:
         """What was under way to a dead pager is asked for again, over a new link: the old one is out of step."""
         self._clients.tell(Note(f"session {self._session.id}: the pager was killed and is replaced"))
         self._count_killed()
-        self._pager.forget()
-        self._drop_connections()
-        self._pager = self._new_pager()
+        self._exchange_pager()
+
+    def _exchange_pager(self) -> None:
+        """A guard goes by the numbers on record: what is closed is not there any more by then. There are never two, for
+        the new one begins when it is there.
+        """
+        before, self._pager = self._pager, self._new_pager()
+        lost, self._connections = self._connections, []
         self._note_crew()
+        before.forget()
+        _hang_up(lost)
+        say(self._near, "serve", None)
 
     def _new_pager(self) -> Member:
         paging = Paging(
             self._session, self._journal, self._place, self._clients, self._far, self._preferences
         )
-        keeper = self._keeper
-        run = paging.next if self._committed else lambda: paging.first(keeper)
-        return Member(family.child_sharing_descriptors(run, "lazyproc-pager"))
+        keeper, begin = self._keeper, paging.next if self._committed else paging.first
+        return Member(family.child_sharing_descriptors(lambda: begin(keeper), "lazyproc-pager"))
 
     def _new_guard(self) -> Member:
         return Member(family.child_sharing_descriptors(self._be_guard, "lazyproc-guard"))
@@ -392,18 +401,10 @@ class Keeper:
         except (ConnectionLost, ProtocolError):
             return
         if link is not None:
-            self._drop_connections()
-            self._connections = link.sockets
+            lost, self._connections = self._connections, link.sockets
             self._note_crew()
+            _hang_up(lost)
             say(self._near, "link", [each.fileno() for each in self._connections])
-
-    def _drop_connections(self) -> None:
-        """A duplicate that a dead pager has left in our table must not keep them open."""
-        for each in self._connections:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-        self._connections = []
 
     def _supplied(self, request: Request) -> None:
         """Pages come from elsewhere from now on. One of us always lives meanwhile, and has all descriptors."""
@@ -419,10 +420,8 @@ class Keeper:
         self._journal.note(state, self._clients.tell, {"supply": supply.facts()})
         self._guard.end()
         self._guard = self._new_guard()  # one that knows who asks
-        self._pager.end()
-        self._drop_connections()
-        self._pager = self._new_pager()
-        self._note_crew()
+        self._pager.kill()
+        self._exchange_pager()
 
     # --- the guard ---
 
@@ -447,7 +446,8 @@ class Keeper:
         if told:
             self._connections = [socket.socket(fileno=fd) for fd in facts["connections"]]
         else:  # nobody knows what the source has heard: it is to ask
-            self._drop_connections()
+            _hang_up(self._connections)
+            self._connections = []
         if self._place.address:
             self._door = inherited(self._place.address, Party.DESTINATION, trust=self._place.trust)
         self._count_killed()
@@ -467,7 +467,15 @@ class Keeper:
             end_tree(from_facts(self._journal.facts["tree"]))
         reason = "the keeper was killed before the tree ran"
         self._journal.note("aborted", self._clients.tell, {"reason": reason}, durable=True)
-        self._drop_connections()  # the pager of a guest holds them as well
+        _hang_up(self._connections)  # the pager of a guest has them as well
+
+
+def _hang_up(connections: Sequence[socket.socket]) -> None:
+    """A duplicate that a dead pager has left in our table must not keep them open."""
+    for each in connections:
+        with suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
+        each.close()
 
 
 def _brought(request: Request) -> Channel:

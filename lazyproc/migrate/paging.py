@@ -80,14 +80,20 @@ class Paging:
     def first(self, keeper: Member) -> None:
         """Of a tree that is still to be built: begins when the keeper says that it is committed."""
         self._rehearse()
+        if self._is_told_to_serve(keeper):
+            self._run(inherited=False)
+
+    def next(self, keeper: Member) -> None:
+        """In place of one that was killed: begins when the keeper has that on record."""
+        if self._is_told_to_serve(keeper):
+            self._run(inherited=True)
+
+    def _is_told_to_serve(self, keeper: Member) -> bool:
+        """What was said to another one before is over."""
         while keeper.alive():
             if any(kind == "serve" for kind, _ in heard(self._keeper, LOOK_S, 1)):
-                self._run(inherited=False)
-                return
-
-    def next(self) -> None:
-        """In place of one that was killed."""
-        self._run(inherited=True)
+                return True
+        return False
 
     def _run(self, *, inherited: bool) -> None:
         self._journal.reload()
@@ -183,6 +189,7 @@ class Paging:
         for kind, fds in heard(self._keeper, timeout):
             if kind == "run":
                 runs = True
+            if fds is None:
                 continue
             link = self._duplicated(fds)
             drain.take(link) if kind == "take" else drain.attach(link)

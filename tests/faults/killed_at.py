@@ -11,6 +11,7 @@ The points are those of docs/protocol.md and of lazyproc/migrate; a process kill
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
 import os
 import signal
@@ -20,6 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from lazyproc.cli.main import main
+from lazyproc.migrate.crew import Member
 from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.journal import Journal, folder
 from lazyproc.migrate.keeper import Keeper
@@ -78,6 +80,12 @@ def _before(owner: type, name: str, is_it: Callable[..., bool] = lambda *_: True
     setattr(owner, name, killed_before)
 
 
+def _again() -> Callable[[], bool]:
+    """When it is called for the second time."""
+    calls = itertools.count()
+    return lambda: next(calls) == 1
+
+
 def _sent(kind: type) -> Callable[[], None]:
     return lambda: _after(Channel, "send", lambda event: isinstance(event, kind))
 
@@ -91,6 +99,8 @@ DESTINATION: dict[str, Callable[[], None]] = {
     "BUILT said": _sent(Built),
     "COMMIT heard": lambda: _before(Journal, "publish", lambda draft: draft.state == "committed"),
     "committed": _written("committed"),
+    "new pager forked": lambda: _before(Keeper, "_note_crew", _again()),
+    "new pager on record": lambda: _before(Member, "forget"),
     "outlived": lambda: _after(Keeper, "_note_outlived"),
     "COMMITTED said": _sent(Committed),
     "released": lambda: _after(BuiltTree, "release"),

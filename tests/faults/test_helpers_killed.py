@@ -20,6 +20,7 @@ from tests.faults.campaign.judge import Outcome
 from tests.faults.campaign.moments import Trap, frame_trap
 from tests.faults.campaign.run import run
 from tests.faults.helpers import DESTINATION, SOURCE, helper, journal, journals, kill, sessions
+from tests.faults.killed_at import killed_at
 from tests.live.moving import CLI, END_S, Receiver, receiving, run_cli
 from tests.live.programs import Program, running, wait_until
 from tests.live.real import Journey, ending, migrating, processes_of, runs
@@ -81,6 +82,28 @@ def test_killed_at_the_source(pair: Pair, program: Program, names: tuple[str, ..
             raise
         report = completes(pair, journey, program)
         assert report["reconnects"] == (1 if "server" in names else 0)
+
+
+@pytest.mark.parametrize("point", ["new pager forked", "new pager on record"])
+def test_the_keeper_is_killed_while_it_replaces_the_pager(pair: Pair, point: str) -> None:
+    """The guard finds descriptors by the numbers in the record, and one pager."""
+    with (
+        paced(pair, "one") as program,
+        receiving(pair.destination, by=killed_at(point)) as receiver,
+        migrating(pair.source, receiver, program.pid, *CRAWLING) as journey,
+    ):
+        journey.wait_running()
+        was = journal(pair.destination, DESTINATION)["keeper_pid"]
+        kill(pair.destination, DESTINATION, "pager")
+        wait_until(
+            lambda: journal(pair.destination, DESTINATION)["keeper_pid"] != was, "the guard is the keeper"
+        )
+        wait_until(lambda: pagers(pair) == 1, "there is one pager")
+        completes(pair, journey, program)
+
+
+def pagers(pair: Pair) -> int:
+    return [*processes_of(pair.destination).values()].count("lazyproc-pager")
 
 
 def test_everything_killed_at_the_destination_is_completed_by_one_resume(
