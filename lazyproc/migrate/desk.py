@@ -107,12 +107,14 @@ def ask(session: str, role: str, fields: Mapping[str, object], fd: int = -1) -> 
 
 
 def has_desk(pid: int, session: str, role: str) -> bool:
-    """Whether that process is one of those who have the keeper's descriptors, and not a later one with its number."""
+    """Whether that process is one of those who have the keeper's descriptors, and not a later one with its number; in
+    whatever network namespace it is.
+    """
     name = _name(session, role).replace("\0", "@")  # as unix(7) writes it
-    rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
-    desks = {f"socket:[{row[INODE]}]" for row in rows if row[-1] == name}
     with suppress(OSError, NoSuchProcess):
-        for number in proc.descriptor_numbers(pid):
+        rows = (line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines())
+        desks = {f"socket:[{row[INODE]}]" for row in rows if row[-1] == name}
+        for number in proc.descriptor_numbers(pid) if desks else ():
             with suppress(FileNotFoundError):
                 if os.readlink(f"/proc/{pid}/fd/{number}") in desks:
                     return True

@@ -75,12 +75,17 @@ def state_of(record: Record) -> str:
     """The state, as it is now: a journal knows nothing of who was killed since."""
     if record.state in ("garbled", *ENDED):
         return record.state
-    staffed = is_staffed(record.session, record.role)
+    staffed = is_staffed(record.session, record.role) or _is_staffed_elsewhere(record)
     if record.unborn and not staffed:
         return "aborted"  # nobody is left who could commit it, and a source in doubt is told so
     if record.rebooted:
         return GONE
     return record.state if staffed else ORPHANED
+
+
+def _is_staffed_elsewhere(record: Record) -> bool:
+    """By processes in another network namespace (ip netns exec), whose desk cannot be seen from here."""
+    return any(has_desk(pid, record.session, record.role) for pid in _numbers(record))
 
 
 def resume(

@@ -179,6 +179,24 @@ def test_of_two_resumes_at_once_one_changes_nothing(pair: Pair, role: str, names
                 program.watch.wait_beats()
 
 
+def test_who_looks_from_another_network_namespace_sees_that_it_is_worked_on(pair: Pair) -> None:
+    """As when receive was started by `ip netns exec`: a second crew would take the tree from the first."""
+    with (
+        paced(pair, "one") as program,
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *CRAWLING) as journey,
+    ):
+        journey.wait_running()
+        session = journal(pair.destination, DESTINATION)["id"]
+        apart = ("unshare", "--net", *CLI)
+        listed = pair.destination.run([*apart, "sessions", "--json"], capture_output=True, text=True)
+        assert [each["state"] for each in json.loads(listed.stdout)] == ["running"]
+        done = pair.destination.run([*apart, "resume", session], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 2
+        assert "is being worked on" in done.stderr
+        completes(pair, journey, program)
+
+
 def test_the_receiver_killed_as_well_the_resumed_keeper_takes_its_place(pair: Pair, program: Program) -> None:
     with (
         receiving(pair.destination, expected=-signal.SIGKILL) as receiver,
