@@ -17,7 +17,7 @@ from lazyproc.kernel import proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.nursery import TRANSPORT_FD, Nursery
 from lazyproc.kernel.sys import open_in
-from lazyproc.model import Checkpoint, Mm, SharedMemory, Task
+from lazyproc.model import PAGE, Checkpoint, Epoll, Mm, SharedMemory, Task
 from lazyproc.restore import memory, pages
 from lazyproc.restore.creation import Maker, ending_for
 from lazyproc.restore.files import NONE_YET, make_files
@@ -27,6 +27,8 @@ from lazyproc.restore.site import Site
 from lazyproc.restore.workshop import OpenPath
 from lazyproc.uffd.pager import Pager
 
+BYTES_PER_CALL = 256
+ANY_CASE = 1 << 17
 SLACK = Room(64, 64, 16)  # what a process may open and start between the forecast and the freeze
 
 
@@ -60,7 +62,9 @@ class Groundwork:
             if site.task.mm is None or vpid in self.ranges:
                 continue
             lazy = tuple(pages.lazy_ranges(site.task, shared)) if self.handed or self.pager else ()
-            memory.move_in(site, _bench_size(site.task.mm, self.forecast.rooms[vpid]))
+            memory.move_in(
+                site, _bench_size(site.task, site.task.mm, self.forecast.tree, self.forecast.rooms[vpid])
+            )
             memory.map_all(site, shared, files, objects)
             if self.handed:
                 pages.lend_userfaultfd(site)
@@ -79,17 +83,18 @@ class Groundwork:
         mapped, files = self.forecast.tree, checkpoint.files
         return (
             creation_steps(mapped.tasks) == creation_steps(checkpoint.tasks)
-            and all(map(self._suits, checkpoint.tasks))
+            and all(self._suits(task, checkpoint) for task in checkpoint.tasks)
             and all(files.get(number) == file for number, file in mapped.files.items())
         )
 
-    def _suits(self, task: Task) -> bool:
+    def _suits(self, task: Task, checkpoint: Checkpoint) -> bool:
         site, room = self.sites[task.vpid], Room.of(task)
         if site.task.exit_signal != task.exit_signal or task.mm is None:
             return False
         if site.task.mm is None:
             return _free_number(room, task.mm) <= site.transport_fd
-        fits = _bench_size(task.mm, room) <= site.bench.size and room.highest_fd < site.transport_fd
+        needed = _bench_size(task, task.mm, checkpoint, room)
+        fits = needed <= site.bench.size and room.highest_fd < site.transport_fd
         return fits and site.task.mm.vmas is task.mm.vmas
 
     def adopt(self, checkpoint: Checkpoint) -> None:
@@ -157,8 +162,21 @@ def _with_slack(room: Room) -> Room:
     )
 
 
-def _bench_size(mm: Mm, room: Room) -> int:
-    return memory.bench_size(mm.vmas, room.descriptors, room.threads)
+def _bench_size(task: Task, mm: Mm, checkpoint: Checkpoint, room: Room) -> int:
+    return memory.bench_size(mm.vmas, room.descriptors, room.threads) + _further(task, checkpoint)
+
+
+def _further(task: Task, checkpoint: Checkpoint) -> int:
+    """Bytes for calls, with their arguments, of which a process may need any number. There is room for some hundred in
+    any case: those spoil no forecast, which does not know of them.
+    """
+    resources = (checkpoint.files[each.file_id].resource for each in task.descriptors)
+    watched = sum(len(each.targets) for each in resources if isinstance(each, Epoll))
+    queued = len(task.pending) + sum(len(thread.pending) for thread in task.threads)
+    filters = [each for thread in task.threads for each in thread.seccomp]
+    calls = watched + queued + len(task.posix_timers) + len(task.locks) + len(filters)
+    size = calls * BYTES_PER_CALL + sum(len(each.program) for each in filters)
+    return -(-max(0, size - ANY_CASE) // PAGE) * PAGE
 
 
 def _free_number(room: Room, mm: Mm | None) -> int:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -168,39 +168,73 @@ def test_show_of_no_images_is_exit_1(tmp_path: Path) -> None:
 # --- many of everything -----------------------------------------------------------------------------------
 
 MANY = """
-import os, resource, signal, sys, threading
-files, threads, ready, end = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+import ctypes, os, resource, select, signal, sys, threading
+files, threads, sets, watched, queued, timers = map(int, sys.argv[3:])
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 opened = [os.open(__file__, os.O_RDONLY) for _ in range(files)]
 for place, fd in enumerate(opened):
     os.lseek(fd, place, os.SEEK_SET)
+events = [os.eventfd(0) for _ in range(watched)]
+epolls = [select.epoll() for _ in range(sets)]
+for fd in events:
+    for epoll in epolls:
+        epoll.register(fd, select.EPOLLIN)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGALRM, signal.SIGRTMIN})
+for _ in range(queued):
+    os.kill(os.getpid(), signal.SIGRTMIN)
+for _ in range(timers):
+    assert ctypes.CDLL(None).timer_create(1, None, ctypes.byref(ctypes.c_void_p())) == 0
 threading.stack_size(64 << 10)
 over = threading.Event()
 workers = [threading.Thread(target=over.wait) for _ in range(threads)]
 for worker in workers:
     worker.start()
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-open(ready, "w").close()
+open(sys.argv[1], "w").close()
 signal.sigwait({signal.SIGTERM})
 over.set()
 for worker in workers:
     worker.join()
-same = [os.lseek(fd, 0, os.SEEK_CUR) for fd in opened] == list(range(files))
-open(end, "w").write("well" if same else "other positions")
+for fd in events:
+    os.eventfd_write(fd, 1)
+found = [
+    [os.lseek(fd, 0, os.SEEK_CUR) for fd in opened] == list(range(files)),
+    all(len(epoll.poll(0, watched + 1)) == watched for epoll in epolls),
+    sum(signal.sigtimedwait({signal.SIGRTMIN}, 0) is not None for _ in range(queued)) == queued,
+    open("/proc/self/timers").read().count("notify:") == timers,
+]
+open(sys.argv[2], "w").write(str(found))
 """
 
 
-@pytest.mark.parametrize(
-    ("files", "threads", "limit"), [(100, 1, 4096), (600, 1, 256), (1, 300, 256), (1, 1000, 4096)]
-)
-def test_as_many_files_and_threads_as_a_server_has(
-    files: int, threads: int, limit: int, tmp_path: Path
-) -> None:
-    """Whatever number of descriptors the shell allows at first (RLIMIT_NOFILE)."""
+class Many(NamedTuple):
+    """What the program has; `limit` is the number of descriptors that the shell of the commands allows at first."""
 
+    files: int = 1
+    threads: int = 1
+    epoll_sets: int = 0
+    watched: int = 0
+    queued: int = 0
+    timers: int = 0
+    limit: int = 4096
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        Many(files=100),
+        Many(files=600, limit=256),
+        Many(threads=300, limit=256),
+        Many(threads=1000),
+        Many(epoll_sets=10, watched=800),
+        Many(queued=3000),
+        Many(timers=3000),
+    ],
+    ids=lambda many: str(many)[5:-1],
+)
+def test_as_many_of_everything_as_a_server_has(many: Many, tmp_path: Path) -> None:
     def limited(*words: object) -> None:
-        command = ["sh", "-c", f'ulimit -Sn {limit}; exec "$@"', "sh", *LAZYPROC, *map(str, words)]
+        command = ["sh", "-c", f'ulimit -Sn {many.limit}; exec "$@"', "sh", *LAZYPROC, *map(str, words)]
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
         )
@@ -209,7 +243,7 @@ def test_as_many_files_and_threads_as_a_server_has(
     ready, end, images, pid = (tmp_path / name for name in ("ready", "end", "images", "pid"))
     (tmp_path / "many.py").write_text(MANY)
     os.mkfifo(ready)
-    command = [sys.executable, str(tmp_path / "many.py"), str(files), str(threads), str(ready), str(end)]
+    command = [sys.executable, str(tmp_path / "many.py"), str(ready), str(end), *map(str, many[:-1])]
     quiet = subprocess.DEVNULL
     with (
         subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True) as started,
@@ -220,12 +254,12 @@ def test_as_many_files_and_threads_as_a_server_has(
     limited("restore", "-D", images, "--detach", "--pidfile", pid)
     root = int(pid.read_text())
     with killed_at_the_end(root):
-        assert len(os.listdir(f"/proc/{root}/task")) == threads + 1
+        assert len(os.listdir(f"/proc/{root}/task")) == many.threads + 1
         waiting = os.pidfd_open(root)
         os.kill(root, signal.SIGTERM)
         assert select.select([waiting], [], [], 20)[0]
         os.close(waiting)
-    assert end.read_text() == "well"
+    assert end.read_text() == str([True] * 4)
 
 
 # --- restore ----------------------------------------------------------------------------------------------
