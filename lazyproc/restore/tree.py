@@ -7,6 +7,7 @@ every process is a tracee with PTRACE_O_EXITKILL, so a failure, or our death, le
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -221,7 +222,7 @@ def built_tree(
             tree = stack.enter_context(
                 _built(checkpoint, source, steps, listener, ground, users, known, given)
             )
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, struct.error) as error:
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
                 where=f"tree of pid {checkpoint.root.vpid}",

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from lazyproc.images.files import SUMS, Folder, ImageWriter, record
+from lazyproc.images.pb import process_pb2 as pb
 from tests.live.programs import Program, Watch, running, wait_until
 from tests.needs import require_root
 
@@ -305,6 +307,19 @@ def test_a_pidfile_that_cannot_be_written_is_known_before_the_tree_runs(images: 
     assert not pidfile.exists()
     full = result("restore", "-D", images, "--detach", "--pidfile", "/dev/full")
     os.kill(full["root_pid"], signal.SIGKILL)
+
+
+def test_numbers_that_no_process_has_are_an_error_of_the_images(images: Path, program: Program) -> None:
+    (images / SUMS).unlink()
+    name = f"core-{program.pid}.img"
+    core = record(Folder(images).read(), name, pb.core_entry)
+    core.tc.timers.real.vsec = (1 << 64) - 1
+    writer = ImageWriter()
+    writer.add(name, core)
+    (images / name).write_bytes(writer.finish()[name])
+    fields = result("restore", "-D", images, code=1)
+    assert fields["where"] == f"tree of pid {program.pid}"
+    assert "images may be garbled" in str(fields["remedy"])
 
 
 def test_a_restore_that_cannot_be_is_exit_1(tmp_path: Path) -> None:
