@@ -276,8 +276,8 @@ def to_extents(pagemap: Pagemap) -> Extents:
 def locate(layers: Sequence[Pagemap]) -> Located:
     """Where each page's content lies, in a chain of folders with the newest first.
 
-    Entries that are only LAZY lie in none of them and are left out. Raises ImageError when a page is said to
-    be in the parent and no layer has it.
+    Entries of the newest that are only LAZY lie in none of them and are left out. Raises ImageError when a page is said
+    to be in the parent and no layer has it.
     """
     newest = layers[0]
     if newest.is_complete:  # as without a pre-dump
@@ -288,7 +288,7 @@ def locate(layers: Sequence[Pagemap]) -> Located:
         entries = layers[layer].between(start, end) if layer < len(layers) else ()
         for entry in entries:
             first, last = max(entry.addr, start), min(entry.end, end)
-            if first > start and layer:
+            if layer and (first > start or not entry.flags & (PE_PARENT | PE_PRESENT)):
                 break
             if entry.flags & PE_PARENT:
                 walk(layer + 1, first, last)
