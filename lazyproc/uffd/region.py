@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Self
 
 from lazyproc.errors import UsageError
@@ -56,7 +57,7 @@ def _serve(source: Source, channels: Mapping[int, socket.socket]) -> None:
 
 
 def _fork_server(source: Source) -> tuple[int, int, int]:
-    """The pid of a process that serves `source`, and our ends of its urgent and bulk connections.
+    """A pidfd of the process that serves `source`, and our ends of its urgent and bulk connections.
 
     It ends when they are closed. Forked before the region exists, it holds none of it.
     """
@@ -73,7 +74,7 @@ def _fork_server(source: Source) -> tuple[int, int, int]:
     for _, theirs in pairs:
         theirs.close()
     urgent, bulk = (ours.detach() for ours, _ in pairs)
-    return pid, urgent, bulk
+    return os.pidfd_open(pid), urgent, bulk
 
 
 class _Memory(mmap.mmap):
@@ -81,7 +82,7 @@ class _Memory(mmap.mmap):
     ends with a part of it in use would never end."""
 
     pager: Pager
-    server: int  # pid
+    server: int  # pidfd
     owner: int  # pid
 
     def end(self) -> None:
@@ -90,8 +91,13 @@ class _Memory(mmap.mmap):
         if os.getpid() != self.owner:  # a fork, with a copy of the memory
             return
         self.pager.abandon()
-        os.kill(self.server, signal.SIGKILL)
-        os.waitpid(self.server, 0)
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.server, signal.SIGKILL)
+        with suppress(
+            ChildProcessError
+        ):  # somebody else of this program waits for all children, or SIGCHLD is ignored
+            os.waitid(os.P_PIDFD, self.server, os.WEXITED)
+        os.close(self.server)
 
     def __del__(self) -> None:
         if not self.closed:

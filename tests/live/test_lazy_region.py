@@ -124,6 +124,21 @@ def test_ctrl_c_while_a_page_is_waited_for_is_an_interrupt() -> None:
     assert output_of(INTERRUPTED) == "interrupted\n"
 
 
+REAPED = """
+import signal
+from lazyproc.uffd.region import LazyRegion
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+with LazyRegion(4096, lambda _offset, length: b"x" * length) as memory:
+    found = chr(memory[0])
+print(found)
+"""
+
+
+def test_where_children_are_reaped_unasked() -> None:
+    assert output_of(REAPED) == "x\n"
+
+
 SLICED = """
 from lazyproc.uffd.region import LazyRegion
 
