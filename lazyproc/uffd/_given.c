@@ -248,13 +248,18 @@ int pager_set_ahead(struct pager *p, const struct pager_run *runs, size_t count)
 static void map_runs(struct pager *p, const struct pager_run *run)
 {
     for (uint64_t done = 0, n; done < run->count; done += n) {
+        uint64_t addr = run->addr + done * PAGE_SIZE, known;
         int64_t primary;
 
-        n = min_u64(MAP_SLICE, run->count - done);
+        n = run->count - done;
         pthread_mutex_lock(&p->lock);
         primary = ledger_primary(&p->ledger, run->object);
-        if (primary >= 0)
-            ledger_map_run(&p->ledger, (uint32_t)primary, run->addr + done * PAGE_SIZE, n);
+        if (primary >= 0 && !ledger_states(&p->ledger, (uint32_t)primary, addr, &known)) {
+            n = min_u64(n, known); /* in no region: whoever made the map may name all there is */
+        } else if (primary >= 0) {
+            n = min_u64(n, MAP_SLICE);
+            ledger_map_run(&p->ledger, (uint32_t)primary, addr, n);
+        }
         pthread_mutex_unlock(&p->lock);
     }
 }

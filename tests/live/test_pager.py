@@ -181,6 +181,15 @@ def test_zero_before_the_map_is_not_in_the_map() -> None:
         assert (r.pager.counters().total, r.pager.counters().zero) == (3, 0)
 
 
+def test_a_map_may_name_more_than_there_is() -> None:
+    with rig() as r:
+        r.pager.serve_remote(*r.server.connect())
+        r.pager.apply_map({TASK: [Extent(0, (1 << 52) - 1, lazy=True)]})
+        r.pager.start()
+        r.finish_in_bulk()
+        assert r.pager.counters().total == r.pages
+
+
 def test_eager_pages_count_once() -> None:
     with rig(8) as r:
         r.pager.add_eager(5)
