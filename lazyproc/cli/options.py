@@ -260,7 +260,9 @@ def count(text: str) -> int:
 
 
 def session(text: str) -> str:
-    if not text or set(text) - set("0123456789abcdefABCDEF"):
+    """Or of one side of it."""
+    number = text.removesuffix("-source").removesuffix("-destination")
+    if not number or set(number) - set("0123456789abcdefABCDEF"):
         raise argparse.ArgumentTypeError(f"{text!r} is not the number of a session")
     return text
 

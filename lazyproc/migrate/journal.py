@@ -225,7 +225,12 @@ def forget_old() -> None:
 
 
 def find(session: str, role: str = "") -> Record:
-    """The record of a session, or of that side of it. Raises UsageError when there is none, or one on each side."""
+    """The record of a session, or of that side of it, which may also be named as ID-source or ID-destination. Raises
+    UsageError when there is none, or one on each side.
+    """
+    name, _, side = session.rpartition("-")
+    if side in (SOURCE, DESTINATION):
+        session, role = name, side
     found = [record for record in records() if record.session == session and role in ("", record.role)]
     if not found:
         raise UsageError("no such session on this host", where=session, remedy="see lazyproc sessions")
@@ -233,7 +238,7 @@ def find(session: str, role: str = "") -> Record:
         raise UsageError(
             "both sides of this session are on this host",
             where=session,
-            remedy="give each its own XDG_STATE_HOME",
+            remedy=f"say which: {session}-{SOURCE} or {session}-{DESTINATION}",
         )
     return found[0]
 

@@ -108,6 +108,7 @@ def resume(
     what `migrate` raises.
     """
     record = find(session)
+    session = record.session
     supply = Supply(str(directory.resolve()) if directory else "", poison, record.facts.get("criu") is True)
     if supply:
         return _supply(record, supply, force, listener)
@@ -223,13 +224,13 @@ def abort(session: str) -> AbortReport:
             left = pages_remaining(record.facts)
             _end_tree(record)
     if record.role == SOURCE:
-        netfilter.release_session(session)
-    journal = Journal(session, record.role, record.facts)
+        netfilter.release_session(record.session)
+    journal = Journal(record.session, record.role, record.facts)
     if record.unborn and state not in ENDED:  # its source may have said COMMIT, and will ask
         journal.write("aborted", reason="it was ended there before it ran")
     else:
         journal.remove()
-    return AbortReport(session, record.role, state, left, _what_it_means(record, state, left))
+    return AbortReport(record.session, record.role, state, left, _what_it_means(record, state, left))
 
 
 def _what_it_means(record: Record, state: str, left: int | None) -> str:

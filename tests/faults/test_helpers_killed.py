@@ -197,6 +197,21 @@ def test_who_looks_from_another_network_namespace_sees_that_it_is_worked_on(pair
         completes(pair, journey, program)
 
 
+def test_of_a_move_within_one_host_each_side_can_be_named(pair: Pair) -> None:
+    host = pair.source
+    with (
+        paced(pair, "one") as program,
+        receiving(host) as receiver,
+        migrating(host, receiver, program.pid, *CRAWLING) as journey,
+    ):
+        journey.wait_running()
+        kill(host, DESTINATION, "keeper", "pager", "guard")
+        session = journal(host, DESTINATION)["id"]
+        assert f"{session}-destination" in run_cli(host, "resume", session, expected=2).stderr
+        run_cli(host, "resume", f"{session}-destination")
+        completes(pair, journey, program)
+
+
 def test_the_receiver_killed_as_well_the_resumed_keeper_takes_its_place(pair: Pair, program: Program) -> None:
     with (
         receiving(pair.destination, expected=-signal.SIGKILL) as receiver,
