@@ -17,6 +17,7 @@ from lazyproc.pages.transport import Channel
 from lazyproc.wire.native import Abort, Committed, Drained, Hello, Map, Released, Role, Running
 
 SAY_S = 30.0
+ENDED = ("aborted", "drained")  # and it is known how
 
 
 def hand_on(channel: Channel, hello: Hello) -> None:
@@ -32,7 +33,9 @@ def hand_on(channel: Channel, hello: Hello) -> None:
             channel.refuse("it is not settled yet whether it runs here", again=True)
         elif record is None:
             channel.refuse(NOT_KNOWN)
-        elif record.state not in ("aborted", "drained") and not unborn:
+        elif record.rebooted and record.state not in ENDED:
+            channel.refuse("it has ended there with its host, which was started again since")
+        elif record.state not in ENDED and not unborn:
             channel.refuse(f"it is orphaned here: lazyproc resume {hello.session} on this host", again=True)
         else:
             channel.welcome()

@@ -197,6 +197,24 @@ def test_who_looks_from_another_network_namespace_sees_that_it_is_worked_on(pair
         completes(pair, journey, program)
 
 
+def test_a_source_whose_tree_has_ended_with_its_host_is_told_so(pair: Pair) -> None:
+    """Its destination was without power, and a receiver is there again."""
+    with (
+        paced(pair, "one") as program,
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, program.pid, *CRAWLING) as journey,
+    ):
+        journey.wait_running()
+        kill(pair.destination, DESTINATION, "keeper", "pager", "guard")
+        record = journal(pair.destination, DESTINATION)
+        (path,) = (pair.destination.outside / "state").rglob("*-destination.json")
+        path.with_suffix(".new").write_text(json.dumps({**record, "boot_id": "of another time"}))
+        path.with_suffix(".new").rename(path)
+        assert "it has ended there with its host" in journey.finish(expected=4)["error"]
+        run_cli(pair.source, "abort", record["id"])
+        os.kill(pair.destination.pid(record["tree"]["root_pid"]), signal.SIGKILL)
+
+
 def test_of_a_move_within_one_host_each_side_can_be_named(pair: Pair) -> None:
     host = pair.source
     with (
