@@ -51,7 +51,8 @@ _INTEL = (
 )
 
 
-_CRIUS = 0b11 | sum(1 << part.bit for part in _INTEL)  # and the FXSAVE region: x87, SSE
+_LEGACY = 0b11  # the FXSAVE region: x87, SSE
+_CRIUS = _LEGACY | sum(1 << part.bit for part in _INTEL)
 
 
 def _layout(area: bytes | bytearray) -> tuple[_Component, ...]:
@@ -181,7 +182,9 @@ def _rebuild(
             area, 0, entry.cwd, entry.swd, entry.twd, entry.fop, entry.rip, entry.rdp, entry.mxcsr,
             entry.mxcsr_mask, *entry.st_space, *entry.xmm_space,
         )  # fmt: skip
-        struct.pack_into("<Q", area, _HEADER, entry.xsave.xstate_bv)
+        # A processor without XSAVE has x87 and SSE all the same.
+        used = entry.xsave.xstate_bv if entry.HasField("xsave") else _LEGACY
+        struct.pack_into("<Q", area, _HEADER, used)
         for part in layout:
             values = getattr(entry.xsave, part.field)
             if values:

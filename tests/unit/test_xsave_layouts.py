@@ -99,3 +99,12 @@ def test_the_area_of_one_processor_fits_another(processor: Processor, other: Pro
 @each
 def test_an_area_stays_as_it_is_at_home(processor: Processor) -> None:
     assert xsave.relaid(processor.area(), processor.offsets) == processor.area()
+
+
+def test_what_criu_dumped_on_a_processor_without_xsave_is_in_use() -> None:
+    """A component that is not marked as used is zeros to the kernel, whatever is in the area."""
+    entry, _ = _written(ALL[0].area())
+    entry.ClearField("xsave")
+    area = xsave.from_entry(entry, None, "core-1.img")
+    assert area[:416] == ALL[0].area()[:416]
+    assert int.from_bytes(area[512:520], "little") == 0b11
