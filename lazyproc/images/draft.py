@@ -31,7 +31,8 @@ class Draft:
 
     def write(self, images: Mapping[str, bytes]) -> None:
         """Writes every image, all that are not pages in one call, and their checksums. Raises ImageError."""
-        for name, data in {**images, **sums_of(images)}.items():
+        # The checksums first: by them it is seen what is missing if we are killed on the way. CRIU's images have none.
+        for name, data in {**sums_of(images), **images}.items():
             self.write_file(name, [data])
 
     def write_file(self, name: str, pieces: Iterable[bytes]) -> None:
@@ -67,7 +68,7 @@ class Draft:
 
     def remove(self) -> None:
         """All that it has made: what somebody else writes there at the same time is his."""
-        for name in self._names:
+        for name in reversed(self._names):
             self._folder.remove(name)
         if self._made:
             with suppress(OSError):

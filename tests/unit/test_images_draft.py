@@ -74,6 +74,24 @@ def test_what_lay_in_the_folder_before_stays_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_what_is_left_of_a_killed_one_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    """Nor for images of CRIU's, of which one that is not there has nothing in it."""
+    folder = Folder(tmp_path)
+    if not (child := os.fork()):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        with filled(folder, early=False) as draft:
+            draft.write(
+                {"inventory.img": b"i", "pstree.img": b"p", "files.img": bytes(8192), "mm-1.img": b"m"}
+            )
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+    assert "pstree.img" in folder.images()
+    with pytest.raises(ImageError, match=r"files\.img|mm-1\.img"):
+        check_sums(folder.read())
+
+
 def test_a_folder_that_was_there_stays_there(tmp_path: Path) -> None:
     """Somebody has made it, with an owner and a label maybe, and tries again."""
     with pytest.raises(ZeroDivisionError), filled(Folder(tmp_path), early=False) as draft:
