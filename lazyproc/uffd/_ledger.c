@@ -10,7 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define LEDGER_MAGIC 0x34726765646c707aull
+#define LEDGER_MAGIC 0x33726765646c707aull
 
 #define HEAD_BYTES (1ull << 16)
 #define SPACE_BYTES (LEDGER_SPACES * sizeof(struct space))
