@@ -8,7 +8,9 @@ import fcntl
 import mmap
 import os
 import pty
+import resource
 import signal
+import socket
 import struct
 import subprocess
 import threading
@@ -28,6 +30,7 @@ from lazyproc.kernel.sys import syscall
 from lazyproc.kernel.tracee import Tracee
 from lazyproc.uffd.device import Feature, Userfaultfd
 from tests.live.descriptors import stopped
+from tests.live.moving import CLI
 from tests.needs import lacking, require, require_root
 
 SYS_MUNMAP, SYS_CLONE, SYS_MSGGET, SYS_MSGSND, SYS_MSGCTL = 11, 56, 68, 69, 71
@@ -422,6 +425,29 @@ def test_descriptors_are_asked_too(tmp_path: Path) -> None:
 
     (why,) = whys(found(lock))
     assert why.startswith("fd: it holds a file lock (FLOCK WRITE)")
+
+
+def test_more_sockets_than_a_shell_lets_us_have_descriptors() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard < 2048:
+        lacking("more than 1200 descriptors for one process", "raise the limit: ulimit -Hn")
+    kept: list[tuple[socket.socket, socket.socket]] = []
+
+    def many() -> None:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        kept.extend(socket.socketpair() for _ in range(600))
+
+    with stopped(many) as (task,):
+        done = subprocess.run(
+            [*CLI, "explain", str(task.pid)],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard)),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_semaphore_set_that_it_used() -> None:
