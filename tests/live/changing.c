@@ -131,11 +131,13 @@ static void root(void)
 
 static void child(void)
 {
-	pid_t pid = fork();
+	pid_t parent = getpid(), pid = fork();
 
 	OK(pid);
 	if (pid == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		if (getppid() != parent) /* it was killed before that was said */
+			_exit(0);
 		idle(0);
 	}
 }
