@@ -282,6 +282,36 @@ def test_a_timer_outlives_the_thread_that_it_signals(tmp_path: Path) -> None:
             assert it.hear() == "0 50000000"
 
 
+MANY = """
+int main(int c, char **v)
+{
+    struct sigevent silent = { .sigev_notify = SIGEV_NONE };
+    union sigval value = { .sival_int = 5 };
+    sigset_t blocked;
+    timer_t timer;
+    long left = 0;
+    (void)c;
+    words = v;
+    sigemptyset(&blocked);
+    sigaddset(&blocked, SIGRTMIN);
+    sigprocmask(SIG_BLOCK, &blocked, NULL);
+    for (int i = 0; i < 2000; i++)
+        if (timer_create(CLOCK_MONOTONIC, &silent, &timer) || sigqueue(getpid(), SIGRTMIN, value)) return 1;
+    say("ready\\n", 0, 0, 0);
+    while (access(v[2], F_OK)) usleep(1000);
+    while (sigtimedwait(&blocked, NULL, &(struct timespec){ 0, 0 }) == SIGRTMIN) left++;
+    say("%ld\\n", left, 0, 0);
+}
+"""
+
+
+def test_thousands_of_timers_and_pending_signals(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with tracee(MANY, tmp_path, str(gate)) as it, moved(it.pid):
+        gate.touch()
+        assert it.hear() == "2000"
+
+
 NO_ROOM = """
 #include <sys/resource.h>
 int main(int c, char **v)
