@@ -20,7 +20,7 @@ from lazyproc.model import Extent, MemoryObject
 from lazyproc.pages.criu_source import LazyRuns
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.private import PrivatePages
-from lazyproc.pages.remote import extents_of
+from lazyproc.pages.remote import Maps
 from lazyproc.restore.finishing import Finishing
 from lazyproc.restore.lazytree import LazyTree
 from lazyproc.trace import TraceFile
@@ -125,6 +125,7 @@ class Drain:
         self._link = link
         self.reason = ""
         self._pulse = Pulse(link.control)
+        self._maps = Maps(link.control.peer_revision)
         self._pager.forget_acknowledged()
         packs = link.bulk.peer_revision >= PACKS
         self._pager.serve_remote(link.urgent.detach(), link.bulk.detach(), packs=packs)
@@ -218,7 +219,8 @@ class Drain:
     def _hear(self, event: Event) -> None:
         match event:
             case Map() if not self._mapped:
-                self._apply(extents_of(event))
+                if self._maps.hear(event):
+                    self._apply(self._maps.extents())
             case Released():
                 self.released = True
             case Map() | Pong():

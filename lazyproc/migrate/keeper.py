@@ -40,7 +40,7 @@ from lazyproc.restore.ending import end_tree
 from lazyproc.restore.lazy import drop_anchors
 from lazyproc.restore.lazytree import LazyTree, anchor_holders, from_facts
 from lazyproc.uffd.pager import Pager, rebind
-from lazyproc.wire.native import Hello, Party, Role
+from lazyproc.wire.native import REVISION, Hello, Party, Role
 
 NAME = "lazyproc-keeper"
 WATCH_S = 0.5
@@ -212,7 +212,7 @@ class Keeper:
 
         def serve() -> None:
             say(self._near, "serve", None)
-            say(self._near, "take", [each.fileno() for each in self._connections])
+            say(self._near, "take", (link.control.peer_revision, self._numbers()))
 
         try:
             self._clients.first.stop_without_it()
@@ -340,7 +340,7 @@ class Keeper:
             "pager_pid": self._pager.pid,
             "pager_pidfd": self._pager.pidfd,
             "guard_pid": self._guard.pid,
-            "connections": [each.fileno() for each in self._connections],
+            "connections": self._numbers(),
             "told": self._told,
         }
         self._journal.note(str(self._journal.facts["state"]), self._clients.tell, crew)
@@ -404,7 +404,10 @@ class Keeper:
             lost, self._connections = self._connections, link.sockets
             self._note_crew()
             _hang_up(lost)
-            say(self._near, "link", [each.fileno() for each in self._connections])
+            say(self._near, "link", (link.control.peer_revision, self._numbers()))
+
+    def _numbers(self) -> list[int]:
+        return [each.fileno() for each in self._connections]
 
     def _supplied(self, request: Request) -> None:
         """Pages come from elsewhere from now on. One of us always lives meanwhile, and has all descriptors."""
@@ -483,7 +486,8 @@ def _brought(request: Request) -> Channel:
     fields = request.fields
     if fields["do"] != "connect":
         raise ValueError(fields["do"])
-    hello = Hello(Role(fields["role"]), fields["session"], fields["token"], resume=True)
+    role, revision = Role(fields["role"]), int(fields.get("revision", REVISION))
+    hello = Hello(role, fields["session"], fields["token"], revision=revision, resume=True)
     sock = request.take_socket()
     try:
         sock.getpeername()  # a socket that is not connected is never ready to be answered on

@@ -38,7 +38,7 @@ from lazyproc.trace import Clock, TraceFile
 from lazyproc.uffd.pager import Pager
 from lazyproc.uffd.policy import POLICIES, Policy, blocks
 from lazyproc.wire.jsonobject import JsonValue
-from lazyproc.wire.native import Hello, Party
+from lazyproc.wire.native import REVISION, Hello, Party
 
 LOOK_S = 0.5
 STEP_S = 0.02
@@ -186,12 +186,12 @@ class Paging:
     def _take_links(self, drain: Drain, redial: Redial | None, timeout: float) -> bool:
         """Whether the keeper has said that the tree runs, which he may have said to one before us as well."""
         runs = False
-        for kind, fds in heard(self._keeper, timeout):
+        for kind, value in heard(self._keeper, timeout):
             if kind == "run":
                 runs = True
-            if fds is None:
+            if value is None:
                 continue
-            link = self._duplicated(fds)
+            link = self._duplicated(*value)
             drain.take(link) if kind == "take" else drain.attach(link)
         if redial is not None:
             self._call(drain, redial)
@@ -221,7 +221,9 @@ class Paging:
                 pairs = [socket.socketpair() for _ in ROLES]
                 for end in (end for pair in pairs for end in pair):
                     stack.enter_context(end)
-                link = stack.enter_context(closing(self._duplicated([near.fileno() for near, _ in pairs])))
+                link = stack.enter_context(
+                    closing(self._duplicated(REVISION, [near.fileno() for near, _ in pairs]))
+                )
                 drain.take(link)
         except (LazyprocError, OSError) as error:
             self._clients.tell(
@@ -230,11 +232,11 @@ class Paging:
         finally:
             pager.abandon()
 
-    def _duplicated(self, fds: Sequence[int]) -> Link:
-        """The connections that the keeper has welcomed."""
+    def _duplicated(self, revision: int, fds: Sequence[int]) -> Link:
+        """The connections that the keeper has welcomed, of a source of that revision."""
         channels = []
         for role, fd in zip(ROLES, fds, strict=True):
-            hello = Hello(role, self._session.id, self._session.token, resume=True)
+            hello = Hello(role, self._session.id, self._session.token, revision=revision, resume=True)
             sock = socket.socket(fileno=os.dup(fd))
             channels.append(Channel.adopted(sock, Party.DESTINATION, hello, welcomed=True))
         return Link(self._session, *channels)

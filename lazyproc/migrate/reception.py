@@ -13,6 +13,7 @@ from lazyproc.migrate.desk import ask, is_staffed
 from lazyproc.migrate.journal import DESTINATION, Journal, Record, find
 from lazyproc.migrate.link import NOT_KNOWN
 from lazyproc.migrate.talk import expect
+from lazyproc.pages.remote import Maps
 from lazyproc.pages.transport import Channel
 from lazyproc.wire.native import Abort, Committed, Drained, Hello, Map, Released, Role, Running
 
@@ -23,7 +24,8 @@ ENDED = ("aborted", "drained")  # and it is known how
 def hand_on(channel: Channel, hello: Hello) -> None:
     """The connection is over for the caller. Raises ConnectionLost, ProtocolError."""
     with channel:
-        fields = {"do": "connect", "role": hello.role.value, "session": hello.session, "token": hello.token}
+        names = {"role": hello.role.value, "session": hello.session, "token": hello.token}
+        fields = {"do": "connect", **names, "revision": hello.revision}
         if ask(hello.session, DESTINATION, fields, channel.fileno()) is not None:
             return
         staffed = is_staffed(hello.session, DESTINATION)  # who leaves has written down why before
@@ -70,6 +72,8 @@ def _tell(channel: Channel, record: Record) -> None:
 def _tell_drained(channel: Channel, facts: Mapping[str, Any]) -> None:
     channel.send(Committed())
     channel.send(Running({"root_pid": facts["tree"]["root_pid"]}))
-    expect(channel, Map, SAY_S)
+    maps = Maps(channel.peer_revision)
+    while not maps.hear(expect(channel, Map, SAY_S)):
+        continue
     channel.send(Drained(facts["report"]))
     expect(channel, Released, SAY_S)

@@ -27,7 +27,7 @@ from lazyproc.pages.criu_server import Shelf, answer
 from lazyproc.pages.criu_store import store
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.remote import map_of
+from lazyproc.pages.remote import maps_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
 from lazyproc.pages.transport import Caller, Door, listen
@@ -237,7 +237,8 @@ class _Client:
         expect(control, Committed, BUILD_S)
         expect(control, Running, BUILD_S)
         self._listener(StateChanged("running", time.monotonic()))
-        control.send(map_of(memory))
+        for part in maps_of(memory, control.peer_revision):
+            control.send(part)
         while control.receive(DOOR_S) is None:
             continue
         control.send(Released())

@@ -26,7 +26,7 @@ from lazyproc.migrate.lost import asked_again, source_ended
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.talk import Pulse, Refused, checked, expect
 from lazyproc.model import Extent, MemoryObject
-from lazyproc.pages.remote import map_of
+from lazyproc.pages.remote import maps_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.transport import Declined
 from lazyproc.steps import Steps
@@ -158,7 +158,8 @@ class Serving:
         """The fields of DRAINED over this link."""
         if self._map is None:
             self._map = self._found()
-        link.control.send(map_of(self._map))
+        for part in maps_of(self._map, link.control.peer_revision):
+            link.control.send(part)
         pulse = Pulse(link.control)
         while True:
             event = link.control.receive(POLL_S)

@@ -6,14 +6,25 @@ remote tree for instance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from lazyproc.errors import ConnectionLost, ImageError, ProtocolError
 from lazyproc.model import PAGE, Extent, MemoryObject
 from lazyproc.pages.server import crc32c
 from lazyproc.pages.transport import Channel
 from lazyproc.wire.frame import MAX_PAGES, Flag
-from lazyproc.wire.native import Close, Get, Map, MapEntry, Pages, memory_object
+from lazyproc.wire.native import (
+    MAP_MAX,
+    MAP_PART,
+    PARTS,
+    Close,
+    Get,
+    Map,
+    MapEntry,
+    Pages,
+    memory_object,
+)
 
 
 class RemotePages:
@@ -88,22 +99,47 @@ class RemotePages:
             raise ProtocolError(f"the checksum of {part} is wrong", where=self._channel.peer)
 
 
-def extents_of(event: Map) -> dict[MemoryObject, tuple[Extent, ...]]:
-    """What a MAP says, as extents of lazy pages."""
+class Maps:
+    """The MAP of a peer, whatever its revision, heard part by part."""
+
+    def __init__(self, revision: int) -> None:
+        self._revision = revision
+        self._entries: list[MapEntry] = []
+
+    def hear(self, event: Map) -> bool:
+        """Whether that was the last part. Raises ProtocolError."""
+        self._entries += event.entries
+        if len(self._entries) > MAP_MAX:
+            raise ProtocolError(f"MAP has more than {MAP_MAX} entries")
+        return self._revision < PARTS or len(event.entries) != MAP_PART
+
+    def extents(self) -> dict[MemoryObject, tuple[Extent, ...]]:
+        """Of lazy pages."""
+        return extents_of(self._entries)
+
+
+def extents_of(entries: Iterable[MapEntry]) -> dict[MemoryObject, tuple[Extent, ...]]:
+    """What MAP says, as extents of lazy pages."""
     result: dict[MemoryObject, list[Extent]] = {}
-    for entry in event.entries:
+    for entry in entries:
         extent = Extent(entry.addr, entry.pages, lazy=True)
         result.setdefault(memory_object(entry.object), []).append(extent)
     return {obj: tuple(extents) for obj, extents in result.items()}
 
 
-def map_of(extents: Mapping[MemoryObject, Sequence[Extent]]) -> Map:
-    """The MAP of the lazy pages among `extents`."""
-    return Map(
-        [
-            MapEntry(obj.key, extent.addr, extent.count)
-            for obj in extents
-            for extent in extents[obj]
-            if extent.lazy
-        ]
+def maps_of(extents: Mapping[MemoryObject, Sequence[Extent]], revision: int) -> Iterator[Map]:
+    """The MAP of the lazy pages among `extents`, for a peer of that revision. A large one is long under way: in parts
+    the peer hears from us meanwhile.
+    """
+    entries = (
+        MapEntry(obj.key, extent.addr, extent.count)
+        for obj in extents
+        for extent in extents[obj]
+        if extent.lazy
     )
+    size = MAP_PART if revision >= PARTS else None
+    while True:
+        part = Map(list(islice(entries, size)))
+        yield part
+        if len(part.entries) != size:
+            return

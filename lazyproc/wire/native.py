@@ -26,10 +26,13 @@ from lazyproc.wire.frame import EMPTY, HEADER, Flag, Frame, Type, is_range
 from lazyproc.wire.jsonobject import JsonValue
 
 VERSION = 1
-REVISION = 4  # of what may be said besides: what an end of an earlier revision does not know
+REVISION = 5  # of what may be said besides: what an end of an earlier revision does not know
 PACKS = 2  # from this revision on pages may be asked for compressed
 FORESEES = 3  # and the tree may be described before it is frozen, and by its own format afterwards
 WIPES = 4  # and what a fork wipes (MADV_WIPEONFORK) is not in MAP, but there before the tree runs
+PARTS = 5  # and MAP comes in parts: one of MAP_PART entries is followed by another
+MAP_PART = 1 << 16
+MAP_MAX = 1 << 24  # entries of all parts
 MAX_NAME = 128  # characters of a session id or token
 _MAP_ENTRY = struct.Struct("<QQQ")  # object, addr, pages
 _LOST = struct.Struct("<Q")
@@ -195,7 +198,7 @@ class MapEntry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """Source: which lazy pages have content. Everything else in the lazy ranges is zero."""
+    """Source: which lazy pages have content, or a part of that. Everything else in the lazy ranges is zero."""
 
     entries: Sequence[MapEntry] = field(repr=False)
 

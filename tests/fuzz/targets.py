@@ -75,7 +75,7 @@ def _understand(event: object) -> None:
             Offer.of(event.fields)
             Wishes.of(event.fields)
         case native.Map():
-            extents_of(event)
+            extents_of(event.entries)
         case native.Images():
             unpack(event.data)
         case native.Forecast():

@@ -13,6 +13,7 @@ import pytest
 from lazyproc.errors import HostLacks
 from lazyproc.hosts import Pair, pair_of_hosts
 from lazyproc.kernel import proc
+from lazyproc.wire.native import MAP_PART
 from tests.live.moving import Receiver, checkpoint, look_at_tree, migrate, move, receiving, restore, tree_of
 from tests.live.programs import SOURCES, UNSUPPORTED, Program, Watch, compile_program, running
 from tests.needs import lacking
@@ -52,10 +53,10 @@ def field() -> Iterator[Field]:
         yield Field(pair, there, stack.enter_context(receiving(pair.source)))
 
 
-def started(stack: ExitStack, name: str, field: Field) -> Program:
-    pair = field.pair
+def started(stack: ExitStack, name: str, field: Field, *arguments: str) -> Program:
+    pair, words = field.pair, arguments or ARGUMENTS.get(name, ())
     program = stack.enter_context(
-        running(name, *ARGUMENTS.get(name, ()), directory=pair.shared, host=pair.source, exclusive=True)
+        running(name, *words, directory=pair.shared, host=pair.source, exclusive=True)
     )
     if program.process.poll() == UNSUPPORTED:
         pytest.skip(f"this machine lacks what {name} checks")
@@ -96,6 +97,13 @@ def test_moves_while_its_memory_is_freed_here(name: str, field: Field) -> None:
             field.pair.source, field.there, program.pid, "--release", whole_tree=name not in RESTLESS
         )
         program.watch.wait_beats()
+        there.end(program.watch)
+
+
+def test_memory_in_more_runs_than_one_map_names(field: Field) -> None:
+    with ExitStack() as stack:
+        program = started(stack, "scattered", field, str(MAP_PART + 1000))
+        there = move(field.pair.source, field.there, program.pid)
         there.end(program.watch)
 
 

@@ -31,11 +31,12 @@ from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
 from lazyproc.pages import transport
 from lazyproc.pages.frozen import FrozenPages, Place
 from lazyproc.pages.peer import Trust, find_uid, peer_uid
-from lazyproc.pages.remote import RemotePages, extents_of, map_of
+from lazyproc.pages.remote import RemotePages, extents_of, maps_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.transport import Channel, Door, Session, dial, listen, parse_address
 from lazyproc.wire.frame import Flag, Type
 from lazyproc.wire.native import (
+    REVISION,
     Connection,
     Event,
     Get,
@@ -496,9 +497,9 @@ def test_pages_of_a_stopped_process_over_a_dialled_channel() -> None:
         channels(Role.BULK) as (source, destination),
     ):
         server.serve(source.detach(), "bulk")
-        event = map_of(frozen.extents())
+        (event,) = maps_of(frozen.extents(), REVISION)
         assert isinstance(event, Map)
-        pages = RemotePages(destination, extents_of(event))
+        pages = RemotePages(destination, extents_of(event.entries))
         assert pages.extents() == extents
         assert pages.read(TASK, area.addr, 2500) == area.expected(area.addr, 2500)
         with pytest.raises(ImageError, match=f"{area.addr + 2500 * PAGE:#x}"):
