@@ -36,7 +36,8 @@ def _first(tree: LazyTree, name: str, take: Callable[[int, int], int]) -> int:
     raise LostAfterCommit(
         "no process of the tree is left, or none has kept its memory's descriptors (close_range(2))",
         where=f"pids {', '.join(str(task.pid) for task in tree.tasks)}",
-        remedy="end it with lazyproc abort",
+        remedy="if its source says that all of it has followed, its record could not be written, and is to be removed; "
+        "otherwise end it with lazyproc abort",
     )
 
 

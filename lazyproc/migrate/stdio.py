@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from contextlib import suppress
 
+from lazyproc.errors import ConnectionLost, ProtocolError
 from lazyproc.events import Listener
 from lazyproc.kernel import family
 from lazyproc.kernel.ready import readable
@@ -74,12 +76,13 @@ def _reception() -> socket.socket:
     def attend() -> None:
         ours.close()
         channel = Channel(theirs, Party.DESTINATION)
-        hello = channel.receive(HANDSHAKE_S)
-        channel.check_version()
-        if isinstance(hello, Hello) and hello.resume:
-            hand_on(channel, hello)
-        elif hello is not None:
-            channel.refuse(NOT_KNOWN)
+        with suppress(ConnectionLost, ProtocolError):  # of whoever has called
+            hello = channel.receive(HANDSHAKE_S)
+            channel.check_version()
+            if isinstance(hello, Hello) and hello.resume:
+                hand_on(channel, hello)
+            elif hello is not None:
+                channel.refuse(NOT_KNOWN)
 
     with theirs:
         family.child(attend, "lazyproc-tell")

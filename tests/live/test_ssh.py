@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -353,3 +354,13 @@ def test_no_option_of_ours_changes_whom_ssh_trusts() -> None:
     assert words[-6:] == ["2022", "--", "me@fd00::1", "lazyproc", "stdio", "7"]
     assert words[1 : 1 + len(OPTIONS)] == list(OPTIONS)
     assert not any(name in word for word in OPTIONS for name in ("HostKey", "KnownHosts", "Identity", "User"))
+
+
+def test_a_far_end_that_nobody_speaks_to_ends_without_a_word() -> None:
+    """Where no receiver listens it answers itself, from the journal."""
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    done = subprocess.run(
+        [*CLI, "stdio", str(port)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
