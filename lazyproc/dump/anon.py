@@ -78,22 +78,13 @@ def _target(registry: Registry, look: Look, entry: EpollInfo, nth: int) -> int:
             f"it watches a file, added as descriptor {entry.fd}, that no process of the tree has open",
             "move the process that has it too, or let the program take it out of the set (EPOLL_CTL_DEL)",
         )
-    if not _is_signalfd_elsewhere(registry, place.file_id, look, entry.fd):
+    # A watched signalfd belongs to the process that adds it (fs/signalfd.c), so that has to add it again.
+    if registry.is_open(look.pid, entry.fd, place) or registry.link(place) != SIGNALFD_LINK:
         return place.file_id
     raise Refused(
         f"it watches a signalfd under number {entry.fd}, which is no longer open there",
         "let the program keep the signalfd open under the number it added it with",
     )
-
-
-def _is_signalfd_elsewhere(registry: Registry, file_id: int, look: Look, number: int) -> bool:
-    """A watched signalfd belongs to the process that adds it (fs/signalfd.c), so that has to add it again."""
-    if registry.link(registry.place(file_id)) != SIGNALFD_LINK:
-        return False
-    try:
-        return registry.intern(look.pid, number)[0] != file_id
-    except OSError:
-        return True
 
 
 # --- inotify ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ same open file description, and takes descriptors out of the tree.
 from __future__ import annotations
 
 import os
+import stat as st
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ class Place:
     pid: int
     fd: int
     file_id: int
+    inode: Inode
+    is_socket: bool
 
 
 class Numbers:
@@ -106,6 +109,7 @@ class Registry:
     _file_numbers: Numbers = field(default_factory=Numbers)
     _places: dict[Inode, list[Place]] = field(default_factory=dict)  # each list in the order of kcmp
     _first: dict[int, Place] = field(default_factory=dict)  # by file id
+    _open: dict[tuple[int, int], Place] = field(default_factory=dict)  # what a process has under a number
     _root: str = ""  # of the tree, as we see it
 
     def new_file_id(self) -> int:
@@ -118,11 +122,14 @@ class Registry:
         descriptor then has to stay open as long as the registry is in use. OSError when it was closed.
         """
         status = os.stat(f"/proc/{pid}/fd/{fd}")
-        places = self._places.setdefault((status.st_dev, status.st_ino), [])
+        inode = status.st_dev, status.st_ino
+        places = self._places.setdefault(inode, [])
         at, found = _search(places, lambda place: kcmp(place.pid, pid, KCMP_FILE, place.fd, fd))
         if found:
+            self._open[pid, fd] = places[at]
             return places[at].file_id, False
-        place = Place(pid, fd, self.new_file_id())
+        place = Place(pid, fd, self.new_file_id(), inode, st.S_ISSOCK(status.st_mode))
+        self._open[pid, fd] = place
         places.insert(at, place)
         self._first[place.file_id] = place
         self.queue.append(place)
@@ -148,11 +155,27 @@ class Registry:
     def epoll_target(self, pid: int, epfd: int, fd: int, nth: int, inode: Inode) -> Place | None:
         """Where the file that epoll set `epfd` of `pid` watches under number `fd` was seen; None: nowhere.
 
-        `nth` counts the entries of that number in the set, in fdinfo's order.
+        `nth` counts the entries of that number in the set, in fdinfo's order. Each kcmp walks the set up to the entry
+        (fs/eventpoll.c, ep_find_tfd): what the process has under that number comes first, and of a socket, whose only
+        file that is, nothing is asked.
         """
         places = self._places.get(inode, [])
-        at, found = _search(places, lambda place: kcmp_epoll_target(place.pid, place.fd, pid, epfd, fd, nth))
+
+        def compare(place: Place) -> int:
+            return kcmp_epoll_target(place.pid, place.fd, pid, epfd, fd, nth)
+
+        here = self._open.get((pid, fd))
+        if here is not None and here.inode == inode:
+            # A socket cannot be opened again: no second file leads to it, but an O_PATH one, which is not dumped.
+            only = here.is_socket and len(places) == 1
+            if only or compare(here) == 0:
+                return here
+        at, found = _search(places, compare)
         return places[at] if found else None
+
+    def is_open(self, pid: int, fd: int, place: Place) -> bool:
+        """Whether process `pid` has this file under number `fd`, as it was interned."""
+        return self._open.get((pid, fd)) is place
 
     def pidfd(self, pid: int) -> int:
         return next(task.pidfd for task in self.tasks if task.pid == pid)

@@ -8,12 +8,15 @@ import fcntl
 import os
 import select
 import signal
+import socket
 import struct
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from lazyproc.dump import registry
 from lazyproc.dump.descriptors import gather_descriptors
 from lazyproc.kernel import fds as kernel
 from lazyproc.model import Clocks, Epoll, EpollTarget, OpenFile, SharedMemory, TimerFd
@@ -197,6 +200,57 @@ def test_epoll_entry_under_a_number_that_is_another_file_now() -> None:
             assert _wait(fds[20]) == [(select.EPOLLIN, 77)]
             os.eventfd_read(fds[30])
             assert _wait(fds[20]) == []
+
+
+def test_epoll_asks_for_most_files_once_and_for_sockets_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Counter[int] = Counter()
+
+    def counted(pid: int, fd: int, epoll_pid: int, epfd: int, target: int, nth: int) -> int:
+        asked[target] += 1
+        return kernel.kcmp_epoll_target(pid, fd, epoll_pid, epfd, target, nth)
+
+    events, sockets = range(100, 140), range(140, 180)
+
+    def body() -> None:
+        _epoll(20)
+        for number in events:
+            at(number, os.eventfd(0))
+        for number in sockets[::2]:
+            for beside, sock in enumerate(socket.socketpair()):
+                at(number + beside, sock.detach())
+        for number in (*events, *sockets):
+            kernel.epoll_add(20, number, select.EPOLLIN, number)
+
+    monkeypatch.setattr(registry, "kcmp_epoll_target", counted)
+    with gathered_from(body) as gathered:
+        (rows,) = gathered.descriptors.values()
+        files = {row.fd: row.file_id for row in rows}
+        watched = gathered.files[files[20]].resource
+        assert isinstance(watched, Epoll)
+        assert {target.fd: target.file_id for target in watched.targets} == {
+            number: files[number] for number in (*events, *sockets)
+        }
+    assert asked == dict.fromkeys(events, 1)
+
+
+def test_epoll_of_a_socket_under_a_number_that_is_another_socket_now() -> None:
+    def body() -> None:
+        _epoll(20)
+        for number, sock in zip((10, 11), socket.socketpair(), strict=True):
+            at(number, sock.detach())
+        kernel.epoll_add(20, 10, select.EPOLLIN, 77)
+        os.dup2(10, 30)
+        for number, sock in zip((10, 12), socket.socketpair(), strict=True):
+            at(number, sock.detach())
+        kernel.epoll_add(20, 10, select.EPOLLIN, 78)
+
+    with gathered_from(body) as gathered:
+        (rows,) = gathered.descriptors.values()
+        files = {row.fd: row.file_id for row in rows}
+        watched = gathered.files[files[20]].resource
+        assert isinstance(watched, Epoll)
+        found = {(target.data, target.fd, target.file_id) for target in watched.targets}
+        assert found == {(77, 10, files[30]), (78, 10, files[10])}
 
 
 def test_epoll_in_epoll_and_a_shared_set() -> None:
