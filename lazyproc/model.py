@@ -429,6 +429,7 @@ class InetSocket:
     absent: bool = (
         False  # its local address is on no interface: it was bound with IP_FREEBIND, whatever that says now
     )
+    error: int = 0  # errno that the program has not been told: what ended the connection
 
 
 @dataclass(frozen=True, slots=True)

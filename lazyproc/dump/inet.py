@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping
 
 from lazyproc.dump.registry import Refused
-from lazyproc.dump.tcp import FIN_SENT, read_connection, read_ended
+from lazyproc.dump.tcp import FIN_SENT, ending_error, read_connection, read_ended
 from lazyproc.facts import dataclass
 from lazyproc.kernel import tcp
 from lazyproc.kernel.netfilter import LOOPBACK, End, Flow, plain
@@ -101,10 +101,11 @@ def gather_inet(
         _refuse_unreachable(local[0], interface, options)
     inode = os.fstat(sock.fileno()).st_ino
     shutdown = udp[inode].shutdown if inode in udp else 0
-    connection = None
+    connection, is_ended = None, False
     if sock.proto == socket.IPPROTO_TCP:
         shutdown = RCV_SHUTDOWN | SEND_SHUTDOWN if close else _tcp_shutdown(sock, state)
         connection = _connection(sock, state, shutdown) if touch else None
+        is_ended = ends.state == TCP_CLOSE and bool(shutdown)
     return InetSocket(
         inode=inode,
         family=sock.family,
@@ -122,6 +123,7 @@ def gather_inet(
         tcp=connection,
         queue=queue,
         absent=remote is None and _is_absent(sock, local[0], interface),
+        error=ending_error(sock) if is_ended else 0,
     )
 
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterable
 from contextlib import suppress
 
+from lazyproc.dump.registry import Refused
 from lazyproc.kernel import tcp
 from lazyproc.kernel.sockopt import TCP_CLOSING, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_LAST_ACK
 from lazyproc.model import TcpState
@@ -56,6 +57,17 @@ def read_ended(sock: socket.socket) -> TcpState:
     unread = tcp.queued(sock)[0]
     data = sock.recv(unread, socket.MSG_PEEK | socket.MSG_DONTWAIT) if unread else b""
     return TcpState(0, 0, b"", data, 0, 0, 0, 0, 0, 0, b"")
+
+
+def ending_error(sock: socket.socket) -> int:
+    """What ended a connection and waits for the program to be told. Raises Refused."""
+    try:
+        return tcp.ending_error(sock)
+    except tcp.Untold:
+        raise Refused(
+            "is a TCP connection that failed, and the error cannot be read without taking it from the program",
+            "try again in a moment, or let the program read it or close the socket first",
+        ) from None
 
 
 def hang_up(connections: Iterable[socket.socket]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -329,6 +330,8 @@ def write_inet(
     write_options(socket.options, (entry.opts, entry.ip_opts, entry.tcp_opts), extra)
     if socket.absent:
         extra.absent = True
+    if socket.error:
+        extra.tcp_error = socket.error
     if socket.interface:
         entry.opts.so_bound_dev = to_bytes(socket.interface)
     if socket.tcp is not None:
@@ -396,12 +399,19 @@ def read_inet(
         tcp=_read_tcp(reader, stream, extra) if reader else None,
         queue=queue,
         absent=extra.absent,
+        error=_read_error(where, extra, ended=reader is not None and entry.state == _CLOSE),
     )
     if socket.tcp is not None or entry.proto != _TCP or entry.state not in _CONNECTED or EXTRAS in images:
         return socket
     if not record(images, INVENTORY, process.inventory_entry).tcp_close:
         raise garbled(where, f"its connection is missing: {name}")
     return _given_up(socket)
+
+
+def _read_error(where: str, extra: own.FileExtra, *, ended: bool) -> int:
+    if extra.tcp_error and not (ended and extra.tcp_error in (errno.ECONNRESET, errno.EPIPE)):
+        raise garbled(where, f"a TCP socket of error {extra.tcp_error}")
+    return extra.tcp_error
 
 
 def _given_up(socket: InetSocket) -> InetSocket:

@@ -9,13 +9,16 @@ window probe, with TCP_REPAIR_OFF_NO_WP nothing at all.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import select
 import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lazyproc.facts import dataclass
+from lazyproc.kernel._core import ffi
 from lazyproc.kernel.sockopt import (
     SIOCINQ,
     SIOCOUTQ,
@@ -23,11 +26,13 @@ from lazyproc.kernel.sockopt import (
     SO_REUSEADDR,
     SOL_SOCKET,
     SOL_TCP,
+    SYS_GETSOCKOPT,
     TCP_MAXSEG,
 )
+from lazyproc.kernel.sys import syscall
 
 TCP_INFO, TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS = 11, 19, 20, 21, 22
-TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 24, 29
+TCP_TIMESTAMP, TCP_REPAIR_WINDOW, TCP_ZEROCOPY_RECEIVE = 24, 29, 35
 REPAIR_OFF, REPAIR_ON, REPAIR_OFF_NO_WP = 0, 1, -1
 NO_QUEUE, RECV_QUEUE, SEND_QUEUE = 0, 1, 2
 OPT_TIMESTAMPS, OPT_SACK, OPT_WSCALE = 1, 2, 4  # TCPI_OPT_*
@@ -56,6 +61,42 @@ def info(sock: socket.socket) -> Info:
     raw = sock.getsockopt(SOL_TCP, TCP_INFO, 32)
     unacked, sacked = struct.unpack_from("=II", raw, 24)
     return Info(raw[0], raw[5], raw[6] & 15, raw[6] >> 4, unacked, sacked)
+
+
+class Untold(Exception):
+    """An error waits for the program, and which one cannot be seen without taking it away."""
+
+
+def ending_error(sock: socket.socket) -> int:
+    """The errno that waits for the program on a connection that has ended (sk_err): ECONNRESET, EPIPE, or 0.
+
+    SO_ERROR and recv(2) take it away; poll(2) shows only that there is one. After a reset it is EPIPE when the peer
+    had sent its FIN before, which recv gives as the end, and else ECONNRESET (tcp_reset). Raises Untold where it may
+    be another: after packets without an answer, before there was an answer at all; and where unread bytes hide the FIN.
+    """
+    poll = select.poll()
+    poll.register(sock, 0)
+    if not any(events & select.POLLERR for _fd, events in poll.poll(0)):
+        return 0
+    raw = sock.getsockopt(SOL_TCP, TCP_INFO, 232)
+    unanswered = raw[2] or raw[3]  # tcpi_retransmits, tcpi_probes
+    connected = any(raw[68:72]) or any(raw[228:232])  # tcpi_rtt, tcpi_snd_wnd
+    if unanswered or not connected or queued(sock)[0]:
+        raise Untold
+    return errno.EPIPE if _is_at_fin(sock) else errno.ECONNRESET
+
+
+def _is_at_fin(sock: socket.socket) -> bool:
+    """Whether the peer's FIN has come and no byte before it is unread: a zero-copy receive of nothing is EIO then."""
+    request, size = ffi.new("uint64_t[2]"), ffi.new("uint32_t *", 16)  # up to recv_skip_hint
+    where, length = (int(ffi.cast("uintptr_t", each)) for each in (request, size))
+    try:
+        syscall(SYS_GETSOCKOPT, sock.fileno(), SOL_TCP, TCP_ZEROCOPY_RECEIVE, where, length)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return True
+    return False
 
 
 @contextmanager

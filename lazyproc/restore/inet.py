@@ -170,7 +170,7 @@ def _make_ended(sock: socket.socket, inet: InetSocket) -> None:
     if any(inet.local[0]):
         with tcp.repaired(sock):
             sock.bind(address(inet, inet.local))
-    end(sock, inet.tcp.recv_queue)
+    end(sock, inet.tcp.recv_queue, inet.error)
     apply(sock, inet.options, LATE)
 
 

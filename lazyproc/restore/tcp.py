@@ -7,7 +7,9 @@ once more (kernel/inject), a FIN that was sent is sent once more, and the peer a
 
 from __future__ import annotations
 
+import errno
 import socket
+import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -104,8 +106,9 @@ def _await(sock: socket.socket, reached: Callable[[int], bool]) -> None:
         time.sleep(0.0005)
 
 
-def end(sock: socket.socket, unread: bytes) -> None:
-    """Bring a socket to where a connection has ended in both directions: `unread` can be read, then the end.
+def end(sock: socket.socket, unread: bytes, error: int) -> None:
+    """Bring a socket to where a connection has ended in both directions: `unread` can be read, then comes the end or
+    the `error` of a reset, which is EPIPE behind a FIN and else ECONNRESET.
 
     By a real connection within this host, since nothing of it shows afterwards: such a socket has no peer.
     """
@@ -119,9 +122,14 @@ def end(sock: socket.socket, unread: bytes) -> None:
         peer = listener.accept()[0]
     with peer:
         peer.sendall(unread)
-        peer.shutdown(socket.SHUT_WR)
-        _await(sock, lambda state: state == TCP_CLOSE_WAIT)
-        sock.shutdown(socket.SHUT_RDWR)
+        if error != errno.ECONNRESET:
+            peer.shutdown(socket.SHUT_WR)
+            _await(sock, lambda state: state == TCP_CLOSE_WAIT)
+        if error:
+            peer.setsockopt(SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+            peer.close()
+        else:
+            sock.shutdown(socket.SHUT_RDWR)
         _await(sock, lambda state: state == TCP_CLOSE)
 
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from lazyproc.dump.descriptors import early_flows, gather_descriptors
+from lazyproc.dump.descriptors import early_flows, explain_descriptors, gather_descriptors
 from lazyproc.errors import RestoreError
 from lazyproc.kernel import tcp
 from lazyproc.kernel.sockopt import (
@@ -470,6 +470,44 @@ def test_a_connection_that_has_ended_in_both_directions() -> None:
         assert tcp.info(socks[10]).pending == 0
 
 
+@BOTH
+def test_a_reset_that_the_program_has_not_seen(family: Family, network: Network) -> None:
+    """What came before it is no whole stream, unless the end had come too; the source is still told of it as well."""
+    with _outside(family) as listener:
+
+        def body() -> None:
+            cut_off, complete = _connected(family, 5000, 10), _connected(family, 5000, 11)
+            os.close(900)  # see tests.live.descriptors: the chain is complete
+            os.kill(os.getpid(), signal.SIGSTOP)
+            told = _told(cut_off), _told(complete)
+            os._exit(0 if told == ((errno.ECONNRESET, 0), (0, errno.EPIPE)) else 1)
+
+        with stopped(body) as tasks:
+            cut_off, complete = listener.accept()[0], listener.accept()[0]
+            complete.shutdown(socket.SHUT_WR)
+            for peer in (cut_off, complete):
+                peer.setsockopt(SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+                peer.close()
+            assert explain_descriptors(tasks) == []
+            with made_sockets(handed_over(tasks)) as socks:
+                assert _told(socks[10]) == (errno.ECONNRESET, 0)
+                assert _told(socks[11]) == (0, errno.EPIPE)
+            os.kill(tasks[0].pid, signal.SIGCONT)
+            ended = os.waitid(os.P_PID, tasks[0].pid, os.WEXITED | os.WNOWAIT)
+            assert ended is not None
+            assert ended.si_status == 0
+
+
+def _told(sock: socket.socket) -> tuple[int, int]:
+    """What recv(2) says, and SO_ERROR then."""
+    try:
+        assert sock.recv(1) == b""
+        error = 0
+    except OSError as failed:
+        error = failed.errno or 0
+    return error, sock.getsockopt(SOL_SOCKET, socket.SO_ERROR)
+
+
 def test_a_connection_to_outside_ends_when_asked_for() -> None:
     with _outside() as listener:
 
@@ -529,6 +567,27 @@ def test_a_connection_being_made_and_one_that_waits() -> None:
                         "fd 11: holds a connection from 127.0.0.1 port 6000 that was not accepted yet; "
                         "try again in a moment, stop the clients from connecting, or use --tcp-close",
                     ]
+
+
+def test_errors_that_only_the_program_can_read() -> None:
+    """Whether the end had come before a reset shows when nothing is unread; and why nothing could be connected to."""
+
+    def body() -> None:
+        with _listener(INET, 5000, 20) as listener:
+            cut_off = _connected(INET, 5000, 10)
+            peer = listener.accept()[0]
+        peer.send(b"unread")
+        peer.setsockopt(SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+        peer.close()
+        refused = put(11, socket.socket(INET, STREAM))
+        refused.setblocking(False)
+        assert refused.connect_ex(("127.0.0.1", 5000)) in (errno.EINPROGRESS, errno.ECONNREFUSED)
+        assert eventually(lambda: tcp.info(refused).state == TCP_CLOSE)
+        keep(cut_off, refused)
+
+    why = "is a TCP connection that failed, and the error cannot be read without taking it from the program"
+    remedy = "try again in a moment, or let the program read it or close the socket first"
+    assert obstacle_words(body) == [f"fd {number}: {why}; {remedy}" for number in (10, 11)]
 
 
 def test_urgent_data_and_a_half_datagram() -> None:

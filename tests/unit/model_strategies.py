@@ -6,6 +6,7 @@ extents are merged, and nothing stands twice.
 
 from __future__ import annotations
 
+import errno
 import stat
 import struct
 from collections.abc import Mapping
@@ -232,6 +233,7 @@ def inet_sockets(draw: st.DrawFn, inode: int, file_ids: st.SearchStrategy[int]) 
     kind, protocol = draw(st.sampled_from([(1, 6), (2, 17)]))
     state = draw(st.integers(1, 12))
     is_connection = protocol == 6 and state not in (2, 3, 6, 7, 10, 12)
+    tcp = draw(tcp_states() if is_connection else st.none() | tcp_states())
     return InetSocket(
         inode=inode,
         family=family,
@@ -245,9 +247,10 @@ def inet_sockets(draw: st.DrawFn, inode: int, file_ids: st.SearchStrategy[int]) 
         options=draw(options),
         v6only=draw(st.booleans()),
         interface=draw(names),
-        tcp=draw(tcp_states() if is_connection else st.none() | tcp_states()),
+        tcp=tcp,
         queue=draw(packets(file_ids)),
         absent=draw(st.booleans()),
+        error=draw(st.sampled_from([0, errno.EPIPE, errno.ECONNRESET])) if state == 7 and tcp else 0,
     )
 
 
