@@ -266,6 +266,7 @@ class Mm:
     thp_disabled: bool
     vmas: tuple[Vma, ...]
     vdso_build_id: bytes = b""
+    future_locks: int = 0  # MCL_FUTURE and MCL_ONFAULT of mlockall(2)
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def _one_task(
         ids = (tids[pid], *_ids(frozen, tree)[1:])
         task = gather_task(frozen, ids, threads, answers, tids)
         steps.done("task")
-        of_mm = cast(tuple[int, bool, int], tuple(answers[TASK_ANSWERS:]))
+        of_mm = cast(tuple[int, bool, int, int], tuple(answers[TASK_ANSWERS:]))
         exe, cwd, root = (gather_link(registry, pid, name) for name in LINKS)
         mm = gather_mm(registry, frozen, space, exe, of_mm, memory, objects)
         if space is not before or pid in seen.guarded:
@@ -257,7 +257,7 @@ def _ask(
     size = PAGE * -(-(ROOM + ROOM_OF_THREAD * len(states) + ROOM_OF_TIMER * len(timers)) // PAGE)
     with remote.borrowed(frozen.threads, states, memory, maps, ending=ending, size=size) as bench:
         questions: list[list[Question[object]]] = [[thread_question(bench)] for _ in frozen.threads]
-        questions[0] += process_questions(bench, timers)
+        questions[0] += process_questions(frozen.pid, bench, timers)
         steps.done("bench")
         answers = ask(bench, list(zip(frozen.threads, questions, strict=True)))
         steps.done("ask")

@@ -35,14 +35,14 @@ def gather_mm(
     frozen: FrozenTask,
     space: Space,
     exe: int,
-    answers: tuple[int, bool, int],
+    answers: tuple[int, bool, int, int],
     memory: Memory,
     objects: Objects,
 ) -> Mm:
-    """Mm of a frozen process; `exe` is the number of its program, `answers` are dumpable, thp_disabled and brk.
-    Obstacles go to the registry.
+    """Mm of a frozen process; `exe` is the number of its program, `answers` are dumpable, thp_disabled, brk and
+    future_locks. Obstacles go to the registry.
     """
-    dumpable, thp_disabled, brk = answers
+    dumpable, thp_disabled, brk, future_locks = answers
     pid, stat = frozen.pid, frozen.stat
     vmas = _with_objects(registry, pid, numbered(registry, pid, space), objects)
     for where, refused in space.refused:
@@ -66,6 +66,7 @@ def gather_mm(
         thp_disabled=thp_disabled,
         vmas=vmas,
         vdso_build_id=_vdso_build_id(vmas, memory),
+        future_locks=future_locks,
     )
 
 

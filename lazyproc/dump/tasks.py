@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -12,7 +13,7 @@ from lazyproc.errors import NoSuchProcess
 from lazyproc.facts import replace
 from lazyproc.kernel import proc, xfeatures
 from lazyproc.kernel.remote import Bench, Call
-from lazyproc.model import IntervalTimer, Limit, PosixTimer, SigAction, Task, TaskState, Thread
+from lazyproc.model import PAGE, IntervalTimer, Limit, PosixTimer, SigAction, Task, TaskState, Thread
 
 PR_GET_DUMPABLE, PR_GET_CHILD_SUBREAPER, PR_GET_THP_DISABLE = 3, 37, 42
 KERNEL_SIGACTION = struct.Struct("<QQQQ")  # handler, flags, restorer, mask
@@ -21,11 +22,15 @@ ITIMERSPEC = struct.Struct("<qqqq")  # interval s, ns; value s, ns
 ROOM_OF_TIMER = 256  # bytes that a POSIX timer takes of a bench
 SIGEV_NONE, SIGEV_THREAD_ID = 1, 4
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9  # include/uapi/linux/membarrier.h
+MS_INVALIDATE = 2
+MCL_FUTURE, MCL_ONFAULT = 2, 4
 SIGKILL, SIGSTOP = 9, 19
 TASK_ANSWERS = 6  # of `process_questions`, for `gather_task`; the others are of the address space
 
 
-def process_questions(bench: Bench, timers: Sequence[proc.PosixTimerInfo]) -> list[Question[object]]:
+def process_questions(
+    pid: int, bench: Bench, timers: Sequence[proc.PosixTimerInfo]
+) -> list[Question[object]]:
     """Asked of the leader, in the order `gather_task` and `gather_mm` take the answers."""
     return [
         _sigactions(bench),
@@ -37,6 +42,7 @@ def process_questions(bench: Bench, timers: Sequence[proc.PosixTimerInfo]) -> li
         Question((Call("prctl", (PR_GET_DUMPABLE,)),), lambda results: results[0]),
         Question((Call("prctl", (PR_GET_THP_DISABLE,)),), lambda results: bool(results[0])),
         Question((Call("brk", (0,)),), lambda results: results[0]),
+        _future_locks(pid, bench),
     ]
 
 
@@ -50,6 +56,21 @@ def _permitted(bench: Bench) -> Question[int]:
     addr = bench.room(8)
     calls = (Call("arch_prctl", (xfeatures.ARCH_GET_XCOMP_PERM, addr), may_fail=True),)
     return Question(calls, lambda _: int.from_bytes(bench.read(addr, 8), "little") & xfeatures.ON_REQUEST)
+
+
+def _future_locks(pid: int, bench: Bench) -> Question[int]:
+    """mlockall(2) with MCL_FUTURE shows nowhere but in what is mapped from then on, as the bench was: msync(2) refuses
+    to invalidate locked memory. Only then is it worth the walk of smaps to tell MCL_ONFAULT.
+    """
+
+    def answer(results: Sequence[int]) -> int:
+        if results[0] != -errno.EBUSY:
+            return 0
+        entries = proc.smaps(proc.read(pid, "smaps"))
+        flags = next(each.vm_flags for each in entries if each.entry.end > bench.data)
+        return MCL_FUTURE | (MCL_ONFAULT if "lf" in flags else 0)
+
+    return Question((Call("msync", (bench.data, PAGE, MS_INVALIDATE), may_fail=True),), answer)
 
 
 def _membarriers() -> Question[int]:

@@ -276,6 +276,8 @@ def write_mm(
         setattr(entry, f"mm_{name}", getattr(mm, name))
     _write_auxv(mm.auxv, entry, extra)
     extra.vdso_build_id = mm.vdso_build_id
+    if mm.future_locks:
+        extra.future_locks = mm.future_locks
     writer.add(f"mm-{task.vpid}.img", entry)
 
 
@@ -377,6 +379,7 @@ def read_mm(
         thp_disabled=entry.thp_disabled,
         vmas=vmas,
         vdso_build_id=extra.vdso_build_id,
+        future_locks=extra.future_locks,
     )
     return mm, access
 

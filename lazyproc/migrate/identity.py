@@ -18,6 +18,7 @@ CHANGES = (
     "vdso_build_id",
     "dumpable",
     "thp_disabled",
+    "future_locks",
 )  # of Mm, or differ between images
 LOOKED_AT = 256  # pages of data
 

@@ -204,8 +204,10 @@ def _mm_calls(mm: Mm, bench: Bench, exe_fd: int) -> Iterator[Call]:
     yield Call("prctl", (PR_SET_THP_DISABLE, int(mm.thp_disabled), 0, 0, 0))  # ours outlives fork and exec
 
 
-def lock_calls(vmas: Sequence[Vma]) -> Iterator[Call]:
-    """mlock2(2) of locked mappings, once their pages are there."""
-    for vma in vmas:
+def lock_calls(mm: Mm) -> Iterator[Call]:
+    """mlock2(2) of locked mappings, once their pages are there, and of what will be mapped, now that we map no more."""
+    for vma in mm.vmas:
         if "lo" in vma.vm_flags and vma.kind not in VDSO_KINDS:
             yield Call("mlock2", (vma.start, vma.length, MLOCK_ONFAULT if "lf" in vma.vm_flags else 0))
+    if mm.future_locks:
+        yield Call("mlockall", (mm.future_locks,))

@@ -32,7 +32,7 @@ def dump(task: FrozenTask) -> None:
             remote.borrowed(task.threads, states, memory, maps, ending=signal.SIGURG) as bench,
         ):
             questions: list[list[Question[object]]] = [[thread_question(bench)] for _ in task.threads]
-            questions[0] += process_questions(bench, ())
+            questions[0] += process_questions(task.pid, bench, ())
             ask(bench, list(zip(task.threads, questions, strict=True)))
 
 

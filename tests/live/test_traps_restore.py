@@ -411,6 +411,7 @@ int main(int c, char **v)
 }
 """
 NOBODY = 65534
+MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 
 
 def test_memory_that_was_locked_before_its_user_changed_is_locked(tmp_path: Path) -> None:
@@ -421,6 +422,41 @@ def test_memory_that_was_locked_before_its_user_changed_is_locked(tmp_path: Path
         with moved(it.pid) as (root, _):
             assert _status(root).uid.effective == NOBODY
             assert before == _status(root).locked_kib == 1024
+
+
+LOCKING = """
+static volatile int asked;
+static void ask(int signal) { (void)signal; asked = 1; }
+int main(int c, char **v)
+{
+    (void)c;
+    words = v;
+    signal(SIGUSR1, ask);
+    if (mlockall(atoi(v[2]))) return 1;
+    say("ready\\n", 0, 0, 0);
+    while (!asked) pause();
+    char *at = mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    say("%ld\\n", (long)at, 0, 0);
+    for (;;) pause();
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "flags", [MCL_CURRENT, MCL_FUTURE, MCL_CURRENT | MCL_FUTURE, MCL_FUTURE | MCL_ONFAULT]
+)
+def test_what_is_mapped_after_the_move_is_locked_as_before(flags: int, tmp_path: Path) -> None:
+    with tracee(LOCKING, tmp_path, str(flags)) as it:
+        before = _status(it.pid).locked_kib
+        with moved(it.pid) as (root, _):
+            assert _status(root).locked_kib == before
+            os.kill(root, signal.SIGUSR1)
+            at = int(it.hear())
+            found = next(e for e in proc.smaps(proc.read(root, "smaps")) if e.entry.end > at)
+            assert ("lo" in found.vm_flags, "lf" in found.vm_flags) == (
+                bool(flags & MCL_FUTURE),
+                bool(flags & MCL_ONFAULT),
+            )
 
 
 WAITING = """

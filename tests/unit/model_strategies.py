@@ -387,6 +387,7 @@ def address_spaces(
         thp_disabled=draw(st.booleans()),
         vmas=tuple(mapped),
         vdso_build_id=draw(st.binary(max_size=20)),
+        future_locks=draw(st.sampled_from([0, 2, 6])),
     )  # fmt: skip
 
 

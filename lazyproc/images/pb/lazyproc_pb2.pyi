@@ -201,6 +201,7 @@ class TaskExtra(_message.Message):
     FORESEEN_FIELD_NUMBER: _builtins.int
     AUXV_FIELD_NUMBER: _builtins.int
     CGROUP_SET_FIELD_NUMBER: _builtins.int
+    FUTURE_LOCKS_FIELD_NUMBER: _builtins.int
     vpid: _builtins.int
     exit_signal: _builtins.int
     vdso_build_id: _builtins.bytes
@@ -210,6 +211,8 @@ class TaskExtra(_message.Message):
     """its mappings are those of the forecast, and stand neither here nor in its mm image"""
     cgroup_set: _builtins.int
     """The number of its cgroups in cgroup.img. To CRIU all are in those of the root, which it leaves alone."""
+    future_locks: _builtins.int
+    """MCL_FUTURE and MCL_ONFAULT of mlockall(2)"""
     @_builtins.property
     def vm_flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """One index into Extras.vm_flag_sets for each mapping of the model, in order."""
@@ -242,10 +245,11 @@ class TaskExtra(_message.Message):
         foreseen: _builtins.bool | None = ...,
         auxv: _abc.Iterable[_builtins.int] | None = ...,
         cgroup_set: _builtins.int | None = ...,
+        future_locks: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_set", b"cgroup_set", "exit_signal", b"exit_signal", "foreseen", b"foreseen", "room", b"room", "vdso_build_id", b"vdso_build_id", "vpid", b"vpid", "xfeatures", b"xfeatures"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_set", b"cgroup_set", "exit_signal", b"exit_signal", "foreseen", b"foreseen", "future_locks", b"future_locks", "room", b"room", "vdso_build_id", b"vdso_build_id", "vpid", b"vpid", "xfeatures", b"xfeatures"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auxv", b"auxv", "cgroup_set", b"cgroup_set", "exit_signal", b"exit_signal", "foreseen", b"foreseen", "room", b"room", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auxv", b"auxv", "cgroup_set", b"cgroup_set", "exit_signal", b"exit_signal", "foreseen", b"foreseen", "future_locks", b"future_locks", "room", b"room", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
