@@ -139,6 +139,7 @@ class Bench:
             job.tid, job.signal, job.count = tracee.tid, self.ending, len(calls)
             job.entry, job.home = self.code + LOOP, self.homes.get(tracee.tid, 0)
             job.rows = self.place(b"".join([_row(call) for call in calls]))
+        self._after = b""
         self.memory.write(self.data, bytes(self._image))
         failed = int(lib.lp_run(jobs, len(programs)))
         self._after = self.memory.read(self.data, len(self._image))

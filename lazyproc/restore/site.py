@@ -6,6 +6,7 @@ import array
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from lazyproc.errors import RestoreError, TraceeError
 from lazyproc.facts import dataclass, field
@@ -18,6 +19,17 @@ SCM_MAX_FD = 253  # include/net/scm.h
 MSG_CMSG_CLOEXEC = 0x40000000
 MSGHDR = struct.Struct("<QIxxxxQQQQixxxx")  # struct user_msghdr
 CMSG = struct.Struct("<Qii")
+_FLAGS_AT, _NOT_CALLED = 48, b"\xff\xff\xff\xff"  # msg_flags, which recvmsg(2) only writes
+
+
+class _Arrival(NamedTuple):
+    """Descriptors that a recvmsg(2) brings: where its struct msghdr and its control message lie, the `numbers` they
+    are to have.
+    """
+
+    message: int
+    control: int
+    numbers: Sequence[int]
 
 
 @dataclass(slots=True)
@@ -40,7 +52,7 @@ class Site:
     )  # lazy memory, as a pager takes it
     _late: list[Call] = field(default_factory=list)
     _checks: list[tuple[int, int, Callable[[list[int]], None]]] = field(default_factory=list)
-    _arrivals: list[tuple[int, Sequence[int]]] = field(default_factory=list)
+    _arrivals: list[_Arrival] = field(default_factory=list)
 
     @property
     def pid(self) -> int:
@@ -54,8 +66,8 @@ class Site:
             return []
         try:
             results = self.bench.run(self.leader, [*late, *calls])
-        except TraceeError:
-            self._demand_arrived(arrivals)
+        except TraceeError:  # it may be that what it works on has not arrived
+            self._demand_arrived([arrival for arrival in arrivals if self._was_called(arrival)])
             raise
         self._demand_arrived(arrivals)
         for start, count, check in checks:
@@ -74,7 +86,7 @@ class Site:
         """Give the task these descriptors of ours; the numbers they got (lowest free, in order), not close-on-exec."""
         got: list[int] = []
         for part in _parts(fds):
-            control = self._receive(part)
+            control = self._receive(part)[1]
             self.run()
             got += self._arrived(control, len(part))
         return got
@@ -84,18 +96,22 @@ class Site:
         any before: all have one socket.
         """
         for part, expected in zip(_parts(fds), _parts(numbers), strict=True):
-            self._arrivals.append((self._receive(part), expected))
+            self._arrivals.append(_Arrival(*self._receive(part), expected))
 
-    def _receive(self, fds: Sequence[int]) -> int:
-        """Put the recvmsg(2) off; where its control message will lie."""
+    def _receive(self, fds: Sequence[int]) -> tuple[int, int]:
+        """Put the recvmsg(2) off; where its struct msghdr and its control message will lie."""
         rights = array.array("i", fds)
         self.transport.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         control_size = CMSG.size + 4 * len(fds)
         byte, control = self.bench.room(1), self.bench.room(control_size)
         iov = self.bench.place(struct.pack("<QQ", byte, 1))
-        message = self.bench.place(MSGHDR.pack(0, 0, iov, 1, control, control_size, 0))
+        message = self.bench.place(MSGHDR.pack(0, 0, iov, 1, control, control_size, -1))
         self.run_later(Call("recvmsg", (self.transport_fd, message, socket.MSG_DONTWAIT)))
-        return control
+        return message, control
+
+    def _was_called(self, arrival: _Arrival) -> bool:
+        """Whether the last run has come as far as its recvmsg(2), and that has succeeded."""
+        return self.bench.read(arrival.message + _FLAGS_AT, 4) not in (b"", _NOT_CALLED)
 
     def _arrived(self, control: int, count: int) -> list[int]:
         length, level, kind = CMSG.unpack(self.bench.read(control, CMSG.size))
@@ -107,8 +123,8 @@ class Site:
             )
         return list(struct.unpack(f"<{count}i", self.bench.read(control + CMSG.size, 4 * count)))
 
-    def _demand_arrived(self, arrivals: Sequence[tuple[int, Sequence[int]]]) -> None:
-        for control, numbers in arrivals:
+    def _demand_arrived(self, arrivals: Sequence[_Arrival]) -> None:
+        for _, control, numbers in arrivals:
             if self._arrived(control, len(numbers)) != list(numbers):
                 raise RestoreError(
                     "its descriptor table was not empty", where=f"pid {self.task.vpid}", remedy="report it"

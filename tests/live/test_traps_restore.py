@@ -16,6 +16,7 @@ from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.freeze import frozen_tree
 from lazyproc.dump.gather import dumped
 from lazyproc.dump.source import dump_pages
+from lazyproc.errors import TraceeError
 from lazyproc.events import ignore
 from lazyproc.facts import replace
 from lazyproc.images.xsave import relaid
@@ -457,6 +458,24 @@ def test_what_is_mapped_after_the_move_is_locked_as_before(flags: int, tmp_path:
                 bool(flags & MCL_FUTURE),
                 bool(flags & MCL_ONFAULT),
             )
+
+
+def test_a_call_that_fails_is_named(tmp_path: Path) -> None:
+    """And not the descriptors that would have come after it."""
+
+    def changed(checkpoint: Checkpoint) -> Checkpoint:
+        (task,) = checkpoint.tasks
+        assert task.mm is not None
+        return replace(checkpoint, tasks=(replace(task, mm=replace(task.mm, brk=2**64 - 1)),))
+
+    with tracee(LOCKING, tmp_path, "1") as it:
+        with (
+            pytest.raises(TraceeError, match=r"prctl\(.*\) failed: Invalid argument"),
+            moved(it.pid, changed=changed),
+        ):
+            pass
+        os.kill(it.pid, signal.SIGUSR1)
+        assert int(it.hear())
 
 
 WAITING = """
