@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import signal
 import socket
 import struct
@@ -35,6 +36,7 @@ BLOB_OFFSET = (HEADER + 15) & -16
 PT_LOAD, PT_GNU_STACK = 1, 0x6474E551
 STOP_MS = 5000
 TRANSPORT_FD = 65  # until it is known which numbers are the tree's
+BIRTH_NUMBERS = 6  # from there on, on the way to exec (_core.c, arrange_descriptors)
 NS_GET_PID_FROM_PIDNS = 2 << 30 | 4 << 16 | 0xB7 << 8 | 6  # _IOR(NSIO, 0x6, int), include/uapi/linux/nsfs.h
 
 
@@ -174,6 +176,17 @@ def _spawn(
         os.close(image)
 
 
+def _demand_descriptors(count: int) -> None:
+    """Of the hard limit, to which the new process raises its own."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if limit < count:
+        raise HostLacks(
+            f"no more than {limit} descriptors are allowed, and it takes {count} to begin a restore",
+            where="RLIMIT_NOFILE",
+            remedy="raise the hard limit of who starts it (ulimit -n, LimitNOFILE= of a service)",
+        )
+
+
 def _demand_joined(result: int) -> int:
     if result < -lib.LP_NOT_JOINED:
         number = -result - int(lib.LP_NOT_JOINED)
@@ -190,6 +203,7 @@ def nursery(
     It is born in `groups`, and what is forked from it too. With the number `sibling` it is the root itself, and a child
     of our parent. HostLacks, NotJoined; FileExistsError when that number is taken.
     """
+    _demand_descriptors(transport_fd + BIRTH_NUMBERS)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         pid, pidfd = _spawn(theirs, transport_fd, pidns=pidns, groups=groups, sibling=sibling)

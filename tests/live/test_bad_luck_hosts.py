@@ -13,6 +13,7 @@ import pytest
 
 from lazyproc.hosts import Pair
 from lazyproc.kernel import proc
+from lazyproc.kernel.nursery import BIRTH_NUMBERS, TRANSPORT_FD
 from lazyproc.migrate.prepare import offer_of
 from tests.live.bad_luck import PACED, lazyproc, migrated, moves, says, unchanged, unharmed, without
 from tests.live.moving import receiving
@@ -50,6 +51,20 @@ def test_a_destination_with_an_old_kernel(pair: Pair, program: Program, call: st
         with unchanged(pair.source, pair.destination), unharmed(program):
             says(migrated(pair, receiver, program.pid), 3, receiver.address, f"this kernel has no {name}")
         assert f"this kernel has no {name}" in receiver.notes()
+
+
+def test_a_destination_with_few_descriptors(pair: Pair, program: Program) -> None:
+    """Too few for a restore to begin, and the fewest with which it can."""
+    with (
+        receiving(pair.destination, by=("prlimit", "--nofile=44:44")) as receiver,
+        unchanged(pair.source, pair.destination),
+        unharmed(program),
+    ):
+        done = migrated(pair, receiver, program.pid)
+        says(done, 1, "RLIMIT_NOFILE", "no more than 44 descriptors", "LimitNOFILE=")
+    count = TRANSPORT_FD + BIRTH_NUMBERS
+    with receiving(pair.destination, by=("prlimit", f"--nofile={count}:{count}")) as receiver:
+        moves(pair, receiver, program)
 
 
 def test_a_lazy_restore_with_an_old_kernel(pair: Pair, program: Program) -> None:
