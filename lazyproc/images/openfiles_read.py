@@ -38,6 +38,8 @@ from lazyproc.model import (
 )
 
 _DEFAULT_PIPE = 65536  # bytes, of a pipe that nobody resized
+_MOST_DESCRIPTORS = (1 << 31) - 64  # sysctl_nr_open_max of fs/file.c
+_OWNERS, _SIGNALS = 3, 64  # F_OWNER_*, from 0 on; from 1 on
 
 
 class FileReader:
@@ -81,6 +83,8 @@ class FileReader:
         for entry, reader in records(self._images, name, pb.fdinfo_entry):
             if entry.id not in self._entries:
                 raise reader.error(f"descriptor {entry.fd} is of the missing file {entry.id}")
+            if entry.fd >= _MOST_DESCRIPTORS:
+                raise reader.error(f"fd is {entry.fd}, which no descriptor can be")
             descriptors.append(Descriptor(entry.fd, entry.id, bool(entry.flags & FD_CLOEXEC)))
         return tuple(descriptors)
 
@@ -154,7 +158,7 @@ class FileReader:
             id=entry.id,
             flags=member.flags,
             pos=member.pos if entry.type in (pb.REG, pb.MEMFD, pb.FIFO) else 0,
-            owner=Owner(owner.pid, owner.pid_type, owner.signum, owner.uid, owner.euid),
+            owner=_read_owner(owner, f"{FILES}, file {entry.id}"),
             resource=self._read_resource(entry, extra),
             outside=extra.outside or entry.reg.ext or sockets.has_to_be_given(entry.usk, self._outside),
         )
@@ -194,6 +198,15 @@ class FileReader:
             content_id=extra.content_id or self._remaps.get(entry.id, 0),
             rdev=extra.rdev,
         )
+
+
+def _read_owner(entry: pb.fown_entry, where: str) -> Owner:
+    """fcntl(2) takes no others (fs/fcntl.c)."""
+    if entry.signum > _SIGNALS:
+        raise garbled(where, f"fown.signum is {entry.signum}, which is no signal")
+    if entry.pid_type >= _OWNERS or entry.pid >> 31:
+        raise garbled(where, f"fown.pid is {entry.pid} of pid_type {entry.pid_type}, which cannot own a file")
+    return Owner(entry.pid, entry.pid_type, entry.signum, entry.uid, entry.euid)
 
 
 def _read_epoll(entry: pb.eventpoll_file_entry, extra: own.FileExtra) -> Epoll:

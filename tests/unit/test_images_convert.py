@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from google.protobuf.message import Message
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 
 from lazyproc.errors import ImageError
 from lazyproc.images.convert import from_images, to_images
-from lazyproc.images.files import EXTRAS, ImageWriter, pack, record, unpack
+from lazyproc.images.files import EXTRAS, ImageWriter, pack, record, records, unpack
 from lazyproc.images.memory import Behind, WrittenMappings, access_modes, write_mappings
+from lazyproc.images.openfiles import MEMBERS
 from lazyproc.images.pagemap import merge
 from lazyproc.images.pb import files_pb2 as files_pb
 from lazyproc.images.pb import lazyproc_pb2 as own
@@ -205,6 +207,33 @@ def test_images_from_before_vector_state_was_asked_for(checkpoint: Checkpoint) -
     writer.add(EXTRAS, extras)
     tasks = tuple(replace(task, xfeatures=0) for task in checkpoint.tasks)
     assert from_images(images | writer.finish()) == replace(checkpoint, tasks=tasks)
+
+
+@settings(HEAVY, max_examples=3)
+@given(checkpoints())
+def test_descriptors_and_owners_that_cannot_be(checkpoint: Checkpoint) -> None:
+    """The image is named, and its field."""
+    images = to_images(checkpoint)
+
+    def changed(name: str, kind: type[Message], change: Callable[[Any], object]) -> dict[str, bytes]:
+        writer = ImageWriter()
+        for entry, _ in records(images, name, kind):
+            change(entry)
+            writer.add(name, entry)
+        return images | writer.finish()
+
+    with pytest.raises(ImageError, match=r"fdinfo-2.img, offset \d+: fd is 4294967295"):
+        from_images(
+            changed("fdinfo-2.img", files_pb.fdinfo_entry, lambda entry: setattr(entry, "fd", 2**32 - 1))
+        )
+    for field, value in (("signum", 65), ("pid_type", 3), ("pid", 2**31)):
+
+        def change(entry: Any, field: str = field, value: int = value) -> None:
+            if entry.type != files_pb.FIFO:  # its path has the owner
+                setattr(getattr(entry, MEMBERS[entry.type]).fown, field, value)
+
+        with pytest.raises(ImageError, match=rf"files.img, file \d+: fown\..*{value}"):
+            from_images(changed("files.img", files_pb.file_entry, change))
 
 
 @settings(HEAVY, max_examples=10)
