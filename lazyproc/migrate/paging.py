@@ -89,11 +89,13 @@ class Paging:
             self._run(inherited=True)
 
     def _is_told_to_serve(self, keeper: Member) -> bool:
-        """What was said to another one before is over."""
-        while keeper.alive():
-            if any(kind == "serve" for kind, _ in heard(self._keeper, LOOK_S, 1)):
+        """What was said to another one before is over. A guard speaks when the keeper is dead, and not to us."""
+        while True:
+            readable([self._keeper.fileno(), keeper.pidfd])
+            if not keeper.alive():
+                return False
+            if any(kind == "serve" for kind, _ in heard(self._keeper, most=1)):
                 return True
-        return False
 
     def _run(self, *, inherited: bool) -> None:
         self._journal.reload()
