@@ -101,11 +101,10 @@ def gather_inet(
         _refuse_unreachable(local[0], interface, options)
     inode = os.fstat(sock.fileno()).st_ino
     shutdown = udp[inode].shutdown if inode in udp else 0
-    connection, is_ended = None, False
+    connection = None
     if sock.proto == socket.IPPROTO_TCP:
         shutdown = RCV_SHUTDOWN | SEND_SHUTDOWN if close else _tcp_shutdown(sock, state)
         connection = _connection(sock, state, shutdown) if touch else None
-        is_ended = ends.state == TCP_CLOSE and bool(shutdown)
     return InetSocket(
         inode=inode,
         family=sock.family,
@@ -123,7 +122,7 @@ def gather_inet(
         tcp=connection,
         queue=queue,
         absent=remote is None and _is_absent(sock, local[0], interface),
-        error=ending_error(sock) if is_ended else 0,
+        error=ending_error(sock) if has_ended(sock, ends) else 0,
     )
 
 
@@ -171,6 +170,15 @@ def _tcp_shutdown(sock: socket.socket, state: int) -> int:
     poll.register(sock, select.POLLRDHUP)
     reading = RCV_SHUTDOWN if any(events & select.POLLRDHUP for _fd, events in poll.poll(0)) else 0
     return reading | (SEND_SHUTDOWN if state in FIN_SENT or (reading and state == TCP_CLOSE) else 0)
+
+
+def has_ended(sock: socket.socket, ends: Ends) -> bool:
+    """Whether it is a TCP connection that has come to its end in both directions."""
+    return (
+        ends.protocol == socket.IPPROTO_TCP
+        and ends.state == TCP_CLOSE
+        and bool(_tcp_shutdown(sock, ends.state))
+    )
 
 
 def refuse_state(ends: Ends) -> None:

@@ -20,6 +20,7 @@ from lazyproc.dump.inet import (
     arrived_at,
     ends_of,
     gather_inet,
+    has_ended,
     refuse_state,
     refuse_unsent,
     refuse_waiting,
@@ -220,7 +221,8 @@ class SocketTable:
         self.registry.unread |= taken.queue is None and ends is None and holds_data(taken.sock)
         if ends is not None and ends.is_connection and not self._is_permitted(ends):
             raise _NOT_PERMITTED
-        values = read_options(taken.sock, connected=ends is not None and ends.is_connection)
+        connected = ends is not None and (ends.is_connection or has_ended(taken.sock, ends))
+        values = read_options(taken.sock, connected=connected)
         options = SocketOptions(
             values | ({(SOL_SOCKET, SO_ATTACH_FILTER): taken.filter} if taken.filter else {})
         )

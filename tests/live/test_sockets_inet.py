@@ -62,6 +62,7 @@ STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 ANY = {INET: "0.0.0.0", INET6: "::"}
 LOOPBACK = {INET: "127.0.0.1", INET6: "::1"}
 Family = socket.AddressFamily
+MAX_TCP_WINDOW = 32767
 BOTH = pytest.mark.parametrize("family", [INET, INET6])
 
 
@@ -496,6 +497,20 @@ def test_a_reset_that_the_program_has_not_seen(family: Family, network: Network)
             ended = os.waitid(os.P_PID, tasks[0].pid, os.WEXITED | os.WNOWAIT)
             assert ended is not None
             assert ended.si_status == 0
+
+
+def test_what_a_connection_was_sent_in_is_no_setting_when_it_has_ended() -> None:
+    """The accepted end: its segments were larger than TCP_MAXSEG can be set to, as those within a host are."""
+
+    def body() -> None:
+        with _listener(INET, 5000, 20) as listener, socket.create_connection(("127.0.0.1", 5000)) as peer:
+            sock = put(10, listener.accept()[0])
+            peer.setsockopt(SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+        assert sock.getsockopt(SOL_TCP, socket.TCP_MAXSEG) > MAX_TCP_WINDOW
+        keep(sock)
+
+    with remade(body) as socks:
+        assert _told(socks[10]) == (errno.ECONNRESET, 0)
 
 
 def _told(sock: socket.socket) -> tuple[int, int]:
