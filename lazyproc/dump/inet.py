@@ -83,13 +83,14 @@ def gather_inet(
     ends: Ends,
     *,
     close: bool,
+    tcp_close: bool,
     options: SocketOptions,
     queue: tuple[Packet, ...],
     udp: Mapping[int, InetInfo],
     touch: bool,
 ) -> InetSocket:
     """`close`: the connection becomes one that has ended, with what is unread. Without `touch` a
-    connection's state is left out.
+    connection's state is left out. `tcp_close`: see `ending_error`.
 
     `udp` is sock_diag's view by inode, the only place that shows a UDP socket's shutdown(2).
     """
@@ -122,7 +123,7 @@ def gather_inet(
         tcp=connection,
         queue=queue,
         absent=remote is None and _is_absent(sock, local[0], interface),
-        error=ending_error(sock) if has_ended(sock, ends) else 0,
+        error=ending_error(sock, tcp_close=tcp_close) if has_ended(sock, ends) else 0,
     )
 
 

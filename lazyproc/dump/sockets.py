@@ -238,6 +238,7 @@ class SocketTable:
             taken.sock,
             ends,
             close=ends.is_connection and self._is_given_up(ends),
+            tcp_close=self.tcp_close,
             options=options,
             queue=queue,
             udp=known.udp if ends.protocol == socket.IPPROTO_UDP else {},

@@ -59,14 +59,18 @@ def read_ended(sock: socket.socket) -> TcpState:
     return TcpState(0, 0, b"", data, 0, 0, 0, 0, 0, 0, b"")
 
 
-def ending_error(sock: socket.socket) -> int:
-    """What ended a connection and waits for the program to be told. Raises Refused."""
+def ending_error(sock: socket.socket, *, tcp_close: bool) -> int:
+    """What ended a connection and waits for the program to be told. Raises Refused; with `tcp_close` what cannot be
+    seen is an ordinary end, as of all that is given up.
+    """
     try:
         return tcp.ending_error(sock)
     except tcp.Untold:
+        if tcp_close:
+            return 0
         raise Refused(
             "is a TCP connection that failed, and the error cannot be read without taking it from the program",
-            "try again in a moment, or let the program read it or close the socket first",
+            "try again in a moment, let the program read it or close the socket first, or use --tcp-close",
         ) from None
 
 

@@ -601,8 +601,11 @@ def test_errors_that_only_the_program_can_read() -> None:
         keep(cut_off, refused)
 
     why = "is a TCP connection that failed, and the error cannot be read without taking it from the program"
-    remedy = "try again in a moment, or let the program read it or close the socket first"
+    remedy = "try again in a moment, let the program read it or close the socket first, or use --tcp-close"
     assert obstacle_words(body) == [f"fd {number}: {why}; {remedy}" for number in (10, 11)]
+    with remade(body, tcp_close=True) as socks:
+        assert socks[10].recv(99) == b"unread"
+        assert [_told(socks[number]) for number in (10, 11)] == [(0, 0)] * 2
 
 
 def test_urgent_data_and_a_half_datagram() -> None:
