@@ -198,7 +198,9 @@ def _end(process: subprocess.Popen[Any]) -> None:
     """With whoever traces it still: a zombie is kept from its parent until then (kernel/exit.c: wait_consider_task)."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(
+        FileNotFoundError, ProcessLookupError
+    ):  # the latter when it goes while it is read
         tracer = re.search(r"^TracerPid:\t([1-9]\d*)$", Path(f"/proc/{process.pid}/status").read_text(), re.M)
         if tracer:
             os.kill(int(tracer[1]), signal.SIGKILL)
