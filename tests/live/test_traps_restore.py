@@ -426,16 +426,18 @@ def test_memory_that_was_locked_before_its_user_changed_is_locked(tmp_path: Path
 
 
 LOCKING = """
-static volatile int asked;
-static void ask(int signal) { (void)signal; asked = 1; }
 int main(int c, char **v)
 {
+    sigset_t usr1;
+    int asked;
     (void)c;
     words = v;
-    signal(SIGUSR1, ask);
+    sigemptyset(&usr1);
+    sigaddset(&usr1, SIGUSR1);
+    sigprocmask(SIG_BLOCK, &usr1, NULL);
     if (mlockall(atoi(v[2]))) return 1;
     say("ready\\n", 0, 0, 0);
-    while (!asked) pause();
+    sigwait(&usr1, &asked);
     char *at = mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     say("%ld\\n", (long)at, 0, 0);
     for (;;) pause();

@@ -256,6 +256,16 @@ def test_a_lost_connection_is_recovered(preempt: bool, tmp_path: Path) -> None:
         goes_on(serial)
 
 
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """A command that is over hears none any more, and here it is run in this process."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, action in before.items():
+        signal.signal(number, action)
+
+
 def interrupt_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     end = HeldGuest.end
 
@@ -266,6 +276,7 @@ def interrupt_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HeldGuest, "end", interrupted)
 
 
+@pytest.mark.usefixtures("signals")
 def test_an_interrupt_while_qemu_quits_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guest has all of its pages there, and is no longer one here."""
     interrupt_the_end(monkeypatch)
@@ -278,6 +289,7 @@ def test_an_interrupt_while_qemu_quits_ends_nothing(tmp_path: Path, monkeypatch:
         goes_on(guest.serial)
 
 
+@pytest.mark.usefixtures("signals")
 def test_an_interrupt_while_the_qemu_of_a_saved_guest_quits_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
