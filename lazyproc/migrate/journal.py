@@ -23,6 +23,7 @@ from lazyproc.private import make_folder
 KEPT_S = 7 * 86400
 SOURCE, DESTINATION = "source", "destination"
 RELEASING = "releasing"  # at the source: it runs there, and parts of its memory are gone here
+ENDED = ("aborted", "drained")  # what is kept for the other side to learn
 ARRIVING = "arriving"  # at the destination: admitted, and not here yet
 ROOM = 1 << 14  # bytes, of which most records are shorter
 COMMITTED = "committed"  # at the destination: decided, and the tree still ends with its tracer

@@ -194,10 +194,8 @@ class Keeper:
         tables = Pager()  # its threads run in the pager; here its tables are filled
         self._pager = self._new_pager()
         self._guard = self._new_guard()
-        self._journal.facts |= {
-            "keeper_pid": os.getpid(),
-            "guard_pid": self._guard.pid,
-        }  # from the first record on
+        # From the first record on, for `abort`.
+        self._journal.facts |= {"keeper_pid": os.getpid(), "guard_pid": self._guard.pid}
         arrival = (GuestArrival if terms.command else Arrival)(
             link,
             terms,

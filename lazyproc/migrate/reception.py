@@ -10,7 +10,7 @@ from typing import Any
 from lazyproc.errors import ConnectionLost, ProtocolError, UsageError
 from lazyproc.kernel import family
 from lazyproc.migrate.desk import ask, is_staffed
-from lazyproc.migrate.journal import DESTINATION, Journal, Record, find
+from lazyproc.migrate.journal import DESTINATION, ENDED, Journal, Record, find
 from lazyproc.migrate.link import NOT_KNOWN
 from lazyproc.migrate.talk import expect
 from lazyproc.pages.remote import Maps
@@ -18,7 +18,6 @@ from lazyproc.pages.transport import Channel
 from lazyproc.wire.native import Abort, Committed, Drained, Hello, Map, Released, Role, Running
 
 SAY_S = 30.0
-ENDED = ("aborted", "drained")  # and it is known how
 
 
 def hand_on(channel: Channel, hello: Hello) -> None:

@@ -16,14 +16,13 @@ from lazyproc.kernel import netfilter, proc
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.desk import has_desk, is_staffed
 from lazyproc.migrate.held import held_by
-from lazyproc.migrate.journal import DESTINATION, RELEASING, SOURCE, Journal, Record, find, records
+from lazyproc.migrate.journal import DESTINATION, ENDED, RELEASING, SOURCE, Journal, Record, find, records
 from lazyproc.migrate.promises import pages_remaining
 from lazyproc.migrate.supply import Supply
 from lazyproc.restore.ending import end_tree
 from lazyproc.restore.lazytree import from_facts
 
 ORPHANED, GONE = "orphaned", "gone"
-ENDED = ("aborted", "drained")  # what is kept for the other side to learn
 AWAITING = ("committed", "running")  # at the destination: pages may be missing
 RUNS_THERE = ("committed", "running", RELEASING)  # at the source
 STANDING = "TtZX"  # states of a process
