@@ -246,13 +246,7 @@ def test_the_receiver_killed_as_well_the_resumed_keeper_takes_its_place(pair: Pa
 
 def test_a_keeper_that_listens_in_place_of_the_receiver_is_killed_and_the_link_is_lost(pair: Pair) -> None:
     """The door is in the descriptor table that the guard has as well."""
-    with (
-        paced(pair, "one") as program,
-        receiving(pair.destination, expected=-signal.SIGKILL) as receiver,
-        migrating(pair.source, receiver, program.pid, *CRAWLING) as journey,
-    ):
-        journey.wait_running()
-        listened_without(receiver)
+    with listened_for(pair) as (program, _receiver, journey):
         was = journal(pair.destination, DESTINATION)["keeper_pid"]
         kill(pair.destination, DESTINATION, "keeper")
         wait_until(
@@ -282,13 +276,7 @@ def test_trees_that_came_by_one_receiver_find_their_keepers_without_it(pair: Pai
 
 def test_a_receiver_that_is_started_again_takes_its_place_among_keepers(pair: Pair) -> None:
     """And loses it to them again when it ends, whoever of them is killed."""
-    with (
-        paced(pair, "one") as program,
-        receiving(pair.destination, expected=-signal.SIGKILL) as receiver,
-        migrating(pair.source, receiver, program.pid, *CRAWLING) as journey,
-    ):
-        journey.wait_running()
-        listened_without(receiver)
+    with listened_for(pair) as (program, receiver, journey):
         kill(pair.destination, DESTINATION, "guard")  # the next one is forked when the keeper listens
         again = (*CLI, "receive", "--listen", receiver.address, "--insecure")
         log = pair.destination.outside / "again.log"
@@ -321,6 +309,19 @@ def paced(pair: Pair, folder: str) -> Iterator[Program]:
     ) as program:
         program.watch.wait_beats()
         yield program
+
+
+@contextmanager
+def listened_for(pair: Pair) -> Iterator[tuple[Program, Receiver, Journey]]:
+    """A tree whose pages follow slowly, by a receiver that was killed."""
+    with (
+        paced(pair, "one") as program,
+        receiving(pair.destination, expected=-signal.SIGKILL) as receiver,
+        migrating(pair.source, receiver, program.pid, *CRAWLING) as journey,
+    ):
+        journey.wait_running()
+        listened_without(receiver)
+        yield program, receiver, journey
 
 
 def listened_without(receiver: Receiver) -> None:
