@@ -15,7 +15,7 @@ from lazyproc.migrate.description import Reader
 from lazyproc.migrate.practice import practise
 from lazyproc.migrate.prepare import offer_of
 from lazyproc.migrate.talk import Unfit
-from lazyproc.pages.transport import Channel
+from lazyproc.pages.channel import Channel
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import FORESEES
 

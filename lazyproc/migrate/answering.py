@@ -14,7 +14,7 @@ from lazyproc.migrate.room import Room, least_room
 from lazyproc.migrate.talk import checked, next_event
 from lazyproc.migrate.whom import Whom
 from lazyproc.needs import FeatureNeed, PidNeed, Wanted
-from lazyproc.pages.transport import Channel
+from lazyproc.pages.channel import Channel
 from lazyproc.restore.groups import whereabouts
 from lazyproc.restore.tree import Pidns, wants_new_pidns
 from lazyproc.uffd.policy import POLICIES

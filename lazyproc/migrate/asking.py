@@ -11,7 +11,7 @@ from lazyproc.migrate.prepare import Offer
 from lazyproc.migrate.serving import number_in
 from lazyproc.migrate.talk import checked, expect
 from lazyproc.needs import Wanted
-from lazyproc.pages.transport import Channel
+from lazyproc.pages.channel import Channel
 from lazyproc.trace import Clock, TraceFile
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Abort, Control, Forecast, Obstacles, Prepare, Prepared

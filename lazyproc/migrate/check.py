@@ -11,9 +11,9 @@ from lazyproc.migrate.about import about_here, about_in, fit
 from lazyproc.migrate.asking import ONLY_ASKED, PREPARE_S
 from lazyproc.migrate.link import Link, dialled
 from lazyproc.migrate.talk import expect
+from lazyproc.pages.dial import Unreachable
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Unreachable
 from lazyproc.wire.native import REVISION, VERSION, Ask, Host, Party
 
 LET_IN = "start the receiver with --insecure, or with --allow-uid for a user of its own host"

@@ -35,10 +35,11 @@ from lazyproc.migrate.lost import source_ended
 from lazyproc.migrate.source import demand_apart, parked_tree
 from lazyproc.model import Checkpoint, Extent, MemoryObject
 from lazyproc.pages.criu_server import Given, Shelf, answer
+from lazyproc.pages.door import Door, listen
 from lazyproc.pages.peer import Trust
+from lazyproc.pages.session import Session
 from lazyproc.pages.storing import as_criu_marks, without_lazy
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Door, Session, listen
 from lazyproc.steps import Steps
 from lazyproc.wire.criu import ENOUGH
 from lazyproc.wire.native import Party

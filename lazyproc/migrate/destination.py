@@ -18,9 +18,11 @@ from lazyproc.migrate.link import Gathering
 from lazyproc.migrate.paging import Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.reception import hand_on
+from lazyproc.pages.address import parse_address
+from lazyproc.pages.channel import Channel
+from lazyproc.pages.door import Door, listen
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Channel, Door, listen, parse_address
 from lazyproc.qemu.command import demand_command
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Party, Role

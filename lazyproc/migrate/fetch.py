@@ -18,9 +18,10 @@ from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.journal import DESTINATION, Journal
 from lazyproc.migrate.link import Redial, linked
 from lazyproc.migrate.place import Place
+from lazyproc.pages.dial import Declined
 from lazyproc.pages.peer import Trust
+from lazyproc.pages.session import Session
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Declined, Session
 from lazyproc.restore.run import Restored
 from lazyproc.restore.workingset import policy_of
 from lazyproc.trace import TraceFile

@@ -9,10 +9,11 @@ import time
 from ipaddress import ip_address
 
 from lazyproc.errors import ConnectionLost, PermissionDenied, UsageError
+from lazyproc.pages.address import parse_address
+from lazyproc.pages.dial import connect
 from lazyproc.pages.peer import Trust, peer_uid
 from lazyproc.pages.relay import relayed
 from lazyproc.pages.tls import OPTIONS, dialling, handshaken
-from lazyproc.pages.transport import connect, parse_address
 
 UNIX = "unix:"
 UNSENT = 1 << 17  # bytes that may wait in front of a page that is waited for

@@ -25,8 +25,8 @@ from lazyproc.pages import PageSource
 from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import RemotePages
+from lazyproc.pages.session import Session
 from lazyproc.pages.storing import without_lazy
-from lazyproc.pages.transport import Session
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Prepared, Running
 
 ANSWER_S = 30.0

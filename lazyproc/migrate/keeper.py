@@ -33,7 +33,9 @@ from lazyproc.migrate.paging import Paging, Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.reception import hand_on
 from lazyproc.migrate.supply import Supply
-from lazyproc.pages.transport import Channel, Door, Session, inherited, listen
+from lazyproc.pages.channel import Channel
+from lazyproc.pages.door import Door, inherited, listen
+from lazyproc.pages.session import Session
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.shell import run_instead
 from lazyproc.restore.ending import end_tree

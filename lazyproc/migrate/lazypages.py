@@ -36,8 +36,8 @@ from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.private import PrivatePages, WithServer, object_of
+from lazyproc.pages.session import Session
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Session
 from lazyproc.restore.anchoring import anchor
 from lazyproc.restore.ending import end_tree
 from lazyproc.restore.handed import (

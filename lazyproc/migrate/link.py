@@ -10,8 +10,11 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
 from lazyproc.events import Listener, Note, StateChanged
 from lazyproc.facts import dataclass
+from lazyproc.pages.channel import Channel
+from lazyproc.pages.dial import Declined, dial
+from lazyproc.pages.door import Door
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import Channel, Declined, Door, Session, dial
+from lazyproc.pages.session import Session
 from lazyproc.wire.native import Hello, Party, Role
 
 MAX_INCOMPLETE = 64  # sessions
@@ -49,7 +52,7 @@ class Link:
 def linked(target: str, side: Party, trust: Trust, session: Session, *, resume: bool = False) -> Link:
     """The session's connections to whoever listens at `target`; `resume`: to go on, not to begin.
 
-    Raises what transport.dial does; Declined when the session is not known there.
+    Raises what pages.dial.dial does; Declined when the session is not known there.
     """
     with ExitStack() as stack:
         control, urgent, bulk = (

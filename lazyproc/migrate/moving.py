@@ -20,8 +20,10 @@ from lazyproc.migrate.desk import Desk
 from lazyproc.migrate.journal import SOURCE, Journal, Record, find, records
 from lazyproc.migrate.link import LAST_PAUSE_S, Chain, Gathering, Link, linked
 from lazyproc.migrate.report import MigrateReport
+from lazyproc.pages.address import SCHEME
+from lazyproc.pages.door import Door, listen
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import SCHEME, Door, Session, listen
+from lazyproc.pages.session import Session
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Party
 

@@ -29,8 +29,10 @@ from lazyproc.migrate.journal import ARRIVING, Journal
 from lazyproc.migrate.link import ROLES, Link, Redial
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.supply import Supply
+from lazyproc.pages.channel import Channel
+from lazyproc.pages.dial import Declined
 from lazyproc.pages.private import PrivatePages
-from lazyproc.pages.transport import Channel, Declined, Session
+from lazyproc.pages.session import Session
 from lazyproc.restore.handed import forestall
 from lazyproc.restore.lazy import note_removals
 from lazyproc.restore.lazytree import LazyTask, LazyTree, from_facts, to_facts

@@ -13,8 +13,8 @@ from lazyproc.migrate.desk import ask, is_staffed
 from lazyproc.migrate.journal import DESTINATION, ENDED, Journal, Record, find
 from lazyproc.migrate.link import NOT_KNOWN
 from lazyproc.migrate.talk import expect
+from lazyproc.pages.channel import Channel
 from lazyproc.pages.remote import Maps
-from lazyproc.pages.transport import Channel
 from lazyproc.wire.native import Abort, Committed, Drained, Hello, Map, Released, Role, Running
 
 SAY_S = 30.0

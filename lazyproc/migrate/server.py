@@ -25,12 +25,12 @@ from lazyproc.model import Checkpoint
 from lazyproc.pages.bundle import NAME, pack_bundle
 from lazyproc.pages.criu_server import Shelf, answer
 from lazyproc.pages.criu_store import store
+from lazyproc.pages.door import Caller, Door, listen
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.remote import maps_of
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Caller, Door, listen
 from lazyproc.private import make_folder
 from lazyproc.restore.crius import fitted
 from lazyproc.wire.native import Built, Commit, Committed, Images, Party, Released, Running

@@ -26,9 +26,9 @@ from lazyproc.migrate.lost import asked_again, source_ended
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.talk import Pulse, Refused, checked, expect
 from lazyproc.model import Extent, MemoryObject
+from lazyproc.pages.dial import Declined
 from lazyproc.pages.remote import maps_of
 from lazyproc.pages.server import PageServer
-from lazyproc.pages.transport import Declined
 from lazyproc.steps import Steps
 from lazyproc.trace import TraceFile
 from lazyproc.wire.jsonobject import JsonValue

@@ -43,10 +43,10 @@ from lazyproc.migrate.order import Order
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, await_running, report_of
 from lazyproc.migrate.talk import Refused, expect
+from lazyproc.pages.channel import Channel
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
 from lazyproc.pages.tls import Tls
-from lazyproc.pages.transport import Channel
 from lazyproc.steps import Steps
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Built, Commit, Images

@@ -15,9 +15,11 @@ from lazyproc.migrate.arrival import Terms
 from lazyproc.migrate.destination import receive
 from lazyproc.migrate.link import NOT_KNOWN
 from lazyproc.migrate.reception import hand_on
+from lazyproc.pages.channel import Channel
+from lazyproc.pages.dial import Unreachable, connect
+from lazyproc.pages.door import HANDSHAKE_S
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.ssh import greeting
-from lazyproc.pages.transport import HANDSHAKE_S, Channel, Unreachable, connect
 from lazyproc.wire.native import Hello, Party
 
 STDIN, STDOUT = 0, 1
@@ -54,7 +56,7 @@ def join(port: int) -> None:
     _write(STDOUT, greeting())
     threading.Thread(target=_inward, args=(sock,), daemon=True).start()
     first = sock.recv(CHUNK)
-    Trust().check(sock)  # it has accepted: now the kernel knows whose it is (transport.dial)
+    Trust().check(sock)  # it has accepted: now the kernel knows whose it is (pages/dial.py)
     _write(STDOUT, first)
     _copy(sock.fileno(), STDOUT)
 

@@ -6,7 +6,7 @@ import time
 from typing import TypeVar
 
 from lazyproc.errors import CannotBeDone, ConnectionLost, LazyprocError, ProtocolError
-from lazyproc.pages.transport import Channel
+from lazyproc.pages.channel import Channel
 from lazyproc.wire.native import Abort, Event, Ping
 
 E = TypeVar("E", bound=Event)

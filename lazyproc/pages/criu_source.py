@@ -20,9 +20,11 @@ from typing import NamedTuple
 from lazyproc.errors import ConnectionLost, ImageError, PermissionDenied, ProtocolError
 from lazyproc.images.pagemap import PE_LAZY, PE_PARENT, Entry
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
+from lazyproc.pages.address import parse_address
+from lazyproc.pages.channel import STALL_S, tune
+from lazyproc.pages.dial import connect
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import STALL_S, connect, parse_address, tune
 from lazyproc.runs import Segment
 from lazyproc.wire.criu import ENOUGH, LACKING, Command, Connection, Dialect, Event, Message, Role, Status
 

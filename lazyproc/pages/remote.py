@@ -11,8 +11,8 @@ from itertools import islice
 
 from lazyproc.errors import ConnectionLost, ImageError, ProtocolError
 from lazyproc.model import PAGE, Extent, MemoryObject
+from lazyproc.pages.channel import Channel
 from lazyproc.pages.server import crc32c
-from lazyproc.pages.transport import Channel
 from lazyproc.wire.frame import MAX_PAGES, Flag
 from lazyproc.wire.native import (
     MAP_MAX,

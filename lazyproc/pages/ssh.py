@@ -17,7 +17,7 @@ from typing import IO
 
 from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError, UsageError
 from lazyproc.facts import dataclass, replace
-from lazyproc.pages.transport import SCHEME
+from lazyproc.pages.address import SCHEME
 from lazyproc.wire.native import VERSION
 
 START_S = 30.0  # for ssh to log in and find lazyproc there

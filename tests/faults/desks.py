@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from lazyproc.pages.transport import Session
+from lazyproc.pages.session import Session
 from tests.faults.strangers import Behaviour, Crowd
 
 NESTED = b"[" * 60_000

@@ -21,7 +21,8 @@ from lazyproc.kernel.sys import syscall
 from lazyproc.migrate.link import MAX_INCOMPLETE
 from lazyproc.migrate.order import Order
 from lazyproc.migrate.prepare import Offer, vdso_build_id
-from lazyproc.pages.transport import HANDSHAKE_S, MAX_STRANGERS, Session
+from lazyproc.pages.door import HANDSHAKE_S, MAX_STRANGERS
+from lazyproc.pages.session import Session
 from lazyproc.wire import native
 from lazyproc.wire.native import Party
 from tests.faults.desks import packets

@@ -25,7 +25,7 @@ from lazyproc.migrate.crew import Member
 from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.journal import Journal, folder
 from lazyproc.migrate.keeper import Keeper
-from lazyproc.pages.transport import Channel
+from lazyproc.pages.channel import Channel
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.wire.native import Built, Commit, Committed, Drained, Images, Prepared, Released, Running
 

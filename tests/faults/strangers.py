@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from lazyproc.pages.transport import Session
+from lazyproc.pages.session import Session
 from lazyproc.wire import native
 from lazyproc.wire.frame import HEADER, Type
 from lazyproc.wire.native import Connection, Event, Party, Role

@@ -13,7 +13,7 @@ from lazyproc.hosts import Pair
 from lazyproc.migrate.destination import MAX_ARRIVING
 from lazyproc.migrate.link import Link, linked
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import Session
+from lazyproc.pages.session import Session
 from lazyproc.wire.native import Party
 from tests.faults.hostile import LISTENERS, Siege, destination_script, fetched, finish, listening
 from tests.faults.strangers import prepared_session, resets

@@ -18,7 +18,7 @@ from lazyproc.pages.bundle import NAME as BUNDLE
 from lazyproc.pages.bundle import BundledPages, pack_bundle
 from lazyproc.pages.images import ImagePages
 from lazyproc.pages.remote import extents_of
-from lazyproc.pages.transport import Session
+from lazyproc.pages.session import Session
 from lazyproc.wire import criu, jsonobject, native
 from lazyproc.wire.frame import HEADER, Frame
 from lazyproc.wire.native import Party, Role, Welcome

@@ -22,8 +22,10 @@ from lazyproc.kernel import proc
 from lazyproc.migrate.link import ROLES, Gathering, Link
 from lazyproc.migrate.order import Order
 from lazyproc.migrate.prepare import Offer, vdso_build_id
+from lazyproc.pages.channel import Channel
+from lazyproc.pages.dial import dial
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import Channel, Session, dial
+from lazyproc.pages.session import Session
 from lazyproc.wire.native import Abort, Images, Needs, Party, Prepare, Prepared
 from tests.live.moving import CLI, Receiver, look_at_tree, tree_of
 from tests.live.programs import Program, wait_until

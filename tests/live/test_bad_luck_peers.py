@@ -18,8 +18,10 @@ from lazyproc.hosts import Pair
 from lazyproc.migrate.link import ROLES
 from lazyproc.migrate.order import Order
 from lazyproc.migrate.prepare import Offer, vdso_build_id
+from lazyproc.pages.channel import Channel
+from lazyproc.pages.dial import dial
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import Channel, Session, dial
+from lazyproc.pages.session import Session
 from lazyproc.wire.native import (
     Abort,
     Built,

@@ -12,8 +12,9 @@ import pytest
 
 from lazyproc.errors import LazyprocError
 from lazyproc.hosts import Pair
+from lazyproc.pages.dial import dial
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import Session, dial
+from lazyproc.pages.session import Session
 from lazyproc.wire.native import Party, Role
 from tests.faults.helpers import DESTINATION, SOURCE, journal
 from tests.live.bad_luck import lazyproc

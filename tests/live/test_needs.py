@@ -18,7 +18,7 @@ import pytest
 
 from lazyproc.hosts import Host, Pair
 from lazyproc.migrate.link import Gathering
-from lazyproc.pages.transport import Channel
+from lazyproc.pages.channel import Channel
 from lazyproc.wire.native import Abort, Party, Prepare, Prepared, Welcome
 from tests.live.bad_luck import (
     NOBODY,

@@ -22,8 +22,8 @@ from lazyproc.hosts import Pair
 from lazyproc.migrate.link import Gathering
 from lazyproc.migrate.talk import expect
 from lazyproc.model import PAGE
+from lazyproc.pages.door import listen
 from lazyproc.pages.peer import Trust
-from lazyproc.pages.transport import listen
 from lazyproc.runs import Segment
 from lazyproc.trace import FIELDS, HEADER_BYTES, Fault, Trace, decode
 from lazyproc.uffd.recorder import Recorder

@@ -28,12 +28,16 @@ from lazyproc.errors import (
 from lazyproc.hosts import Pair
 from lazyproc.migrate import talk
 from lazyproc.model import PAGE, Extent, MemoryObject, ObjectKind
-from lazyproc.pages import transport
+from lazyproc.pages import door
+from lazyproc.pages.address import parse_address
+from lazyproc.pages.channel import STALL_S, Channel
+from lazyproc.pages.dial import dial
+from lazyproc.pages.door import Door, listen
 from lazyproc.pages.frozen import FrozenPages, Place
 from lazyproc.pages.peer import Trust, find_uid, peer_uid
 from lazyproc.pages.remote import RemotePages, extents_of, maps_of
 from lazyproc.pages.server import PageServer
-from lazyproc.pages.transport import Channel, Door, Session, dial, listen, parse_address
+from lazyproc.pages.session import Session
 from lazyproc.wire.frame import Flag, Type
 from lazyproc.wire.native import (
     REVISION,
@@ -240,7 +244,7 @@ def test_connections_notice_a_vanished_peer() -> None:
             option = channel.socket.getsockopt
             assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert option(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == transport.STALL_S * 1000
+            assert option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == STALL_S * 1000
 
 
 # --- greetings ------------------------------------------------------------------------------------------
@@ -302,7 +306,7 @@ def test_slow_strangers_delay_nobody_and_are_sent_away(monkeypatch: pytest.Monke
             accepted(listener).close()
         strangers[9].sendall(hello_bytes()[-1:])
         accepted(listener).close()
-        monkeypatch.setattr(transport, "HANDSHAKE_S", 0.05)
+        monkeypatch.setattr(door, "HANDSHAKE_S", 0.05)
         with bare(address) as late:
             assert listener.accept(0.3) is None
             assert is_hung_up(late)
@@ -311,7 +315,7 @@ def test_slow_strangers_delay_nobody_and_are_sent_away(monkeypatch: pytest.Monke
 
 
 def test_the_oldest_of_too_many_strangers_has_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "MAX_STRANGERS", 3)
+    monkeypatch.setattr(door, "MAX_STRANGERS", 3)
     with listening() as (listener, address, _):
         strangers = [bare(address) for _ in range(5)]
         assert listener.accept(0.05) is None
@@ -432,7 +436,11 @@ def test_a_table_of_connections() -> None:
 
 _SCRIPT = """
 from lazyproc.errors import *
-from lazyproc.pages.transport import *
+from lazyproc.pages.channel import *
+from lazyproc.pages.dial import *
+from lazyproc.pages.door import *
+from lazyproc.pages.peer import *
+from lazyproc.pages.session import *
 from lazyproc.wire.native import *
 trust = Trust({trust})
 address = "{address}:7777"
@@ -466,7 +474,7 @@ except LazyprocError as error:
 def test_another_host_needs_insecure_by_name(
     pair: Pair, listener: str, caller: str, heard: str, answer: str
 ) -> None:
-    env = {**os.environ, "PYTHONPATH": str(Path(transport.__file__).parents[2])}
+    env = {**os.environ, "PYTHONPATH": str(Path(door.__file__).parents[2])}
 
     def argv(trust: str, script: str) -> list[str]:
         return [sys.executable, "-c", _SCRIPT.format(trust=trust, address=pair.destination.address) + script]
