@@ -12,8 +12,9 @@ from lazyproc.kernel.ready import readable
 from lazyproc.migrate.apart import Messages
 from lazyproc.migrate.arrival import Terms
 from lazyproc.migrate.desk import ask
+from lazyproc.migrate.doorstep import LET_LISTEN
 from lazyproc.migrate.journal import DESTINATION, forget_old, records
-from lazyproc.migrate.keeper import LET_LISTEN, keep
+from lazyproc.migrate.keeping import keep
 from lazyproc.migrate.link import Gathering
 from lazyproc.migrate.paging import Preferences
 from lazyproc.migrate.place import Place

@@ -10,149 +10,40 @@ from __future__ import annotations
 import mmap
 import os
 import socket
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Protocol
 
-from lazyproc.errors import CannotListen, ConnectionLost, LazyprocError, ProtocolError, UsageError
-from lazyproc.events import Listener, Note
+from lazyproc.errors import ConnectionLost, LazyprocError, ProtocolError
+from lazyproc.events import Note
 from lazyproc.kernel import family
 from lazyproc.kernel.deaf import ignore_interrupts
 from lazyproc.kernel.fds import AMPLE, make_room
 from lazyproc.kernel.ready import readable
-from lazyproc.migrate.anchors import anchors
-from lazyproc.migrate.apart import Client, Messages, result, stream, unplug
+from lazyproc.migrate.apart import Client
 from lazyproc.migrate.arrival import Arrival, Terms
 from lazyproc.migrate.crew import Clients, Member, amend, heard, say
-from lazyproc.migrate.desk import Desk, Request, ask
+from lazyproc.migrate.desk import Desk, Request
+from lazyproc.migrate.doorstep import LET_LISTEN, Doorstep
 from lazyproc.migrate.guest_arrival import GuestArrival, stands
-from lazyproc.migrate.journal import DESTINATION, Journal, Record
+from lazyproc.migrate.journal import DESTINATION, Journal
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.paging import Paging, Preferences
 from lazyproc.migrate.place import Place
 from lazyproc.migrate.reception import hand_on
 from lazyproc.migrate.supply import Supply
 from lazyproc.pages.channel import Channel
-from lazyproc.pages.door import Door, inherited, listen
 from lazyproc.pages.session import Session
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.shell import run_instead
 from lazyproc.restore.ending import end_tree
-from lazyproc.restore.lazy import drop_anchors
-from lazyproc.restore.lazytree import LazyTree, anchor_holders, from_facts
-from lazyproc.uffd.pager import Pager, rebind
+from lazyproc.restore.lazytree import from_facts
+from lazyproc.uffd.pager import Pager
 from lazyproc.wire.native import REVISION, Hello, Party, Role
 
 NAME = "lazyproc-keeper"
 WATCH_S = 0.5
 LIVING = ("running", "drained", "poisoned")  # states in which a tree goes on without the keeper
-LET_LISTEN = {"do": "let listen"}  # of a receiver that begins where we listen
-YIELD_S = 2.0  # for it to do so
 MEMBERS = 100  # helpers that are killed so often are killed on purpose
-
-
-class Closable(Protocol):
-    def close(self) -> None: ...
-
-
-def keep(
-    link: Link, terms: Terms, preferences: Preferences, place: Place, not_ours: Sequence[Closable]
-) -> Messages:
-    """Start the keeper of a session whose connections stand; what it tells. `not_ours` are closed in it.
-
-    For the caller the link is over.
-    """
-    ours, theirs = stream()
-
-    def run() -> None:
-        ours.close()
-        for each in not_ours:
-            each.close()
-        outputs = (os.dup(1), os.dup(2)) if terms.command else ()  # QEMU says there what is wrong
-        unplug()
-        facts = {"token": link.session.token, "peer": link.control.peer, **place.facts()}
-        journal = Journal(link.session.id, DESTINATION, facts)
-        Keeper(link.session, journal, place, Client(theirs), preferences).take_in(link, terms, outputs)
-
-    with theirs:
-        family.daemon(run, NAME)
-    return Messages(ours)
-
-
-def keep_on(record: Record, supply: Supply, listener: Listener) -> Mapping[str, object]:
-    """A new keeper for a tree whose helpers are all gone; the report when it is complete. See `sessions.resume`.
-
-    `supply` in place of the source, if it is any. Raises LostAfterCommit when the tree is gone, too; Parked when the
-    keeper is gone.
-    """
-    tree = from_facts(record.facts["tree"])
-    if "whole" in record.facts and not any(anchor_holders(tree, "ledger")):
-        return _put_away(record, tree, listener)
-    facts = {**record.facts}
-    if facts.pop("monitor", None) is not None and not facts.get("told"):
-        listener(
-            Note(
-                f"pid {tree.root_pid}: all were killed before the guest was let run; see `cont` in its monitor"
-            )
-        )
-    ours, theirs = stream()
-
-    def run() -> None:
-        ours.close()
-        unplug()
-        make_room(AMPLE)
-        client = Client(theirs)
-        try:
-            kept = anchors(tree)
-            facts.update(ledger=kept.ledger, connections=[], supply=supply.facts())
-            journal = Journal(record.session, DESTINATION, facts)
-            session = Session(record.session, str(record.facts["token"]))
-            keeper = Keeper(session, journal, Place.of(record.facts), client, Preferences())
-            # Whoever else resumes it has found the desk taken, and what is shared is ours to change.
-            rebind(kept.ledger, kept.cradle, kept.userfaultfds)
-            journal.write(record.state, durable=False)
-        except (LazyprocError, OSError) as error:
-            client.failed(error)
-            return
-        keeper.go_on()
-
-    with ours:
-        with theirs:
-            family.daemon(run, NAME)
-        return _awaited(ours, record, listener)
-
-
-def _put_away(record: Record, tree: LazyTree, listener: Listener) -> Mapping[str, object]:
-    """All who worked on it were killed while the tree gave back what it kept: every page is there."""
-    drop_anchors(tree)
-    journal = Journal(record.session, DESTINATION, record.facts)
-    report: Mapping[str, object] = record.facts["whole"]
-    if Place.of(record.facts).address:
-        journal.note("drained", listener, {"report": report}, durable=True)  # the source will ask
-    else:
-        journal.remove()
-    return report
-
-
-def supply_to(record: Record, supply: Supply, listener: Listener) -> Mapping[str, object]:
-    """The keeper of a session goes on with `supply` in place of the source; the report when its memory is complete.
-
-    Raises UsageError when there is none any more, Parked when `supply` lacks pages.
-    """
-    ours, theirs = stream()
-    with ours:
-        with theirs:
-            answer = ask(record.session, DESTINATION, {"do": "supply", **supply.facts()}, theirs.fileno())
-        if answer is None or "error" in answer:
-            raise UsageError("its keeper does not answer", where=record.session, remedy="try again")
-        return _awaited(ours, record, listener)
-
-
-def _awaited(stream: socket.socket, record: Record, listener: Listener) -> Mapping[str, object]:
-    lost = f"see lazyproc sessions, and lazyproc resume {record.session}"
-    report: Mapping[str, object] = result(stream, listener, lost=lost)
-    return report
 
 
 class Keeper:
@@ -174,7 +65,7 @@ class Keeper:
         self._preferences = preferences
         self._clients = Clients(client)
         self._desk = Desk(session.id, DESTINATION)
-        self._door: Door | None = None
+        self._doorstep = Doorstep(place)
         self._guest: Qmp | None = None  # is told to run, and has not answered yet
         self._gathering = Gathering(session)
         self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeper, pager
@@ -182,7 +73,6 @@ class Keeper:
         self._committed = False
         self._resumed = False  # the client is no `receive`
         self._told = False  # the source knows that it runs here, and a guest was let run
-        self._listens_from = 0.0  # on the monotonic clock
         self._left = MEMBERS
         self._outlived = mmap.mmap(-1, 1)  # shared with the guard: the tree no longer ends with its tracer
         self._keeper = Member(os.getpid())
@@ -266,7 +156,7 @@ class Keeper:
 
     def _others(self) -> list[int]:
         """What else is watched."""
-        return [each.fileno() for each in (self._door, self._guest) if each]
+        return [each.fileno() for each in (self._doorstep.door, self._guest) if each]
 
     def _patience(self) -> float:
         """Seconds until the next look at what nobody tells."""
@@ -274,7 +164,9 @@ class Keeper:
 
     def _attend(self, ready: set[int]) -> bool:
         """See to it. False: there is nothing left to keep."""
-        self._attend_door()
+        channel = self._doorstep.next(lambda: self._resumed or not self._clients.first.listens())
+        if channel is not None:
+            self._let_in(channel)
         if self._guest is not None and self._guest.fileno() in ready:
             self._attend_guest(self._guest)
         return True
@@ -357,7 +249,7 @@ class Keeper:
             self._supplied(request)
             return
         if request.fields == LET_LISTEN:
-            self._yield_door()
+            self._doorstep.give_up()
             request.answer({})
             return
         try:
@@ -367,24 +259,6 @@ class Keeper:
             return
         request.answer({})
         self._take(channel)
-
-    def _attend_door(self) -> None:
-        """While `receive` is there it hands connections on; without it we wait for them ourselves."""
-        if self._place.dials or not self._place.address:
-            return
-        waits = time.monotonic() >= self._listens_from
-        if self._door is None and waits and (self._resumed or not self._clients.first.listens()):
-            with suppress(CannotListen, UsageError):  # of files for TLS that are being renewed
-                self._door = listen(self._place.address, Party.DESTINATION, trust=self._place.trust)
-        if self._door is not None and (channel := self._door.accept(0)) is not None:
-            self._let_in(channel)
-
-    def _yield_door(self) -> None:
-        """It hands on who comes for us. When it has ended we listen again."""
-        self._listens_from = time.monotonic() + YIELD_S
-        if self._door is not None:
-            self._door.close()
-            self._door = None
 
     def _let_in(self, channel: Channel) -> None:
         """Several trees may have come by one receiver: without it one of their keepers listens for all."""
@@ -430,8 +304,8 @@ class Keeper:
 
     def _be_guard(self) -> None:
         """Do nothing until the keeper is dead, then be it."""
-        begun, _theirs = self._journal.facts, self._door  # the keeper's to close: kept, and not used
-        self._door = None
+        begun, _theirs = self._journal.facts, self._doorstep  # the keeper's to close: kept, and not used
+        self._doorstep = Doorstep(self._place)
         readable([self._keeper.pidfd])
         self._journal.reload()
         facts = self._journal.facts
@@ -451,8 +325,7 @@ class Keeper:
         else:  # nobody knows what the source has heard: it is to ask
             _hang_up(self._connections)
             self._connections = []
-        if self._place.address:
-            self._door = inherited(self._place.address, Party.DESTINATION, trust=self._place.trust)
+        self._doorstep.inherit()
         self._count_killed()
         self._guard = self._new_guard()
         self._clients.tell(Note(f"session {self._session.id}: the keeper was killed and is replaced"))

@@ -129,7 +129,7 @@ def resume(
             "--here is for the source of a session", where=session, remedy="use resume without it"
         )
     from lazyproc.migrate.criu_supply import is_held
-    from lazyproc.migrate.keeper import keep_on
+    from lazyproc.migrate.keeping import keep_on
 
     recorded = Supply.of(record.facts.get("supply") or {})
     own = Supply.of(record.facts)  # of a lazy restore, which has images
@@ -143,7 +143,7 @@ def resume(
 
 def _supply(record: Record, supply: Supply, force: bool, listener: Listener) -> Mapping[str, object]:
     """The destination's tree is completed without its source, whether somebody works on it or not."""
-    from lazyproc.migrate.keeper import keep_on, supply_to
+    from lazyproc.migrate.keeping import keep_on, supply_to
 
     if record.role == SOURCE:
         raise UsageError(
