@@ -13,12 +13,14 @@ from lazyproc.dump.before import observed_sleeps
 from lazyproc.dump.explain import explain
 from lazyproc.dump.freeze import FREEZE_MS, FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
+from lazyproc.dump.late import late_signals
 from lazyproc.dump.permits import ALL, Permits
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import CannotBeDone
 from lazyproc.events import Listener, Note, StateChanged, StepDone
 from lazyproc.facts import dataclass, replace
+from lazyproc.images.convert import to_images
 from lazyproc.images.draft import Draft, filled
 from lazyproc.images.files import Folder
 from lazyproc.images.stats import dump_stats
@@ -131,8 +133,16 @@ def written(
             stored = store(draft, whole, pages)
             if ends:
                 draft.sync()
+                _add_late_signals(draft, tree, whole)
             dump.demand_idle_rings()
             yield Written(tree, dump, pages, whole, stored, hold, frozen_at)
+
+
+def _add_late_signals(draft: Draft, tree: FrozenTree, whole: Checkpoint) -> None:
+    """Writing takes as long as there is memory, and what is sent meanwhile to a tree that ends here would be lost."""
+    if (late := late_signals(tree, whole)).signals:
+        before, after = to_images(whole), to_images(late.added_to(whole))
+        draft.rewrite({name: data for name, data in after.items() if data != before[name]})
 
 
 def _left_outside(checkpoint: Checkpoint) -> list[str]:

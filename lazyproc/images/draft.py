@@ -28,12 +28,25 @@ class Draft:
         self._early = early
         self._open: dict[Path, int] = {}
         self._names: list[str] = []
+        self._images: Mapping[str, bytes] = {}
 
     def write(self, images: Mapping[str, bytes]) -> None:
         """Writes every image, all that are not pages in one call, and their checksums. Raises ImageError."""
         # The checksums first: by them it is seen what is missing if we are killed on the way. CRIU's images have none.
+        self._images = images
         for name, data in {**sums_of(images), **images}.items():
             self.write_file(name, [data])
+
+    def rewrite(self, changed: Mapping[str, bytes]) -> None:
+        """Images of the last `write`, which is on the disk, as they are by now. Raises ImageError."""
+        self._images = {**self._images, **changed}
+        again = {**sums_of(self._images), **changed}
+        for name in reversed(again):
+            self._folder.remove(name)
+            self._names.remove(name)
+        for name, data in again.items():
+            self.write_file(name, [data])
+        self.sync()
 
     def write_file(self, name: str, pieces: Iterable[bytes]) -> None:
         """Writes the file `name`, one piece after the other. Raises ImageError, and what `pieces` raises."""

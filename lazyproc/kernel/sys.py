@@ -14,6 +14,7 @@ from lazyproc.errors import HostLacks
 from lazyproc.kernel._core import ffi, lib
 from lazyproc.model import Scheduling
 
+SYS_RT_SIGQUEUEINFO, SYS_TGKILL, SYS_RT_TGSIGQUEUEINFO = 129, 234, 297
 SYS_FALLOCATE = 285
 SYS_KCMP = 312
 SYS_PROCESS_VM_READV = 310
@@ -82,6 +83,21 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     """pidfd_getfd(2): our own duplicate (close-on-exec) of the process's descriptor `fd`."""
     with _since("5.6", "pidfd_getfd(2)"):
         return syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
+
+
+def tgkill(pid: int, tid: int, signal: int) -> None:
+    """tgkill(2)."""
+    syscall(SYS_TGKILL, pid, tid, signal)
+
+
+def queue_signal(pid: int, tid: int | None, signal: int, siginfo: bytes) -> None:
+    """rt_sigqueueinfo(2), with a `tid` rt_tgsigqueueinfo(2): of other processes only what sigqueue(3) would send."""
+    info = ffi.from_buffer(siginfo)
+    address = int(ffi.cast("uintptr_t", info))
+    if tid is None:
+        syscall(SYS_RT_SIGQUEUEINFO, pid, signal, address)
+    else:
+        syscall(SYS_RT_TGSIGQUEUEINFO, pid, tid, signal, address)
 
 
 def kcmp(pid1: int, pid2: int, kind: int, idx1: int = 0, idx2: int = 0) -> int:

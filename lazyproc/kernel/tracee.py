@@ -189,7 +189,7 @@ class Tracee:
         those of proc.Status: one of them that is not in the queue had no room there (RLIMIT_SIGPENDING), and comes with
         what the kernel makes up for it.
         """
-        queued = self._queued(shared)
+        queued = self.queued(shared=shared)
         left = bits & ~CLEARED
         for info in queued:
             left &= ~(1 << (_NUMBER.unpack_from(info)[0] - 1))
@@ -197,7 +197,8 @@ class Tracee:
             _NUMBER.pack(sig).ljust(SIGINFO, b"\0") for sig in range(1, 65) if left >> (sig - 1) & 1
         )
 
-    def _queued(self, shared: bool) -> tuple[bytes, ...]:
+    def queued(self, *, shared: bool) -> tuple[bytes, ...]:
+        """Of the pending signals those that are in a queue."""
         found: list[bytes] = []
         batch = 32
         buffer = bytearray(SIGINFO * batch)

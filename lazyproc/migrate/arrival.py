@@ -14,6 +14,7 @@ from lazyproc.images.convert import from_images
 from lazyproc.images.files import unpack
 from lazyproc.images.forecast import Forecast, read_forecast
 from lazyproc.kernel.netfilter import Flow
+from lazyproc.late import Late
 from lazyproc.migrate.address import announced
 from lazyproc.migrate.answering import groups_here, heard, numbers_of, obstacles_here
 from lazyproc.migrate.drafting import Drafting
@@ -29,6 +30,7 @@ from lazyproc.pages.bundle import NAME, BundledPages
 from lazyproc.pages.remote import RemotePages
 from lazyproc.restore.groundwork import Groundwork, laid
 from lazyproc.restore.groups import Birth
+from lazyproc.restore.late import give
 from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import LazyTree, to_facts
 from lazyproc.restore.rehearsal import no_collections, rehearse
@@ -128,6 +130,14 @@ def demand_wiped(checkpoint: Checkpoint, revision: int) -> None:
                     where=f"pid {task.vpid}",
                     remedy="use the same lazyproc on both hosts, or --mode stopcopy",
                 )
+
+
+def _late(commit: Commit) -> Late:
+    """Raises ProtocolError."""
+    try:
+        return Late.of(commit.fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"COMMIT's signals are none: {error!r:.100}") from None
 
 
 class Arrival:
@@ -232,12 +242,12 @@ class Arrival:
         ):
             introduce(pager, tree, later)
             steps.done("tables")
-            self._commit(tree, drafting, steps)
+            late = self._commit(tree, drafting, steps)
             committed = StateChanged("committed", time.monotonic())
             serve()
             self._announce(flows_to_hold(checkpoint), afterwards)
             steps.done("announce")
-            self._release(tree)
+            self._release(tree, late)
             steps.done("release")
             with suppress(ConnectionLost):  # whoever drains notices
                 self._link.control.send(Committed())
@@ -256,8 +266,12 @@ class Arrival:
         whom.check(checkpoint)
         return None if ROOT in whom.uids else Users.of(checkpoint)
 
-    def _release(self, tree: BuiltTree) -> None:
+    def _release(self, tree: BuiltTree, late: Late) -> None:
         """It is committed: it runs, whatever of it went wrong."""
+        try:
+            give(late, tree.sites)
+        except (LazyprocError, OSError) as error:
+            self._listener(Note(f"pid {tree.root_pid}: did not get all signals of its last moment: {error}"))
         try:
             tree.release()
         except (LazyprocError, OSError) as error:
@@ -344,14 +358,14 @@ class Arrival:
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
-    def _commit(self, tree: Outliving, drafting: Drafting, steps: Steps) -> None:
+    def _commit(self, tree: Outliving, drafting: Drafting, steps: Steps) -> Late:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
-        it will when it asks again.
+        it will when it asks again. Returns what the source says has come to its tree since it was described.
         """
         self._link.control.send(Built())
         committed, running = drafting.drafts()
         steps.done("draft")
-        expect(self._link.control, Commit, FREEZE_S)
+        late = _late(expect(self._link.control, Commit, FREEZE_S))
         steps.done("wait for commit")
         tree.demand_there()  # the last moment in which it may be called off
         self._settle()
@@ -363,3 +377,4 @@ class Arrival:
         tree.outlive_us()
         self._outlived()
         steps.done("outlive")
+        return late

@@ -18,6 +18,7 @@ from lazyproc.dump.before import Before, look_before, observed_sleeps
 from lazyproc.dump.explain import examine
 from lazyproc.dump.freeze import FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
+from lazyproc.dump.late import late_signals
 from lazyproc.dump.park import park_tree, parking, unpark_tree
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import hang_up, silence
@@ -168,7 +169,7 @@ def hand_over(
             _await_built(control, dump, held, steps)
             settle()
             last.enter_context(deaf())  # until all is put away
-            control.send(Commit())
+            control.send(Commit(late_signals(tree, dump.checkpoint).fields()))
             commit_sent.set()
             await_running(serving, journal, steps, listener)
             hang_up(dump.given_up)

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ from lazyproc.model import Checkpoint, Clocks, RegularFile, Vma
 from lazyproc.restore.groundwork import laid
 from lazyproc.restore.tree import built_tree, expecting
 from tests.live import moving
+from tests.live.held_up import held_up
 from tests.live.test_cli import killed_at_the_end, listening
 from tests.live.tracees import Running, tracee
 from tests.needs import require_root
@@ -205,7 +205,7 @@ def test_what_changes_meanwhile_arrives(tmp_path: Path) -> None:
         os.mkfifo(fifo)
     with told(tmp_path) as it, listening("receive", "--once", "--json") as (receiver, target):
         before = shown(it.pid)
-        command = [sys.executable, "-m", "tests.live.held_up", ready, go, "migrate", it.pid, target, "--json"]
+        command = [*held_up(ready, go, "freeze"), "migrate", it.pid, target, "--json"]
         with started(list(map(str, command))) as migrate:
             assert ready.read_text() == "ready\n"
             for what in MEANWHILE:

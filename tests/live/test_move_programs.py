@@ -30,7 +30,8 @@ RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")
 PROTECTING = ("memory_static",)  # changes the protection of its mappings all the time
 # Refused between hosts, or with other pid namespaces: as images they move (test_criu_command.py, test_criu_outside.py).
 AS_IMAGES = ("dead_peer", "fd_outside", "file_locks")
-PROGRAMS = sorted({path.stem for path in SOURCES.glob("*.c")} - {*AS_IMAGES})
+WAITING = ("late_signals",)  # beats for the signals that test_late_signals.py sends
+PROGRAMS = sorted({path.stem for path in SOURCES.glob("*.c")} - {*AS_IMAGES, *WAITING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def test_moves_by_stopcopy(name: str, field: Field) -> None:
 
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "whole"])
 @pytest.mark.parametrize(
-    "name", ["aio_ring", "file_locks", "memory_static", "signals", "small_state", "tree"]
+    "name", ["aio_ring", "file_locks", "memory_static", "prctls", "signals", "small_state", "tree"]
 )
 def test_moves_as_images(name: str, lazy: bool, field: Field) -> None:
     with ExitStack() as stack:

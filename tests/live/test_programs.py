@@ -19,7 +19,7 @@ ARGUMENTS = {
     "sleeps": ("5000",),
     "timers": ("5000",),
 }
-ELSEWHERE = ("fd_", "sock_")  # tested with what they are for
+ELSEWHERE = ("fd_", "late_", "sock_")  # tested with what they are for
 PROGRAMS = sorted(path.stem for path in SOURCES.glob("*.c") if not path.stem.startswith(ELSEWHERE))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from lazyproc.images.pagemap import merge
@@ -36,6 +37,7 @@ from lazyproc.model import (
     MemFd,
     MemoryObject,
     Mm,
+    MmFlags,
     ObjectKind,
     OpenFile,
     Owner,
@@ -66,6 +68,14 @@ from lazyproc.model import (
     VmaKind,
 )
 
+# A checkpoint has so many parts that shrinking one takes minutes; the failing one is printed as it is.
+HEAVY = settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+
 u16 = st.integers(0, 2**16 - 1)
 u31 = st.integers(0, 2**31 - 1)
 u32 = st.integers(0, 2**32 - 1)
@@ -76,7 +86,8 @@ nanoseconds = st.integers(0, 2**62)
 names = st.binary(max_size=15).map(lambda raw: raw.replace(b"\0", b"").decode("utf-8", "surrogateescape"))
 paths = names.map(lambda name: "/" + name)
 flag_sets = st.frozensets(st.sampled_from(["rd", "wr", "mr", "mw", "me", "ac", "sd", "dc", "hg", "nh", "lo"]))
-siginfos = st.lists(st.binary(min_size=128, max_size=128), max_size=2).map(tuple)
+siginfo = st.binary(min_size=128, max_size=128)
+siginfos = st.lists(siginfo, max_size=2).map(tuple)
 owners = st.builds(Owner, u31, st.integers(0, 2), st.integers(0, 64), u32, u32)
 
 
@@ -368,6 +379,16 @@ _MM_NUMBERS = (
 )  # fmt: skip
 
 
+mm_flags = st.builds(
+    MmFlags,
+    st.booleans(),
+    st.sampled_from([0, 2]),
+    st.integers(0, 3),
+    st.booleans(),
+    st.none() | st.integers(0, 0x1FF),
+)
+
+
 @st.composite
 def address_spaces(
     draw: st.DrawFn, files: tuple[int, ...], regular: tuple[int, ...], objects: tuple[int, ...]
@@ -384,10 +405,10 @@ def address_spaces(
         auxv=draw(tuples_of(u64, 6)),
         exe_id=draw(st.sampled_from(files)),
         dumpable=draw(st.integers(0, 2)),
-        thp_disabled=draw(st.booleans()),
         vmas=tuple(mapped),
         vdso_build_id=draw(st.binary(max_size=20)),
         future_locks=draw(st.sampled_from([0, 2, 6])),
+        flags=draw(mm_flags),
     )  # fmt: skip
 
 
@@ -456,6 +477,7 @@ def living(
         oom_score_adj=draw(st.integers(-1000, 1000)),
         loginuid=draw(u32),
         child_subreaper=draw(st.booleans()),
+        mce_kill=draw(st.integers(0, 2)),
         membarriers=draw(st.integers(0, 0x1FF)),
         xfeatures=draw(st.sampled_from([0, 1 << 18])),
         cgroups=draw(st.dictionaries(names, paths, max_size=2)),

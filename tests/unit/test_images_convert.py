@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.message import Message
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazyproc.errors import ImageError
@@ -24,15 +24,7 @@ from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.images.sockets import read_inet
 from lazyproc.model import Checkpoint, Epoll, Limit, SharedKind, Task, VmaKind
-from tests.unit.model_strategies import checkpoints
-
-# A checkpoint has so many parts that shrinking one takes minutes; the failing one is printed as it is.
-HEAVY = settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
-)
+from tests.unit.model_strategies import HEAVY, checkpoints
 
 
 def _criu_could_have_written_it(checkpoint: Checkpoint) -> bool:
@@ -137,6 +129,7 @@ def test_without_lazyproc_img_what_criu_knows_is_the_same(checkpoint: Checkpoint
             mm=None,
             exit_signal=task.exit_signal,
             xfeatures=0,
+            mce_kill=2,
             cgroups=task.cgroups,
         )
         assert [thread.registers for thread in task.threads] == [

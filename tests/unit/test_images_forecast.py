@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyproc.errors import ImageError
@@ -24,14 +24,7 @@ from lazyproc.images.forecast import (
 )
 from lazyproc.images.memory import Behind, WrittenMappings, access_modes, write_mappings
 from lazyproc.model import Checkpoint, OpenFile, Task
-from tests.unit.model_strategies import checkpoints
-
-HEAVY = settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
-)
+from tests.unit.model_strategies import HEAVY, checkpoints
 
 
 def _foreseen(task: Task, files: Mapping[int, OpenFile]) -> Task:
