@@ -126,13 +126,26 @@ def _table(registry: Registry, task: TaskRef, looks: dict[int, Look]) -> tuple[D
     rows = []
     for fd in proc.descriptor_numbers(task.pid):
         with unless_closed(registry):
-            file_id, is_new = registry.intern(task.pid, fd)
             info = fdinfo(proc.read(task.pid, f"fdinfo/{fd}"))
+            if info.flags & os.O_PATH and _refuse_pathless(registry, task.pid, fd):
+                continue
+            file_id, is_new = registry.intern(task.pid, fd)
             if is_new:
                 looks[file_id] = Look(task.pid, fd, os.readlink(f"/proc/{task.pid}/fd/{fd}"), info)
             note_locks(registry, task.vpid, fd, info.locks, first=is_new)
             rows.append(Descriptor(fd, file_id, info.flags & os.O_CLOEXEC != 0))
     return tuple(rows)
+
+
+def _refuse_pathless(registry: Registry, pid: int, fd: int) -> bool:
+    """An O_PATH descriptor of what has no path, by way of /proc/PID/fd: nothing can make that anew."""
+    link = os.readlink(f"/proc/{pid}/fd/{fd}")
+    if link.startswith("/"):
+        return False
+    registry.refuse(
+        pid, f"fd {fd}", Refused(f"is an O_PATH descriptor of {link}", "let the program close it")
+    )
+    return True
 
 
 def _inspect(

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import os
 import re
+import socket
 import struct
 import threading
 from collections.abc import Callable
@@ -69,7 +70,22 @@ def _mqueue() -> int:
     return fd
 
 
+def _path_of(fd: int) -> int:
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_PATH)
+    finally:
+        os.close(fd)
+
+
 KINDS: dict[str, tuple[Callable[[], int], str]] = {
+    "path of a socket": (
+        lambda: _path_of(socket.socket().detach()),
+        "is an O_PATH descriptor of socket:[",
+    ),
+    "path of an eventfd": (
+        lambda: _path_of(os.eventfd(0)),
+        "is an O_PATH descriptor of anon_inode:[eventfd]; let the program close it",
+    ),
     "pidfd": (lambda: os.pidfd_open(os.getpid()), "is a pidfd; let the program close it"),
     "userfaultfd": (lambda: syscall(SYS_USERFAULTFD, 0), "is a userfaultfd: the program serves its own"),
     "io_uring": (
