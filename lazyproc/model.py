@@ -246,6 +246,17 @@ class SharedMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class MmFlags:
+    """What prctl(2) and /proc/PID/coredump_filter set of an address space, and only they show."""
+
+    thp_disabled: bool = False
+    thp_exceptions: int = 0  # PR_THP_DISABLE_EXCEPT_ADVISED
+    mdwe: int = 0  # PR_SET_MDWE
+    merges: bool = False  # PR_SET_MEMORY_MERGE
+    coredump_filter: int | None = None  # None: nobody says
+
+
+@dataclass(frozen=True, slots=True)
 class Mm:
     """One address space: the fields of prctl(PR_SET_MM_MAP), the flags that go with it, and the mappings."""
 
@@ -263,10 +274,10 @@ class Mm:
     auxv: tuple[int, ...]
     exe_id: int  # OpenFile
     dumpable: int
-    thp_disabled: bool
     vmas: tuple[Vma, ...]
     vdso_build_id: bytes = b""
     future_locks: int = 0  # MCL_FUTURE and MCL_ONFAULT of mlockall(2)
+    flags: MmFlags = field(default_factory=MmFlags)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -603,6 +614,7 @@ class Task:
     oom_score_adj: int = 0
     loginuid: int = 0xFFFFFFFF
     child_subreaper: bool = False
+    mce_kill: int = 2  # PR_MCE_KILL_GET of its first thread; 2 is the default
     locks: tuple[FileLock, ...] = ()  # those of an open file description with the first task that has it
     membarriers: int = 0  # membarrier(2) commands it has registered for, by bit
     xfeatures: int = 0  # components of the xsave area that it had to ask for (ARCH_REQ_XCOMP_PERM), by bit

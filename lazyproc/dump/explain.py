@@ -17,6 +17,7 @@ from lazyproc.dump.memory import has_guards, refused_mappings
 from lazyproc.dump.needs import needs_of
 from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.registry import Refused, Registry, TaskRef
+from lazyproc.dump.room import shortages
 from lazyproc.dump.space import NOTHING, Seen, Space, space_before
 from lazyproc.dump.supervisor import warnings
 from lazyproc.dump.survey import ProcessFacts, ThreadFacts, TreeFacts, survey
@@ -143,6 +144,12 @@ def _of_process(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
     if not any(entry.entry.path == "[vdso]" for entry in process.smaps):
         yield obstacle(
             "has no [vdso] mapping", "start it without unmapping it, and the kernel without vdso=0"
+        )
+    for short in shortages(process.smaps, process.limits, len(process.threads), process.timers):
+        yield obstacle(
+            f"has mapped {short.taken} bytes, may have {short.limit} (RLIMIT_{short.name.upper()}),"
+            f" and would need {short.wanted} more while it is asked for its state",
+            f"give it room: prlimit --pid {process.pid} --{short.name}={short.taken + short.wanted}:",
         )
 
 

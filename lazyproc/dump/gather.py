@@ -24,9 +24,10 @@ from lazyproc.dump.memory import (
 from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.question import Question, ask
 from lazyproc.dump.registry import Registry, TaskRef
+from lazyproc.dump.room import room_to_ask
 from lazyproc.dump.space import NOTHING, Seen, space_now
-from lazyproc.dump.tasks import ROOM_OF_TIMER, TASK_ANSWERS, gather_task, gather_zombie, process_questions
-from lazyproc.dump.threads import ROOM_OF_THREAD, ThreadAnswers, gather_thread, thread_question
+from lazyproc.dump.tasks import TASK_ANSWERS, gather_task, gather_zombie, process_questions
+from lazyproc.dump.threads import ThreadAnswers, gather_thread, thread_question
 from lazyproc.errors import CannotBeDone, Obstacle
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc, remote, sysvipc
@@ -41,6 +42,7 @@ from lazyproc.model import (
     Fs,
     MemFd,
     MemoryObject,
+    MmFlags,
     ObjectKind,
     SharedKind,
     SigAction,
@@ -50,8 +52,6 @@ from lazyproc.model import (
 )
 from lazyproc.pages.eager import eager_pages
 from lazyproc.steps import Steps
-
-ROOM = 1 << 16  # bytes for what is asked of a process once
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ def _one_task(
         ids = (tids[pid], *_ids(frozen, tree)[1:])
         task = gather_task(frozen, ids, threads, answers, tids)
         steps.done("task")
-        of_mm = cast(tuple[int, bool, int, int], tuple(answers[TASK_ANSWERS:]))
+        of_mm = cast(tuple[int, MmFlags, int, int], tuple(answers[TASK_ANSWERS:]))
         exe, cwd, root = (gather_link(registry, pid, name) for name in LINKS)
         mm = gather_mm(registry, frozen, space, exe, of_mm, memory, objects)
         if space is not before or pid in seen.guarded:
@@ -254,7 +254,7 @@ def _ask(
             tracee.set_options(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_SUSPEND_SECCOMP)
     ending = remote.ending_signal(frozen.stopped[0].status.sig_caught, pending)
     states = [stopped.state for stopped in frozen.stopped]
-    size = PAGE * -(-(ROOM + ROOM_OF_THREAD * len(states) + ROOM_OF_TIMER * len(timers)) // PAGE)
+    size = room_to_ask(len(states), len(timers))
     with remote.borrowed(frozen.threads, states, memory, maps, ending=ending, size=size) as bench:
         questions: list[list[Question[object]]] = [[thread_question(bench)] for _ in frozen.threads]
         questions[0] += process_questions(frozen.pid, bench, timers)

@@ -16,7 +16,7 @@ from lazyproc.dump.space import Space, numbered
 from lazyproc.facts import dataclass, field, replace
 from lazyproc.kernel import elf, proc, sysvipc
 from lazyproc.kernel.tracee import Memory
-from lazyproc.model import PAGE, MemFd, Mm, SharedKind, SharedMemory, Task, Vma, VmaKind
+from lazyproc.model import PAGE, MemFd, Mm, MmFlags, SharedKind, SharedMemory, Task, Vma, VmaKind
 
 SYSV_PREFIX = "/SYSV"
 SHM_DEST = 0o1000  # removed, and gone with the last attachment
@@ -35,14 +35,14 @@ def gather_mm(
     frozen: FrozenTask,
     space: Space,
     exe: int,
-    answers: tuple[int, bool, int, int],
+    answers: tuple[int, MmFlags, int, int],
     memory: Memory,
     objects: Objects,
 ) -> Mm:
-    """Mm of a frozen process; `exe` is the number of its program, `answers` are dumpable, thp_disabled, brk and
+    """Mm of a frozen process; `exe` is the number of its program, `answers` are dumpable, flags, brk and
     future_locks. Obstacles go to the registry.
     """
-    dumpable, thp_disabled, brk, future_locks = answers
+    dumpable, flags, brk, future_locks = answers
     pid, stat = frozen.pid, frozen.stat
     vmas = _with_objects(registry, pid, numbered(registry, pid, space), objects)
     for where, refused in space.refused:
@@ -63,10 +63,10 @@ def gather_mm(
         auxv=proc.auxv(proc.read(pid, "auxv")),
         exe_id=exe,
         dumpable=dumpable,
-        thp_disabled=thp_disabled,
         vmas=vmas,
         vdso_build_id=_vdso_build_id(vmas, memory),
         future_locks=future_locks,
+        flags=flags,
     )
 
 

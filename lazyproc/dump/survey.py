@@ -59,6 +59,8 @@ class ProcessFacts:
     threads: tuple[ThreadFacts, ...]  # the first one first
     namespaces: Mapping[str, int]
     elf_class: int  # 1: 32 bits, 2: 64 bits, 0: unknown
+    limits: tuple[tuple[int, int], ...]  # RLIMIT_*, soft and hard
+    timers: int  # POSIX timers
     frozen_group: str = ""  # the directory of a cgroup that keeps it from running
 
     @property
@@ -172,6 +174,8 @@ def _facts(pid: int, known: Sequence[Hierarchy]) -> ProcessFacts:
         threads=tuple(_threads(pid)) if alive else (),
         namespaces=proc.namespaces(pid) if alive else {},
         elf_class=_elf_class(pid) if alive else 0,
+        limits=proc.limits(proc.read(pid, "limits")) if alive else (),
+        timers=len(proc.timers(proc.read(pid, "timers"))) if alive else 0,
         frozen_group=frozen_group(proc.cgroup(proc.read(pid, "cgroup")), known) if alive else "",
     )
 

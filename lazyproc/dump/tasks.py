@@ -13,19 +13,29 @@ from lazyproc.errors import NoSuchProcess
 from lazyproc.facts import replace
 from lazyproc.kernel import proc, xfeatures
 from lazyproc.kernel.remote import Bench, Call
-from lazyproc.model import PAGE, IntervalTimer, Limit, PosixTimer, SigAction, Task, TaskState, Thread
+from lazyproc.model import (
+    PAGE,
+    IntervalTimer,
+    Limit,
+    MmFlags,
+    PosixTimer,
+    SigAction,
+    Task,
+    TaskState,
+    Thread,
+)
 
-PR_GET_DUMPABLE, PR_GET_CHILD_SUBREAPER, PR_GET_THP_DISABLE = 3, 37, 42
+PR_GET_DUMPABLE, PR_MCE_KILL_GET, PR_GET_CHILD_SUBREAPER, PR_GET_THP_DISABLE = 3, 34, 37, 42
+PR_GET_MDWE, PR_GET_MEMORY_MERGE = 66, 68
 KERNEL_SIGACTION = struct.Struct("<QQQQ")  # handler, flags, restorer, mask
 ITIMERVAL = struct.Struct("<qqqq")  # interval s, us; value s, us
 ITIMERSPEC = struct.Struct("<qqqq")  # interval s, ns; value s, ns
-ROOM_OF_TIMER = 256  # bytes that a POSIX timer takes of a bench
 SIGEV_NONE, SIGEV_THREAD_ID = 1, 4
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9  # include/uapi/linux/membarrier.h
 MS_INVALIDATE = 2
 MCL_FUTURE, MCL_ONFAULT = 2, 4
 SIGKILL, SIGSTOP = 9, 19
-TASK_ANSWERS = 6  # of `process_questions`, for `gather_task`; the others are of the address space
+TASK_ANSWERS = 7  # of `process_questions`, for `gather_task`; the others are of the address space
 
 
 def process_questions(
@@ -39,8 +49,9 @@ def process_questions(
         _flag(bench, PR_GET_CHILD_SUBREAPER),
         _permitted(bench),
         _membarriers(),
+        Question((Call("prctl", (PR_MCE_KILL_GET,)),), lambda results: results[0]),
         Question((Call("prctl", (PR_GET_DUMPABLE,)),), lambda results: results[0]),
-        Question((Call("prctl", (PR_GET_THP_DISABLE,)),), lambda results: bool(results[0])),
+        _mm_flags(pid),
         Question((Call("brk", (0,)),), lambda results: results[0]),
         _future_locks(pid, bench),
     ]
@@ -71,6 +82,28 @@ def _future_locks(pid: int, bench: Bench) -> Question[int]:
         return MCL_FUTURE | (MCL_ONFAULT if "lf" in flags else 0)
 
     return Question((Call("msync", (bench.data, PAGE, MS_INVALIDATE), may_fail=True),), answer)
+
+
+def _mm_flags(pid: int) -> Question[MmFlags]:
+    """Those that the kernel has: MDWE from 6.3 on, merging from 6.4 on and with CONFIG_KSM."""
+    calls = (
+        Call("prctl", (PR_GET_THP_DISABLE,)),
+        Call("prctl", (PR_GET_MDWE,), may_fail=True),
+        Call("prctl", (PR_GET_MEMORY_MERGE,), may_fail=True),
+    )
+
+    def answer(results: Sequence[int]) -> MmFlags:
+        thp, mdwe, merges = results
+        return MmFlags(bool(thp), thp & ~1, max(0, mdwe), merges > 0, _coredump_filter(pid))
+
+    return Question(calls, answer)
+
+
+def _coredump_filter(pid: int) -> int | None:
+    try:
+        return int(proc.read(pid, "coredump_filter"), 16)
+    except NoSuchProcess:  # a kernel without CONFIG_ELF_CORE has no such file
+        return None
 
 
 def _membarriers() -> Question[int]:
@@ -151,7 +184,7 @@ def gather_task(
 ) -> Task:
     """The process-wide part of a Task; `ids` are vpid, ppid, pgid, sid, `tids` maps our tids to its own."""
     vpid, ppid, pgid, sid = ids
-    sigactions, itimers, timers, subreaper, permitted, membarriers = answers[:TASK_ANSWERS]
+    sigactions, itimers, timers, subreaper, permitted, membarriers, mce_kill = answers[:TASK_ANSWERS]
     pid, leader = frozen.pid, frozen.threads[0]
     return Task(
         vpid=vpid,
@@ -177,6 +210,7 @@ def gather_task(
         child_subreaper=cast(bool, subreaper),
         xfeatures=cast(int, permitted),
         membarriers=cast(int, membarriers),
+        mce_kill=cast(int, mce_kill),
         cgroups=proc.cgroup(proc.read(pid, "cgroup")),
     )
 

@@ -17,7 +17,6 @@ from lazyproc.model import Credentials, SigAction, SignalStack, Thread
 # include/uapi/linux/prctl.h
 PR_GET_PDEATHSIG, PR_GET_SECUREBITS, PR_GET_TIMERSLACK, PR_GET_TID_ADDRESS = 2, 27, 30, 40
 THREAD_ROOM = struct.Struct("<Qi4xQQi")  # stack_t (ss_sp, ss_flags, ss_size), the tid address, a signal
-ROOM_OF_THREAD = 512  # bytes that its question takes of a bench: its room and the rows of its calls
 SS_DISABLE = 2
 
 

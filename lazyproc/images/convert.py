@@ -103,6 +103,8 @@ def to_images(
             extra.cgroup_set = number_of_cgroups
         if task.xfeatures:
             extra.xfeatures = task.xfeatures
+        if task.mce_kill != extra.mce_kill:
+            extra.mce_kill = task.mce_kill
         if task.state is not TaskState.ZOMBIE:
             _write_alive(task, number, files, writer)
         if task.mm is not None:
@@ -333,6 +335,7 @@ class _TaskReader:
             child_subreaper=tc.child_subreaper,
             membarriers=tc.membarrier_registration_mask,
             xfeatures=extra.xfeatures,
+            mce_kill=extra.mce_kill,
         )  # fmt: skip
         # The threads that CRIU writes down for a zombie are not initialized memory of its own.
         return task if task.state is TaskState.ZOMBIE else self._read_alive(task, entry.threads, core)

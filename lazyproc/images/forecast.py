@@ -66,7 +66,7 @@ def bare_task(
     """Of a process whose `numbers` are vpid, ppid, pgid and sid."""
     mm = None
     if vmas is not None:
-        mm = Mm(0, 0, 0, 0, 0, 0, start_stack, 0, 0, 0, 0, (), 0, 0, thp_disabled=False, vmas=vmas)
+        mm = Mm(0, 0, 0, 0, 0, 0, start_stack, 0, 0, 0, 0, (), 0, 0, vmas=vmas)
     return Task(*numbers, TaskState.ALIVE, "", exit_signal=exit_signal, mm=mm)
 
 

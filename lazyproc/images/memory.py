@@ -19,6 +19,7 @@ from lazyproc.images.pb import process_pb2 as pb
 from lazyproc.model import (
     DROPPABLE,
     Mm,
+    MmFlags,
     OpenFile,
     SharedKind,
     SharedMemory,
@@ -265,7 +266,7 @@ def write_mm(
     """mm-<vpid>.img. `written` are mappings that may be those of `mm`; if they are, and the reader has them
     (`foreseen`), it is only said that they are.
     """
-    entry = pb.mm_entry(exe_file_id=mm.exe_id, dumpable=mm.dumpable, thp_disabled=mm.thp_disabled)
+    entry = pb.mm_entry(exe_file_id=mm.exe_id, dumpable=mm.dumpable, thp_disabled=mm.flags.thp_disabled)
     still = written is not None and written.are_of(mm, behind.access)
     if still and foreseen:
         extra.foreseen = True
@@ -278,7 +279,20 @@ def write_mm(
     extra.vdso_build_id = mm.vdso_build_id
     if mm.future_locks:
         extra.future_locks = mm.future_locks
+    _write_flags(mm.flags, extra)
     writer.add(f"mm-{task.vpid}.img", entry)
+
+
+def _write_flags(flags: MmFlags, extra: own.TaskExtra) -> None:
+    """But for what CRIU has a field for."""
+    if flags.thp_exceptions:
+        extra.thp_exceptions = flags.thp_exceptions
+    if flags.mdwe:
+        extra.mdwe = flags.mdwe
+    if flags.merges:
+        extra.merges = True
+    if flags.coredump_filter is not None:
+        extra.coredump_filter = flags.coredump_filter
 
 
 def _write_auxv(auxv: Sequence[int], entry: pb.mm_entry, extra: own.TaskExtra) -> None:
@@ -376,10 +390,16 @@ def read_mm(
         auxv=tuple(extra.auxv or entry.mm_saved_auxv),
         exe_id=entry.exe_file_id,
         dumpable=entry.dumpable if entry.HasField("dumpable") else 1,
-        thp_disabled=entry.thp_disabled,
         vmas=vmas,
         vdso_build_id=extra.vdso_build_id,
         future_locks=extra.future_locks,
+        flags=MmFlags(
+            entry.thp_disabled,
+            extra.thp_exceptions,
+            extra.mdwe,
+            extra.merges,
+            extra.coredump_filter if extra.HasField("coredump_filter") else None,
+        ),
     )
     return mm, access
 

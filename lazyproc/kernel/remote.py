@@ -321,6 +321,12 @@ def _stub(
         memory.write(addr, bytes(STUB_ROOM))
 
 
+def code_size(threads: int) -> int:
+    """Bytes of a bench's code: the loop, and the way home of each thread."""
+    code = len(BLOB) + -len(BLOB) % HOME_ALIGN + HOME_ROOM * threads
+    return (code + PAGE - 1) & -PAGE
+
+
 @contextmanager
 def borrowed(
     tracees: Sequence[Tracee],
@@ -336,22 +342,21 @@ def borrowed(
     On leaving everything is as it was: mapping gone, registers and masks back.
     """
     refuse_unfit(tracees, states)
-    code = len(BLOB) + -len(BLOB) % HOME_ALIGN + HOME_ROOM * len(tracees)
-    code_size = (code + PAGE - 1) & -PAGE
-    hole = find_hole([(m.start, m.end) for m in maps], code_size + size)
+    code = code_size(len(tracees))
+    hole = find_hole([(m.start, m.end) for m in maps], code + size)
     with _stub(tracees[0], states, memory, maps) as stub:
         # Two mappings, since a process may forbid itself memory that is writable and executable (PR_SET_MDWE).
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
-        stub.call("mmap", hole, code_size, mmap.PROT_READ | mmap.PROT_EXEC, flags, -1, 0)
+        stub.call("mmap", hole, code, mmap.PROT_READ | mmap.PROT_EXEC, flags, -1, 0)
         try:
-            stub.call("mmap", hole + code_size, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+            stub.call("mmap", hole + code, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
             homes = _write_code(hole, tracees, states, memory)
-            yield Bench(memory, hole, hole + code_size, size, ending, homes)
+            yield Bench(memory, hole, hole + code, size, ending, homes)
         finally:
             # Others first: until they are put back their way home leads through the bench.
             for tracee, state in zip(tracees[1:], states[1:], strict=True):
                 put_back(tracee, state)
-            stub.call("munmap", hole, code_size + size)
+            stub.call("munmap", hole, code + size)
 
 
 def refuse_unfit(tracees: Sequence[Tracee], states: Sequence[State]) -> None:

@@ -17,8 +17,8 @@ CHANGES = (
     "exe_id",
     "vdso_build_id",
     "dumpable",
-    "thp_disabled",
     "future_locks",
+    "flags",
 )  # of Mm, or differ between images
 LOOKED_AT = 256  # pages of data
 

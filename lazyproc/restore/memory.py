@@ -18,7 +18,7 @@ from lazyproc.restore import aio
 from lazyproc.restore.site import Site
 
 PR_SET_MM, PR_SET_MM_MAP = 35, 14
-PR_SET_THP_DISABLE = 41
+PR_SET_THP_DISABLE, PR_SET_MDWE, PR_SET_MEMORY_MERGE = 41, 65, 67
 PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 MM_MAP = struct.Struct("<12QIi")  # struct prctl_mm_map, include/uapi/linux/prctl.h
 MLOCK_ONFAULT = 1
@@ -201,10 +201,23 @@ def _mm_calls(mm: Mm, bench: Bench, exe_fd: int) -> Iterator[Call]:
         exe_fd,
     )
     yield Call("prctl", (PR_SET_MM, PR_SET_MM_MAP, bench.place(fields), len(fields), 0))
-    yield Call("prctl", (PR_SET_THP_DISABLE, int(mm.thp_disabled), 0, 0, 0))  # ours outlives fork and exec
+    yield Call(
+        "prctl", (PR_SET_THP_DISABLE, int(mm.flags.thp_disabled), 0, 0, 0)
+    )  # ours outlives fork and exec
+    if mm.flags.thp_exceptions:  # of Linux 6.18; without them no memory is lost
+        yield Call("prctl", (PR_SET_THP_DISABLE, 1, mm.flags.thp_exceptions, 0, 0), may_fail=True)
 
 
-def lock_calls(mm: Mm) -> Iterator[Call]:
+def last_calls(mm: Mm) -> Iterator[Call]:
+    """What is only right when all of its memory is mapped, and what may take more than the rights it is to have."""
+    yield from _lock_calls(mm)
+    if mm.flags.merges:  # needs CAP_SYS_RESOURCE, and CONFIG_KSM; without it no memory is lost
+        yield Call("prctl", (PR_SET_MEMORY_MERGE, 1, 0, 0, 0), may_fail=True)
+    if mm.flags.mdwe:
+        yield Call("prctl", (PR_SET_MDWE, mm.flags.mdwe, 0, 0, 0))
+
+
+def _lock_calls(mm: Mm) -> Iterator[Call]:
     """mlock2(2) of locked mappings, once their pages are there, and of what will be mapped, now that we map no more."""
     for vma in mm.vmas:
         if "lo" in vma.vm_flags and vma.kind not in VDSO_KINDS:

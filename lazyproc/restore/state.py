@@ -20,6 +20,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_SECCOMP = 1, 4, 15, 22
 PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_TIMERSLACK = 24, 28, 29
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 36, 38, 47
 PR_CAP_AMBIENT_RAISE = 2
+PR_MCE_KILL, PR_MCE_KILL_SET, MCE_KILL_DEFAULT = 33, 1, 2
 PR_TIMER_CREATE_RESTORE_IDS = 77
 CLOCK_THREAD_CPUTIME_ID, THIS_THREAD = 3, -2  # the latter is how /proc/PID/timers calls the former
 SECBIT_NO_SETUID_FIXUP = 1 << 2
@@ -101,17 +102,29 @@ def timer_start_calls(task: Task, bench: Bench) -> Iterator[Call]:
 
 
 def set_from_outside(task: Task, pid: int, listener: Listener) -> None:
-    """Limits and the OOM score, which are set by number. What this host does not allow is said, not fatal."""
+    """Limits, the OOM score and what a core dump has, which are set by number. What this host does not allow is said,
+    not fatal.
+    """
     for limit in task.limits:
         try:
             resource.prlimit(pid, limit.resource, (_limit(limit.soft), _limit(limit.hard)))
         except (PermissionError, ValueError):
             listener(Note(f"pid {task.vpid}: limit {limit.resource} could not be raised to {limit.hard}"))
     try:
-        with open(f"/proc/{pid}/oom_score_adj", "w") as file:
-            file.write(str(task.oom_score_adj))
+        _write(pid, "oom_score_adj", task.oom_score_adj)
     except PermissionError:
         listener(Note(f"pid {task.vpid}: oom_score_adj could not be lowered to {task.oom_score_adj}"))
+    coredump_filter = task.mm.flags.coredump_filter if task.mm else None
+    if coredump_filter is not None:
+        try:
+            _write(pid, "coredump_filter", coredump_filter)
+        except OSError:  # a kernel without CONFIG_ELF_CORE dumps nothing
+            listener(Note(f"pid {task.vpid}: coredump_filter is not {coredump_filter:#x} here"))
+
+
+def _write(pid: int, name: str, value: int) -> None:
+    with open(f"/proc/{pid}/{name}", "w") as file:
+        file.write(str(value))
 
 
 def _limit(value: int) -> int:
@@ -210,7 +223,11 @@ def seccomp_calls(thread: Thread, bench: Bench, inherited: Inherited) -> Iterato
 
 
 def late_calls(task: Task, thread: Thread, bench: Bench, inherited: Inherited) -> Iterator[Call]:
-    """What a thread gets when its process has its signal actions: filters, and what is pending for it alone."""
+    """What a thread gets when its process has its signal actions: filters, and what is pending for it alone; and what
+    all threads are given alike.
+    """
+    if task.mce_kill != MCE_KILL_DEFAULT:
+        yield Call("prctl", (PR_MCE_KILL, PR_MCE_KILL_SET, task.mce_kill, 0, 0))
     yield from seccomp_calls(thread, bench, inherited)
     for info in thread.pending:
         yield Call("rt_tgsigqueueinfo", (task.vpid, thread.tid, _signal_of(info), bench.place(info)))

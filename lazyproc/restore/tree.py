@@ -446,7 +446,7 @@ def _run_in_threads(site: Site, inherited: Inherited) -> None:
             [(t, list(state.thread_calls(thread, bench, inherited, shared))) for t, thread in others]
         )
     program = [
-        *memory.lock_calls(task.mm),  # more, maybe, than its limit and its user may lock
+        *memory.last_calls(task.mm),
         *state.thread_calls(first, bench, inherited, shared),
         *state.signal_calls(task, bench),
         Call("prctl", (state.PR_SET_DUMPABLE, 1 if task.mm.dumpable == 1 else 0)),

@@ -93,7 +93,6 @@ def _mm() -> model.Mm:
         auxv=proc.auxv(proc.read(os.getpid(), "auxv")),
         exe_id=EXE,
         dumpable=1,
-        thp_disabled=False,
         vmas=(
             Vma(TEXT, TEXT + LENGTH, mmap.PROT_READ | mmap.PROT_EXEC, private, VmaKind.FILE, file_id=EXE),
             Vma(HEAP, HEAP + LENGTH, writable, anonymous, VmaKind.ANON, name="[heap]"),

@@ -203,7 +203,7 @@ def test_mapped_ring_is_an_obstacle() -> None:
 
 def _with_private_mapping(checkpoint: Checkpoint, number: int) -> Checkpoint:
     vma = Vma(0x1000, 0x2000, mmap.PROT_READ, mmap.MAP_PRIVATE, VmaKind.FILE, file_id=number)
-    mm = Mm(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, (), 0, 1, False, (vma,))
+    mm = Mm(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, (), 0, 1, (vma,))
     return dataclasses.replace(checkpoint, tasks=(dataclasses.replace(checkpoint.root, mm=mm),))
 
 

@@ -22,8 +22,10 @@ from typing import Any
 import pytest
 
 from lazyproc.dump.explain import explain
+from lazyproc.dump.freeze import frozen_tree
+from lazyproc.dump.gather import dumped
 from lazyproc.dump.survey import survey
-from lazyproc.errors import LazyprocError, NoSuchProcess, Obstacle, UsageError
+from lazyproc.errors import LazyprocError, NoSuchProcess, Obstacle, TraceeError, UsageError
 from lazyproc.events import Event, Note
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.sys import syscall
@@ -57,6 +59,27 @@ def unshare(flags: int) -> None:
 
 def test_a_plain_tree_has_no_obstacle() -> None:
     assert found(os.setsid, lambda: None) == []
+
+
+@pytest.mark.parametrize("name", ["as", "data"])
+def test_a_limit_that_leaves_no_room_for_our_calls(name: str) -> None:
+    """With the room that is asked for it can be dumped, and with a page less it is refused before it is stopped."""
+    require_root()
+    which = {"as": resource.RLIMIT_AS, "data": resource.RLIMIT_DATA}[name]
+    with stopped(lambda: None) as tasks:
+        pid = tasks[0].pid
+        resource.prlimit(pid, which, (0, resource.RLIM_INFINITY))
+        (obstacle,) = explain(pid)
+        assert f"(RLIMIT_{name.upper()}), and would need" in obstacle.why
+        room = int(obstacle.remedy.removeprefix(f"give it room: prlimit --pid {pid} --{name}=").rstrip(":"))
+        resource.prlimit(pid, which, (room - mmap.PAGESIZE, resource.RLIM_INFINITY))
+        assert [each.remedy for each in explain(pid)] == [obstacle.remedy]
+        with pytest.raises(TraceeError), frozen_tree(pid) as tree, dumped(tree):
+            pass
+        resource.prlimit(pid, which, (room, resource.RLIM_INFINITY))
+        assert explain(pid) == ()
+        with frozen_tree(pid) as tree, dumped(tree) as dump:
+            assert dump.checkpoint.root.limits[which].soft == room
 
 
 def test_what_is_looked_at_runs_on(tmp_path: Path) -> None:

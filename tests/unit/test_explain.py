@@ -50,6 +50,8 @@ def process(pid: int, **changes: object) -> ProcessFacts:
         threads=(ThreadFacts(pid, pid, tracer=0, stuck_in=None, namespaces=NAMESPACES, apart=()),),
         namespaces=NAMESPACES,
         elf_class=2,
+        limits=((proc.RLIM_INFINITY,) * 2,) * 16,
+        timers=0,
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 

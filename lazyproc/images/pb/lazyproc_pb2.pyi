@@ -202,6 +202,11 @@ class TaskExtra(_message.Message):
     AUXV_FIELD_NUMBER: _builtins.int
     CGROUP_SET_FIELD_NUMBER: _builtins.int
     FUTURE_LOCKS_FIELD_NUMBER: _builtins.int
+    THP_EXCEPTIONS_FIELD_NUMBER: _builtins.int
+    MDWE_FIELD_NUMBER: _builtins.int
+    MERGES_FIELD_NUMBER: _builtins.int
+    COREDUMP_FILTER_FIELD_NUMBER: _builtins.int
+    MCE_KILL_FIELD_NUMBER: _builtins.int
     vpid: _builtins.int
     exit_signal: _builtins.int
     vdso_build_id: _builtins.bytes
@@ -213,6 +218,12 @@ class TaskExtra(_message.Message):
     """The number of its cgroups in cgroup.img. To CRIU all are in those of the root, which it leaves alone."""
     future_locks: _builtins.int
     """MCL_FUTURE and MCL_ONFAULT of mlockall(2)"""
+    thp_exceptions: _builtins.int
+    """MmFlags, but for CRIU's thp_disabled."""
+    mdwe: _builtins.int
+    merges: _builtins.bool
+    coredump_filter: _builtins.int
+    mce_kill: _builtins.int
     @_builtins.property
     def vm_flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """One index into Extras.vm_flag_sets for each mapping of the model, in order."""
@@ -246,10 +257,15 @@ class TaskExtra(_message.Message):
         auxv: _abc.Iterable[_builtins.int] | None = ...,
         cgroup_set: _builtins.int | None = ...,
         future_locks: _builtins.int | None = ...,
+        thp_exceptions: _builtins.int | None = ...,
+        mdwe: _builtins.int | None = ...,
+        merges: _builtins.bool | None = ...,
+        coredump_filter: _builtins.int | None = ...,
+        mce_kill: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_set", b"cgroup_set", "exit_signal", b"exit_signal", "foreseen", b"foreseen", "future_locks", b"future_locks", "room", b"room", "vdso_build_id", b"vdso_build_id", "vpid", b"vpid", "xfeatures", b"xfeatures"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup_set", b"cgroup_set", "coredump_filter", b"coredump_filter", "exit_signal", b"exit_signal", "foreseen", b"foreseen", "future_locks", b"future_locks", "mce_kill", b"mce_kill", "mdwe", b"mdwe", "merges", b"merges", "room", b"room", "thp_exceptions", b"thp_exceptions", "vdso_build_id", b"vdso_build_id", "vpid", b"vpid", "xfeatures", b"xfeatures"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auxv", b"auxv", "cgroup_set", b"cgroup_set", "exit_signal", b"exit_signal", "foreseen", b"foreseen", "future_locks", b"future_locks", "room", b"room", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auxv", b"auxv", "cgroup_set", b"cgroup_set", "coredump_filter", b"coredump_filter", "exit_signal", b"exit_signal", "foreseen", b"foreseen", "future_locks", b"future_locks", "mce_kill", b"mce_kill", "mdwe", b"mdwe", "merges", b"merges", "room", b"room", "thp_exceptions", b"thp_exceptions", "vdso_build_id", b"vdso_build_id", "vm_flags", b"vm_flags", "vmas", b"vmas", "vpid", b"vpid", "vvar_vclock", b"vvar_vclock", "xfeatures", b"xfeatures"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
