@@ -111,6 +111,7 @@ class Registry:
     _first: dict[int, Place] = field(default_factory=dict)  # by file id
     _open: dict[tuple[int, int], Place] = field(default_factory=dict)  # what a process has under a number
     _root: str = ""  # of the tree, as we see it
+    _vpids: dict[int, int | None] = field(default_factory=dict)
 
     def new_file_id(self) -> int:
         return self._file_numbers.new()
@@ -191,11 +192,14 @@ class Registry:
 
     def vpid(self, pid: int) -> int | None:
         """What a process or thread of the tree is called in its own pid namespace; None for others."""
-        try:
-            status = proc.status(proc.read(pid, "status"))
-        except NoSuchProcess:
-            return None
-        return status.ns_pid[-1] if status.tgid in {task.pid for task in self.tasks} else None
+        if pid not in self._vpids:
+            try:
+                status = proc.status(proc.read(pid, "status"))
+            except NoSuchProcess:
+                return None
+            inside = status.tgid in {task.pid for task in self.tasks}
+            self._vpids[pid] = status.ns_pid[-1] if inside else None
+        return self._vpids[pid]
 
     def number_of_dead(self, pid: int) -> int:
         """What a process that has ended was called in the tree's pid namespace; 0 where that cannot be known."""

@@ -80,6 +80,8 @@ long lp_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t required, ui
 		     uint64_t anyof, void *regions, size_t count, uint64_t *walked);
 #define LP_NOT_JOINED 4096 /* added to the errno when it is a group that refuses */
 long lp_spawn(const struct lp_birth *birth, int *pidfd);
+#define LP_OPTION 256 /* bytes for the value of a socket option */
+void lp_getsockopts(int fd, const int32_t (*options)[2], size_t count, uint8_t *values, int32_t *lengths);
 int lp_cpuid(uint32_t leaf, uint32_t sub, uint32_t out[4]);
 
 /* Position-independent code that runs in tracees: offsets into the blob. */

@@ -40,6 +40,8 @@ long lp_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t required, ui
                      uint64_t anyof, void *regions, size_t count, uint64_t *walked);
 #define LP_NOT_JOINED 4096
 long lp_spawn(const struct lp_birth *birth, int *pidfd);
+#define LP_OPTION 256
+void lp_getsockopts(int fd, const int32_t (*options)[2], size_t count, uint8_t *values, int32_t *lengths);
 int lp_cpuid(uint32_t leaf, uint32_t sub, uint32_t *out);
 const uint8_t *lp_blob(size_t *size);
 size_t lp_blob_loop(void);
@@ -50,7 +52,7 @@ size_t lp_blob_reap(void);
 ffi.set_source(
     "lazyproc.kernel._core",
     '#include "_core.h"',
-    sources=[str(HERE / "_core.c"), str(HERE / "_blob.c")],
+    sources=[str(HERE / name) for name in ("_core.c", "_birth.c", "_sockopt.c", "_blob.c")],
     include_dirs=[str(HERE)],
     depends=[str(HERE / "_core.h")],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Werror"],

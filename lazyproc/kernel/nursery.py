@@ -36,7 +36,7 @@ BLOB_OFFSET = (HEADER + 15) & -16
 PT_LOAD, PT_GNU_STACK = 1, 0x6474E551
 STOP_MS = 5000
 TRANSPORT_FD = 65  # until it is known which numbers are the tree's
-BIRTH_NUMBERS = 6  # from there on, on the way to exec (_core.c, arrange_descriptors)
+BIRTH_NUMBERS = 6  # from there on, on the way to exec (_birth.c, arrange_descriptors)
 NS_GET_PID_FROM_PIDNS = 2 << 30 | 4 << 16 | 0xB7 << 8 | 6  # _IOR(NSIO, 0x6, int), include/uapi/linux/nsfs.h
 
 

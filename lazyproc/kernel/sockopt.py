@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import socket
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from lazyproc.kernel._core import ffi
+from lazyproc.kernel._core import ffi, lib
 from lazyproc.kernel.sys import syscall
 
 SYS_CONNECT, SYS_RECVMSG, SYS_SETSOCKOPT, SYS_GETSOCKOPT = 42, 47, 54, 55
@@ -146,6 +147,9 @@ _UNKNOWN = {errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTCONN}
 _BPF_MAXINSNS, _INSTRUCTION = 4096, 8  # linux/bpf_common.h, sizeof(struct sock_filter)
 
 
+_Options: TypeAlias = tuple[tuple[int, int], ...]  # level, name
+
+
 class Unset(NamedTuple):
     """An option that this host did not take."""
 
@@ -159,18 +163,23 @@ def read_options(sock: socket.socket, *, connected: bool) -> dict[tuple[int, int
 
     The filter (SO_ATTACH_FILTER) is left to `classic_filter`, since it can be unreadable.
     """
+    options, numbers = _readable(sock.family, sock.type, sock.proto, connected)
+    room = ffi.new("uint8_t[]", lib.LP_OPTION * len(options))
+    lengths = ffi.new("int32_t[]", len(options))
+    lib.lp_getsockopts(sock.fileno(), numbers, len(options), room, lengths)
+    read = ffi.buffer(room)
     values = {}
-    for level, name in _readable(sock.family, sock.type, sock.proto, connected):
-        try:
-            values[level, name] = sock.getsockopt(level, name, 256)
-        except OSError as error:
-            if error.errno not in _UNKNOWN:
-                raise
+    for at, option, length in zip(range(0, len(read), lib.LP_OPTION), options, lengths, strict=True):
+        if length >= 0:
+            values[option] = read[at : at + length]
+        elif -length not in _UNKNOWN:
+            raise OSError(-length, os.strerror(-length))
     return values
 
 
 @functools.cache
-def _readable(family: int, kind: int, protocol: int, connected: bool) -> tuple[tuple[int, int], ...]:
+def _readable(family: int, kind: int, protocol: int, connected: bool) -> tuple[_Options, object]:
+    """The options that may be read of such a socket, and the same as C takes them."""
     levels = {SOL_SOCKET}
     if family in (socket.AF_INET, socket.AF_INET6):
         levels |= {SOL_IP, protocol}
@@ -181,7 +190,8 @@ def _readable(family: int, kind: int, protocol: int, connected: bool) -> tuple[t
         skipped |= _MULTICAST
     if connected:
         skipped |= {(SOL_TCP, name) for name in _TCP_IDLE}
-    return tuple(option for option in (*EARLY, *LATE) if option[0] in levels and option not in skipped)
+    options = tuple(option for option in (*EARLY, *LATE) if option[0] in levels and option not in skipped)
+    return options, ffi.new("int32_t[][2]", options)
 
 
 def set_options(

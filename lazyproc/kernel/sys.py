@@ -23,6 +23,7 @@ SYS_OPENAT2 = 437
 SYS_PIDFD_GETFD = 438
 SYS_IOPRIO_SET, SYS_IOPRIO_GET = 251, 252
 IOPRIO_WHO_PROCESS = 1
+_NO_ARGUMENTS = (0,) * 6
 RESOLVE_IN_ROOT = 0x10
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
@@ -39,8 +40,9 @@ def check(result: int) -> int:
 
 def syscall(nr: int, *args: int) -> int:
     """syscall(2) with up to six integer arguments."""
-    padded = (*args, 0, 0, 0, 0, 0, 0)[:6]
-    return check(lib.lp_syscall(nr, *(_signed(value) for value in padded)))
+    if max(args, default=0) >= 1 << 63:
+        args = tuple(map(_signed, args))
+    return check(lib.lp_syscall(nr, *args, *_NO_ARGUMENTS[len(args) :]))
 
 
 @contextmanager
