@@ -122,7 +122,9 @@ class SocketTable:
     tcp_close: bool = False
     _taken: dict[int, _Taken] = field(default_factory=dict)  # by inode
     _messages: list[int] = field(default_factory=list)  # descriptors of ours that were found in queues
-    _refused: set[int] = field(default_factory=set)  # inodes
+    _inodes: set[int] = field(default_factory=set)  # those that cannot travel too
+    # Both ends of the TCP connections, as they are on the wire: (local, remote).
+    _connections: set[tuple[End, End]] = field(default_factory=set)
 
     def __enter__(self) -> SocketTable:
         return self
@@ -141,6 +143,7 @@ class SocketTable:
         """
         sock = socket.socket(fileno=os.dup(fd))
         inode = os.fstat(fd).st_ino
+        self._inodes.add(inode)
         try:
             refuse_kind(sock)
             self._same_namespace(sock)
@@ -153,8 +156,10 @@ class SocketTable:
             self._taken[inode] = _Taken(place, sock, ends, _filter(sock))
         except Refused as refused:
             sock.close()
-            self._refused.add(inode)
             self._refuse(place, refused)
+            return
+        if ends is not None and ends.is_connection and ends.remote:
+            self._connections.add((plain(ends.local), plain(ends.remote)))
 
     def flows(self) -> list[Flow]:
         """What has to be held back (kernel/netfilter) before the queues are read: every bound TCP and UDP
@@ -167,8 +172,7 @@ class SocketTable:
         dropped. A dropped datagram is lost, and its sender sees EPERM; between two ends in the tree TCP would stall,
         and so it would without the packets of the listening socket from which one of them comes.
         """
-        connections = self._connections()
-        inside = [local for local, remote in connections if (remote, local) in connections]
+        inside = [local for local, remote in self._connections if (remote, local) in self._connections]
         return [
             ends.flow
             for ends in self._bound()
@@ -228,12 +232,11 @@ class SocketTable:
         )
         refuse_interface_numbers(options)
         if ends is None:
-            tree = frozenset(self._taken) | self._refused
-            return gather_unix(self.registry, taken.sock, known.unix, tree, options, queue)
+            return gather_unix(self.registry, taken.sock, known.unix, self._inodes, options, queue)
         if ends.protocol == socket.IPPROTO_UDP:
             refuse_groups(taken.sock, known.groups)
         if ends.state == TCP_LISTEN and tcp.info(taken.sock).pending:
-            refuse_waiting(ends, self._connections(), known.tcp, tcp_close=self.tcp_close)
+            refuse_waiting(ends, self._connections, known.tcp, tcp_close=self.tcp_close)
         return gather_inet(
             taken.sock,
             ends,
@@ -245,14 +248,9 @@ class SocketTable:
             touch=self.registry.contents_wanted,
         )
 
-    def _connections(self) -> set[tuple[End, End]]:
-        """Both ends of the tree's TCP connections, as they are on the wire: (local, remote)."""
-        ends = (taken.ends for taken in self._taken.values() if taken.ends and taken.ends.is_connection)
-        return {(plain(end.local), plain(end.remote)) for end in ends if end.remote}
-
     def _is_inside(self, ends: Ends) -> bool:
         """Whether the other end of a connection is in the tree."""
-        return ends.remote is not None and (plain(ends.remote), plain(ends.local)) in self._connections()
+        return ends.remote is not None and (plain(ends.remote), plain(ends.local)) in self._connections
 
     def _is_given_up(self, ends: Ends) -> bool:
         """TCP with the outside; a listening socket with everything that waits there."""

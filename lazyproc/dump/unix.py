@@ -8,7 +8,7 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from lazyproc.dump.registry import Refused, Registry
 from lazyproc.facts import dataclass
@@ -39,13 +39,11 @@ def gather_unix(
     registry: Registry,
     sock: socket.socket,
     known: UnixNamespace,
-    tree: frozenset[int],
+    tree: Set[int],
     options: SocketOptions,
     queue: tuple[Packet, ...],
 ) -> UnixSocket:
-    """`tree`: the inodes of the tree's sockets. Raises
-    Refused.
-    """
+    """`tree`: the inodes of the tree's sockets. Raises Refused."""
     inode = os.fstat(sock.fileno()).st_ino
     info = known.sockets[inode]
     outside = known.sockets.get(info.peer) if info.peer not in tree else None
@@ -95,7 +93,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def _connection(
-    sock: socket.socket, info: UnixInfo, known: UnixNamespace, tree: frozenset[int], *, may_lead_out: bool
+    sock: socket.socket, info: UnixInfo, known: UnixNamespace, tree: Set[int], *, may_lead_out: bool
 ) -> tuple[int, int]:
     """The state (a connected datagram socket is ESTABLISHED, whatever the kernel says) and the peer, which is in the
     tree unless it `may_lead_out`.
@@ -152,10 +150,10 @@ def has_peer(sock: socket.socket) -> bool:
     return True
 
 
-def _pending(info: UnixInfo, tree: frozenset[int]) -> tuple[int, ...]:
+def _pending(info: UnixInfo, tree: Set[int]) -> tuple[int, ...]:
     if 0 in info.pending:
         raise Refused("holds a connection that was closed before it was accepted", _MOMENT)
-    if not tree.issuperset(info.pending):
+    if not tree >= set(info.pending):
         raise Refused("holds a connection from outside of the process tree, not accepted yet", _MOMENT)
     return info.pending
 
