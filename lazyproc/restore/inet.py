@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -44,11 +45,15 @@ class InetSockets:
     made: dict[int, socket.socket] = field(default_factory=dict)
     _connections: set[tuple[End, End]] = field(init=False)  # (local, remote) as on the wire
     _listeners: list[InetSocket] = field(init=False)
+    _binders: dict[tuple[int, int], list[InetSocket]] = field(init=False)  # by protocol and port
 
     def __post_init__(self) -> None:
         tcps = [inet for inet in self.sockets.values() if inet.protocol == socket.IPPROTO_TCP]
         self._connections = {(plain(inet.local), plain(inet.remote)) for inet in tcps if inet.remote}
         self._listeners = [inet for inet in tcps if inet.state == TCP_LISTEN]
+        self._binders = defaultdict(list)
+        for inet in filter(_minds_others, self.sockets.values()):
+            self._binders[inet.protocol, inet.local[1]].append(inet)
 
     def make(self) -> None:
         """All sockets; connections stay in repair mode. Listening ones come first: a connection in repair
@@ -90,7 +95,8 @@ class InetSockets:
         """What bind(2) has to be allowed, and the program has taken back since: to have an address that is not here,
         to have the port that another socket of the tree has.
         """
-        others = [other for other in self.sockets.values() if other is not inet and _collide(inet, other)]
+        binders = self._binders[inet.protocol, inet.local[1]] if _minds_others(inet) else ()
+        others = [other for other in binders if other is not inet and _collide(inet, other)]
         sharing = [inet, *others]
         share = SOL_SOCKET, SO_REUSEPORT
         if inet.protocol == socket.IPPROTO_UDP and not any(_is_set(each, share) for each in sharing):
@@ -127,12 +133,13 @@ def _is_set(inet: InetSocket, option: tuple[int, int]) -> bool:
     return any(inet.options.values.get(option, b""))
 
 
+def _minds_others(inet: InetSocket) -> bool:
+    """Whether it wants a port for itself. A TCP connection, which nobody minds, does not."""
+    return inet.local[1] != 0 and not (inet.protocol == socket.IPPROTO_TCP and (inet.remote or inet.tcp))
+
+
 def _collide(one: InetSocket, other: InetSocket) -> bool:
-    """Whether they want the same port of the same address, and neither is a TCP connection, which nobody minds."""
-    if one.protocol != other.protocol or one.local[1] != other.local[1] or not one.local[1]:
-        return False
-    if one.protocol == socket.IPPROTO_TCP and any(each.remote or each.tcp for each in (one, other)):
-        return False
+    """Whether two that want the same port for themselves want it of the same address."""
     if one.family != other.family and (one.v6only or other.v6only):
         return False
     hosts = plain(one.local)[0], plain(other.local)[0]

@@ -20,7 +20,10 @@ from lazyproc.restore.names import acting_as, address_of, descriptor_of
 from lazyproc.restore.site import Site
 
 Credentials = tuple[int, int, int]  # pid as the task itself sees it, uid, gid
+Pair = tuple[socket.socket, socket.socket]
 _KEEP = -1
+_AT_ONCE = 64  # pairs, whose descriptors a task has for a moment
+_PAIR = struct.Struct("<2i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +32,25 @@ class Callers:
 
     maker: Maker | None = None
 
-    def socketpair(self, kind: int, who: Credentials | None) -> tuple[socket.socket, socket.socket]:
+    def socketpairs(self, kind: int, who: Credentials | None, count: int) -> list[Pair]:
+        """So many alike. Each stop of a task costs as much as making many."""
         with self._caller(who) as site:
             if site is None:
                 with acting_as(who):
-                    return socket.socketpair(socket.AF_UNIX, kind)
-            numbers = site.bench.room(8)
-            self._run(site, who, Call("socketpair", (socket.AF_UNIX, kind, 0, numbers)))
-            here, there = struct.unpack("<2i", site.bench.read(numbers, 8))
-            one, other = (socket.socket(fileno=pidfd_getfd(site.pidfd, number)) for number in (here, there))
-            site.run(Call("close", (here,)), Call("close", (there,)))
-            return one, other
+                    return [socket.socketpair(socket.AF_UNIX, kind) for _ in range(count)]
+            made: list[Pair] = []
+            while missing := count - len(made):
+                made += self._some_pairs(site, kind, who, min(missing, _AT_ONCE))
+            return made
+
+    def _some_pairs(self, site: Site, kind: int, who: Credentials | None, count: int) -> list[Pair]:
+        at = site.bench.room(_PAIR.size * count)
+        where = range(at, at + _PAIR.size * count, _PAIR.size)
+        self._run(site, who, *(Call("socketpair", (socket.AF_UNIX, kind, 0, each)) for each in where))
+        numbers = list(_PAIR.iter_unpack(site.bench.read(at, _PAIR.size * count)))
+        pairs = [(_taken(site, here), _taken(site, there)) for here, there in numbers]
+        site.run(*(Call("close", (number,)) for pair in numbers for number in pair))
+        return pairs
 
     def listen(self, sock: socket.socket, backlog: int, who: Credentials | None) -> None:
         with self._caller(who) as site:
@@ -76,20 +87,24 @@ class Callers:
             yield site
 
     @staticmethod
-    def _run(site: Site, who: Credentials | None, call: Call) -> None:
+    def _run(site: Site, who: Credentials | None, *calls: Call) -> None:
         """With the effective ids of `who`, and root's access to files."""
         uid, gid = os.geteuid(), os.getegid()
         if who is None or who[1:] == (uid, gid):
-            site.run(call)
+            site.run(*calls)
             return
         site.run(
             Call("setresgid", (_KEEP, who[2], _KEEP)),
             Call("setresuid", (_KEEP, who[1], _KEEP)),
             Call("setfsuid", (uid,)),
-            call,
+            *calls,
             Call("setresuid", (_KEEP, uid, _KEEP)),
             Call("setresgid", (_KEEP, gid, _KEEP)),
         )
+
+
+def _taken(site: Site, number: int) -> socket.socket:
+    return socket.socket(fileno=pidfd_getfd(site.pidfd, number))
 
 
 @contextmanager

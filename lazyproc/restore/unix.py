@@ -13,7 +13,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from lazyproc.errors import RestoreError
@@ -23,7 +23,7 @@ from lazyproc.model import Packet, UnixSocket
 from lazyproc.needs import NameNeed
 from lazyproc.restore.names import address_of, bind, bind_with_file
 from lazyproc.restore.options import apply
-from lazyproc.restore.peercred import Callers
+from lazyproc.restore.peercred import Callers, Credentials
 from lazyproc.restore.workshop import OpenPath, words
 
 _AMPLE = 1 << 29  # bytes: SO_SNDBUFFORCE doubles it
@@ -45,6 +45,11 @@ class UnixSockets:
     _feeders: dict[int, socket.socket] = field(
         default_factory=dict
     )  # other ends that are closed already at the source
+    _listeners: dict[tuple[bytes, int], int] = field(init=False)  # inodes by name and type
+
+    def __post_init__(self) -> None:
+        listeners = [unix for unix in self.sockets.values() if unix.state == TCP_LISTEN]
+        self._listeners = {(unix.name, unix.type): unix.inode for unix in reversed(listeners)}
 
     def make(self) -> None:
         """All sockets, bound and connected, with empty queues."""
@@ -53,10 +58,16 @@ class UnixSockets:
             if unix.state != TCP_ESTABLISHED:
                 with _words(unix):
                     self._make_single(unix)
+        pairs: dict[int, UnixSocket] = {}  # by the inode of one end
         for unix in self.sockets.values():
-            if unix.state == TCP_ESTABLISHED and unix.inode not in waiting and unix.inode not in self.made:
+            if unix.state != TCP_ESTABLISHED or unix.inode in waiting or unix.inode in self.made:
+                continue
+            if not self._is_pair(unix):
                 with _words(unix):
                     self._make_connected(unix)
+            elif unix.peer not in pairs:
+                pairs[unix.inode] = unix
+        self._make_pairs(pairs.values())
         for unix in self.sockets.values():
             if unix.state == TCP_LISTEN:
                 with _words(unix):
@@ -101,27 +112,47 @@ class UnixSockets:
         else:
             bind(sock, unix.name)
 
+    def _is_pair(self, unix: UnixSocket) -> bool:
+        """Whether it is as socketpair(2) makes it, and its peer, where that is not gone already."""
+        peer = self.sockets.get(unix.peer)
+        accepted = any(each is not None and each.name and not each.bound_here for each in (unix, peer))
+        return not (unix.peer_name or accepted or self._is_one_way(unix))
+
     def _make_connected(self, unix: UnixSocket) -> None:
-        """A socket and its peer; where the peer is gone already, a feeder in its place."""
+        """A socket that is no pair with its peer, and that peer."""
         peer = self.sockets.get(unix.peer)
         if unix.peer_name:
             self._make_single(unix)
-        elif unix.type == socket.SOCK_DGRAM and peer is not None and not self._is_mutual(unix):
+        elif peer is not None and self._is_one_way(unix):
             self._make_one_way(unix, peer)
         elif unix.name and not unix.bound_here:
             self._make_accepted(unix, peer)
-        elif peer is not None and peer.name and not peer.bound_here:
+        elif peer is not None:
             self._make_accepted(peer, unix)
-        else:
-            self._make_pair(unix, peer)
+
+    def _is_one_way(self, unix: UnixSocket) -> bool:
+        return unix.type == socket.SOCK_DGRAM and unix.peer in self.sockets and not self._is_mutual(unix)
 
     def _is_mutual(self, unix: UnixSocket) -> bool:
         """Each is connected to the other; not a datagram socket that is connected to itself."""
         peer = self.sockets.get(unix.peer)
         return peer is not None and peer is not unix and peer.peer == unix.inode
 
-    def _make_pair(self, unix: UnixSocket, peer: UnixSocket | None) -> None:
-        here, there = self.callers.socketpair(unix.type, unix.peer_credentials)
+    def _make_pairs(self, pairs: Iterable[UnixSocket]) -> None:
+        """By one end of each. Where the other is gone already, a feeder is in its place."""
+        alike: dict[tuple[int, Credentials | None], list[UnixSocket]] = {}
+        for unix in pairs:
+            alike.setdefault((unix.type, unix.peer_credentials), []).append(unix)
+        for (kind, who), group in alike.items():
+            with _words(group[0]):
+                made = self.callers.socketpairs(kind, who, len(group))
+            for unix, ends in zip(group, made, strict=True):
+                with _words(unix):
+                    self._keep_pair(unix, self.sockets.get(unix.peer), *ends)
+
+    def _keep_pair(
+        self, unix: UnixSocket, peer: UnixSocket | None, here: socket.socket, there: socket.socket
+    ) -> None:
         self._keep(unix, here)
         if unix.name:
             self._bind(here, unix)
@@ -153,10 +184,8 @@ class UnixSockets:
             self._keep(unix, listener.accept()[0])
 
     def _listener(self, name: bytes, kind: int) -> socket.socket | None:
-        for unix in self.sockets.values():
-            if unix.state == TCP_LISTEN and (unix.name, unix.type) == (name, kind):
-                return self.made[unix.inode]
-        return None
+        inode = self._listeners.get((name, kind))
+        return None if inode is None else self.made[inode]
 
     def _queue_connections(self, unix: UnixSocket) -> None:
         """Connections that nobody has accepted yet, oldest first; then the real backlog."""
@@ -179,7 +208,7 @@ class UnixSockets:
             return
         if peer.inode in self.made:
             self.made.pop(peer.inode).close()
-        self._make_pair(unix, peer)
+        self._make_pairs([unix])
         disconnect(self.made[peer.inode])
 
     def _connect_one_way(self, unix: UnixSocket) -> None:
