@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -136,17 +137,42 @@ def _decode_options(messages: Sequence[Message]) -> dict[tuple[int, int], bytes]
 
 def write_options(options: SocketOptions, messages: Sequence[Message], extra: own.FileExtra) -> None:
     """The options in CRIU's fields, and all of them in `extra` when those do not give back the same."""
-    _encode_options(options.values, messages)
-    if _decode_options(messages) != dict(options.values):
+    fields, everything = _encoded(tuple(options.values.items()), tuple(map(type, messages)))
+    for message, data in zip(messages, fields, strict=True):
+        if data:
+            message.MergeFromString(data)
+    if everything is not None:
         extra.options.SetInParent()
-        for (level, name), value in options.values.items():
-            extra.options.values.add(level=level, name=name, value=value)
+        extra.options.MergeFromString(everything)
+
+
+@functools.lru_cache(maxsize=256)  # a server has thousands of sockets with the same options
+def _encoded(
+    options: tuple[tuple[tuple[int, int], bytes], ...], kinds: tuple[type[Message], ...]
+) -> tuple[list[bytes], bytes | None]:
+    """The options in messages of these kinds, and all of them as OptionsExtra, None where that is not needed."""
+    values, messages = dict(options), [kind() for kind in kinds]
+    _encode_options(values, messages)
+    fields = [message.SerializePartialToString() for message in messages]
+    if _decode_options(messages) == values:
+        return fields, None
+    extra = own.OptionsExtra()
+    for (level, name), value in options:
+        extra.values.add(level=level, name=name, value=value)
+    return fields, extra.SerializeToString()
 
 
 def read_options(messages: Sequence[Message], extra: own.FileExtra) -> SocketOptions:
     if extra.HasField("options"):
-        return SocketOptions({(option.level, option.name): option.value for option in extra.options.values})
+        return _decoded(extra.options.SerializeToString())
     return SocketOptions(_decode_options(messages))
+
+
+@functools.lru_cache(maxsize=256)
+def _decoded(data: bytes) -> SocketOptions:
+    """From OptionsExtra."""
+    values = own.OptionsExtra.FromString(data).values
+    return SocketOptions({(option.level, option.name): option.value for option in values})
 
 
 def _options_before_4(opts: Message, stream: pb.tcp_stream_entry) -> Iterator[tuple[tuple[int, int], bytes]]:
