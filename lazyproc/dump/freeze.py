@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -94,6 +95,7 @@ def frozen_tree(
     tracing thread (kernel/exit.c, exit_ptrace): call this in a thread that ends soon.
     """
     tree, steps = FrozenTree(), steps or Steps()
+    gc.disable()  # a collection takes as long as all the rest
     try:
         for member in tree_of(pid):
             _wait_interruptible(member, timeout_ms)
@@ -107,6 +109,7 @@ def frozen_tree(
         yield tree
     finally:
         _let_go(tree)
+        gc.enable()
 
 
 def _wait_interruptible(pid: int, timeout_ms: int) -> None:

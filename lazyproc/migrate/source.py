@@ -6,7 +6,6 @@ it never runs here again. In between is doubt: the tree stays stopped and the op
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -148,8 +147,6 @@ def hand_over(
     with ExitStack() as last, ExitStack() as stack:
         hold = stack.enter_context(Hold(chain.session))
         hold.add(before.flows)
-        stack.callback(gc.enable)
-        gc.disable()  # a collection takes as long as all the rest
         began, steps = time.time(), Steps()
         tree = stack.enter_context(frozen_tree(pid, asleep=observed_sleeps(pid), steps=steps))
         stack.callback(hold.release)  # before the tree is let go: its sends must not fail
