@@ -65,7 +65,7 @@ def test_a_plain_tree_has_no_obstacle() -> None:
 _BLOCKING = """
 int main(int argc, char **argv)
 {
-    unsigned long all = ~0ul; /* by the raw call: glibc leaves out two, Go and whoever starts a thread do not */
+    unsigned long all = ~0ul; /* by the raw call: glibc leaves out two, but not where it starts a thread */
 
     (void)argc;
     words = argv;

@@ -31,7 +31,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 def send_all(program: Program, value: int) -> None:
     """One to each of the three threads of late_signals.c."""
     pid = program.pid
-    reading = sorted(map(int, os.listdir(f"/proc/{pid}/task")))[1]
+    _, reading, _ = map(int, os.listdir(f"/proc/{pid}/task"))  # in the order in which they were started
     os.kill(pid, signal.SIGUSR1)
     assert libc.tgkill(pid, reading, signal.SIGUSR2) == 0
     assert libc.sigqueue(pid, QUEUED, ctypes.c_void_p(value)) == 0
