@@ -10,6 +10,7 @@ namespace of the calling thread and need CAP_NET_ADMIN there.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, Self
@@ -38,15 +39,28 @@ class Flow(NamedTuple):
 
 
 def drops(table: str, flows: Iterable[Flow], *, owned: bool) -> Iterator[Change]:
-    """What makes a table that drops the packets of `flows` in both directions, and nothing else."""
-    rules = dict.fromkeys(rule for flow in flows for rule in _rules(_unmapped(flow)))
+    """What makes a table that drops the packets of `flows` in both directions, and nothing else. A packet is looked up
+    among the connections, of which a server has thousands, and compared with the other flows one by one.
+    """
+    rules: list[tuple[str, bytes]] = []
+    ends: dict[tuple[int, int], list[bytes]] = defaultdict(list)  # by protocol and bytes of an address
+    for flow in dict.fromkeys(map(_unmapped, flows)):
+        if flow.remote is not None and any(flow.local[0]):
+            ends[flow.protocol, len(flow.local[0])].append(nftables.ends_of(flow.local, flow.remote))
+        else:
+            rules += _rules(flow)
     yield new_table(table, owned=owned)
     for chain, hook in (("inbound", PREROUTING), ("outbound", OUTPUT)):
         yield new_chain(table, chain, hook, _BEFORE_CONNTRACK)
         yield new_rule(table, chain, (nftables.mark_is(MARK), nftables.verdict(accept=True)))
-        for of_chain, match in rules:
-            if of_chain == chain:
-                yield new_rule(table, chain, (match, nftables.verdict(accept=False)))
+    for (protocol, length), known in ends.items():
+        name = f"connections_{protocol}_{length}"
+        yield from nftables.new_ends(table, name, known)
+        for chain, inbound in (("inbound", True), ("outbound", False)):
+            there = nftables.ends_are_in(name, four=length == 4, inbound=inbound)
+            rules.append((chain, nftables.protocol_is(protocol) + there))
+    for chain, match in dict.fromkeys(rules):
+        yield new_rule(table, chain, (match, nftables.verdict(accept=False)))
 
 
 def _unmapped(flow: Flow) -> Flow:

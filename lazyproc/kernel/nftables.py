@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import NamedTuple, Self
@@ -22,8 +22,8 @@ _NETLINK_NETFILTER = 12
 _SO_SNDBUFFORCE = 32
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
 _BATCH_BEGIN, _BATCH_END = 16, 17
-_NEW_TABLE, _GET_TABLE, _NEW_CHAIN, _NEW_RULE, _DESTROY_TABLE = (
-    _SUBSYSTEM << 8 | n for n in (0, 1, 3, 6, 26)
+_NEW_TABLE, _GET_TABLE, _NEW_CHAIN, _NEW_RULE, _NEW_SET, _NEW_ELEMENTS, _DESTROY_TABLE = (
+    _SUBSYSTEM << 8 | n for n in (0, 1, 3, 6, 9, 12, 26)
 )
 _REQUEST, _ACK, _DUMP, _CREATE, _APPEND = 0x1, 0x4, 0x300, 0x400, 0x800  # NLM_F_*
 _ERROR, _DONE = 2, 3  # NLMSG_*
@@ -36,6 +36,9 @@ _ATTRIBUTE = struct.Struct("=HH")  # nlattr: length, type
 _U32 = struct.Struct("!I")
 _S32 = struct.Struct("=i")
 _REGISTER = 1  # NFT_REG_1
+_FIRST_WORD = 8  # NFT_REG32_00: the same room in words, for what is looked up as one
+_IPV4_ADDRESS, _IPV6_ADDRESS, _PORT = 7, 8, 13  # as nft(8) numbers its types, six bits each
+_AT_ONCE = 1000  # elements, whose list has 16 bits for its length
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2  # NFT_PAYLOAD_*
 _MARK, _NFPROTO, _L4PROTO = 3, 15, 16  # NFT_META_*
 _LARGEST = 1 << 30
@@ -73,6 +76,38 @@ def new_rule(table: str, chain: str, expressions: Iterable[bytes]) -> Change:
     """The verdict holds for packets of which all the conditions before it do."""
     where = _text(1, table) + _text(2, chain)
     return Change(_NEW_RULE, _CREATE | _APPEND, where + _nested(4, b"".join(expressions)))
+
+
+def new_ends(table: str, name: str, ends: Sequence[bytes]) -> Iterator[Change]:
+    """A set of what `ends_of` gives, all of one length. To look one up takes as long however many there are."""
+    kind = _IPV4_ADDRESS if len(ends[0]) == 16 else _IPV6_ADDRESS
+    concatenated = ((kind << 6 | _PORT) << 6 | kind) << 6 | _PORT
+    where, called = _text(1, table) + _text(2, name), _number(10, 1)
+    size = _nested(9, _number(1, len(ends)))
+    yield Change(
+        _NEW_SET, _CREATE, where + _number(4, concatenated) + _number(5, len(ends[0])) + size + called
+    )
+    for first in range(0, len(ends), _AT_ONCE):
+        some = (_nested(1, _nested(1, _attribute(1, each))) for each in ends[first : first + _AT_ONCE])
+        yield Change(_NEW_ELEMENTS, _CREATE, where + _nested(3, b"".join(some)))
+
+
+def ends_of(here: tuple[bytes, int], there: tuple[bytes, int]) -> bytes:
+    """Two ends (address, port) as an element of a set: each part in whole words."""
+    return b"".join(address + struct.pack("!HH", port, 0) for address, port in (there, here))
+
+
+def ends_are_in(name: str, *, four: bool, inbound: bool) -> bytes:
+    """The packet leads from what is there to what is here, or the other way."""
+    length, words = (4, 1) if four else (16, 4)
+    addresses = (12, 16) if four else (8, 24)  # source, destination
+    loads, register = [], _FIRST_WORD
+    for end in (0, 1) if inbound else (1, 0):
+        loads.append(_payload(_NETWORK_HEADER, addresses[end], length, register))
+        loads.append(_payload(_TRANSPORT_HEADER, 2 * end, 2, register + words))
+        register += words + 1
+    family = _meta_is(_NFPROTO, bytes([_IPV4 if four else _IPV6]))
+    return family + b"".join(loads) + _expression("lookup", _text(1, name) + _number(2, _FIRST_WORD))
 
 
 # Expressions. The same few stand in many rules: a server's connections have one address and port here.
@@ -116,8 +151,12 @@ def _meta_is(key: int, value: bytes) -> bytes:
 
 
 def _header_is(header: int, offset: int, value: bytes) -> bytes:
-    where = _number(2, header) + _number(3, offset) + _number(4, len(value))
-    return _expression("payload", _number(1, _REGISTER) + where) + _equals(value)
+    return _payload(header, offset, len(value), _REGISTER) + _equals(value)
+
+
+def _payload(header: int, offset: int, length: int, register: int) -> bytes:
+    where = _number(2, header) + _number(3, offset) + _number(4, length)
+    return _expression("payload", _number(1, register) + where)
 
 
 def _equals(value: bytes) -> bytes:

@@ -252,13 +252,14 @@ def test_flows_that_come_later_are_held_back_with_the_first(ethernet: Ethernet) 
             hold.add([first])
             hold.add([first, Flow(socket.IPPROTO_TCP, first.local, remote)])
             word = "ip6" if ethernet.family == socket.AF_INET6 else "ip"
-            here, there = f"{word} {{}}addr {ethernet.moving}", f"{word} {{}}addr {ethernet.client_address}"
             listed = _listing("lazyproc_grows")
         for ours, theirs in ("ds", "sd"):
-            udp = f"{here.format(ours)} udp {ours}port {PORT}"
-            tcp = f"{here.format(ours)} tcp {ours}port {PORT} {there.format(theirs)} tcp {theirs}port 4000"
+            udp = f"{word} {ours}addr {ethernet.moving} udp {ours}port {PORT}"
+            ends = f"{word} {theirs}addr . tcp {theirs}port . {word} {ours}addr . tcp {ours}port"
+            tcp = f"{ends} @connections_6_{len(first.local[0])}"
             assert listed.count(f"{udp} counter packets 0 bytes 0 drop\n") == 1
             assert listed.count(f"{tcp} counter packets 0 bytes 0 drop\n") == 1
+        assert f"elements = {{ {ethernet.client_address} . 4000 . {ethernet.moving} . {PORT} }}" in listed
         assert listed.count("drop\n") == 4
         with ethernet.source.inside():
             hold.release()
@@ -315,14 +316,16 @@ def _holder(flows: list[Flow], *, keep: bool) -> Iterator[subprocess.Popen[bytes
         process.communicate()
 
 
-def test_a_thousand_connections_are_held_back_at_once(ethernet: Ethernet) -> None:
+def test_thousands_of_connections_are_held_back_by_one_rule_each_way(ethernet: Ethernet) -> None:
+    """Every packet of the host goes by these rules."""
     local = socket.inet_pton(ethernet.family, ethernet.moving), PORT
     remote = socket.inet_pton(ethernet.family, ethernet.client_address)
-    flows = [Flow(socket.IPPROTO_TCP, local, (remote, 10_000 + number)) for number in range(1000)]
+    flows = [Flow(socket.IPPROTO_TCP, local, (remote, 10_000 + number)) for number in range(2500)]
     with ethernet.source.inside(), held("many", flows) as table:
         listed = _listing(table)
-        for remote_port in (r"sport 1\d{4}", r"dport 1\d{4}"):
-            assert len(set(re.findall(f"tcp {remote_port} counter packets 0 bytes 0 drop", listed))) == 1000
+        ends = re.escape(f"{ethernet.client_address} . 1xxxx . {ethernet.moving} . {PORT}")
+        assert len(set(re.findall(ends.replace("xxxx", r"\d{4}"), listed))) == 2500
+        assert listed.count("drop\n") == 2
 
 
 def test_a_bad_session_name_is_no_tables_name() -> None:

@@ -75,7 +75,8 @@ def test_a_flow_that_is_named_twice_is_dropped_by_one_rule_each_way() -> None:
         Flow(6, (MAPPED + local[0], 80), remote),
     ]
     changes = list(drops("lazyproc_x", flows, owned=True))
-    assert len(changes) == 1 + 2 * (1 + 1 + 2)  # the table; each chain, what passes, two rules
+    # The table; each chain, what passes, and two rules; the connections, and that there is one.
+    assert len(changes) == 1 + 2 * (1 + 1 + 2) + 2
     assert changes == list(dict.fromkeys(changes))
     assert all(b"lazyproc_x\0" in change.attributes for change in changes)
 
