@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
@@ -152,9 +153,9 @@ def settled(registry: Registry, tasks: Sequence[Task]) -> dict[int, SharedMemory
         if vma.flags & mmap.MAP_PRIVATE and vma.object_id in found:
             found[vma.object_id] = replace(found[vma.object_id], lazy=False)
     segments = sysvipc.segments() if any(s.kind is SharedKind.SYSV for s in found.values()) else {}
+    ours = Counter(vma.object_id for vma in mappings)
     for number, shared in found.items():
-        ours = sum(vma.object_id == number for vma in mappings)
-        if shared.kind is SharedKind.SYSV and segments[shared.sysv_shmid].attachments > ours:
+        if shared.kind is SharedKind.SYSV and segments[shared.sysv_shmid].attachments > ours[number]:
             refused = Refused(
                 "is attached by processes outside the tree", "let them detach it, or move them too"
             )

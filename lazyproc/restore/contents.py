@@ -60,7 +60,7 @@ def ghost(workshop: Workshop, content_id: int, path: str) -> int:
 
 def _make_ghost(workshop: Workshop, content: FileContent, path: str) -> int:
     with _nearest(workshop, os.path.dirname(path)) as parent:
-        if _never_had_a_name(workshop, content) and (found := _nameless(parent, content)) >= 0:
+        if content.id in workshop.nameless and (found := _nameless(parent, content)) >= 0:
             return found
         name = os.path.basename(path)
         try:
@@ -72,17 +72,6 @@ def _make_ghost(workshop: Workshop, content: FileContent, path: str) -> int:
             return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         finally:
             (os.rmdir if st.S_ISDIR(content.mode) else os.unlink)(name, dir_fd=parent)
-
-
-def _never_had_a_name(workshop: Workshop, content: FileContent) -> bool:
-    """A file of O_TMPFILE may be given one yet (linkat(2)), and one that was removed may not."""
-    files = workshop.checkpoint.files.values()
-    return any(
-        isinstance(file.resource, RegularFile)
-        and file.resource.content_id == content.id
-        and file.flags & os.O_TMPFILE == os.O_TMPFILE
-        for file in files
-    )
 
 
 def _nameless(parent: int, content: FileContent) -> int:

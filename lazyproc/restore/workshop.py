@@ -12,7 +12,7 @@ from lazyproc.errors import RestoreError
 from lazyproc.events import Listener
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import fds
-from lazyproc.model import Checkpoint, OpenFile, Pipe, SharedMemory, VmaKind
+from lazyproc.model import Checkpoint, OpenFile, Pipe, RegularFile, SharedMemory, VmaKind
 from lazyproc.restore.users import Users
 
 OpenPath = Callable[[str, int, int], int]  # path from the tree's root directory, O_*, mode -> descriptor
@@ -51,6 +51,8 @@ class Workshop:
         default_factory=dict
     )  # by kind, id and access: what no open(2) has made, until it is given to somebody
     mapped: frozenset[int] = field(init=False)  # files whose pages in mappings are not all the process's own
+    # Contents of files of O_TMPFILE: they may be given a name yet (linkat(2)), and those that were removed may not.
+    nameless: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.mapped = frozenset(
@@ -59,6 +61,11 @@ class Workshop:
             if task.mm
             for vma in task.mm.vmas
             if vma.kind is VmaKind.FILE and vma.flags & mmap.MAP_PRIVATE
+        )
+        self.nameless = frozenset(
+            file.resource.content_id
+            for file in self.checkpoint.files.values()
+            if isinstance(file.resource, RegularFile) and file.flags & os.O_TMPFILE == os.O_TMPFILE
         )
 
     def original(self, what: Pipe | SharedMemory, flags: int) -> int | None:
