@@ -5,19 +5,20 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
+
 from lazyproc.host_check import State, check_host
 from lazyproc.kernel import host
+from tests.forked import become_nobody, in_child
 from tests.needs import require_root
 
 T = TypeVar("T")
-NOBODY = 65534
 EDGE = {"CAP_SYS_RESOURCE", "nftables", "MADV_COLLAPSE", "memory"}  # what this machine may lack
 
 
@@ -72,14 +73,8 @@ def test_probes_leave_nothing_behind() -> None:
 def test_a_refused_namespace_has_the_kernels_errno() -> None:
     require_root()
 
-    def refused() -> str:
-        try:
-            host.new_namespace(host.CLONE_NEWPID)
-        except PermissionError as error:
-            return str(error)
-        return "not refused"
-
-    assert _as_nobody(refused) == "[Errno 1] Operation not permitted"
+    with pytest.raises(PermissionError, match=r"^\[Errno 1\] Operation not permitted$"):
+        _as_nobody(lambda: host.new_namespace(host.CLONE_NEWPID))
 
 
 def _belongings() -> tuple[list[str], str]:
@@ -88,20 +83,9 @@ def _belongings() -> tuple[list[str], str]:
 
 
 def _as_nobody(work: Callable[[], T]) -> T:
-    """What `work` returns in a child without privileges."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-            ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: /proc/self is nobody's own again
-            os.write(writing, pickle.dumps(work()))
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as answer:
-        result: T = pickle.load(answer)
-    os.waitpid(child, 0)
-    return result
+    def unprivileged() -> T:
+        become_nobody()
+        ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: /proc/self is nobody's own again
+        return work()
+
+    return in_child(unprivileged)

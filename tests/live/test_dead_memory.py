@@ -13,6 +13,7 @@ from lazyproc.dump.memory import lazy_extents
 from lazyproc.errors import NoSuchProcess
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.model import PAGE
+from tests.forked import ending
 
 PAGES = 64
 
@@ -23,7 +24,8 @@ def test_the_pages_of_a_process_that_has_ended_are_not_none() -> None:
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     pid = os.fork()
     if pid == 0:
-        signal.pause()
+        with ending():
+            signal.pause()
     try:
         ranges = [(start, start + len(memory))]
         assert sum(extent.count for extent in lazy_extents(pid, ranges, frozenset())) == PAGES
@@ -36,4 +38,5 @@ def test_the_pages_of_a_process_that_has_ended_are_not_none() -> None:
         with pytest.raises(NoSuchProcess, match=f"pid {pid}"):
             lazy_extents(pid, ranges, frozenset())
     finally:
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

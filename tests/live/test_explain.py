@@ -25,12 +25,13 @@ from lazyproc.dump.explain import explain
 from lazyproc.dump.freeze import frozen_tree
 from lazyproc.dump.gather import dumped
 from lazyproc.dump.survey import survey
-from lazyproc.errors import LazyprocError, NoSuchProcess, Obstacle, TraceeError, UsageError
+from lazyproc.errors import NoSuchProcess, Obstacle, PermissionDenied, TraceeError, UsageError
 from lazyproc.events import Event, Note
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.sys import syscall
 from lazyproc.kernel.tracee import Tracee
 from lazyproc.uffd.device import Feature, Userfaultfd
+from tests.forked import become_nobody, in_child
 from tests.live.descriptors import stopped
 from tests.live.moving import CLI
 from tests.live.tracees import tracee
@@ -40,7 +41,6 @@ SYS_MUNMAP, SYS_CLONE, SYS_MSGGET, SYS_MSGSND, SYS_MSGCTL = 11, 56, 68, 69, 71
 SYS_SEMGET, SYS_SEMOP, SYS_SEMCTL, SYS_SCHED_SETATTR = 64, 65, 66, 314
 CLONE_FS, CLONE_NEWUTS, CLONE_NEWUSER, CLONE_NEWPID = 0x200, 0x4000000, 0x10000000, 0x20000000
 MAP_NORESERVE, MAP_HUGETLB = 0x4000, 0x40000
-NOBODY = 65534
 REPORT = 900  # of `stopped`: who keeps a copy of it keeps the test waiting
 
 
@@ -156,8 +156,14 @@ def test_a_threads_number_is_wrong_usage() -> None:
 def test_somebody_elses_process_is_refused_with_both_uids() -> None:
     require_root()
     with stopped(os.setsid) as tasks:
-        words = _as_nobody(lambda: explain(tasks[0].pid))
-    assert words == "PermissionDenied: belongs to uid 0 and may not be traced by uid 65534"
+
+        def unprivileged() -> None:
+            become_nobody()
+            explain(tasks[0].pid)
+
+        words = "belongs to uid 0 and may not be traced by uid 65534"
+        with pytest.raises(PermissionDenied, match=words):
+            in_child(unprivileged)
 
 
 def test_a_kernel_thread() -> None:
@@ -541,24 +547,3 @@ _SILENT: dict[str, Any] = {
     "stdout": subprocess.DEVNULL,
     "stderr": subprocess.DEVNULL,
 }
-
-
-def _as_nobody(work: Callable[[], object]) -> str:
-    """The name and words of the LazyprocError that `work` raises for an unprivileged user."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-            work()
-        except LazyprocError as error:
-            os.write(writing, f"{type(error).__name__}: {error.what}".encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading) as words:
-        text = words.read()
-    os.waitpid(child, 0)
-    return text

@@ -19,10 +19,10 @@ from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, Trac
 from lazyproc.kernel import proc
 from lazyproc.kernel.tracee import Tracee
 from lazyproc.kernel.visit import call_in
+from tests.forked import become_nobody, in_child
 from tests.live.programs import running, wait_until
 from tests.live.tracees import freeze_and_let_go, frozen_and_dumped, state_of, tracee
 
-NOBODY = 65534
 PLAIN = 'int main(int c, char **v) { (void)c; words = v; say("ready\\n", 0, 0, 0); for (;;) pause(); }'
 
 
@@ -51,23 +51,15 @@ def test_no_such_pid() -> None:
 
 def test_somebody_elses_process_may_not_be_traced(tmp_path: Path) -> None:
     with tracee(PLAIN, tmp_path) as it:
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-            try:
-                with frozen_tree(it.pid):
-                    words = b"was frozen"
-            except PermissionDenied as error:
-                words = str(error).encode()
-            os.write(writing, words)
-            os._exit(0)
-        os.close(writing)
-        os.waitpid(child, 0)
-        with open(reading) as pipe:
-            assert pipe.read() == (
-                f"thread {it.pid}: may not be traced; run as root, or as its owner with CAP_SYS_PTRACE"
-            )
+
+        def unprivileged() -> None:
+            become_nobody()
+            freeze_and_let_go(it.pid)
+
+        with pytest.raises(PermissionDenied) as caught:
+            in_child(unprivileged)
+        words = f"thread {it.pid}: may not be traced; run as root, or as its owner with CAP_SYS_PTRACE"
+        assert str(caught.value) == words
 
 
 def test_a_traced_process_names_its_tracer(tmp_path: Path) -> None:

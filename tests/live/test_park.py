@@ -18,6 +18,7 @@ from lazyproc.errors import NoSuchProcess
 from lazyproc.kernel import park, proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.park import ParkedProcess
+from tests.forked import ending
 from tests.live.programs import running, stands_still, wait_until
 from tests.live.test_freeze import PLAIN
 from tests.live.tracees import state_of, tracee
@@ -39,11 +40,11 @@ def by_a_tracer_that_dies(pid: int, act: Callable[[FrozenTree], object]) -> tupl
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        with frozen_tree(pid) as tree, dumped(tree):
+        with ending(), frozen_tree(pid) as tree, dumped(tree):
             os.write(writing, pickle.dumps(act(tree)))
             os.kill(os.getpid(), signal.SIGKILL)
     os.close(writing)
-    os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     with os.fdopen(reading, "rb") as pipe:
         parked: tuple[ParkedProcess, ...] = pickle.load(pipe)
     return parked

@@ -26,6 +26,7 @@ from lazyproc.kernel.netfilter import Flow, Hold, held, leftovers, release_sessi
 from lazyproc.migrate.address import announce
 from lazyproc.model import Checkpoint
 from lazyproc.restore.sockets import flows_to_hold, make_sockets
+from tests.forked import become_nobody, in_child
 from tests.live.descriptors import checkpoint_of, stopped
 from tests.live.sockets import Network, eventually, ip, keep, put
 
@@ -343,14 +344,9 @@ def test_a_table_of_another_is_not_touched_and_what_was_held_back_stays(ethernet
 
 
 def test_without_privilege_it_says_what_to_do() -> None:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.setuid(65534)
-            Hold("nobody").add([Flow(socket.IPPROTO_TCP, (bytes(4), 1), None)])
-        except PermissionDenied as error:
-            status = "CAP_NET_ADMIN" not in str(error)
-        finally:
-            os._exit(status)
-    assert os.waitpid(pid, 0)[1] == 0
+    def unprivileged() -> None:
+        become_nobody()
+        Hold("nobody").add([Flow(socket.IPPROTO_TCP, (bytes(4), 1), None)])
+
+    with pytest.raises(PermissionDenied, match="CAP_NET_ADMIN"):
+        in_child(unprivileged)

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from lazyproc.dump.descriptors import Gathered, explain_descriptors, gather_descriptors
-from lazyproc.errors import RestoreError
+from lazyproc.errors import Obstacle, RestoreError
 from lazyproc.kernel.sockopt import SO_PASSCRED, SO_PEEK_OFF, SO_SNDBUFFORCE, disconnect
 from lazyproc.model import Checkpoint, UnixSocket
 from lazyproc.restore.names import acting_as
+from tests.forked import in_child
 from tests.live.descriptors import stopped
 from tests.live.sockets import dumped, keep, made_sockets, obstacle_words, put, remade
 
@@ -569,16 +570,13 @@ def test_nobody_but_root_may_look_for_socket_files(tmp_path: Path) -> None:
         keep(sock)
 
     with stopped(body) as tasks:
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                _drop_net_admin()
-                (found,) = explain_descriptors(tasks)
-                status = "fd 10: is a socket that only root may look into" not in str(found)
-            finally:
-                os._exit(status)
-        assert os.waitpid(pid, 0)[1] == 0
+
+        def unprivileged() -> list[Obstacle]:
+            _drop_net_admin()
+            return explain_descriptors(tasks)
+
+        (found,) = in_child(unprivileged)
+    assert "fd 10: is a socket that only root may look into" in str(found)
 
 
 def _drop_net_admin() -> None:

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -55,6 +54,7 @@ from lazyproc.wire.native import (
     Role,
     Welcome,
 )
+from tests.forked import ending
 from tests.live.programs import wait_until
 from tests.live.test_server import memory, stopped_child
 
@@ -104,15 +104,10 @@ def child(run: Callable[[], None], uid: int) -> Iterator[Future[int]]:
     "".encode("idna")  # what socket looks up hosts with; the other user may not be able to load it
     pid = os.fork()
     if pid == 0:
-        try:
+        with ending():
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
             run()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         try:

@@ -16,6 +16,7 @@ from lazyproc.errors import ImageError
 from lazyproc.images.draft import filled
 from lazyproc.images.files import SUMS, Folder
 from lazyproc.images.sums import check_sums
+from tests.forked import ending
 
 LARGE = 20 << 20  # bytes: some stretches that the disk gets early, and a rest
 
@@ -78,14 +79,13 @@ def test_what_is_left_of_a_killed_one_is_not_taken_for_a_whole_one(tmp_path: Pat
     """Nor for images of CRIU's, of which one that is not there has nothing in it."""
     folder = Folder(tmp_path)
     if not (child := os.fork()):
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        with filled(folder, early=False) as draft:
+        with ending(), filled(folder, early=False) as draft:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
             draft.write(
                 {"inventory.img": b"i", "pstree.img": b"p", "files.img": bytes(8192), "mm-1.img": b"m"}
             )
-        os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
     assert "pstree.img" in folder.images()
     with pytest.raises(ImageError, match=r"files\.img|mm-1\.img"):
