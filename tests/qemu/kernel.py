@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from lazyproc.facts import dataclass
@@ -32,7 +33,7 @@ _MINI = (
 )
 _MINI_PLACES = ("-Wl,--section-start=.multiboot=0x101000", "-Wl,-Ttext=0x200000", "-Wl,--build-id=none")
 _PACKAGE = "linux-image-cloud-amd64"
-# In the order in which they depend on each other; what a kernel has built in is not there to be loaded.
+# What a kernel has built in is not there to be loaded.
 _MODULES = (
     "virtio",
     "virtio_ring",
@@ -100,18 +101,30 @@ def _newest_kernel() -> str:
 
 
 def _initramfs(base: Path) -> Path:
-    """Built anew when /init has changed."""
+    """Built anew when /init has changed, or what is written here."""
     archive, init = base / "initramfs", _linked("guest", "-D_GNU_SOURCE", "-pthread")
-    if archive.exists() and archive.stat().st_mtime_ns > init.stat().st_mtime_ns:
+    newest = max(path.stat().st_mtime_ns for path in (init, Path(__file__)))
+    if archive.exists() and archive.stat().st_mtime_ns > newest:
         return archive
     fresh = base / f"initramfs.{os.getpid()}"
     files = {"init": init.read_bytes()}
-    modules = {path.name.partition(".")[0]: path for path in (base / "modules").iterdir()}
-    for number, name in enumerate(name for name in _MODULES if name in modules):
-        files[f"modules/{number}-{name}.ko"] = modules[name].read_bytes()
+    modules = {path.name.partition(".")[0]: path.read_bytes() for path in (base / "modules").iterdir()}
+    for number, name in enumerate(loading_order(modules)):
+        files[f"modules/{number:02}-{name}.ko"] = modules[name]
     fresh.write_bytes(b"".join(_newc(["dev", "modules"], files)))
     fresh.rename(archive)
     return archive
+
+
+def loading_order(modules: Mapping[str, bytes]) -> list[str]:
+    """Each after those that it depends on, which changes from one kernel to the next (depmod(8) reads the same)."""
+    needs = {name: _depends(module) & modules.keys() for name, module in modules.items()}
+    return list(TopologicalSorter(needs).static_order())
+
+
+def _depends(module: bytes) -> set[str]:
+    found = re.search(rb"\0depends=([\w,-]*)\0", module)
+    return set(found[1].decode().split(",")) if found else set()
 
 
 def mini() -> Path:
