@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shutil import copy
 from xml.sax.saxutils import escape
@@ -23,14 +22,17 @@ pytestmark = pytest.mark.long
 NAME, PORT, START_S = "guest", 4444, 60
 MONITOR = Path("/var/lib/libvirt/qemu/guest.qmp")
 OWN = ("/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/etc/libvirt")  # of each host
-# The hosts share one tree of cgroups, in which two guests of one name would have one; and the log daemon that keeps a
-# serial line would not give it to two of them.
+# The hosts share one tree of cgroups, in which two guests of one name would have one; the log daemon that keeps a
+# serial line would not give it to two of them; and a QEMU of another user than root has a userfaultfd only where
+# vm.unprivileged_userfaultfd lets everybody have one: that would change what other tests find on this machine.
 SETTINGS = """
 cgroup_controllers = []
 stdio_handler = "file"
 security_driver = "none"
+user = "root"
+group = "root"
+clear_emulator_capabilities = 0
 """
-UNPRIVILEGED = Path("/proc/sys/vm/unprivileged_userfaultfd")
 RESUME = f"until virsh -q -c qemu:///system resume {NAME}; do sleep 0.02; done"
 DOMAIN = """
 <domain type="qemu" xmlns:qemu="http://libvirt.org/schemas/domain/qemu/1.0">
@@ -57,17 +59,6 @@ DOMAIN = """
   <qemu:commandline>{more}</qemu:commandline>
 </domain>
 """
-
-
-@contextmanager
-def postcopy_for_all() -> Iterator[None]:
-    """libvirt's QEMU runs as a user of its own, and may have a userfaultfd only where everybody may."""
-    before = UNPRIVILEGED.read_text()
-    UNPRIVILEGED.write_text("1")
-    try:
-        yield
-    finally:
-        UNPRIVILEGED.write_text(before)
 
 
 def start_libvirt(host: Host) -> None:
@@ -113,9 +104,7 @@ def create(host: Host, shape: Shape, serial: Path, *more: str, paused: bool = Fa
 def libvirts() -> Iterator[Pair]:
     for tool in ("libvirtd", "virsh"):
         require(tool)
-    with ExitStack() as stack:
-        stack.enter_context(postcopy_for_all())
-        pair = stack.enter_context(pair_of_hosts())
+    with pair_of_hosts() as pair:
         for host in (pair.source, pair.destination):
             start_libvirt(host)
         yield pair
