@@ -26,6 +26,7 @@ from lazyproc.qemu.ram import Block
 from lazyproc.qemu.stream import Answer, Command, Event, Pong, Received, Resumed, ReturnPath, Shut, Wanted
 from tests.qemu import streams
 from tests.qemu.streams import Ends, Machine, Page, Sizes, Told
+from tests.unit.garbage import garbage
 
 DEVICES = stream.HEADER + stream.configuration("pc") + b"\x04devices" + bytes([stream.EOF])
 
@@ -174,7 +175,15 @@ def test_what_is_heard_is_what_was_said(said: list[Event], size: int) -> None:
     assert heard == said
 
 
-@given(st.binary(max_size=200))
+@given(
+    garbage(200)
+    | st.builds(
+        lambda kind, length, rest: struct.pack(">HH", kind, length) + rest,
+        st.sampled_from(Answer),
+        st.integers(0, 300),
+        garbage(200),
+    )
+)
 def test_garbage_is_refused_or_waits_for_more(data: bytes) -> None:
     try:
         list(ReturnPath().feed(data))

@@ -26,6 +26,7 @@ from lazyproc.wire.criu import (
     detect,
     encode,
 )
+from tests.unit.garbage import garbage
 
 dialects = st.sampled_from(Dialect)
 addresses = st.integers(1, 2**47 // PAGE).map(lambda page: page * PAGE)
@@ -44,6 +45,9 @@ adds = st.builds(
 )
 legacy = st.builds(Message, st.sampled_from((Command.ADD, Command.HOLE)), st.integers(1, 3), addresses, ids)
 closes = st.builds(Message, st.sampled_from((Command.CLOSE, Command.FORCE_CLOSE)))
+messages_of_garbage = st.builds(
+    lambda command, rest: int(command).to_bytes(2, "little") + rest, st.sampled_from(Command), garbage(100)
+)
 
 
 def received(connection: Connection, data: bytes, step: int) -> list[Event | bytes]:
@@ -125,7 +129,7 @@ def test_a_daemon_that_asks_for_pages(
     assert received(client, answers, step) == [*expected, Status(0)]
 
 
-@given(st.binary(max_size=100), st.sampled_from(Role), dialects, st.booleans())
+@given(garbage(100) | messages_of_garbage, st.sampled_from(Role), dialects, st.booleans())
 def test_garbage_is_a_protocol_error_or_nothing(
     data: bytes, role: Role, dialect: Dialect, asked: bool
 ) -> None:

@@ -27,6 +27,7 @@ from lazyproc.wire.frame import (
 )
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Connection, Event, Hello, PageBytes, Pages, Party, Role, State, Welcome
+from tests.unit.garbage import garbage
 
 SIDES = (Party.SOURCE, Party.DESTINATION)
 
@@ -47,7 +48,7 @@ json_values = st.recursive(
 )
 fields = st.dictionaries(st.text(), json_values, max_size=5)
 
-gets = st.builds(native.Get, words, pages, counts, tags)
+gets = st.builds(native.Get, words, pages, counts, tags, st.booleans())
 data_pages = st.builds(
     Pages,
     words,
@@ -238,13 +239,21 @@ def test_answers_still_come_after_close() -> None:
 # --- what does not --------------------------------------------------------------------------------------
 
 
+frames_of_garbage = st.builds(
+    lambda kind, count, rest: HEADER.pack(kind, 0, 0, count, 0, 0, 0, 0) + rest,
+    st.sampled_from(Type),
+    st.integers(0, 200),
+    garbage(300),
+)
+
+
 def receiver(role: Role | None, side: Party) -> Connection:
     if role is None:
         return Connection(side, dialled=False)
     return greeted(role)[side is Party.DESTINATION]
 
 
-@given(st.binary(max_size=200), st.none() | st.sampled_from(Role), st.sampled_from(SIDES))
+@given(garbage(200) | frames_of_garbage, st.none() | st.sampled_from(Role), st.sampled_from(SIDES))
 def test_garbage_is_a_protocol_error_or_nothing(data: bytes, role: Role | None, side: Party) -> None:
     connection = receiver(role, side)
     try:
@@ -252,7 +261,7 @@ def test_garbage_is_a_protocol_error_or_nothing(data: bytes, role: Role | None, 
     except ProtocolError:
         assert connection.state is State.CLOSED
         with pytest.raises(ProtocolError):
-            connection.receive_data(bytes(2 * HEADER.size))
+            connection.receive_data(HEADER.pack(Type.PING, 0, 0, 0, 0, 0, 0, 0))
 
 
 @given(from_source | from_destination | gets | data_pages, st.data())
@@ -334,6 +343,8 @@ def test_what_is_not_a_plain_json_object(payload: bytes) -> None:
         {"session": 7},
         {"token": "a" * 129},
         {"token": ["a"]},
+        {"resume": 1},
+        {"resume": "true"},
     ],
 )
 def test_what_is_not_a_hello(change: dict[str, object]) -> None:
@@ -411,10 +422,25 @@ def test_nothing_is_said_out_of_turn(role: Role | None, side: Party, event: Even
         receiver(role, side).send(event)
 
 
+def test_what_is_out_of_turn_is_refused_before_a_byte_of_payload_comes() -> None:
+    with pytest.raises(ProtocolError, match="turn"):
+        receiver(Role.CONTROL, Party.SOURCE).receive_data(HEADER.pack(Type.IMAGES, 0, 0, 100, 0, 0, 0, 0))
+
+
+def test_nobody_is_let_in_after_he_was_refused() -> None:
+    acceptor, opener = Connection(Party.DESTINATION, dialled=False), Connection(Party.SOURCE, dialled=True)
+    acceptor.receive_data(opener.send(Hello(Role.CONTROL, "5e", "70")))
+    assert opener.receive_data(acceptor.send(native.Abort({"reason": "no"})))
+    for end, event in ((acceptor, Welcome("5e")), (opener, native.Prepare())):
+        with pytest.raises(ProtocolError, match="turn"):
+            end.send(event)
+
+
 @pytest.mark.parametrize(
     "event",
     [
         native.Get(1, 0, 0, 1),
+        native.Get(1, 0, MAX_PAGES + 1, 1),
         native.Get(1, 5, 1, 1),
         native.Get(1, -PAGE, 1, 1),
         native.Get(2**64, 0, 1, 1),
@@ -425,6 +451,26 @@ def test_nothing_is_said_out_of_turn(role: Role | None, side: Party, event: Even
 def test_nothing_out_of_bounds_is_sent(event: Event) -> None:
     with pytest.raises(ProtocolError):
         receiver(Role.URGENT, Party.DESTINATION).send(event)
+
+
+@pytest.mark.parametrize("field", [1, 2, 4, 5, 6, 7])
+def test_bits_that_mean_nothing(field: int) -> None:
+    ping = [int(Type.PING), 0, 0, 0, 0, 0, 0, 0]
+    ping[field] = 1
+    with pytest.raises(ProtocolError, match="mean nothing"):
+        receiver(Role.CONTROL, Party.SOURCE).receive_data(HEADER.pack(*ping))
+
+
+@pytest.mark.parametrize(
+    ("flags", "crc"),
+    [(Flag.ZERO | Flag.ABSENT, 0), (Flag.ABSENT | Flag.UNDER_WAY, 0), (Flag.ZERO, 5), (Flag.PACKED, 0)],
+)
+def test_pages_are_of_one_kind(flags: Flag, crc: int) -> None:
+    source, destination = greeted(Role.URGENT)
+    with pytest.raises(ProtocolError, match="PAGES"):
+        source.send(Pages(1, 0, 1, 1, flags, crc))
+    with pytest.raises(ProtocolError, match="PAGES"):
+        destination.receive_data(HEADER.pack(Type.PAGES, flags, 0, 1, 1, 0, 1, crc))
 
 
 def test_fields_that_the_other_end_would_refuse_are_not_sent() -> None:
