@@ -15,6 +15,7 @@ from lazyproc.dump.freeze import FrozenTree, frozen_tree
 from lazyproc.dump.gather import dumped
 from lazyproc.dump.park import park_tree, parking, unpark_tree
 from lazyproc.errors import NoSuchProcess
+from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import park, proc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.park import ParkedProcess
@@ -54,6 +55,12 @@ def park_all(tree: FrozenTree) -> tuple[ParkedProcess, ...]:
     processes = parking(tree)
     park_tree(tree, processes)
     return processes
+
+
+def code_of(process: ParkedProcess) -> bytes:
+    """What lies where its threads are parked."""
+    with ptrace.memory(process.pid) as memory:
+        return memory.read(process.at, len(arch.PARK))
 
 
 @pytest.mark.parametrize("cargo", CARGO, ids=[name for name, *_ in CARGO])
@@ -129,13 +136,26 @@ def test_killed_it_is_gone(tmp_path: Path) -> None:
             park.let_run(process)
 
 
+def test_another_process_with_its_number_is_left_alone(tmp_path: Path) -> None:
+    with running("memory_random", "8", "2", directory=tmp_path) as program:
+        (process,) = by_a_tracer_that_dies(program.pid, park_all)
+        before = ParkedProcess(process.pid, process.started - 1, process.at, process.threads)
+        for touch in (park.let_run, park.stands):
+            with pytest.raises(NoSuchProcess):
+                touch(before)
+        assert park.stands(process)
+
+
 def test_who_runs_is_not_given_old_registers(tmp_path: Path) -> None:
     with running("memory_random", "8", "2", directory=tmp_path) as program:
         (process,) = by_a_tracer_that_dies(program.pid, park_all)
         assert park.stands(process)
+        assert code_of(process) == arch.PARK
         park.let_run(process)
+        assert code_of(process) == bytes(len(arch.PARK))
         program.watch.wait_beats(1)
         assert not park.stands(process)
+        assert not park.stands(ParkedProcess(process.pid, process.started, 0, process.threads))
         park.let_run(process)
         program.watch.wait_beats()
         program.stop_and_verify()
@@ -147,12 +167,15 @@ def test_taken_back_by_who_parked_it(tmp_path: Path) -> None:
             processes = parking(tree)
             park_tree(tree, processes)
             unpark_tree(tree, processes)
+            assert code_of(processes[0]) == bytes(len(arch.PARK))
         program.watch.wait_beats()
         program.stop_and_verify()
 
 
 def test_half_parked_it_runs_on_from_the_record(tmp_path: Path) -> None:
-    """The record is made before the first register is changed, so a tracer may die anywhere in between."""
+    """The record is made before the first register is changed, so a tracer may die anywhere in between. A thread that
+    ran may have been interrupted in the code, and its handler returns there.
+    """
 
     def half(tree: FrozenTree) -> tuple[ParkedProcess, ...]:
         processes = parking(tree)
@@ -164,7 +187,9 @@ def test_half_parked_it_runs_on_from_the_record(tmp_path: Path) -> None:
 
     with running("memory_random", "8", "3", directory=tmp_path) as program:
         (process,) = by_a_tracer_that_dies(program.pid, half)
+        assert not park.stands(process)
         park.let_run(process)
+        assert code_of(process) == arch.PARK
         program.watch.wait_beats()
         program.stop_and_verify()
 
