@@ -22,6 +22,13 @@ SOURCES = Path(__file__).parents[1] / "programs"
 BINARIES = SOURCES / "bin"
 UNSUPPORTED = 77  # a program's exit status when the machine lacks what it checks
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
+ARGUMENTS = {  # of a program that is given none
+    "clocks": ("20000",),  # ms: how far a clock may leap and how long a sleep may last while other tests run
+    "fork_lazy": ("2",),
+    "memory_random": ("8", "2", "100"),
+    "sleeps": ("5000",),
+    "timers": ("5000",),
+}
 
 _HEAD = struct.Struct("<8sII4QIIQ192s")
 _BEATS = struct.Struct("<32Q")
@@ -179,7 +186,8 @@ def running(
     names, when they are not to be a null device and a log.
     """
     watch = Watch.create(directory / f"{name}.status", exclusive=exclusive)
-    argv = [str(word) for word in (binary or compile_program(name), watch.path, *arguments)]
+    words = arguments or ARGUMENTS.get(name, ())
+    argv = [str(word) for word in (binary or compile_program(name), watch.path, *words)]
     with (directory / f"{name}.log").open("w") as log:  # no terminal, which cannot be moved
         all_streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **streams}
         start = host.popen if host else subprocess.Popen

@@ -18,13 +18,6 @@ from tests.live.moving import Receiver, checkpoint, look_at_tree, migrate, move,
 from tests.live.programs import SOURCES, UNSUPPORTED, Program, Watch, compile_program, running
 from tests.needs import lacking
 
-ARGUMENTS = {
-    "clocks": ("20000",),
-    "fork_lazy": ("2",),
-    "memory_random": ("8", "2", "100"),
-    "sleeps": ("5000",),
-    "timers": ("5000",),
-}
 # Their mappings, descriptors and processes come and go.
 RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")
 PROTECTING = ("memory_static",)  # changes the protection of its mappings all the time
@@ -55,9 +48,9 @@ def field() -> Iterator[Field]:
 
 
 def started(stack: ExitStack, name: str, field: Field, *arguments: str) -> Program:
-    pair, words = field.pair, arguments or ARGUMENTS.get(name, ())
+    pair = field.pair
     program = stack.enter_context(
-        running(name, *words, directory=pair.shared, host=pair.source, exclusive=True)
+        running(name, *arguments, directory=pair.shared, host=pair.source, exclusive=True)
     )
     if program.process.poll() == UNSUPPORTED:
         pytest.skip(f"this machine lacks what {name} checks")

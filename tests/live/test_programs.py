@@ -12,21 +12,13 @@ from lazyproc.hosts import Host
 
 from .programs import SOURCES, UNSUPPORTED, Phase, running, stall_floor_ns, wait_until
 
-ARGUMENTS = {
-    "clocks": ("20000",),  # how far a clock may leap and how long a sleep may last while other tests run
-    "fork_lazy": ("2",),
-    "memory_random": ("8", "2", "100"),
-    "sleeps": ("5000",),
-    "timers": ("5000",),
-}
 ELSEWHERE = ("fd_", "late_", "sock_")  # tested with what they are for
 PROGRAMS = sorted(path.stem for path in SOURCES.glob("*.c") if not path.stem.startswith(ELSEWHERE))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_runs_beats_and_ends_well(name: str, host: Host) -> None:
-    arguments = ARGUMENTS.get(name, ())
-    with running(name, *arguments, directory=host.ground.shared, host=host, exclusive=True) as program:
+    with running(name, directory=host.ground.shared, host=host, exclusive=True) as program:
         if program.process.poll() == UNSUPPORTED:
             pytest.skip(f"this machine lacks what {name} checks")
         program.watch.wait_beats(3)
@@ -35,7 +27,7 @@ def test_runs_beats_and_ends_well(name: str, host: Host) -> None:
 
 def test_a_stop_is_noticed_by_sleepers(tmp_path: Path) -> None:
     """epoll_wait(2) fails with EINTR after SIGCONT (signal(7)), and after a careless freeze as well."""
-    with running("sleeps", 5000, directory=tmp_path) as program:
+    with running("sleeps", directory=tmp_path) as program:
         program.watch.wait_beats(1)
         program.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, program.pid, os.WSTOPPED | os.WNOWAIT)

@@ -28,7 +28,6 @@ from lazyproc.restore.tree import built_tree
 from tests.live.programs import UNSUPPORTED, running, wait_until
 from tests.live.tracees import tracee
 
-ARGUMENTS = {"sleeps": ("5000",), "timers": ("5000",)}
 PROGRAMS = ("steady", "rseq_loop", "fpu_amx", "fpu_amx_later", "signals", "sleeps", "threads", "timers")
 
 
@@ -68,7 +67,7 @@ def _signalled(pid: int, sig: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_goes_on_without_one_wrong_check(name: str, tmp_path: Path) -> None:
-    with running(name, *ARGUMENTS.get(name, ()), directory=tmp_path) as program:
+    with running(name, directory=tmp_path) as program:
         if program.process.poll() == UNSUPPORTED:
             pytest.skip(f"this machine lacks what {name} checks")
         program.watch.wait_beats(1)
