@@ -328,6 +328,21 @@ def test_what_a_thread_of_ours_has_seized_is_its_own(tmp_path: Path) -> None:
             _seize(task, Tracee(it.pid))
 
 
+def test_who_is_frozen_already_is_not_frozen_once_more(tmp_path: Path) -> None:
+    with tracee(PLAIN, tmp_path) as it, frozen_tree(it.pid):
+        with pytest.raises(PermissionDenied, match=f"is traced by pid {os.getpid()} already"):
+            freeze_and_let_go(it.pid)
+        assert state_of(it.pid) == "t"
+
+
+def test_what_was_opened_for_a_freeze_is_closed(tmp_path: Path) -> None:
+    with tracee(PLAIN, tmp_path) as it:
+        freeze_and_let_go(it.pid)  # which may open something for good
+        before = os.listdir("/proc/self/fd")
+        freeze_and_let_go(it.pid)
+        assert os.listdir("/proc/self/fd") == before
+
+
 def test_who_is_gone_as_soon_as_it_ends_is_named() -> None:
     """A child between two looks at it, whose parent ignores SIGCHLD."""
     child = subprocess.Popen([sys.executable, "-c", ""])

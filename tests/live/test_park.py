@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -22,6 +23,7 @@ from lazyproc.kernel.park import ParkedProcess
 from tests.forked import ending
 from tests.live.programs import running, stands_still, wait_until
 from tests.live.test_freeze import PLAIN
+from tests.live.test_traps_source import EPOLL, in_epoll
 from tests.live.tracees import state_of, tracee
 
 # name and arguments: threads, sleeps and timers, seccomp filters, a tree, signals that come all the time
@@ -124,6 +126,18 @@ def test_a_stopped_process_is_parked_and_stays_stopped_when_it_is_let_go(tmp_pat
         wait_until(lambda: state_of(it.pid) == "S", "it goes on")
         with frozen_tree(it.pid) as tree:
             assert tree.tasks[it.pid].stopped[0].state.registers.sp == own.registers.sp
+
+
+def test_a_call_that_the_freeze_ended_is_not_made_again_where_it_is_parked(tmp_path: Path) -> None:
+    """Who lets go of what is parked leaves its registers alone; when it runs, the signal has ended its call."""
+    with tracee(EPOLL, tmp_path, "-1") as it:
+        wait_until(lambda: in_epoll(it.pid), "it waits")
+        with frozen_tree(it.pid) as tree:
+            (process,) = park_all(tree)
+            os.kill(it.pid, signal.SIGUSR1)
+        assert park.stands(process)
+        park.let_run(process)
+        assert it.hear().split()[0] == str(-errno.EINTR)
 
 
 def test_killed_it_is_gone(tmp_path: Path) -> None:
