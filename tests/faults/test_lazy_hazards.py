@@ -289,9 +289,14 @@ def swap_on_zram() -> Iterator[None]:
         try:
             yield
         finally:
-            subprocess.run(["swapoff", device], check=True)
+            wait_until(lambda: _swapped_in(device), f"{device} is no swap any more")
     finally:
         control.joinpath("hot_remove").write_text(number)
+
+
+def _swapped_in(device: str) -> bool:
+    """Not where memory is scarce for a moment, or a signal comes; what is left would be swap for the whole machine."""
+    return subprocess.run(["swapoff", device], capture_output=True).returncode == 0
 
 
 def swapped(pid: int, addr: int) -> bool:
@@ -342,7 +347,7 @@ def test_swapped_out_when_it_comes_once_more() -> None:
 
 @contextmanager
 def memory_group() -> Iterator[Path]:
-    """A memory cgroup (version 1) of the test's own."""
+    """A memory cgroup (version 1) of the test's own; nothing of it is swapped out, whatever swap the machine has."""
     root = Path("/sys/fs/cgroup/memory")
     if not (root / "memory.limit_in_bytes").exists():
         lacking(
@@ -351,6 +356,7 @@ def memory_group() -> Iterator[Path]:
     group = root / f"lazyproc-test-{os.getpid()}"
     group.mkdir()
     try:
+        (group / "memory.swappiness").write_text("0")
         yield group
     finally:
         for pid in (group / "cgroup.procs").read_text().split():
