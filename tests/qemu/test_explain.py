@@ -121,6 +121,37 @@ def test_an_image_that_cannot_be_taken_again_is_named(tmp_path: Path) -> None:
             assert not lazyproc.explain_guest(str(guest.qmp))
 
 
+def test_an_image_that_has_lost_its_name_is_named(tmp_path: Path) -> None:
+    """Another QEMU would have another one, and this one if it had to go on after a failure. By links it is the same."""
+    disk, link = empty_disk(tmp_path), tmp_path / "link"
+    link.symlink_to(disk)
+    shape = replace(SMALL, disk=link)
+    with Serial(tmp_path / "serial") as serial, started(shape, serial, tmp_path, "-S") as guest:
+        monitor(guest).close()
+        wanted = f"image {link}: is not what QEMU has open"
+        assert not any("image" in each for each in named(guest))
+        disk.rename(tmp_path / "kept")
+        assert any(wanted in each for each in named(guest))
+        empty_disk(tmp_path)
+        assert any(wanted in each for each in named(guest))
+        (tmp_path / "kept").rename(disk)
+        assert not any("image" in each for each in named(guest))
+
+
+def test_what_snapshot_writes_to_stays_behind(tmp_path: Path) -> None:
+    shape = replace(SMALL, disk=empty_disk(tmp_path))
+    with (
+        Serial(tmp_path / "serial") as serial,
+        started(shape, serial, tmp_path, "-S", "-snapshot") as guest,
+    ):
+        monitor(guest).close()
+        assert any("-snapshot" in each for each in named(guest))
+
+
+def named(guest: Guest) -> list[str]:
+    return [f"{each.where}: {each.why}" for each in lazyproc.explain_guest(str(guest.qmp))]
+
+
 def test_a_guest_that_is_still_coming_cannot_leave(tmp_path: Path) -> None:
     with (
         Serial(tmp_path / "serial") as serial,
