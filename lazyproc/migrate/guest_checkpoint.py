@@ -11,7 +11,7 @@ from lazyproc.facts import dataclass
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
 from lazyproc.kernel.deaf import deaf
-from lazyproc.migrate.guest_source import let_go_on
+from lazyproc.migrate.guest_source import demand_stopped, demand_unchanged, let_go_on
 from lazyproc.migrate.guest_watch import watched
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.model import PAGE
@@ -52,10 +52,13 @@ def checkpoint_guest(
             with watched(qmp, held) as over, held.open() as pages:
                 state = devices.saved(qmp, guest.machine, ran=guest.running)
                 written = saved.write(draft, guest, state, held.extents(), pages)
+                if not leave_running:
+                    draft.sync()
+                demand_unchanged(qmp, guest)
+                demand_stopped(qmp)
                 if leave_running:
                     let_go_on(qmp, held)
                 else:
-                    draft.sync()
                     last.enter_context(deaf())  # it is saved, and nobody lets it go on here
                 over.set()
             frozen_ms = (time.monotonic() - frozen_at) * 1e3

@@ -24,6 +24,7 @@ from lazyproc.images.sums import check_sums
 from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.guest_dial import ANSWER_S, demand_fit, dialled
+from lazyproc.migrate.guest_source import demand_stopped, demand_unchanged
 from lazyproc.migrate.guest_watch import watched
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.pages.images import ImagePages
@@ -133,6 +134,8 @@ def _from_guest(monitor: str, talks: _Talks, recover: bool, listener: Listener) 
         state = b"" if recover else devices.saved(qmp, guest.machine)
         pages = stack.enter_context(held.open())
         left = PagesLeft(guest.blocks, held.extents(), pages)
+        demand_unchanged(qmp, guest)
+        demand_stopped(qmp)
         gone.set()
         otherwise = "when it was lost before it ran there, let it go on here (cont)"
         with _recoverable(monitor, "it stays stopped here", otherwise):

@@ -31,9 +31,12 @@ from lazyproc.pages.server import PageServer
 from lazyproc.qemu import devices
 from lazyproc.qemu.guest import Guest, to_facts
 from lazyproc.qemu.qmp import FLUSH_S, Qmp
+from lazyproc.qemu.ram import rows
 from lazyproc.steps import Steps
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Built, Commit, Images
+
+ALONE = "leave its monitors alone, and try again"
 
 
 def hand_over(
@@ -64,9 +67,10 @@ def hand_over(
         serving.answer(chain.current)
         steps.done("serve")
         listener(StateChanged("frozen", frozen_at))
+        demand_unchanged(qmp, guest)  # while it is loaded there
         expect(control, Built, BUILD_S)
         steps.done("built")
-        _demand_stopped(qmp)
+        demand_stopped(qmp)
         ignore_interrupts()
         last.enter_context(deaf())  # until all is put away
         control.send(Commit())
@@ -78,14 +82,22 @@ def hand_over(
     return report
 
 
-def _demand_stopped(qmp: Qmp) -> None:
-    """Raises LazyprocError when somebody else has let it go on meanwhile, ConnectionLost when QEMU has ended."""
-    if qmp.execute("query-status")["running"] is not False:
+def demand_stopped(qmp: Qmp) -> None:
+    """Inside `standing`. Raises LazyprocError when somebody else has let it go on meanwhile, also if it stands again by
+    now, or has reset it (`prelaunch`); ConnectionLost when QEMU has ended.
+    """
+    if qmp.execute("query-status")["status"] != "paused" or qmp.came("RESUME"):
         raise LazyprocError(
-            "somebody else has continued the guest",
-            where=qmp.path,
-            remedy="leave its monitors alone, and try again",
+            "somebody else has continued the guest, or has reset it", where=qmp.path, remedy=ALONE
         )
+
+
+def demand_unchanged(qmp: Qmp, guest: Guest) -> None:
+    """Raises LazyprocError when its RAM is not what was looked at before it was stopped: memory was plugged, or a
+    firmware has made its tables anew.
+    """
+    if set(rows(qmp.hmp("info ramblock"))) != {each.named for each in guest.blocks}:
+        raise LazyprocError("the guest has other RAM than a moment ago", where=qmp.path, remedy=ALONE)
 
 
 def _agree(chain: Chain, guest: Guest, order: Order, trace: TraceFile | None, listener: Listener) -> None:
@@ -126,6 +138,7 @@ def standing(
 
     Raises LazyprocError when it is no longer as it was seen, and then it is left alone.
     """
+    qmp.forget()  # what came before says nothing of the time from now on
     if (qmp.execute("query-status")["running"] is True) != held.guest.running:
         raise LazyprocError(
             "somebody else has stopped or continued the guest", where=qmp.path, remedy="try again"

@@ -164,6 +164,14 @@ class Qmp:
             if message.get("event") in names:
                 return message
 
+    def came(self, name: str) -> bool:
+        """Whether an event of this name came with the answers so far, since `forget`."""
+        return any(message["event"] == name for message in self._events)
+
+    def forget(self) -> None:
+        """The events that came so far."""
+        self._events.clear()
+
     def _next(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:
             self._sock.settimeout(max(0, deadline - time.monotonic()))  # what is there is read in any case

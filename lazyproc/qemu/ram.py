@@ -64,6 +64,10 @@ class Block:
         kind = ObjectKind.SHARED if self.shared else ObjectKind.TASK
         return MemoryObject(kind, self.number + 1)
 
+    @property
+    def named(self) -> Named:
+        return Named(self.name, self.page_size, self.used, self.total)
+
     def row(self) -> list[Any]:
         """What the other host has to know of it."""
         return [self.name, self.used, self.total, self.page_size, self.shared]

@@ -52,6 +52,7 @@ class Shape:
     memory: int = 128  # MiB
     cpus: int = 1
     shared: bool = False  # RAM in a memfd
+    slots: bool = False  # for memory that is plugged
     disk: Path | None = None  # a raw image, which the guest writes and reads back
     locked: bool = True  # that image
     net: bool = False  # user networking
@@ -65,7 +66,7 @@ class Shape:
         words = [
             str(require("qemu-system-x86_64")),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-smp", str(self.cpus), "-m", str(self.memory)),
+            *("-smp", str(self.cpus), "-m", f"{self.memory}{',slots=4,maxmem=2G' if self.slots else ''}"),
             *(self._small() if self.kvm else self._linux()),
             *("-chardev", f"file,id=serial,path={serial},append=on", "-serial", "chardev:serial"),
             *("-qmp", f"unix:{qmp},server=on,wait=off"),

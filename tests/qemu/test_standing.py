@@ -6,18 +6,24 @@ import os
 import signal
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lazyproc.errors import LazyprocError, NoSuchProcess
+from lazyproc.events import Event, StateChanged, ignore
 from lazyproc.facts import replace
+from lazyproc.images.files import GUEST
 from lazyproc.kernel import family, proc
+from lazyproc.migrate.guest_checkpoint import checkpoint_guest
+from lazyproc.migrate.guest_serve import qemu_serve
 from lazyproc.migrate.guest_watch import watched
 from lazyproc.migrate.held_guest import HeldGuest
+from lazyproc.qemu import devices, saved
 from lazyproc.qemu.guest import look
 from lazyproc.qemu.qmp import Qmp
 from tests.live.programs import wait_until
-from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor, started
+from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor, started, waiting
 from tests.qemu.test_serve import answer, goes_on
 
 SMALL = Shape(memory=96, visited=16)
@@ -66,6 +72,74 @@ def test_a_guest_that_somebody_else_has_stopped_is_left_alone(tmp_path: Path) ->
         wait_until(lambda: not _watchers(), "nobody watches it any more")
         with monitor(guest) as qmp:
             assert qmp.execute("query-status")["running"] is False
+
+
+@pytest.mark.parametrize("words", [("cont",), ("cont", "stop"), ("system_reset",)], ids=" ".join)
+def test_a_guest_that_somebody_else_lets_go_on_is_not_saved(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does its QEMU quit: what was written of it is of two moments."""
+    write = saved.write
+
+    def written(*args: Any) -> int:
+        count = write(*args)
+        _by_another(guest, *((word, {}) for word in words))
+        return count
+
+    monkeypatch.setattr(saved, "write", written)
+    with beating(SMALL, tmp_path, *_second(tmp_path), "-action", "reboot=reset") as guest:
+        with pytest.raises(LazyprocError, match="somebody else has continued the guest, or has reset it"):
+            checkpoint_guest(str(guest.qmp), tmp_path / "images", leave_running=False, listener=ignore)
+        assert not (tmp_path / "images" / GUEST).exists()
+        if "cont" in words:
+            goes_on(guest.serial)
+
+
+def test_a_guest_that_somebody_else_lets_go_on_does_not_go_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = devices.saved
+
+    def saved_devices(*args: Any) -> bytes:
+        state = save(*args)
+        _by_another(guest, ("cont", {}))
+        return state
+
+    monkeypatch.setattr(devices, "saved", saved_devices)
+    with (
+        beating(SMALL, tmp_path, *_second(tmp_path)) as guest,
+        Serial(tmp_path / "there.serial") as serial,
+        waiting(SMALL, serial, tmp_path / "there") as (_, where),
+    ):
+        with pytest.raises(LazyprocError, match="somebody else has continued the guest"):
+            qemu_serve(str(guest.qmp), where, listener=ignore)
+        goes_on(guest.serial)
+        assert serial.beats() == []
+
+
+def test_memory_that_is_plugged_after_the_look_is_not_left_out(tmp_path: Path) -> None:
+    def plug(event: Event) -> None:
+        if isinstance(event, StateChanged) and event.state == "frozen":  # it will be
+            backend = {"qom-type": "memory-backend-ram", "id": "more", "size": 128 << 20}
+            dimm = {"driver": "pc-dimm", "id": "dimm", "memdev": "more"}
+            _by_another(guest, ("object-add", backend), ("device_add", dimm))
+
+    with beating(replace(SMALL, slots=True), tmp_path, *_second(tmp_path)) as guest:
+        with pytest.raises(LazyprocError, match="has other RAM than a moment ago"):
+            checkpoint_guest(str(guest.qmp), tmp_path / "images", leave_running=False, listener=plug)
+        goes_on(guest.serial)
+        answer("checkpoint", "--qemu", guest.qmp, "-D", tmp_path / "images", "--leave-running")
+        goes_on(guest.serial)
+
+
+def _second(folder: Path) -> tuple[str, str]:
+    return "-qmp", f"unix:{folder / 'second'},server=on,wait=off"
+
+
+def _by_another(guest: Guest, *commands: tuple[str, dict[str, Any]]) -> None:
+    with Qmp(str(guest.qmp.parent / "second")) as qmp:
+        for name, arguments in commands:
+            qmp.execute(name, arguments)
 
 
 def _stand(guest: Guest, writing: int, *, told: bool) -> None:
