@@ -21,7 +21,9 @@ from lazyproc.qemu.ram import Block, blocks, rows
 
 STATES = ("running", "paused")  # RunState in which a guest can be taken
 NEEDED = ("xen-save-devices-state", "add-fd", "human-monitor-command")
-IMMOVABLE = ("vfio-", "vhost-user", "ivshmem")  # of what "info qtree" shows
+# Of what "info qtree" shows.
+IMMOVABLE = ("vfio-", "vhost-user", "ivshmem")
+UNNAMED = ("virtio-pmem", "cxl-type3", "sgx-epc")  # their memory is in no RAM block that has a name
 # Of what "info network" shows: others than QEMU write to the RAM of the guest, where no userfaultfd of QEMU's sees it.
 OUTSIDE = ("vhost-user", "vhost-vdpa")
 AS_ITSELF = "or move the guest with QEMU's own migration"
@@ -167,11 +169,12 @@ def obstacles(qmp: Qmp, guest: Guest) -> Iterator[Obstacle]:
         yield Obstacle(guest.pid, "guest", "is being migrated", "wait for the end of that, or cancel it")
     for reason in migration.get("blocked-reasons", ()):
         yield Obstacle(guest.pid, "guest", f"cannot be migrated: {reason}", "take away what it names")
-    for line in qmp.hmp("info qtree").splitlines():
-        kind = line.strip().removeprefix("dev: ")
-        if line.strip().startswith("dev: ") and kind.startswith(IMMOVABLE):
-            device = kind.split(",")[0]
+    for device in re.findall(r"(?m)^ *dev: ([^,\s]+)", qmp.hmp("info qtree")):
+        if device.startswith(IMMOVABLE):
             yield Obstacle(guest.pid, f"device {device}", "lives outside of QEMU", "unplug it (device_del)")
+        if device.startswith(UNNAMED):
+            why = "has memory of the guest's that QEMU does not count as its RAM"
+            yield Obstacle(guest.pid, f"device {device}", why, "unplug it (device_del)")
     for name, kind in outside(qmp.hmp("info network")):
         yield Obstacle(
             guest.pid, f"netdev {name}", f"is {kind}: it lives outside of QEMU", "unplug its device"

@@ -29,9 +29,9 @@ NAME_SIZE = 256  # RAMBlock.idstr
 BLOCK = 1024  # bytes of a RAMBlock in which its links are
 OTHERWISE = "save the guest with QEMU's own migration instead"
 _UNITS = {None: 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
-# A name may have spaces; behind the sizes newer QEMUs have more columns.
+# A name may have spaces, or be none; behind the sizes newer QEMUs have more columns.
 _ROW = re.compile(
-    r" *(\S.*?) +(\d+) ([KMGT]i)?B +0x[0-9a-f]+ +0x([0-9a-f]+) +0x([0-9a-f]+)(?: .*)?", re.ASCII
+    r" *((?:\S.*?)??) +(\d+) ([KMGT]i)?B +0x[0-9a-f]+ +0x([0-9a-f]+) +0x([0-9a-f]+)(?: .*)?", re.ASCII
 )
 _TITLE = re.compile(r" *Block Name +PSize .*")
 
@@ -83,10 +83,12 @@ class Block:
 
 
 def rows(text: str) -> tuple[Named, ...]:
-    """What "info ramblock" prints. The page size is written as "4 KiB" there (util/cutils.c size_to_str). Raises
+    """What "info ramblock" prints. What has no name there does not move with QEMU's own migration either: memory that
+    no device uses, or guest.UNNAMED. The page size is written as "4 KiB" there (util/cutils.c size_to_str). Raises
     ProtocolError for a line that cannot be read: a block that is left out would be zeros where the guest goes on.
     """
-    return tuple(_row(line) for line in text.splitlines() if line.strip() and not _TITLE.fullmatch(line))
+    found = (_row(line) for line in text.splitlines() if line.strip() and not _TITLE.fullmatch(line))
+    return tuple(each for each in found if each.name)
 
 
 def _row(line: str) -> Named:

@@ -34,7 +34,8 @@ def explained(guest: Guest, expected: int) -> dict[str, Any]:
 
 def test_nothing_stands_in_the_way(tmp_path: Path) -> None:
     """And its RAM is where QEMU itself says, which names one address."""
-    with beating(SMALL, tmp_path, "-device", "VGA") as guest:
+    spare = ("-object", "memory-backend-ram,id=spare,size=1M")  # which no device has
+    with beating(SMALL, tmp_path, "-device", "VGA", *spare) as guest:
         assert explained(guest, 0)["obstacles"] == []
         with monitor(guest) as qmp:
             found = {each.name: each for each in look(qmp).blocks}
@@ -93,17 +94,23 @@ def test_each_obstacle_is_named(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     with beating(
-        Shape(memory=96, visited=4, disk=empty_disk(tmp_path)),
+        Shape(memory=96, visited=4, slots=True, disk=empty_disk(tmp_path)),
         tmp_path,
         *("-object", f"memory-backend-file,id=mem,share=on,size=1M,mem-path={tmp_path / 'mem'}"),
         *("-device", "ivshmem-plain,memdev=mem"),
+        *("-object", "memory-backend-ram,id=pmem,size=128M", "-device", "virtio-pmem-pci,memdev=pmem"),
         *("-drive", f"if=none,id=fat,file=fat:rw:{shared},format=raw"),
     ) as guest:
         with monitor(guest) as qmp:
             target = {"device": "disk", "target": str(tmp_path / "copy"), "sync": "full", "speed": 1}
             qmp.execute("drive-mirror", {**target, "format": "raw"})
         words = [f"{each['where']}: {each['why']}" for each in explained(guest, 3)["obstacles"]]
-        for wanted in ("device ivshmem-plain: lives outside", "block job disk: is running", "vvfat"):
+        for wanted in (
+            "device ivshmem-plain: lives outside",
+            "device virtio-pmem: has memory",
+            "block job disk: is running",
+            "vvfat",
+        ):
             assert any(wanted in each for each in words), words
 
 
@@ -167,6 +174,7 @@ def test_the_list_of_blocks_is_read() -> None:
               Block Name    PSize              Offset               Used              Total
                      ram    2 MiB  0x0000000000000000 0x0000000008000000 0x0000000008000000
     /rom@etc/acpi/tables    4 KiB  0x0000000008080000 0x0000000000020000 0x0000000000200000
+                             4 KiB  0x0000000000000000 0x0000000000100000 0x0000000000100000
   /rom@genroms/my own.rom    4 KiB  0x00000000080a0000 0x0000000000001000 0x0000000000001000
 """
     assert ram.rows(text) == (
