@@ -133,6 +133,15 @@ def process_behind(qmp: Qmp) -> int:
     )
 
 
+def _misses_pages(pid: int) -> bool:
+    """Whoever brings them leaves it a userfaultfd until the last has come. Raises NoSuchProcess."""
+    for number in proc.descriptor_numbers(pid):
+        with suppress(OSError):  # closed meanwhile
+            if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[userfaultfd]":
+                return True
+    return False
+
+
 def outside(text: str) -> Iterator[tuple[str, str]]:
     """Name and kind of the backends in what "info network" prints (net/net.c print_net_client) that are processes of
     their own, or hardware.
@@ -160,6 +169,11 @@ def obstacles(qmp: Qmp, guest: Guest) -> Iterator[Obstacle]:
     status = str(qmp.execute("query-status")["status"])
     if status not in STATES:
         yield Obstacle(guest.pid, "guest", f"is {status}", "wait until it runs or is paused")
+    if _misses_pages(guest.pid):
+        why = "has not got all of its memory yet, which would be zeros"
+        yield Obstacle(
+            guest.pid, "guest", why, "wait until the move that brings it is over (lazyproc sessions)"
+        )
     known = {str(each["name"]) for each in qmp.execute("query-commands")}
     for name in NEEDED:
         if name not in known:

@@ -119,6 +119,20 @@ def test_a_guest_moves(pair: Pair, shape: Shape) -> None:
         assert report["fault_us"]["count"] > 0
 
 
+def test_a_guest_whose_pages_follow_is_not_taken_for_whole(pair: Pair) -> None:
+    """What is still missing would be zeros in the images. When all is there it is saved."""
+    save = ("checkpoint", "--qemu", pair.destination.scratch / "qmp", "-D", pair.shared / "images")
+    with prepared(pair) as (guest, receiver), moving(pair, guest, receiver, *SLOW) as journey:
+        journey.wait_running()
+        refused = run_cli(pair.destination, *save, expected=3)
+        assert "has not got all of its memory yet" in refused.stderr
+        assert journey.still_lazy()
+        pid, _ = journey.arrive()
+        with ending(pid):
+            goes_on(guest.serial)
+            run_cli(pair.destination, *save, expected=0)
+
+
 @pytest.mark.long
 def test_a_guest_moves_by_tls(pair: Pair) -> None:
     ours, theirs = keys(pair)
