@@ -47,7 +47,8 @@ def explain_guest(
     """The same for the guest of the QEMU whose QMP monitor is the unix socket `monitor`; it runs on. Raises HostLacks
     when its RAM cannot be found, and what `explain` does.
     """
-    from lazyproc.qemu.guest import look, obstacles
+    from lazyproc.migrate.guest_look import obstacles
+    from lazyproc.qemu.guest import look
     from lazyproc.qemu.qmp import Qmp
 
     if tcp_close:

@@ -11,12 +11,12 @@ from lazyproc.facts import dataclass
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
 from lazyproc.kernel.deaf import deaf
+from lazyproc.migrate.guest_look import looked_at
 from lazyproc.migrate.guest_source import demand_stopped, demand_unchanged, let_go_on
 from lazyproc.migrate.guest_watch import watched
 from lazyproc.migrate.held_guest import HeldGuest
 from lazyproc.model import PAGE
 from lazyproc.qemu import devices, saved
-from lazyproc.qemu.guest import looked_at
 from lazyproc.qemu.qmp import Qmp
 
 

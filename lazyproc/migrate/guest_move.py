@@ -7,6 +7,7 @@ from pathlib import Path
 from lazyproc.errors import LazyprocError, UsageError
 from lazyproc.events import Listener
 from lazyproc.facts import replace
+from lazyproc.migrate.guest_look import demand_movable, looked_at
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Chain
 from lazyproc.migrate.moving import moved, way_to
@@ -14,7 +15,7 @@ from lazyproc.migrate.order import Order
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
-from lazyproc.qemu.guest import demand_movable, glance, looked_at
+from lazyproc.qemu.guest import glance
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.trace import TraceFile
 

@@ -24,6 +24,7 @@ from lazyproc.images.sums import check_sums
 from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.guest_dial import ANSWER_S, demand_fit, dialled
+from lazyproc.migrate.guest_look import looked_at
 from lazyproc.migrate.guest_source import demand_stopped, demand_unchanged
 from lazyproc.migrate.guest_watch import watched
 from lazyproc.migrate.held_guest import HeldGuest
@@ -31,7 +32,7 @@ from lazyproc.pages.images import ImagePages
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
 from lazyproc.qemu import devices, saved, stream
-from lazyproc.qemu.guest import Guest, looked_at
+from lazyproc.qemu.guest import Guest
 from lazyproc.qemu.postcopy import PagesLeft
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.ram import Block

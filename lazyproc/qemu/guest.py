@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lazyproc.errors import CannotBeDone, NoSuchProcess, Obstacle
+from lazyproc.errors import NoSuchProcess, Obstacle
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc
 from lazyproc.kernel.sockdiag import unix_sockets
@@ -149,19 +149,6 @@ def outside(text: str) -> Iterator[tuple[str, str]]:
     for name, kind in re.findall(r"(?m)^[ \\]*(\S+): index=\d+,type=([\w-]+),", text):
         if kind in OUTSIDE:
             yield name, kind
-
-
-def looked_at(qmp: Qmp) -> Guest:
-    """Raises CannotBeDone with all that stands in the way."""
-    guest = look(qmp)
-    demand_movable(qmp, guest)
-    return guest
-
-
-def demand_movable(qmp: Qmp, guest: Guest) -> None:
-    """Raises CannotBeDone with all that stands in the way."""
-    if found := tuple(obstacles(qmp, guest)):
-        raise CannotBeDone(found)
 
 
 def obstacles(qmp: Qmp, guest: Guest) -> Iterator[Obstacle]:

@@ -120,12 +120,16 @@ def test_a_guest_moves(pair: Pair, shape: Shape) -> None:
 
 
 def test_a_guest_whose_pages_follow_is_not_taken_for_whole(pair: Pair) -> None:
-    """What is still missing would be zeros in the images. When all is there it is saved."""
+    """What is still missing would be zeros in the images. When all is there it is saved. Nor is the QEMU that has what
+    is missing, and would quit, taken for one with a paused guest.
+    """
     save = ("checkpoint", "--qemu", pair.destination.scratch / "qmp", "-D", pair.shared / "images")
     with prepared(pair) as (guest, receiver), moving(pair, guest, receiver, *SLOW) as journey:
         journey.wait_running()
         refused = run_cli(pair.destination, *save, expected=3)
         assert "has not got all of its memory yet" in refused.stderr
+        refused = run_cli(pair.source, *save[:2], guest.inside, *save[3:], expected=3)
+        assert "has moved, or is about to" in refused.stderr
         assert journey.still_lazy()
         pid, _ = journey.arrive()
         with ending(pid):
