@@ -117,7 +117,7 @@ def _refuse_kernel_file(registry: Registry, path: str, file_system: int, status:
 
 def _is_of_tree(registry: Registry, path: str) -> bool:
     """Whether an entry of /proc is there again when the tree is: threads are made later than files are opened."""
-    _, _, name, *rest = path.split("/", 3)
+    _, _, name, *rest = (*path.split("/", 3), "")  # /proc itself has no name in it
     if not path.startswith("/proc/") or not name.isdigit():
         return True
     return int(name) in {task.vpid for task in registry.tasks} and not "".join(rest).startswith("task/")

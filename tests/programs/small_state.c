@@ -1,12 +1,13 @@
 /* What is easily forgotten: registrations of membarrier(2), MAP_DROPPABLE memory, the flags of a pipe's own ends, a memfd
- * that is executed, an entry of /proc about the program itself, a removed directory, and a seccomp filter that two threads share, to which one of them adds in both. */
+ * that is executed, /proc itself and an entry of it about the program, a removed directory, and a seccomp filter that two
+ * threads share, to which one of them adds in both. */
 #include "check.h"
 
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sys/syscall.h>
 
-enum { READING = 4, WRITING = 5, SCRIPT = 6, MYSELF = 7, GONE = 8 }; /* descriptors */
+enum { READING = 4, WRITING = 5, SCRIPT = 6, MYSELF = 7, GONE = 8, PROC = 9 }; /* descriptors */
 enum { REGISTER_GLOBAL = 1 << 2, REGISTER_PRIVATE = 1 << 4, GET_REGISTRATIONS = 1 << 9 };
 enum { DROPPABLE = 0x08, LARGEFILE = 0100000 };
 
@@ -78,6 +79,8 @@ static void check(void)
 
     EXPECT(true, pread(MYSELF, text, sizeof text - 1, 0) > 0);
     EXPECT(getpid(), atoi(text));
+    EXPECT(true, readlinkat(PROC, "self", text, sizeof text) > 0);
+    EXPECT(getpid(), atoi(text));
     EXPECT(0, fstat(GONE, &gone));
     EXPECT(S_IFDIR | 0750, gone.st_mode);
     EXPECT(0, gone.st_nlink);
@@ -104,6 +107,7 @@ static void set_up(const char *beside)
     MUST(write(file, script, sizeof script - 1));
     at(SCRIPT, file);
     at(MYSELF, open("/proc/self/stat", O_RDONLY));
+    at(PROC, open("/proc", O_RDONLY | O_DIRECTORY));
     snprintf(directory, sizeof directory, "%s.gone", beside);
     MUST(mkdir(directory, 0750));
     at(GONE, open(directory, O_RDONLY | O_DIRECTORY));
