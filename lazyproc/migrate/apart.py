@@ -50,6 +50,12 @@ class Client:
         self._send("done", result, 0)
 
     def failed(self, error: BaseException) -> None:
+        """With where it was raised, which pickle leaves out."""
+        from traceback import format_tb  # only now
+
+        error.add_note(
+            "In the process that did the work:\n" + "".join(format_tb(error.__traceback__)).rstrip()
+        )
         self._send("failed", error, 0)
 
     def stop_without_it(self) -> None:

@@ -40,6 +40,19 @@ def test_an_error_comes_as_it_is() -> None:
     assert again.obstacles == error.obstacles
 
 
+def test_where_an_error_was_raised_comes_with_it() -> None:
+    ours, theirs = stream()
+    with ours, theirs:
+        try:
+            int("no number")
+        except ValueError as error:
+            Client(theirs).failed(error)
+        with pytest.raises(ValueError, match="no number") as raised:
+            result(ours, ignore, lost="nothing")
+    (note,) = raised.value.__notes__
+    assert 'int("no number")' in note
+
+
 @pytest.mark.parametrize(
     "error",
     [
