@@ -303,7 +303,8 @@ def _segments(
                 yield Segment(obj, start, end, pids[task.vpid], -1, start)
     for number, shared in checkpoint.shared.items():
         size = -(-shared.size // PAGE) * PAGE
-        yield Segment(MemoryObject(ObjectKind.SHARED, number), 0, size, 0, object_fds[number], 0)
+        if size:  # a memfd may be empty
+            yield Segment(MemoryObject(ObjectKind.SHARED, number), 0, size, 0, object_fds[number], 0)
 
 
 def _clocks(tree: FrozenTree) -> Clocks:

@@ -1,8 +1,9 @@
 /* Two processes share a sealed memfd: through mappings at different addresses, one of them read-only and with an
- * offset, and through the descriptor itself; see ring.h. Name, size, seals and position are checked as well. */
+ * offset, and through the descriptor itself; see ring.h. Name, size, seals and position are checked as well, and another
+ * one without content. */
 #include "ring.h"
 
-enum { MEMBERS = 2, SEALS = F_SEAL_GROW | F_SEAL_SHRINK, POSITION = 12345 };
+enum { EMPTY = 20, MEMBERS = 2, SEALS = F_SEAL_GROW | F_SEAL_SHRINK, POSITION = 12345 };
 
 static struct ring *ring;
 static const uint64_t (*window)[WORDS]; /* read-only, from the second half of the pages on */
@@ -20,6 +21,8 @@ static void check_descriptor(void)
     EXPECT(8, pread(fd, &word, sizeof word, offsetof(struct ring, pages[RING_PAGES - 1])));
     EXPECT(ring->pages[RING_PAGES - 1][0], word);
     EXPECT(word, window[RING_PAGES / 2 - 1][0]);
+    EXPECT(0, fstat(EMPTY, &facts));
+    EXPECT(0, facts.st_size);
 }
 
 static void map_object(void)
@@ -33,12 +36,16 @@ static void map_object(void)
 int main(int argc, char **argv)
 {
     pid_t child;
+    int empty;
 
     check_start(argc, argv, MEMBERS);
     MUST(fd = memfd_create("shared cargo", MFD_ALLOW_SEALING));
     MUST(ftruncate(fd, sizeof *ring));
     MUST(fcntl(fd, F_ADD_SEALS, SEALS));
     MUST(lseek(fd, POSITION, SEEK_SET));
+    MUST(empty = memfd_create("empty", 0));
+    MUST(dup2(empty, EMPTY));
+    MUST(close(empty));
     child = fork_child();
     map_object(); /* not inherited: each process has mappings of its own */
     if (child == 0) {
