@@ -144,13 +144,13 @@ def _segment(number: int, entry: proc.MapsEntry, status: os.stat_result) -> Shar
 def settled(registry: Registry, tasks: Sequence[Task]) -> dict[int, SharedMemory]:
     """The shared memory objects, now that all their mappings are known.
 
-    One that is also mapped private is not lazy: a page put there would be in that mapping alone. A SysV segment that
-    others have attached is an obstacle.
+    One that is also mapped private is not lazy: a page put there would be in that mapping alone. Nor is one that is
+    locked anywhere: mlock(2) needs all its pages. A SysV segment that others have attached is an obstacle.
     """
     found = dict(registry.shared)
     mappings = [vma for task in tasks if task.mm for vma in task.mm.vmas if vma.kind is VmaKind.SHARED]
     for vma in mappings:
-        if vma.flags & mmap.MAP_PRIVATE and vma.object_id in found:
+        if (vma.flags & mmap.MAP_PRIVATE or "lo" in vma.vm_flags) and vma.object_id in found:
             found[vma.object_id] = replace(found[vma.object_id], lazy=False)
     segments = sysvipc.segments() if any(s.kind is SharedKind.SYSV for s in found.values()) else {}
     ours = Counter(vma.object_id for vma in mappings)

@@ -1,7 +1,40 @@
-/* A parent and two children share MAP_SHARED | MAP_ANONYMOUS memory; see ring.h. One child has moved its mapping. */
+/* A parent and two children share MAP_SHARED | MAP_ANONYMOUS memory; see ring.h. One child has moved its mapping. Another
+ * object is locked by the parent, the children just map it. */
 #include "ring.h"
 
-enum { MEMBERS = 3 };
+enum { MEMBERS = 3, LOCKED_PAGES = 16 };
+
+static uint64_t (*locked)[WORDS];
+
+static void lock_some(void)
+{
+    locked = mmap(NULL, LOCKED_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (locked == MAP_FAILED)
+        check_die("mmap");
+    for (unsigned page = 0; page < LOCKED_PAGES; page++)
+        fill_page(locked[page], (uint64_t)page * PAGE, 1);
+    MUST(mlock(locked, LOCKED_PAGES * PAGE));
+}
+
+static unsigned locked_pages(void)
+{
+    FILE *file = fopen("/proc/self/status", "re");
+    char line[256];
+    unsigned kib = 0;
+
+    while (file != NULL && fgets(line, sizeof line, file) != NULL)
+        sscanf(line, "VmLck: %u", &kib);
+    if (file == NULL || fclose(file) != 0)
+        check_die("/proc/self/status");
+    return kib * 1024 / PAGE;
+}
+
+static void check_locked(void)
+{
+    for (unsigned page = 0; page < LOCKED_PAGES; page++)
+        verify_page(locked[page], (uint64_t)page * PAGE, 1);
+    EXPECT((uint32_t)getpid() == status->pid ? LOCKED_PAGES : 0, locked_pages());
+}
 
 int main(int argc, char **argv)
 {
@@ -12,6 +45,7 @@ int main(int argc, char **argv)
     ring = mmap(NULL, sizeof *ring, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (ring == MAP_FAILED)
         check_die("mmap");
+    lock_some();
     for (unsigned member = 1; member < MEMBERS; member++) {
         children[member - 1] = fork_child();
         if (children[member - 1] != 0)
@@ -20,10 +54,10 @@ int main(int argc, char **argv)
             ring = mremap(ring, sizeof *ring, sizeof *ring, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)0x600000000000);
         if (ring == MAP_FAILED)
             check_die("mremap");
-        ring_run(ring, member, MEMBERS, NULL);
+        ring_run(ring, member, MEMBERS, check_locked);
         _exit(status->errors != 0);
     }
     check_running();
-    ring_run(ring, 0, MEMBERS, NULL);
+    ring_run(ring, 0, MEMBERS, check_locked);
     return ring_end(ring, children, MEMBERS - 1);
 }
