@@ -175,13 +175,7 @@ def _content(registry: Registry, path: str, status: os.stat_result, taken: int) 
     number, _ = registry.content_numbers.of((status.st_dev, status.st_ino))
     if number in registry.contents:
         return number
-    limit = CONTENT_LIMIT if path else min(CONTENT_LIMIT, registry.permits.ghost_limit)
-    if status.st_blocks * 512 > limit:
-        raise Refused(
-            f"{path or 'the deleted file'} has {status.st_blocks / 2048:g} MiB that would have to travel with "
-            f"the process, and {limit / (1 << 20):g} MiB is the limit",
-            "keep it on a file system that both hosts have",
-        )
+    _demand_small(registry, path, status.st_blocks * 512)
     content = FileContent(
         id=number,
         path=path,
@@ -198,7 +192,27 @@ def _content(registry: Registry, path: str, status: os.stat_result, taken: int) 
     elif st.S_ISLNK(status.st_mode):
         content = replace(content, data=((0, os.fsencode(os.readlink("", dir_fd=taken))),))
     registry.contents[number] = content
+    registry.content_bytes += status.st_blocks * 512
     return number
+
+
+def _demand_small(registry: Registry, path: str, size: int) -> None:
+    """Raise Refused when a file, or all whose content travels, are too much for the time in which the tree stands."""
+    limit = CONTENT_LIMIT if path else min(CONTENT_LIMIT, registry.permits.ghost_limit)
+    name = path or "the deleted file"
+    if size > limit:
+        raise Refused(
+            f"{name} has {size / (1 << 20):g} MiB that would have to travel with the process, and "
+            f"{limit / (1 << 20):g} MiB is the limit",
+            "keep it on a file system that both hosts have",
+        )
+    whole, limit_of_all = registry.content_bytes + size, registry.permits.contents_limit
+    if limit_of_all is not None and whole > limit_of_all:
+        raise Refused(
+            f"{name} has {size / (1 << 20):g} MiB that would have to travel with the process, all such files have "
+            f"{whole / (1 << 20):g} MiB, and {limit_of_all / (1 << 20):g} MiB is the limit of a move",
+            "keep it on a file system that both hosts have, or use checkpoint and restore",
+        )
 
 
 def _directories(registry: Registry, path: str, status: os.stat_result) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from lazyproc.facts import dataclass
 
 CONTENT_LIMIT = 256 << 20  # bytes of one file that may travel while the tree stands still
+MOVED_CONTENT_LIMIT = (
+    48 << 20
+)  # bytes of all of them in a move: they are a part of IMAGES (MAX_BLOB, wire/frame.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,7 @@ class Permits:
     led_from_outside: bool = True  # sessions and groups whose leader is not in the tree
     net_apart: bool = True  # a network namespace of its own, whose other packets pass while it stands still
     ghost_limit: int = CONTENT_LIMIT  # bytes of a deleted file
+    contents_limit: int | None = None  # bytes of all files whose content travels
     outside: bool = (
         False  # pipes that end in a process outside of the tree: who restores it has to give others
     )
@@ -27,4 +31,4 @@ class Permits:
 
 ALL = Permits()
 # Between hosts with one file system the frozen source would hold the locks that the destination is to take.
-MOVED = Permits(locks=False)
+MOVED = Permits(locks=False, contents_limit=MOVED_CONTENT_LIMIT)

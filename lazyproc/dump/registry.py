@@ -96,6 +96,7 @@ class Registry:
     pipes: dict[int, Pipe] = field(default_factory=dict)
     shared: dict[int, SharedMemory] = field(default_factory=dict)
     contents: dict[int, FileContent] = field(default_factory=dict)
+    content_bytes: int = 0  # of all of them, as the file system counts
     locks: dict[int, list[FileLock]] = field(default_factory=dict)  # by vpid
     locked: set[Hashable] = field(default_factory=set)  # process, file and range of its own locks
     obstacles: list[Obstacle] = field(default_factory=list)

@@ -16,6 +16,7 @@ import pytest
 
 from lazyproc.dump import files
 from lazyproc.dump.descriptors import explain_descriptors, gather_descriptors
+from lazyproc.dump.permits import ALL
 from lazyproc.dump.registry import TaskRef
 from lazyproc.kernel.fds import unshare_descriptors
 from lazyproc.kernel.sys import syscall
@@ -201,6 +202,26 @@ def test_too_much_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "the deleted file has 3 MiB that would have to travel with the process, and 2 MiB is the limit"
         in words
     )
+
+
+def test_too_much_content_in_all(tmp_path: Path) -> None:
+    """The limit of a move is one of all files together: their content is one message with the rest of the images."""
+
+    def body() -> None:
+        for number in (10, 11):
+            at(number, os.open(tmp_path / "big", os.O_CREAT | os.O_RDWR))
+            os.posix_fallocate(number, 0, 30 << 20)
+            os.unlink(tmp_path / "big")
+
+    (words,) = obstacle_words(body)
+    assert (
+        "the deleted file has 30 MiB that would have to travel with the process, all such files have 60 MiB, and "
+        "48 MiB is the limit of a move; keep it on a file system that both hosts have, or use checkpoint"
+    ) in words
+    with stopped(body) as tasks:
+        gathered = gather_descriptors(tasks, permits=ALL)
+        with gathered.sockets:
+            assert not gathered.obstacles
 
 
 def test_shared_descriptor_table() -> None:
