@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lazyproc.errors import LazyprocError, UsageError
+from lazyproc.errors import HostLacks, LazyprocError, UsageError
 from lazyproc.events import Listener, Note
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
@@ -31,9 +31,23 @@ DRAFTED = (COMMITTED, "running")
 
 
 def folder() -> Path:
-    """lazyproc/sessions in $XDG_STATE_HOME; without it below /var/lib for root and ~/.local/state for others."""
-    default = Path("/var/lib") if os.geteuid() == 0 else Path.home() / ".local/state"
-    return Path(os.environ.get("XDG_STATE_HOME") or default) / "lazyproc/sessions"
+    """lazyproc/sessions in $XDG_STATE_HOME; without it below /var/lib for root and ~/.local/state for others. A
+    relative one counts as none, as its specification has it: what is found must not depend on where a command is
+    given. Raises HostLacks.
+    """
+    named = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (named if named.is_absolute() else _state_home()) / "lazyproc/sessions"
+
+
+def _state_home() -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/lib")
+    try:
+        return Path.home() / ".local/state"
+    except RuntimeError:  # no HOME, and a number that no database of users has
+        raise HostLacks(
+            "has no home for the journals", where=f"uid {os.geteuid()}", remedy="set HOME or XDG_STATE_HOME"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from lazyproc.migrate.journal import DESTINATION, KEPT_S, SOURCE, Journal, forget_old, records
+from lazyproc.errors import HostLacks
+from lazyproc.migrate.journal import DESTINATION, KEPT_S, SOURCE, Journal, folder, forget_old, records
+from tests.needs import require_root
+
+NOBODY_KNOWN = 54321  # in no database of users
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +54,29 @@ def test_a_commit_of_before_a_restart_says_nothing() -> None:
     journal.write("committed", boot_id="another")
     (record,) = records()
     assert not record.unborn
+
+
+@contextmanager
+def _as_user(uid: int) -> Iterator[None]:
+    os.setresuid(uid, uid, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def test_who_has_no_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_root()
+    monkeypatch.delenv("HOME", raising=False)
+    with _as_user(NOBODY_KNOWN):
+        assert folder() == Path(os.environ["XDG_STATE_HOME"], "lazyproc/sessions")
+        monkeypatch.delenv("XDG_STATE_HOME")
+        with pytest.raises(HostLacks, match=f"uid {NOBODY_KNOWN}: .* set HOME or XDG_STATE_HOME"):
+            folder()
+
+
+def test_sessions_are_the_same_from_every_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_STATE_HOME")
+    without = folder()
+    monkeypatch.setenv("XDG_STATE_HOME", "state")
+    assert folder() == without
