@@ -27,7 +27,7 @@ from lazyproc.cli import (
     show,
     stdio,
 )
-from lazyproc.cli.options import Formatter
+from lazyproc.cli.options import Formatter, Parser, WrongUsage
 from lazyproc.cli.streams import answered, give_up, prepare, say
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
@@ -63,7 +63,7 @@ EPILOG = (
 
 def parser(only: str = "") -> argparse.ArgumentParser:
     """All commands and their options; or those of one command, which saves 3 ms of each start."""
-    whole = argparse.ArgumentParser(
+    whole = Parser(
         prog="lazyproc",
         description="Move running Linux processes between hosts; their memory follows.",
         epilog=EPILOG,
@@ -81,7 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name. Returns the exit code."""
     prepare()
     words = sys.argv[1:] if argv is None else argv
-    args = parser(words[0] if words and words[0] in NAMES else "").parse_args(words)
+    try:
+        return _obey(parser(words[0] if words and words[0] in NAMES else "").parse_args(words))
+    except WrongUsage as wrong:
+        if "--json" in words:
+            _print_usage_error(wrong)
+        raise
+
+
+def _obey(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except KeyboardInterrupt:
@@ -91,6 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:
         return _failed(error, args)
+
+
+def _print_usage_error(wrong: WrongUsage) -> None:
+    from lazyproc.show.text import print_json
+
+    fields = {"error": wrong.words, "exit_code": wrong.code, "where": "", "remedy": "see --help"}
+    answered(lambda: print_json(fields))
 
 
 def _interrupted(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the types of their arguments. Imports nothing but argparse."""
+"""Options that several commands have, and the types of their arguments. Imports nothing heavy but argparse."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import os
 from collections.abc import Callable
 
+from lazyproc.cli.streams import say
+
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
-    from typing import TypeVar
+    from typing import NoReturn, TypeVar
 
     from lazyproc import PageServerOfCriu, Tls
     from lazyproc.cli.outcome import Outcome
@@ -21,6 +23,23 @@ else:
     Commands = argparse._SubParsersAction
 
 HOST_PORT = "HOST:PORT"
+WRONG_USAGE = 2
+
+
+class WrongUsage(SystemExit):
+    """What argparse has refused; it has been said on standard error."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(WRONG_USAGE)
+        self.words = words
+
+
+class Parser(argparse.ArgumentParser):
+    """Those of its commands are such parsers too."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"{self.format_usage()}{self.prog}: error: {message}")
+        raise WrongUsage(message)
 
 
 class Formatter(argparse.HelpFormatter):

@@ -112,6 +112,15 @@ def test_wrong_usage_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.startswith("usage: lazyproc")
 
 
+@pytest.mark.parametrize("argv", [["explain", "x"], ["restore"], ["abort"], ["nothing"]])
+def test_wrong_usage_is_one_object_with_json(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_exit([*argv, "--json"]) == 2
+    said = capsys.readouterr()
+    fields = json.loads(said.out)
+    assert fields["exit_code"] == 2
+    assert fields["error"] in said.err
+
+
 def test_arguments_arrive_as_they_are_meant() -> None:
     args = parser().parse_args(
         [
