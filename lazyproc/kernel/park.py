@@ -106,8 +106,8 @@ def looks_parked(pid: int, blocked: int) -> bool:
         return False
     with ptrace.memory(pid) as memory:
         for entry in proc.maps(proc.read(pid, "maps")):
-            if "x" in entry.perms and entry.path != "[vsyscall]":  # which lies where pread(2) has no offsets
-                with suppress(TraceeError):  # behind the end of a file
+            if "x" in entry.perms:
+                with suppress(TraceeError):  # [vsyscall], or behind the end of a file
                     if memory.read(entry.end - STUB_ROOM - len(arch.PARK), len(arch.PARK)) == arch.PARK:
                         return True
     return False

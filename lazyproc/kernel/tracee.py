@@ -320,6 +320,9 @@ def _address(buffer: object) -> int:
     return int(ffi.cast("uintptr_t", buffer))
 
 
+NO_OFFSET = "it is in the kernel's half"  # [vsyscall], or where a pointer that is none leads to
+
+
 class Memory:
     """/proc/PID/mem: reads and writes past the protection bits (FOLL_FORCE), as ptrace(2) would.
 
@@ -333,6 +336,8 @@ class Memory:
     def read(self, addr: int, length: int) -> bytes:
         try:
             data = os.pread(self._fd, length, addr)
+        except OverflowError:
+            raise self._failed("read", addr, length, NO_OFFSET) from None
         except OSError as error:
             raise self._failed("read", addr, length, error.strerror or "") from error
         if len(data) != length:
@@ -342,6 +347,8 @@ class Memory:
     def write(self, addr: int, data: bytes) -> None:
         try:
             written = os.pwrite(self._fd, data, addr)
+        except OverflowError:
+            raise self._failed("write", addr, len(data), NO_OFFSET) from None
         except OSError as error:
             raise self._failed("write", addr, len(data), error.strerror or "") from error
         if written != len(data):
