@@ -28,10 +28,11 @@ def run(args: argparse.Namespace, listener: Listener) -> Outcome:
     from lazyproc.host_check import State, check_host
     from lazyproc.show.findings import findings_fields, findings_text
 
+    tls = tls_of(args)
     findings = check_host()
     if args.peer:
         from lazyproc.migrate.check import check_peer
 
-        findings += check_peer(args.peer, insecure=args.insecure, tls=tls_of(args))
+        findings += check_peer(args.peer, insecure=args.insecure, tls=tls)
     missing = any(finding.state is State.MISSING for finding in findings)
     return Outcome(findings_text(findings), findings_fields(findings), CANNOT_BE_DONE if missing else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_json, command
+from lazyproc.cli.options import Commands, add_json, command, folder
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     parser = command(commands, run, "keys", "make a small CA and the keys of two hosts, for TLS between them")
-    parser.add_argument("directory", metavar="DIR", help="a new folder for them")
+    parser.add_argument("directory", metavar="DIR", type=folder, help="a new folder for them")
     parser.add_argument(
         "hosts", metavar="HOST", nargs=2, help="the name or address by which the other host calls it"
     )

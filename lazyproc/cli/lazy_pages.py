@@ -15,6 +15,7 @@ from lazyproc.cli.options import (
     add_trust,
     command,
     endpoint,
+    folder,
     page_server_at,
     tls_of,
 )
@@ -48,6 +49,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--work-dir",
         metavar="DIR",
+        type=folder,
         help="where lazy-pages.socket is made, as criu's --work-dir says (default: the folder of the images)",
     )
     add_pace(parser)

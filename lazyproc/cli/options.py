@@ -107,7 +107,7 @@ def of_pid_or_qemu(
 
 
 def add_directory(parser: argparse.ArgumentParser, words: str) -> None:
-    parser.add_argument("-D", dest="directory", metavar="DIR", required=True, help=words)
+    parser.add_argument("-D", dest="directory", metavar="DIR", type=folder, required=True, help=words)
 
 
 def add_listen(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +246,13 @@ def add_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", metavar="FILE", help="write one record a page fault to FILE (docs/trace.md)"
     )
+
+
+def folder(text: str) -> str:
+    """An empty one is a variable that a script has not set, and not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; the current folder is .")
+    return text
 
 
 def pid(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_json, add_trust, command, tls_of
+from lazyproc.cli.options import Commands, add_json, add_trust, command, folder, tls_of
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -18,7 +18,11 @@ def add(commands: Commands) -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "-D", dest="directory", metavar="DIR", help="folder of `checkpoint --qemu`; it stays as it is"
+        "-D",
+        dest="directory",
+        metavar="DIR",
+        type=folder,
+        help="folder of `checkpoint --qemu`; it stays as it is",
     )
     source.add_argument(
         "qmp", metavar="QMP", nargs="?", help="monitor of a running QEMU, which is stopped and quits"

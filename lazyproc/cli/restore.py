@@ -18,6 +18,7 @@ from lazyproc.cli.options import (
     add_trust,
     command,
     endpoint,
+    folder,
     page_server_at,
     tls_of,
 )
@@ -37,7 +38,9 @@ FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SI
 
 def add(commands: Commands) -> None:
     parser = command(commands, run, "restore", "build a process tree from images and let it run")
-    parser.add_argument("-D", dest="directory", metavar="DIR", help="folder of images, lazyproc's or CRIU's")
+    parser.add_argument(
+        "-D", dest="directory", metavar="DIR", type=folder, help="folder of images, lazyproc's or CRIU's"
+    )
     parser.add_argument(
         "--from",
         dest="peer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_json, add_retry, add_session, command
+from lazyproc.cli.options import Commands, add_json, add_retry, add_session, command, folder
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def add(commands: Commands) -> None:
         "--from",
         dest="directory",
         metavar="DIR",
+        type=folder,
         help="at the destination: missing pages come from these images",
     )
     parser.add_argument(

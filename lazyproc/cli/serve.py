@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_listen, add_policy, add_trust, command, pid, tls_of
+from lazyproc.cli.options import Commands, add_listen, add_policy, add_trust, command, folder, pid, tls_of
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -18,7 +18,11 @@ def add(commands: Commands) -> None:
     )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument(
-        "-D", dest="directory", metavar="DIR", help="folder of images, for any number of restores"
+        "-D",
+        dest="directory",
+        metavar="DIR",
+        type=folder,
+        help="folder of images, for any number of restores",
     )
     target.add_argument(
         "pid", metavar="PID", type=pid, nargs="?", help="process tree, frozen when the first client has come"

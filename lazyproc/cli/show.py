@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazyproc.cli.options import Commands, add_json, command
+from lazyproc.cli.options import Commands, add_json, command, folder
 
 TYPE_CHECKING = False  # typing itself costs 5 ms of every start
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ def add(commands: Commands) -> None:
         "list the tasks, mappings, files and pages in a folder of images",
         only_tells=True,
     )
-    parser.add_argument("directory", metavar="DIR", help="folder of images, lazyproc's or CRIU's")
+    parser.add_argument(
+        "directory", metavar="DIR", type=folder, help="folder of images, lazyproc's or CRIU's"
+    )
     add_json(parser)
 
 

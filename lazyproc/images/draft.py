@@ -124,6 +124,12 @@ def _make(folder: Folder) -> bool:
     with _blamed(folder.path):
         try:
             folder.path.mkdir(mode=0o700)
+        except FileNotFoundError:
+            raise ImageError(
+                "the folder for it is missing",
+                where=str(folder.path),
+                remedy=f"make {folder.path.parent} first",
+            ) from None
         except FileExistsError:
             if not folder.path.is_dir():
                 raise

@@ -389,10 +389,10 @@ _REMEDIES = {
     errno.ENOSPC: "make room there, or choose a folder on a larger file system with -D",
     errno.EDQUOT: "raise the quota, or choose another folder with -D",
     errno.EIO: "look for the disk in the kernel log (dmesg), or choose a folder on another one with -D",
-    errno.EEXIST: "name a folder with -D",
-    errno.ENOTDIR: "name a folder with -D",
+    errno.EEXIST: "name a folder",
+    errno.ENOTDIR: "name a folder",
     errno.EROFS: "choose a folder that can be written with -D",
-    errno.ENOENT: "name an existing folder of images with -D",
+    errno.ENOENT: "name an existing folder of images",
     errno.EACCES: "run as the owner of the folder",
     errno.ELOOP: "replace the symbolic link by the file itself",
 }

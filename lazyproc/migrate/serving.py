@@ -151,7 +151,8 @@ class Serving:
             f"it runs on the other host, which cannot be reached after {sent} pages ({error.what}); "
             "its memory stays parked here",
             where=f"pid {self._pid}",
-            remedy=f"let it follow with lazyproc resume {session}",
+            remedy=f"let it follow with lazyproc resume {session}; if it was ended there, end it here with "
+            f"lazyproc abort {session}",
         )
 
     def _serve(self, link: Link) -> Mapping[str, JsonValue]:

@@ -109,6 +109,11 @@ def resume(
     record = find(session)
     session = record.session
     supply = Supply(str(directory.resolve()) if directory else "", poison, record.facts.get("criu") is True)
+    if supply and here:
+        raise UsageError(
+            "--here is for the source of a session, --from and --poison are for its destination", where=session,
+            remedy="give what is for the side of it on this host",
+        )  # fmt: skip
     if supply:
         return _supply(record, supply, force, listener)
     _demand_orphaned(record)

@@ -56,7 +56,7 @@ def test_a_full_disk(pair: Pair, program: Program, options: str) -> None:
     [
         ("read-only", "read-only file system"),
         ("file", "name a folder"),
-        ("absent/images", "no such file or directory"),
+        ("absent/images", "the folder for it is missing; make "),
         ("file/images", "not a directory"),
     ],
 )

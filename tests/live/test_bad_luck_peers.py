@@ -244,6 +244,7 @@ def test_a_destination_that_fails_at_the_commit(
         os.kill(program.pid, signal.SIGCONT)
         assert stands_still(program)
         if Committed() in answers:  # it may run there: nothing but abort ends it here
+            says(done, code, f"end it here with lazyproc abort {record['id']}")
             assert run_cli(pair.source, "resume", record["id"], "--here", "--force", expected=2)
             run_cli(pair.source, "abort", record["id"])
             wait_until(lambda: gone(program.pid), "it is ended")

@@ -103,6 +103,9 @@ def test_a_sub_package_that_is_called_calls_its_function() -> None:
         ["migrate", "1", "host:1", "--max-rate", "0"],
         ["migrate", "1", "host:1", "--max"],
         ["show"],
+        ["show", ""],
+        ["checkpoint", "1", "-D", ""],
+        ["resume", "abc", "--from", ""],
     ],
 )
 def test_wrong_usage_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,6 +122,14 @@ def test_wrong_usage_is_one_object_with_json(argv: list[str], capsys: pytest.Cap
     fields = json.loads(said.out)
     assert fields["exit_code"] == 2
     assert fields["error"] in said.err
+
+
+@pytest.mark.parametrize("command", [("check",), ("explain", "1"), ("migrate", "1", "host:1")])
+def test_a_part_of_what_tls_needs_is_wrong_usage(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--tls-cert", "x"]) == 2
+    assert "--tls-cert, --tls-key and --tls-ca belong together" in capsys.readouterr().err
 
 
 def test_arguments_arrive_as_they_are_meant() -> None:

@@ -118,10 +118,20 @@ def test_of_two_at_once_the_later_one_takes_nothing_away(tmp_path: Path) -> None
     check_sums(folder.read())
 
 
+def test_the_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    above = tmp_path / "absent"
+    with (
+        pytest.raises(ImageError, match=rf"{above}/new: the folder for it is missing; make {above} first"),
+        filled(Folder(above / "new"), early=False),
+    ):
+        pass
+    assert not above.exists()
+
+
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(ImageError, match=r"file: file exists; name a folder with -D"),
+        pytest.raises(ImageError, match=r"file: file exists; name a folder"),
         filled(Folder(tmp_path / "file"), early=False),
     ):
         pass

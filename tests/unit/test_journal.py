@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lazyproc.errors import HostLacks
+import lazyproc
+from lazyproc.errors import HostLacks, UsageError
 from lazyproc.migrate.journal import DESTINATION, KEPT_S, SOURCE, Journal, folder, forget_old, records
 from tests.needs import require_root
 
@@ -80,3 +82,11 @@ def test_sessions_are_the_same_from_every_working_directory(monkeypatch: pytest.
     without = folder()
     monkeypatch.setenv("XDG_STATE_HOME", "state")
     assert folder() == without
+
+
+@pytest.mark.parametrize("role", [SOURCE, DESTINATION])
+@pytest.mark.parametrize("more", [{"poison": True}, {"directory": Path("images")}])
+def test_what_is_for_one_side_does_not_go_with_what_is_for_the_other(role: str, more: dict[str, Any]) -> None:
+    Journal("0123456789abcdef", role).write("running")
+    with pytest.raises(UsageError, match="--here is for the source of a session, --from and --poison"):
+        lazyproc.resume("0123456789abcdef", here=True, **more)
