@@ -63,6 +63,7 @@ def examine(
     """See `explain`."""
     facts = survey(pid)
     host.pagemap_scan()
+    host.map_files()
     for text in notes(facts):
         listener(Note(text))
     alive = {process.pid: process for process in facts.processes if process.alive}

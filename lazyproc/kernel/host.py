@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from lazyproc.errors import HostLacks
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel import tcp
 from lazyproc.kernel._core import ffi
@@ -152,9 +153,18 @@ def guard() -> None:
 
 
 def map_files() -> None:
-    """Open a mapped file by its address (CONFIG_PROC_CHILDREN is next to it; CAP_CHECKPOINT_RESTORE)."""
+    """Open a mapped file by its address (CONFIG_PROC_CHILDREN is next to it). Raises HostLacks (fs/proc/base.c,
+    proc_map_files_get_link).
+    """
     name = os.listdir("/proc/self/map_files")[0]
-    os.close(os.open(f"/proc/self/map_files/{name}", os.O_RDONLY | os.O_CLOEXEC))
+    try:
+        os.close(os.open(f"/proc/self/map_files/{name}", os.O_RDONLY | os.O_CLOEXEC))
+    except PermissionError:
+        raise HostLacks(
+            "only root may open what is mapped (CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE)",
+            where="/proc/PID/map_files",
+            remedy="run as root; in a container, privileged",
+        ) from None
 
 
 def children() -> None:

@@ -57,6 +57,12 @@ def _check_made(number: int, result: int) -> None:
     """A number is also taken while a process group or session has it, though nothing in /proc shows it."""
     if result == -errno.EEXIST:
         raise pid_taken(number)
+    if result == -errno.EPERM:
+        raise RestoreError(
+            "only root may choose the number of a process (CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE)",
+            where=f"pid {number}",
+            remedy="run as root; in a container, privileged",
+        )
     if result < 0:
         raise RestoreError(
             f"could not be created: {os.strerror(-result)}",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lazyproc.hosts import Pair
-from tests.live.bad_luck import CHECKPOINT, MIGRATE, NOBODY, PACED, lazyproc, says, unchanged, unharmed
+from tests.live.bad_luck import CHECKPOINT, MIGRATE, NOBODY, PACED, ended, lazyproc, says, unchanged, unharmed
 from tests.live.moving import CLI
 from tests.live.programs import Program, running
 
@@ -86,6 +86,28 @@ def test_no_right_to_trace(
     with unchanged(pair.source), unharmed(program):
         done = lazyproc(pair.source, command[0], pid, *command[1:], by=by)
         says(done, 1, f"pid {pid}: belongs to uid 0 and may not be traced by uid {uid}", "CAP_SYS_PTRACE")
+
+
+def test_no_right_to_open_what_ones_own_process_has_mapped(pair: Pair) -> None:
+    source, null = pair.source, subprocess.DEVNULL
+    with ended(source.popen([*NOBODY, "sleep", "60"], stdin=null, stdout=null, stderr=null)) as own:
+        pid = source.vpid(own.pid)
+        for command, *more in (("explain",), CHECKPOINT, MIGRATE):
+            with unchanged(source):
+                done = lazyproc(source, command, pid, *more, by=NOBODY)
+                says(done, 3, "/proc/PID/map_files: only root may open", "run as root")
+        assert own.poll() is None
+
+
+def test_no_right_to_choose_a_number(pair: Pair, program: Program) -> None:
+    source, images = pair.source, pair.source.scratch / "images"
+    done = lazyproc(source, "checkpoint", source.vpid(program.pid), "-D", images)
+    assert done.returncode == 0, done.stderr
+    program.process.wait()
+    source.run(["chown", "-R", "65534", images], check=True)
+    with unchanged(source):
+        done = lazyproc(source, "restore", "-D", images, "--pidns", "host", by=NOBODY)
+        says(done, 1, "only root may choose the number of a process", "run as root")
 
 
 @pytest.mark.parametrize(
