@@ -34,6 +34,7 @@ from lazyproc.uffd.device import Feature, Userfaultfd
 from tests.forked import become_nobody, in_child
 from tests.live.descriptors import stopped
 from tests.live.moving import CLI
+from tests.live.programs import wait_until
 from tests.needs import lacking, require, require_root
 
 SYS_RT_SIGPROCMASK, SIG_SETMASK = 14, 2
@@ -93,6 +94,8 @@ def test_a_limit_that_leaves_no_room_for_our_calls(name: str) -> None:
 def test_what_is_looked_at_runs_on(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"], start_new_session=True, **_SILENT) as process:
         try:
+            # What Popen waits for is closed before the new program is mapped (begin_new_exec, fs/exec.c).
+            wait_until(lambda: b"[vdso]" in proc.read(process.pid, "maps"), "sleep(1) is mapped")
             assert explain(process.pid) == ()
             status = proc.status(proc.read(process.pid, "status"))
             assert (status.state, status.tracer_pid) == ("S", 0)
