@@ -7,6 +7,7 @@ whatever goes wrong lets the tree run on; after it the tree may run elsewhere, a
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
@@ -144,6 +145,7 @@ def _await_first(clients: Clients, tree: FrozenTree) -> None:
 
 def _give_all(clients: Clients, held: Holding, journal: Journal, listener: Listener) -> None:
     """Raises Parked when the client ends without all the pages, LostAfterCommit when they are gone."""
+    gc.enable()  # the tree runs elsewhere
     clients.begin_to_give()
     while not clients.await_end(LOOK_S):
         _demand_there(held, journal)
