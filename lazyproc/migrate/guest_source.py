@@ -120,7 +120,7 @@ def _recorded(qmp: Qmp, held: HeldGuest, journal: Journal) -> Iterator[Event]:
         journal.write("parked", durable=False, **facts)
 
     sent = Event()
-    with standing(qmp, held, sent, record, journal.remove):
+    with held.alone(), standing(qmp, held, sent, record, journal.remove):
         yield sent
 
 

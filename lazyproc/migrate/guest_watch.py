@@ -37,7 +37,7 @@ def watched(qmp: Qmp, held: HeldGuest) -> Iterator[Event]:
     try:
         if held.guest.running:
             daemon(lambda: _watch(reading, held), "lazyproc-watch")
-        with standing(qmp, held, told):
+        with held.alone(), standing(qmp, held, told):
             yield told
     finally:
         told.set()  # whoever is not killed has let it go on, or has left it as somebody else wants it

@@ -6,6 +6,7 @@ write to the RAM of one that stands (softmmu/cpus.c do_vm_stop drains the disks,
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -54,6 +55,31 @@ class HeldGuest:
                     remedy="give each QEMU a path of its own (-qmp)",
                 )
             yield qmp
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else of ours has it stand meanwhile, by another monitor: he would take it for one that was paused.
+        Whoever is killed lets go. Raises LazyprocError, NoSuchProcess.
+        """
+        try:
+            fd = os.open(f"/proc/{self.guest.pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise NoSuchProcess("QEMU has ended", where=f"pid {self.guest.pid}") from None
+        try:
+            self._take(fd)
+            yield
+        finally:
+            os.close(fd)
+
+    def _take(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LazyprocError(
+                "another lazyproc saves or moves the guest",
+                where=f"QEMU of pid {self.guest.pid}",
+                remedy="wait until that is over, and try again",
+            ) from None
 
     def stands(self) -> bool:
         with self.monitor() as qmp:

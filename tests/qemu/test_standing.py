@@ -24,7 +24,7 @@ from lazyproc.qemu.guest import look
 from lazyproc.qemu.qmp import Qmp
 from tests.live.programs import wait_until
 from tests.qemu.guests import Guest, Serial, Shape, beating, empty_disk, monitor, started, waiting
-from tests.qemu.test_serve import answer, goes_on
+from tests.qemu.test_serve import answer, goes_on, lazyproc
 
 SMALL = Shape(memory=96, visited=16)
 
@@ -115,6 +115,23 @@ def test_a_guest_that_somebody_else_lets_go_on_does_not_go_on_there(
             qemu_serve(str(guest.qmp), where, listener=ignore)
         goes_on(guest.serial)
         assert serial.beats() == []
+
+
+def test_two_do_not_take_one_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second would take it for paused, save it as that, and let its QEMU quit."""
+    write, said = saved.write, []
+
+    def written(*args: Any) -> int:
+        second = ("checkpoint", "--qemu", tmp_path / "second", "-D", tmp_path / "other")
+        said.append(lazyproc(*second, expected=1).stderr)
+        count: int = write(*args)
+        return count
+
+    monkeypatch.setattr(saved, "write", written)
+    with beating(SMALL, tmp_path, *_second(tmp_path)) as guest:
+        checkpoint_guest(str(guest.qmp), tmp_path / "images", leave_running=True, listener=ignore)
+        assert "another lazyproc saves or moves the guest" in said[0]
+        goes_on(guest.serial)
 
 
 def test_memory_that_is_plugged_after_the_look_is_not_left_out(tmp_path: Path) -> None:
