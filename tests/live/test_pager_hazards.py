@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 
 import pytest
 
 from lazyproc.kernel.ready import readable
 from lazyproc.model import PAGE
 from lazyproc.pages.server import crc32c
+from lazyproc.runs import Segment
 from lazyproc.uffd.device import Outcome
 from lazyproc.uffd.pager import PagerState
 from tests.live.lazy_rig import (
@@ -165,11 +167,20 @@ def test_shrinking() -> None:
         assert r.pager.counters().dropped == 12
 
 
-def test_mappings_split_by_mprotect() -> None:
-    with rig(64) as r:
+@pytest.mark.parametrize("here", [False, True])
+def test_mappings_split_by_mprotect(here: bool) -> None:
+    """Pages that are here are placed many at a time, and those that are asked for one by one at first."""
+    with rig(64) as r, tempfile.TemporaryFile() as file:
         r.child.call("mprotect", addr=r.at(5), length=3 * PAGE, prot=PROT_NONE)
         r.child.call("mprotect", addr=r.at(20), length=PAGE, prot=PROT_READ)
-        r.start(bulk=True)
+        if here:
+            file.write(r.data)
+            file.flush()
+            r.pager.serve_segments([Segment(TASK.key, r.addr, r.at(64), file.fileno(), 0)])
+            r.pager.apply_map({TASK: whole(r.addr, r.pages)})
+            r.pager.start()
+        else:
+            r.start(bulk=True)
         r.finish_in_bulk()
         assert r.pager.counters().bulk == 64
         r.child.call("mprotect", addr=r.at(5), length=3 * PAGE, prot=PROT_READ)
