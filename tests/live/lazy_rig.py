@@ -28,7 +28,7 @@ from lazyproc.uffd.pager import Pager
 ROOT = Path(__file__).parents[2]
 HEADER = struct.Struct("<BBHIQQII")
 GET, PAGES = 1, 2
-ZERO, LAST, ABSENT = 1, 2, 4
+ZERO, LAST, ABSENT, UNDER_WAY = 1, 2, 4, 8
 DEADLINE = 20.0
 
 TASK = MemoryObject(ObjectKind.TASK, 100)

@@ -23,6 +23,7 @@ from tests.live.lazy_rig import (
     PAGES,
     SHARED,
     TASK,
+    UNDER_WAY,
     balanced,
     child,
     content,
@@ -165,6 +166,24 @@ def test_shrinking() -> None:
         assert r.child.call("digest", addr=r.addr, length=4 * PAGE) == r.expect(0, 4)
         r.finish_in_bulk()
         assert r.pager.counters().dropped == 12
+
+
+def test_what_is_on_no_other_way_after_all_is_asked_for_again() -> None:
+    """A source that frees pages says so of what it has sent over the other connection, where it may be lost."""
+    with rig() as r:
+        frames, lost = r.server.frames, {r.at(3), r.at(4)}
+
+        def answer(key: int, addr: int, tag: int, last: bool) -> bytes:
+            if addr not in lost:
+                return frames(key, addr, tag, last)
+            lost.remove(addr)
+            return HEADER.pack(PAGES, UNDER_WAY | last * LAST, 0, 1, key, addr, tag, 0)
+
+        r.server.frames = answer  # type: ignore[method-assign]
+        r.start(bulk=True)
+        r.finish_in_bulk()
+        assert r.pager.counters().bulk == r.pages
+        assert r.child.call("digest", addr=r.addr, length=r.length) == r.expect(0, r.pages)
 
 
 @pytest.mark.parametrize("here", [False, True])
