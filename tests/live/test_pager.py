@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 
 import pytest
 
-from lazyproc.errors import LazyprocError
+from lazyproc.errors import LazyprocError, UsageError
 from lazyproc.kernel import proc
 from lazyproc.model import PAGE, Extent
 from lazyproc.runs import Segment
@@ -250,6 +251,45 @@ def test_local_segments_in_bulk_then_finish() -> None:
         assert process.call("digest", addr=addr, length=300 * PAGE) == digest(
             data[: 200 * PAGE] + bytes(100 * PAGE)
         )
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [[(0, 2, 0), (1, 3, 2)], [(0, 3, 2)], [(0, 1, 5)], [(2, 2, 0)]],
+    ids=["overlapping", "longer than the file", "behind its end", "empty"],
+)
+def test_segments_that_no_file_has(segments: list[tuple[int, int, int]]) -> None:
+    with pager() as made, tempfile.TemporaryFile() as file:
+        file.truncate(4 * PAGE)
+        rows = [
+            Segment(TASK.key, start * PAGE, end * PAGE, file.fileno(), at * PAGE)
+            for start, end, at in segments
+        ]
+        with pytest.raises(UsageError, match="the segments cannot be served"):
+            made.serve_segments(rows)
+
+
+def test_no_memory_is_two_things() -> None:
+    with rig() as r:
+        for first, count in ((0, 1), (r.pages - 1, 2), (-1, r.pages + 2)):
+            with pytest.raises(LazyprocError, match="File exists"):
+                r.pager.add_region(r.space, r.at(first), count * PAGE, SHARED, 0)
+        r.pager.add_region(r.space, r.at(r.pages), PAGE, SHARED, 0)
+
+
+def test_a_map_that_names_nothing_leaves_no_page_out() -> None:
+    """It is applied in slices of 65536 pages."""
+    pages = 2 * 65536 + 1
+    with child() as process, pager() as made:
+        addr = process.call("mmap", length=pages * PAGE)
+        made.add_region(
+            made.add_space(process.register((addr, pages * PAGE))), addr, pages * PAGE, TASK, addr
+        )
+        made.apply_map({})
+        assert made.counters().remaining == 0
+        made.start()
+        assert made.wait(DEADLINE)
+        assert process.call("digest", addr=addr + 65536 * PAGE, length=PAGE) == digest(bytes(PAGE))
 
 
 def test_local_faults_before_the_map() -> None:
