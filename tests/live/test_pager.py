@@ -277,6 +277,15 @@ def test_no_memory_is_two_things() -> None:
         r.pager.add_region(r.space, r.at(r.pages), PAGE, SHARED, 0)
 
 
+def test_what_a_map_names_twice_counts_once() -> None:
+    with rig() as r:
+        r.pager.serve_remote(*r.server.connect())
+        r.pager.apply_map({TASK: [*whole(r.addr, 8), *whole(r.at(4), 12)]})
+        r.pager.start()
+        r.finish_in_bulk()
+        assert r.pager.counters().total == r.pages
+
+
 def test_a_map_that_names_nothing_leaves_no_page_out() -> None:
     """It is applied in slices of 65536 pages."""
     pages = 2 * 65536 + 1
