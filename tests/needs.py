@@ -58,3 +58,10 @@ def require(tool: str) -> Path:
 def require_root() -> None:
     if os.geteuid() != 0:
         lacking("needs root", "run the tests with sudo")
+
+
+def require_kernel_threads() -> None:
+    """kthreadd is pid 2, where its pid namespace is to be seen at all."""
+    name = Path("/proc/2/comm")
+    if not name.exists() or name.read_text() != "kthreadd\n":
+        lacking("kernel threads cannot be seen from this pid namespace", "run the tests outside of it")

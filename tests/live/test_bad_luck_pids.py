@@ -13,6 +13,7 @@ from lazyproc.hosts import Pair
 from tests.live.bad_luck import CHECKPOINT, MIGRATE, NOBODY, PACED, ended, lazyproc, says, unchanged, unharmed
 from tests.live.moving import CLI
 from tests.live.programs import Program, running
+from tests.needs import require_kernel_threads
 
 BOTH = pytest.mark.parametrize("command", [CHECKPOINT, MIGRATE], ids=["checkpoint", "migrate"])
 
@@ -56,11 +57,7 @@ def test_a_threads_number(pair: Pair, program: Program, command: tuple[str, ...]
 
 
 def test_a_kernel_thread(tmp_path: Path) -> None:
-    """kthreadd is pid 2, where its pid namespace is to be seen at all."""
-    if Path("/proc/2/comm").read_text() != "kthreadd\n":
-        pytest.skip(
-            "the kernel's threads are not in this pid namespace; run the tests outside of a container"
-        )
+    require_kernel_threads()
     done = subprocess.run([*CLI, "checkpoint", "2", "-D", tmp_path / "i"], capture_output=True, text=True)
     says(done, 3, "pid 2: process: is a kernel thread", "name a process")
     assert not (tmp_path / "i").exists()

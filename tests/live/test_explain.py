@@ -35,7 +35,7 @@ from tests.forked import become_nobody, in_child
 from tests.live.descriptors import stopped
 from tests.live.moving import CLI
 from tests.live.programs import wait_until
-from tests.needs import lacking, require, require_root
+from tests.needs import lacking, require, require_kernel_threads, require_root
 
 SYS_RT_SIGPROCMASK, SIG_SETMASK = 14, 2
 SYS_MUNMAP, SYS_CLONE, SYS_MSGGET, SYS_MSGSND, SYS_MSGCTL = 11, 56, 68, 69, 71
@@ -158,8 +158,7 @@ def test_somebody_elses_process_is_refused_with_both_uids() -> None:
 
 
 def test_a_kernel_thread() -> None:
-    if Path("/proc/2/comm").read_text() != "kthreadd\n":
-        lacking("kernel threads cannot be seen from this pid namespace", "run the tests outside of it")
+    require_kernel_threads()
     assert whys(list(explain(2))) == ["process: is a kernel thread"]
 
 

@@ -19,6 +19,7 @@ from lazyproc.restore.pages import place
 from lazyproc.uffd._pager import ffi
 from lazyproc.uffd.device import Feature, Mode, Outcome, Userfaultfd, outcome_of
 from tests.live.lazy_rig import ROOT, child, content
+from tests.needs import lacking
 
 COPY, ZEROPAGE, WAKE = 1 << 3, 1 << 4, 1 << 2
 
@@ -122,7 +123,7 @@ def test_refused_to_somebody_unprivileged() -> None:
     )
     with open("/proc/sys/vm/unprivileged_userfaultfd") as setting:
         if setting.read().strip() != "0":
-            pytest.skip("this host lets everybody have one: sysctl vm.unprivileged_userfaultfd=0")
+            lacking("this host lets everybody have a userfaultfd", "sysctl vm.unprivileged_userfaultfd=0")
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
