@@ -98,7 +98,8 @@ def test_what_is_looked_at_runs_on(tmp_path: Path) -> None:
             wait_until(lambda: b"[vdso]" in proc.read(process.pid, "maps"), "sleep(1) is mapped")
             assert explain(process.pid) == ()
             status = proc.status(proc.read(process.pid, "status"))
-            assert (status.state, status.tracer_pid) == ("S", 0)
+            assert status.tracer_pid == 0
+            assert status.state in ("R", "S")  # it may not have come to its sleep yet
         finally:
             process.kill()
 
