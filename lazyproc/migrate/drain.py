@@ -22,7 +22,7 @@ from lazyproc.pages.images import ImagePages
 from lazyproc.pages.private import PrivatePages
 from lazyproc.pages.remote import Maps
 from lazyproc.restore.finishing import Finishing
-from lazyproc.restore.lazytree import LazyTree
+from lazyproc.restore.lazytree import LazyTree, descendants
 from lazyproc.trace import TraceFile
 from lazyproc.uffd.pager import Counters, Pager, PagerState
 from lazyproc.uffd.planner import follow
@@ -251,7 +251,7 @@ class Drain:
 
     def _counted(self) -> Mapping[str, JsonValue]:
         counters = self._last_counters()
-        ended = not self._pager.spaces()
+        ended = has_ended(self._pager, self._tree)
         self._stays = not ended and self._pager.shares_poison
         report = self._settled or report_of(counters, ended=ended)
         if not self._stays:
@@ -260,7 +260,7 @@ class Drain:
 
     def _finish(self) -> bool:
         """False: not yet."""
-        ended = not self._pager.spaces()
+        ended = has_ended(self._pager, self._tree)
         done = self._finishing.attempt()
         self.reason = self._finishing.reason
         if not done:
@@ -300,6 +300,11 @@ class Drain:
         if self._link is not None:
             self._link.hang_up()
             self._link = None
+
+
+def has_ended(pager: Pager, tree: LazyTree) -> bool:
+    """Of a tree without lazy memory (mode stopcopy) the pager has nothing by which it would hear of the end."""
+    return not pager.spaces() and (bool(tree.tasks) or descendants([tree.nursery_pid]) == [tree.nursery_pid])
 
 
 def report_of(counters: Counters, *, ended: bool) -> Mapping[str, JsonValue]:

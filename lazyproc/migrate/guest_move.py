@@ -39,6 +39,7 @@ def migrate_guest(
 
     The rest is as with lazyproc.migrate. Raises what that does; Refusal for what QEMU does not want.
     """
+    order.demand_known()
     if order.mode != "postcopy" or order.release or order.tcp_close:
         raise UsageError(
             "a guest moves in mode postcopy, and as a whole",

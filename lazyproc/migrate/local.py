@@ -152,8 +152,8 @@ def _session(
 
 def _note_whole(restored: Restored, journal: Journal, listener: Listener) -> None:
     """For `resume`, when we are killed while the tree gives back what it keeps of its memory."""
-    from lazyproc.migrate.drain import report_of
+    from lazyproc.migrate.drain import has_ended, report_of
 
     assert restored.pager is not None
-    counters, ended = restored.pager.counters(), not restored.pager.spaces()
+    counters, ended = restored.pager.counters(), has_ended(restored.pager, restored.tree)
     journal.note("running", listener, {"whole": report_of(counters, ended=ended)})

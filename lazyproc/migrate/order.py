@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lazyproc.facts import dataclass
+from lazyproc.uffd.policy import named
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,11 @@ class Order:
     max_rate: int = 0  # bytes a second, 0 without limit
     tcp_close: bool = False  # TCP connections to others are given up
     release: bool = False  # memory here is freed as it is acknowledged
+
+    def demand_known(self) -> None:
+        """Raises UsageError for a policy that does not exist. One that was recorded is the destination's to name."""
+        if self.policy is not None:
+            named(self.policy)
 
     def fields(self) -> dict[str, str | int | bool]:
         fields = {name: getattr(self, name) for name in self.__slots__}

@@ -53,6 +53,7 @@ def serve(
     """A process tree by the pid of its root, or a folder of images; see `serve_process` and `serve_folder`, which has
     `once`. With `receive` pages are stored there: `receive_pages`. These two have `ready`.
     """
+    order.demand_known()
     trust = Trust(insecure, tls=tls)
     if receive and not isinstance(target, int):
         pages = receive_pages(target, address, trust=trust, ready=ready, listener=listener)

@@ -78,6 +78,7 @@ def migrate(
     (`trace` cannot be written) with the tree running as before; Parked when that is not known, or when it runs there
     and its memory has stopped following.
     """
+    order.demand_known()
     if order.release and order.mode != "postcopy":
         raise UsageError(f"nothing is released in mode {order.mode}", remedy="leave out --mode or --release")
     way = way_to(target, Trust(insecure, tls=tls))

@@ -123,6 +123,7 @@ def test_moves_by_stopcopy(name: str, field: Field) -> None:
             field.pair.source, field.there, program.pid, "--mode", "stopcopy", whole_tree=name != "threads"
         )
         assert there.report["pages_total"] == there.report["pages_eager"]
+        assert there.report["ended"] is False
         program.watch.wait_beats()
         there.end(program.watch)
 

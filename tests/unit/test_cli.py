@@ -132,6 +132,22 @@ def test_a_part_of_what_tls_needs_is_wrong_usage(
     assert "--tls-cert, --tls-key and --tls-ca belong together" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("migrate", "1", "host:1"),
+        ("migrate", "--qemu", "/qmp", "host:1"),
+        ("serve", "1", "--listen", "[::1]:0"),
+    ],
+)
+@pytest.mark.parametrize("policy", ["nope", "recorded:/nowhere"])
+def test_a_policy_that_does_not_exist_is_wrong_usage(
+    command: tuple[str, ...], policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--policy", policy]) == 2
+    assert f"--policy {policy}: no such policy; there are sequential, " in capsys.readouterr().err
+
+
 def test_arguments_arrive_as_they_are_meant() -> None:
     args = parser().parse_args(
         [
