@@ -545,6 +545,14 @@ def boot_id() -> str:
         return file.read().strip()
 
 
+def pid_max() -> int:
+    """One above the highest number that a process can have in our pid namespace. A new one has its own since Linux
+    6.14, the highest there is; before it there is one for all.
+    """
+    with open("/proc/sys/kernel/pid_max") as file:
+        return int(file.read())
+
+
 def read(pid: int, name: str) -> bytes:
     """All of /proc/PID/`name` ("maps", "task/7/stat", "fdinfo/3").
 

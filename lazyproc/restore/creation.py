@@ -55,7 +55,7 @@ def _clone_args(
 
 def _check_made(number: int, result: int) -> None:
     """A number is also taken while a process group or session has it, though nothing in /proc shows it."""
-    if result == -errno.EEXIST:
+    if result == -errno.EEXIST or (result == -errno.EINVAL and number >= proc.pid_max()):
         raise pid_taken(number)
     if result == -errno.EPERM:
         raise RestoreError(
@@ -72,6 +72,14 @@ def _check_made(number: int, result: int) -> None:
 
 
 def pid_taken(number: int) -> PidTaken:
+    """What to say of a number that cannot be had."""
+    limit = proc.pid_max()
+    if number >= limit:
+        return PidTaken(
+            f"no process can have its number on this host (kernel.pid_max is {limit})",
+            where=f"pid {number}",
+            remedy="use --pidns auto or new, before Linux 6.14 sysctl kernel.pid_max=4194304",
+        )
     return PidTaken(
         "its number is taken on this host", where=f"pid {number}", remedy="use --pidns auto or new"
     )

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from lazyproc.errors import RestoreError
-from lazyproc.kernel import sysvipc
+from lazyproc.kernel import proc, sysvipc
 from lazyproc.needs import (
     AddressNeed,
     FifoNeed,
@@ -142,7 +142,7 @@ def _try_segment(here: _Here, need: SegmentNeed) -> None:
 
 
 def _try_pid(here: _Here, need: PidNeed) -> None:
-    if here.pidns == "host" and is_taken(need.number):
+    if here.pidns == "host" and (is_taken(need.number) or need.number >= proc.pid_max()):
         raise pid_taken(need.number)
 
 

@@ -137,10 +137,13 @@ def _started(pid: int) -> int:
 
 
 def wants_new_pidns(pidns: Pidns, numbers: Iterable[int]) -> bool:
-    """Whether a tree with these numbers gets a pid namespace: also when one of them is 1, or plainly taken here."""
+    """Whether a tree with these numbers gets a pid namespace: also when one of them is 1, or cannot be had here."""
     if pidns == "same":
         return 1 in numbers
-    return pidns == "new" or (pidns == "auto" and any(map(is_taken, numbers)))
+    if pidns != "auto":
+        return pidns == "new"
+    limit = proc.pid_max()
+    return any(number >= limit or is_taken(number) for number in numbers)
 
 
 def _numbers(checkpoint: Checkpoint) -> Iterator[int]:

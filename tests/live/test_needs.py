@@ -38,6 +38,7 @@ from tests.live.bad_luck import (
 from tests.live.moving import Receiver, receiving
 from tests.live.programs import running, wait_until
 from tests.live.real import ending, migrating, move_now
+from tests.needs import lacking
 
 # Does what it is told, then writes a byte every 2 ms. IPC numbers: include/uapi/linux/ipc.h.
 CARGO = """
@@ -49,6 +50,7 @@ while True:
     time.sleep(0.002)
 """
 KEY = 0x1A2B3C
+OWN_PID_MAX = (6, 14)  # since then each pid namespace has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +370,26 @@ def test_a_number_that_is_taken_matters_in_the_hosts_namespace_only(pair: Pair) 
             assert obstacle["why"] == f"{receiver.address}: pid {number}: its number is taken on this host"
             says(migrated(pair, receiver, program.pid), 3, "use --pidns auto or new")
         program.goes_on()
+
+
+def test_a_number_above_the_highest_one_here_matters_in_the_hosts_namespace_only(pair: Pair) -> None:
+    """The destination lets its processes have lower numbers than the source: 32768 is what a kernel begins with."""
+    if tuple(map(int, os.uname().release.split(".")[:2])) < OWN_PID_MAX:
+        lacking("a pid_max of each pid namespace", "use Linux 6.14 or newer: the host's own would be changed")
+    pair.source.run(["sh", "-c", "echo 5000 > /proc/sys/kernel/ns_last_pid"], check=True)
+    pair.destination.run(["sh", "-c", "echo 1000 > /proc/sys/kernel/pid_max"], check=True)
+    with cargo(pair, "") as program:
+        with receiving(pair.destination, "--pidns", "host") as receiver:
+            (obstacle,) = asked(pair, receiver, program.pid, 3)
+            assert "no process can have its number on this host (kernel.pid_max is 1000)" in obstacle["why"]
+            says(migrated(pair, receiver, program.pid), 3, "use --pidns auto or new")
+        program.goes_on()
+        with receiving(pair.destination) as receiver:
+            assert asked(pair, receiver, program.pid, 0) == []
+            new, report = move_now(pair.source, receiver, program.pid)
+            with ending(new):
+                assert report["root_vpid"] == 5001
+                program.goes_on()
 
 
 # --- features -----------------------------------------------------------------------------------------------
