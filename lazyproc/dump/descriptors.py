@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from lazyproc.dump import anon, files, pipes
 from lazyproc.dump.locks import note_locks, refuse_locks
-from lazyproc.dump.look import Look, attempt, look_at, unless_closed
+from lazyproc.dump.look import Look, attempt, leads_to, look_at
 from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.refusals import refusal
 from lazyproc.dump.registry import FileSeen, Refused, Registry, TaskRef
@@ -125,13 +125,14 @@ def _table(registry: Registry, task: TaskRef, looks: dict[int, Look]) -> tuple[D
     """The descriptors of one process; `looks` gets the first one of each new file, by file id."""
     rows = []
     for fd in proc.descriptor_numbers(task.pid):
-        with unless_closed(registry):
+        with attempt(registry, task.pid, f"fd {fd}"):
             info = fdinfo(proc.read(task.pid, f"fdinfo/{fd}"))
             if info.flags & os.O_PATH and _refuse_pathless(registry, task.pid, fd):
                 continue
             file_id, is_new = registry.intern(task.pid, fd)
             if is_new:
-                looks[file_id] = Look(task.pid, fd, os.readlink(f"/proc/{task.pid}/fd/{fd}"), info)
+                with suppress(Refused):  # which is said by `_add_sockets`, once for each file
+                    looks[file_id] = Look(task.pid, fd, leads_to(f"/proc/{task.pid}/fd/{fd}"), info)
             note_locks(registry, task.vpid, fd, info.locks, first=is_new)
             rows.append(Descriptor(fd, file_id, info.flags & os.O_CLOEXEC != 0))
     return tuple(rows)
@@ -139,7 +140,7 @@ def _table(registry: Registry, task: TaskRef, looks: dict[int, Look]) -> tuple[D
 
 def _refuse_pathless(registry: Registry, pid: int, fd: int) -> bool:
     """An O_PATH descriptor of what has no path, by way of /proc/PID/fd: nothing can make that anew."""
-    link = os.readlink(f"/proc/{pid}/fd/{fd}")
+    link = leads_to(f"/proc/{pid}/fd/{fd}")
     if link.startswith("/"):
         return False
     registry.refuse(
@@ -203,7 +204,7 @@ def _add_sockets(registry: Registry, sockets: SocketTable, looks: dict[int, Look
     """Hand the sockets on the queue to their table; `looks` gets what came in a message."""
     while registry.queue:
         place = registry.queue.popleft()
-        with unless_closed(registry):
+        with attempt(registry, place.pid, f"fd {place.fd}"):
             look = looks.get(place.file_id) or look_at(place.pid, place.fd)
             looks[place.file_id] = look
             if look.link.startswith(SOCKET_LINK):

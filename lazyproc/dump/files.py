@@ -13,7 +13,7 @@ import stat as st
 from collections.abc import Iterator
 from fcntl import F_GET_SEALS, fcntl
 
-from lazyproc.dump.look import Look, attempt
+from lazyproc.dump.look import Look, attempt, leads_to
 from lazyproc.dump.permits import CONTENT_LIMIT
 from lazyproc.dump.registry import Refused, Registry, file_seen
 from lazyproc.facts import replace
@@ -315,12 +315,12 @@ def gather_link(registry: Registry, pid: int, name: str) -> int:
 
 def _gather_link(registry: Registry, link: str, access: int) -> int:
     status = os.stat(link)
-    target = os.readlink(link)
     if not (st.S_ISREG(status.st_mode) or st.S_ISDIR(status.st_mode)):  # opening a device could do something
-        raise Refused(f"{target} is no file on a disk", "let the program unmap it before the move")
+        raise Refused(f"{leads_to(link)} is no file on a disk", "let the program unmap it before the move")
     number, is_new = registry.intern_path((status.st_dev, status.st_ino, access))
     if not is_new:
         return number if number in registry.files else 0  # 0: an obstacle already
+    target = leads_to(link)
     seen = registry.seen.get(file_seen(target, status))
     if seen is not None and _is_at(registry, seen.path, status):
         registry.files[number] = OpenFile(number, access, 0, Owner(), seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +29,19 @@ class Look:
         return self.info.flags & os.O_ACCMODE
 
 
+def leads_to(link: str) -> str:
+    """What a link of /proc points to. Refused where it is longer than the page that do_proc_readlink() has for it."""
+    try:
+        return os.readlink(link)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise Refused("its path is longer than 4095 bytes", "give folders above it shorter names") from None
+
+
 def look_at(pid: int, fd: int) -> Look:
     """OSError or NoSuchProcess when it was closed meanwhile."""
-    return Look(pid, fd, os.readlink(f"/proc/{pid}/fd/{fd}"), fdinfo(proc.read(pid, f"fdinfo/{fd}")))
+    return Look(pid, fd, leads_to(f"/proc/{pid}/fd/{fd}"), fdinfo(proc.read(pid, f"fdinfo/{fd}")))
 
 
 @contextmanager

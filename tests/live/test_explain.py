@@ -42,6 +42,8 @@ SYS_MUNMAP, SYS_CLONE, SYS_MSGGET, SYS_MSGSND, SYS_MSGCTL = 11, 56, 68, 69, 71
 SYS_SEMGET, SYS_SEMOP, SYS_SEMCTL, SYS_SCHED_SETATTR = 64, 65, 66, 314
 CLONE_FS, CLONE_NEWUTS, CLONE_NEWUSER, CLONE_NEWPID = 0x200, 0x4000000, 0x10000000, 0x20000000
 MAP_NORESERVE, MAP_HUGETLB = 0x4000, 0x40000
+LONG_NAME = "n" * 250
+_kept: list[mmap.mmap] = []  # until the process ends
 REPORT = 900  # of `stopped`: who keeps a copy of it keeps the test waiting
 
 
@@ -102,6 +104,28 @@ def test_what_is_looked_at_runs_on(tmp_path: Path) -> None:
             assert status.state in ("R", "S")  # it may not have come to its sleep yet
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("where", [("cwd",), ("fd",), ("fd", "mapping")])
+def test_a_path_that_the_kernel_does_not_tell(where: tuple[str, ...], tmp_path: Path) -> None:
+    """/proc/PID/fd/N has a page for it."""
+
+    def go_deep() -> None:
+        os.chdir(tmp_path)
+        for _ in range(mmap.PAGESIZE // len(LONG_NAME) + 1):
+            os.mkdir(LONG_NAME)
+            os.chdir(LONG_NAME)
+        if "fd" in where:
+            fd = os.open("file", os.O_RDWR | os.O_CREAT)
+            os.write(fd, bytes(mmap.PAGESIZE))
+            if "mapping" in where:
+                _kept.append(mmap.mmap(fd, 0))  # which has a descriptor of its own
+                os.close(fd)
+            os.chdir("/")
+
+    against = found(go_deep)
+    assert sorted(each.where.split()[0] for each in against) == list(where)
+    assert {each.why for each in against} == {"its path is longer than 4095 bytes"}
 
 
 def test_a_leader_outside_is_a_note_and_no_obstacle() -> None:
