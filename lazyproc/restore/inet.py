@@ -30,7 +30,7 @@ from lazyproc.kernel.sockopt import (
 from lazyproc.model import InetSocket, Packet, SocketOptions
 from lazyproc.needs import AddressNeed
 from lazyproc.restore.options import apply
-from lazyproc.restore.tcp import connect_repaired, end, leave_repair
+from lazyproc.restore.tcp import connect_repaired, end, leave_repair, send_again
 
 _AMPLE = 1 << 28
 _MOMENT = 5.0  # seconds for a packet to pass the loopback interface
@@ -191,6 +191,8 @@ def _make_other(sock: socket.socket, inet: InetSocket) -> None:
         sock.settimeout(_MOMENT)
         sock.connect(address(inet, inet.remote))
         sock.settimeout(None)
+    if inet.tcp is not None:  # what has not come to the one that nobody has accepted: the rest is an obstacle
+        send_again(sock, inet.tcp.send_queue)
     apply(sock, inet.options, LATE)
     if inet.shutdown:
         _shut_down(sock, inet.shutdown - 1)  # SHUT_RD, SHUT_WR, SHUT_RDWR count from 0

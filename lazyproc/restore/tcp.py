@@ -150,10 +150,15 @@ def leave_repair(sock: socket.socket, inet: InetSocket) -> None:
             sock.shutdown(socket.SHUT_WR)
 
 
-def _send_rest(sock: socket.socket, inet: InetSocket, rest: bytes) -> None:
+def send_again(sock: socket.socket, data: bytes) -> None:
+    """Without waiting for who reads it: there is room for all. SO_SNDBUF is another one afterwards."""
     sock.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, _AMPLE)
-    while rest:
-        rest = rest[sock.send(rest, socket.MSG_DONTWAIT) :]
+    while data:
+        data = data[sock.send(data, socket.MSG_DONTWAIT) :]
+
+
+def _send_rest(sock: socket.socket, inet: InetSocket, rest: bytes) -> None:
+    send_again(sock, rest)
     size = inet.options.values.get((SOL_SOCKET, SO_SNDBUF))
     if size is not None:
         set_raw(sock, SOL_SOCKET, SO_SNDBUF, size)

@@ -122,6 +122,25 @@ def test_a_connection_of_the_tree_that_nobody_has_accepted() -> None:
             assert read_all(server, 7) == b"finally"
 
 
+def test_what_was_sent_to_who_has_not_accepted_yet_and_has_not_arrived() -> None:
+    """As a request that was sent while packets were held back already."""
+
+    def body() -> None:
+        listener, client = listening(INET, 5000, 10), connected(INET, 5000, 11)
+        ip("link set lo down")
+        client.sendall(b"request" * 10_000)
+        client.shutdown(socket.SHUT_WR)
+        keep(listener, client)
+
+    with dumped(body) as checkpoint:
+        ip("link set lo up")
+        with made_sockets(checkpoint) as socks:
+            server, _ = socks[10].accept()
+            with server:
+                assert read_all(server, 70_000) == b"request" * 10_000
+                assert server.recv(1) == b""
+
+
 # --- to outside -----------------------------------------------------------------------------------------
 
 
