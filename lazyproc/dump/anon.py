@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from lazyproc.dump.look import Look, look_at
 from lazyproc.dump.pipes import unread
-from lazyproc.dump.registry import Inode, Refused, Registry
+from lazyproc.dump.registry import Inode, Place, Refused, Registry
 from lazyproc.errors import UnexpectedProcText
 from lazyproc.kernel import fds, proc
 from lazyproc.kernel.proc_fdinfo import EpollInfo, InotifyInfo, TimerFdInfo
@@ -19,6 +19,7 @@ from lazyproc.model import Epoll, EpollTarget, EventFd, Inotify, InotifyWatch, S
 SIGNALFD_LINK = "anon_inode:[signalfd]"
 LAST_WATCH = 1 << 16  # a watch descriptor is restored by counting up to it, two system calls each
 _EXPIRY_ROUNDS = 3
+_GLANCES = 8
 
 T = TypeVar("T")
 
@@ -64,15 +65,34 @@ def gather_epoll(registry: Registry, look: Look, _taken: int) -> Epoll:
     seen: Counter[int] = Counter()
     targets = []
     for entry in look.info.epoll:
-        file_id = _target(registry, look, entry, seen[entry.fd])
-        targets.append(EpollTarget(entry.fd, file_id, entry.events, entry.data))
+        place = registry.epoll_target(look.pid, look.fd, entry.fd, seen[entry.fd], _inode(entry))
         seen[entry.fd] += 1
+        if place is None and not registry.contents_wanted and _comes_or_goes(look, entry):
+            continue
+        targets.append(EpollTarget(entry.fd, _target(registry, look, entry, place), entry.events, entry.data))
     return Epoll(tuple(targets))
 
 
-def _target(registry: Registry, look: Look, entry: EpollInfo, nth: int) -> int:
-    inode = os.makedev(*entry.dev), entry.inode
-    place = registry.epoll_target(look.pid, look.fd, entry.fd, nth, inode)
+def _comes_or_goes(look: Look, entry: EpollInfo) -> bool:
+    """Whether a running process has opened the file since its descriptors were listed, or closed it since the set was
+    read: a server with many connections does all the time, and gives the number to the next one.
+    """
+    return any(_is_open_there(look, entry) or not _is_watched(look, entry) for _ in range(_GLANCES))
+
+
+def _is_open_there(look: Look, entry: EpollInfo) -> bool:
+    with suppress(OSError):
+        status = os.stat(f"/proc/{look.pid}/fd/{entry.fd}")
+        return (status.st_dev, status.st_ino) == _inode(entry)
+    return False
+
+
+def _is_watched(look: Look, entry: EpollInfo) -> bool:
+    watched = look_at(look.pid, look.fd).info.epoll
+    return any(each.fd == entry.fd and _inode(each) == _inode(entry) for each in watched)
+
+
+def _target(registry: Registry, look: Look, entry: EpollInfo, place: Place | None) -> int:
     if place is None:
         raise Refused(
             f"it watches a file, added as descriptor {entry.fd}, that no process of the tree has open",
@@ -115,7 +135,7 @@ def _watch(registry: Registry, mounts: Sequence[proc.Mount], entry: InotifyInfo)
     )
 
 
-def _inode(entry: InotifyInfo) -> Inode:
+def _inode(entry: EpollInfo | InotifyInfo) -> Inode:
     return os.makedev(*entry.dev), entry.inode
 
 

@@ -10,14 +10,13 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from lazyproc.dump.before import observed_sleeps
-from lazyproc.dump.explain import explain
+from lazyproc.dump.explain import examine_again
 from lazyproc.dump.freeze import FREEZE_MS, FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
 from lazyproc.dump.late import late_signals
 from lazyproc.dump.permits import ALL, Permits
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import silence
-from lazyproc.errors import CannotBeDone
 from lazyproc.events import Listener, Note, StateChanged, StepDone
 from lazyproc.facts import dataclass, replace
 from lazyproc.images.convert import to_images
@@ -149,13 +148,6 @@ def _left_outside(checkpoint: Checkpoint) -> list[str]:
     return sorted({name_of(file, checkpoint) for file in checkpoint.files.values() if file.outside})
 
 
-def demand_possible(pid: int, *, tcp_close: bool, permits: Permits, listener: Listener) -> None:
-    """Raises CannotBeDone with all obstacles, before anything is stopped."""
-    obstacles = explain(pid, tcp_close=tcp_close, permits=permits, listener=listener)
-    if obstacles:
-        raise CannotBeDone(obstacles)
-
-
 def new_hold() -> Hold:
     return Hold(f"{DUMPED}{os.urandom(8).hex()}")
 
@@ -186,7 +178,7 @@ def checkpoint(
     """
     started = time.monotonic()
     leave_running |= leave_stopped
-    demand_possible(pid, tcp_close=tcp_close, permits=permits, listener=listener)
+    examine_again(pid, tcp_close=tcp_close, permits=permits, listener=listener)
     with ExitStack() as over, ExitStack() as unfinished:
         # The disk has its time when the tree runs again, unless it is to end.
         draft = unfinished.enter_context(filled(Folder(directory), early=not leave_running))

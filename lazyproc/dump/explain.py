@@ -6,6 +6,7 @@ Reading (survey.py) and deciding are apart: the decisions here are pure function
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 
@@ -21,7 +22,7 @@ from lazyproc.dump.room import shortages
 from lazyproc.dump.space import NOTHING, Seen, Space, space_before
 from lazyproc.dump.supervisor import warnings
 from lazyproc.dump.survey import ProcessFacts, ThreadFacts, TreeFacts, survey
-from lazyproc.errors import NoSuchProcess, Obstacle, TraceeError
+from lazyproc.errors import CannotBeDone, NoSuchProcess, Obstacle, TraceeError
 from lazyproc.events import Listener, Note, ignore
 from lazyproc.facts import dataclass
 from lazyproc.kernel import host, proc, tracee
@@ -29,6 +30,8 @@ from lazyproc.kernel.sys import pidfd_open
 from lazyproc.needs import FeatureNeed, Wanted
 
 SCHED_DEADLINE = 6
+LOOKS = 3
+LOOK_AGAIN_S = 0.02
 ELF_32 = 1
 # Namespaces in which a tree may live without being moved with them; of pid and time the dump takes care.
 BORROWED = ("mnt", "net", "ipc", "uts", "cgroup")
@@ -77,6 +80,22 @@ def examine(
     of_tree += () if permits.net_apart else _net_apart(facts)
     found = point_to_guests((*of_tree, *of_resources), qemus_of(alive))
     return Examined(found, (*wanted, *guards), smaps, seen)
+
+
+def examine_again(
+    pid: int, *, tcp_close: bool = False, permits: Permits = MOVED, listener: Listener = ignore
+) -> Examined:
+    """See `examine`. What stands in the way may be over in a moment (a child before its exec, or that ends), so it is
+    looked at again. Raises CannotBeDone with all obstacles that are left.
+    """
+    for attempt in range(LOOKS):
+        examined = examine(
+            pid, tcp_close=tcp_close, permits=permits, listener=ignore if attempt else listener
+        )
+        if not examined.obstacles:
+            return examined
+        time.sleep(LOOK_AGAIN_S)
+    raise CannotBeDone(examined.obstacles)
 
 
 def _guarded(processes: Iterable[ProcessFacts]) -> Iterator[int]:

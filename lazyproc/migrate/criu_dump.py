@@ -16,7 +16,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from lazyproc.dump.checkpoint import CheckpointReport, Written, demand_possible, written
+from lazyproc.dump.checkpoint import CheckpointReport, Written, written
+from lazyproc.dump.explain import examine_again
 from lazyproc.dump.freeze import FrozenTree
 from lazyproc.dump.permits import Permits
 from lazyproc.errors import ConnectionLost, LazyprocError, NoSuchProcess, Parked
@@ -102,7 +103,7 @@ def _dump(
     order: LazyDump, journal: Journal, last: Callable[[], object], listener: Listener
 ) -> CheckpointReport:
     started, began = time.monotonic(), time.time()
-    demand_possible(order.pid, tcp_close=order.tcp_close, permits=order.permits, listener=listener)
+    examine_again(order.pid, tcp_close=order.tcp_close, permits=order.permits, listener=listener)
     with ExitStack() as over, ExitStack() as unfinished:
         draft = unfinished.enter_context(filled(Folder(order.directory), early=True))
         journal.write("preparing", durable=False, **{WRITING: True})

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event
 
 from lazyproc.dump.before import Before, look_before, observed_sleeps
-from lazyproc.dump.explain import examine
+from lazyproc.dump.explain import examine_again
 from lazyproc.dump.freeze import FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
 from lazyproc.dump.late import late_signals
@@ -51,8 +51,6 @@ from lazyproc.steps import Steps
 from lazyproc.trace import TraceFile
 from lazyproc.wire.native import Built, Commit, Images
 
-LOOKS = 3
-LOOK_AGAIN_S = 0.02
 FRESH_S = 0.5  # what was seen longer ago, before ssh had come through, is looked at again
 
 
@@ -117,16 +115,8 @@ def demand_apart(pid: int) -> None:
 
 
 def look(pid: int, listener: Listener = ignore, *, tcp_close: bool = False) -> Before:
-    """What is learned while the tree still runs. Raises CannotBeDone with all obstacles.
-
-    What stands in the way may be over in a moment (a child before its exec, or that ends), so it is looked at again.
-    """
-    for attempt in range(LOOKS):
-        examined = examine(pid, tcp_close=tcp_close, listener=ignore if attempt else listener)
-        if not examined.obstacles:
-            return look_before(examined, tcp_close=tcp_close)
-        time.sleep(LOOK_AGAIN_S)
-    raise CannotBeDone(examined.obstacles)
+    """What is learned while the tree still runs. Raises CannotBeDone with all obstacles."""
+    return look_before(examine_again(pid, tcp_close=tcp_close, listener=listener), tcp_close=tcp_close)
 
 
 def hand_over(

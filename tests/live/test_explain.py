@@ -514,6 +514,33 @@ def test_more_sockets_than_a_shell_lets_us_have_descriptors() -> None:
     assert done.returncode == 0, done.stderr
 
 
+# Connections that come and go, as those of a server do.
+CHURN = """
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+int main(void)
+{
+    int set = epoll_create1(0);
+    (void)!write(1, "x", 1);
+    for (;;) {
+        struct epoll_event event = { .events = EPOLLIN };
+        int fds[8];
+        for (int i = 0; i < 8; i++)
+            epoll_ctl(set, EPOLL_CTL_ADD, fds[i] = eventfd(0, 0), &event);
+        for (int i = 0; i < 8; i++)
+            close(fds[i]);
+    }
+}
+"""
+
+
+def test_watched_files_that_come_and_go_are_no_obstacle(tmp_path: Path) -> None:
+    with compiled(CHURN, tmp_path) as pid:
+        for _ in range(100):
+            assert not [each for each in explain(pid) if "watches" in each.why]
+
+
 def test_a_semaphore_set_that_it_used() -> None:
     number = syscall(SYS_SEMGET, 0, 1, 0o600)
     operation = ctypes.create_string_buffer(struct.pack("<HhH", 0, 1, 0))
