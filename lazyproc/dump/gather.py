@@ -198,9 +198,8 @@ def dumped(
         segments = tuple(_segments(checkpoint, pids, objects.fds))
         sockets = gathered.sockets
         steps.done("objects")
-        outside = [flow for flow in sockets.early_flows() if flow.remote]
         connections, given_up = sockets.connections(), sockets.given_up()
-        yield Dump(checkpoint, segments, pids, objects.fds, connections, given_up, outside)
+        yield Dump(checkpoint, segments, pids, objects.fds, connections, given_up, sockets.outside_flows())
 
 
 def _one_task(

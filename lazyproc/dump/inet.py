@@ -57,6 +57,12 @@ class Ends:
         return self.protocol == socket.IPPROTO_TCP and self.remote is not None
 
     @property
+    def is_local(self) -> bool:
+        """Whether only this host can reach it: 127.0.0.0/8 or ::1."""
+        host, _port = plain(self.local)
+        return host == LOOPBACK[16] or (len(host) == 4 and host[0] == LOOPBACK[4][0])
+
+    @property
     def flow(self) -> Flow:
         return Flow(self.protocol, self.local, self.remote)
 

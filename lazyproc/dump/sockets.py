@@ -125,6 +125,7 @@ class SocketTable:
     _inodes: set[int] = field(default_factory=set)  # those that cannot travel too
     # Both ends of the TCP connections, as they are on the wire: (local, remote).
     _connections: set[tuple[End, End]] = field(default_factory=set)
+    _listening: list[Ends] = field(default_factory=list)  # TCP
 
     def __enter__(self) -> SocketTable:
         return self
@@ -160,6 +161,8 @@ class SocketTable:
             return
         if ends is not None and ends.is_connection and ends.remote:
             self._connections.add((plain(ends.local), plain(ends.remote)))
+        if ends is not None and ends.state == TCP_LISTEN:
+            self._listening.append(ends)
 
     def flows(self) -> list[Flow]:
         """What has to be held back (kernel/netfilter) before the queues are read: every bound TCP and UDP
@@ -170,16 +173,27 @@ class SocketTable:
     def early_flows(self) -> list[Flow]:
         """What may be held back while the tree still runs: TCP with the outside, which sends again what was
         dropped. A dropped datagram is lost, and its sender sees EPERM; between two ends in the tree TCP would stall,
-        and so it would without the packets of the listening socket from which one of them comes.
+        and so it would without the packets of the listening socket from which one of them comes, or will come.
         """
-        inside = [local for local, remote in self._connections if (remote, local) in self._connections]
+        remotes = [remote for _local, remote in self._connections]
+
+        def may_be_within(ends: Ends) -> bool:
+            if ends.remote is not None:  # the other end may wait to be accepted
+                return self._is_inside(ends) or any(arrived_at(each, ends.remote) for each in self._listening)
+            return ends.is_local or any(arrived_at(ends, remote) for remote in remotes)
+
         return [
             ends.flow
             for ends in self._bound()
-            if ends.protocol == socket.IPPROTO_TCP
-            and not self._is_inside(ends)
-            and not self._is_given_up(ends)
-            and not (ends.state == TCP_LISTEN and any(arrived_at(ends, local) for local in inside))
+            if ends.protocol == socket.IPPROTO_TCP and not self._is_given_up(ends) and not may_be_within(ends)
+        ]
+
+    def outside_flows(self) -> list[Flow]:
+        """The connections that travel and whose other end no process of the tree has."""
+        return [
+            ends.flow
+            for ends in self._bound()
+            if ends.is_connection and not self._is_inside(ends) and not self._is_given_up(ends)
         ]
 
     def connections(self) -> list[socket.socket]:
