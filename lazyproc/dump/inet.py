@@ -29,12 +29,15 @@ from lazyproc.kernel.sockopt import (
     SOL_IPV6,
     TCP_CLOSE,
     TCP_CLOSE_WAIT,
+    TCP_CLOSING,
     TCP_ESTABLISHED,
+    TCP_LAST_ACK,
     TCP_LISTEN,
 )
 from lazyproc.model import InetSocket, Packet, SocketOptions, TcpState
 
 CONNECTED = {TCP_ESTABLISHED, TCP_CLOSE_WAIT, *FIN_SENT}
+FIN_RECEIVED = {TCP_CLOSE_WAIT, TCP_CLOSING, TCP_LAST_ACK}
 _SHOW_DESTINATION = (
     (SOL_IP, IP_PKTINFO),
     (SOL_IP, IP_RECVORIGDSTADDR),
@@ -55,12 +58,6 @@ class Ends:
     @property
     def is_connection(self) -> bool:
         return self.protocol == socket.IPPROTO_TCP and self.remote is not None
-
-    @property
-    def is_local(self) -> bool:
-        """Whether only this host can reach it: 127.0.0.0/8 or ::1."""
-        host, _port = plain(self.local)
-        return host == LOOPBACK[16] or (len(host) == 4 and host[0] == LOOPBACK[4][0])
 
     @property
     def flow(self) -> Flow:

@@ -8,14 +8,18 @@ messages.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import socket
+import struct
+import termios
 from collections.abc import Sequence
 from functools import cached_property
 from types import TracebackType
 
 from lazyproc.dump.inet import (
+    FIN_RECEIVED,
     Ends,
     arrived_at,
     ends_of,
@@ -30,7 +34,7 @@ from lazyproc.dump.registry import Place, Refused, Registry
 from lazyproc.dump.unix import UnixNamespace, gather_unix, has_peer, holds_data, view
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import multicast, netns, sockdiag, tcp
-from lazyproc.kernel.netfilter import End, Flow, plain
+from lazyproc.kernel.netfilter import End, Flow, is_loopback, plain, within_host
 from lazyproc.kernel.sockopt import (
     INTERFACE_NUMBERS,
     IPPROTO_MPTCP,
@@ -178,9 +182,9 @@ class SocketTable:
         remotes = [remote for _local, remote in self._connections]
 
         def may_be_within(ends: Ends) -> bool:
-            if ends.remote is not None:  # the other end may wait to be accepted
-                return self._is_inside(ends) or any(arrived_at(each, ends.remote) for each in self._listening)
-            return ends.is_local or any(arrived_at(ends, remote) for remote in remotes)
+            if ends.remote is not None:
+                return self._is_inside(ends) or self._has_come_to_the_tree(ends)
+            return is_loopback(ends.local) or any(arrived_at(ends, remote) for remote in remotes)
 
         return [
             ends.flow
@@ -239,6 +243,8 @@ class SocketTable:
         self.registry.unread |= taken.queue is None and ends is None and holds_data(taken.sock)
         if ends is not None and ends.is_connection and not self._is_permitted(ends):
             raise _NOT_PERMITTED
+        if ends is not None and ends.is_connection:
+            self._refuse_half_gone(taken, ends)
         connected = ends is not None and (ends.is_connection or has_ended(taken.sock, ends))
         values = read_options(taken.sock, connected=connected)
         options = SocketOptions(
@@ -266,12 +272,35 @@ class SocketTable:
         """Whether the other end of a connection is in the tree."""
         return ends.remote is not None and (plain(ends.remote), plain(ends.local)) in self._connections
 
+    def _has_come_to_the_tree(self, ends: Ends) -> bool:
+        """Whether a connection was made to a listening socket of the tree, whatever has become of its other end."""
+        remote = ends.remote
+        return remote is not None and (
+            within_host(ends.local, remote) and any(arrived_at(each, remote) for each in self._listening)
+        )
+
     def _is_given_up(self, ends: Ends) -> bool:
-        """TCP with the outside; a listening socket with everything that waits there."""
-        return self.tcp_close and ends.protocol == socket.IPPROTO_TCP and not self._is_inside(ends)
+        """With `tcp_close` TCP with the outside; a listening socket with everything that waits there. And what the tree
+        itself has closed at the other end: all that this has sent is here.
+        """
+        if ends.protocol != socket.IPPROTO_TCP or self._is_inside(ends):
+            return False
+        return self.tcp_close or (ends.state in FIN_RECEIVED and self._has_come_to_the_tree(ends))
+
+    def _refuse_half_gone(self, taken: _Taken, ends: Ends) -> None:
+        """Who has not accepted sends nothing: what has come is from an end that was closed, and its FIN is on its way,
+        perhaps with more.
+        """
+        if self._is_inside(ends) or self._is_given_up(ends) or not self._has_come_to_the_tree(ends):
+            return
+        if struct.unpack("=i", fcntl.ioctl(taken.sock, termios.FIONREAD, bytes(4))) != (0,):
+            raise Refused(
+                "is a TCP connection that another process of the tree has just closed",
+                "try again in a moment",
+            )
 
     def _is_permitted(self, connection: Ends) -> bool:
-        return self.registry.permits.connections or self._is_given_up(connection)
+        return self.registry.permits.connections or (self.tcp_close and not self._is_inside(connection))
 
     def _bound(self) -> list[Ends]:
         return [taken.ends for taken in self._taken.values() if taken.ends and taken.ends.local[1]]

@@ -78,6 +78,19 @@ def plain(end: End) -> End:
     return (address[12:], port) if address[:12] == bytes(10) + b"\xff\xff" else end
 
 
+def is_loopback(end: End) -> bool:
+    """Whether only this host can reach it: 127.0.0.0/8 or ::1."""
+    host, _port = plain(end)
+    return host == LOOPBACK[16] or (len(host) == 4 and host[0] == LOOPBACK[4][0])
+
+
+def within_host(local: End, remote: End) -> bool:
+    """Whether a connection is one of a host with itself: there the kernel takes the target's address for both ends
+    (unless bind(2) has said another one).
+    """
+    return plain(local)[0] == plain(remote)[0] or (is_loopback(local) and is_loopback(remote))
+
+
 def _rules(flow: Flow) -> Iterator[tuple[str, bytes]]:
     for chain, outbound in (("inbound", False), ("outbound", True)):
         match = nftables.protocol_is(flow.protocol) + nftables.port_is(flow.local[1], source=outbound)

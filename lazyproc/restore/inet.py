@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from lazyproc.errors import RestoreError
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import inject, tcp
-from lazyproc.kernel.netfilter import LOOPBACK, End, Flow, plain
+from lazyproc.kernel.netfilter import LOOPBACK, End, Flow, plain, within_host
 from lazyproc.kernel.sockopt import (
     EARLY,
     IP_FREEBIND,
@@ -122,7 +122,9 @@ class InetSockets:
         """
         if inet.remote is None or inet.protocol != socket.IPPROTO_TCP or self._is_inside(inet):
             return False
-        return any(_reaches(listener, inet.remote) for listener in self._listeners)
+        return within_host(inet.local, inet.remote) and any(
+            _reaches(listener, inet.remote) for listener in self._listeners
+        )
 
     def _is_inside(self, inet: InetSocket) -> bool:
         """Whether the other end of a connection is in the tree."""

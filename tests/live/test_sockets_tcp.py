@@ -153,6 +153,48 @@ def test_what_was_sent_to_who_has_not_accepted_yet_and_has_not_arrived() -> None
                 assert server.recv(1) == b""
 
 
+def test_an_answer_of_who_has_closed_the_connection_is_read() -> None:
+    """As with HTTP: a connection a request. Who listens does not see it a second time."""
+
+    def body() -> None:
+        listener, client = listening(INET, 5000, 10), connected(INET, 5000, 11)
+        server, _ = listener.accept()
+        with server:
+            server.sendall(b"response")
+        assert eventually(lambda: tcp.info(client).state == TCP_CLOSE_WAIT)
+        keep(listener, client)
+
+    with remade(body) as socks:
+        assert socks[11].recv(99) == b"response"
+        assert socks[11].recv(99) == b""
+        assert tcp.info(socks[10]).pending == 0
+
+
+def test_a_connection_to_another_host_on_a_port_where_the_tree_listens(network: Network) -> None:
+    """As a proxy has them. It is not taken for one to the tree itself, that nobody has accepted."""
+    ip("address add 10.9.9.1/32 dev lo")
+    with socket.socket(INET, STREAM) as elsewhere:
+        elsewhere.setsockopt(SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        elsewhere.bind(("10.9.9.1", 5000))
+        elsewhere.listen()
+
+        def body() -> None:
+            listener = put(10, socket.socket(INET, STREAM))
+            listener.setsockopt(SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(("0.0.0.0", 5000))
+            listener.listen()
+            client = put(11, socket.create_connection(("10.9.9.1", 5000), source_address=("127.0.0.1", 0)))
+            keep(listener, client)
+
+        with stopped(body) as tasks:
+            peer, _ = elsewhere.accept()
+            checkpoint = handed_over(tasks)
+        with peer, made_sockets(checkpoint) as socks:
+            peer.sendall(b"on")
+            assert read_all(socks[11], 2) == b"on"
+    assert network.resets_sent() == 0
+
+
 # --- to outside -----------------------------------------------------------------------------------------
 
 
