@@ -44,6 +44,13 @@ from tests.qemu.guests import (
 
 SLOW = ("--max-rate", "40000000")
 SMALL = Shape(memory=96, visited=16)
+FIRMWARE = Path("/usr/share/seabios/bios-256k.bin")
+MANY_BLOCKS = (
+    *("-object", "memory-backend-ram,id=node0,size=96M", "-numa", "node,memdev=node0,cpus=0"),
+    *("-object", "memory-backend-ram,id=node1,size=96M,share=on", "-numa", "node,memdev=node1,cpus=1"),
+    *("-object", "memory-backend-ram,id=more,size=128M", "-device", "pc-dimm,id=dimm,memdev=more"),
+    *("-device", "VGA", "-vnc", "unix:/dev/shm/vnc"),  # each test host has its own
+)
 
 
 @contextmanager
@@ -102,6 +109,11 @@ def arrives(guest: Guest, journey: Journey) -> dict[str, Any]:
             Shape("q35", memory=96, visited=16, cpus=2, shared=True, net=True, options=SANDBOX),
             id="q35, memfd, 2, sandbox",
         ),
+        pytest.param(
+            Shape(memory=192, visited=16, slots=True, cpus=2, options=MANY_BLOCKS),
+            id="NUMA, DIMM, display",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_guest_moves(pair: Pair, shape: Shape) -> None:
@@ -135,6 +147,25 @@ def test_a_guest_whose_pages_follow_is_not_taken_for_whole(pair: Pair) -> None:
         with ending(pid):
             goes_on(guest.serial)
             run_cli(pair.destination, *save, expected=0)
+
+
+@pytest.mark.long
+def test_a_guest_moves_with_its_flash(pair: Pair) -> None:
+    """QEMU writes the whole of it to its file when the guest goes on (hw/block/pflash_cfi01.c postload_update_cb), out
+    of memory that has not come.
+    """
+    content, file = os.urandom(1 << 16), pair.shared / "flash"
+    file.write_bytes(content)
+    before = file.stat().st_mtime_ns
+    firmware = f"if=pflash,format=raw,readonly=on,file={FIRMWARE}"
+    flash = ("-drive", firmware, "-drive", f"if=pflash,format=raw,file={file}")
+    with (
+        prepared(pair, replace(SMALL, options=flash)) as (guest, receiver),
+        moving(pair, guest, receiver, *SLOW) as journey,
+    ):
+        arrives(guest, journey)
+        assert file.read_bytes() == content
+        assert file.stat().st_mtime_ns > before
 
 
 @pytest.mark.long
