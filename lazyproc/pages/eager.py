@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
+from lazyproc.errors import TraceeError
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.model import PAGE, Mm, Registers, Thread
 
@@ -50,12 +52,14 @@ def touched_again(registers: Registers, nr: int) -> set[int]:
 
 def held_futexes(head: int, read: Read) -> set[int]:
     """Addresses of the robust futexes a thread holds (kernel/futex/core.c, exit_robust_list)."""
-    first, offset, pending = ROBUST_HEAD.unpack(read(head, ROBUST_HEAD.size))
-    found = {pending, pending + offset} if pending else set()
-    entry = first & ~1
-    for _ in range(ROBUST_LIMIT):
-        if entry == head or not entry:
-            break
-        found |= {entry, entry + offset}
-        entry = struct.unpack("<Q", read(entry, 8))[0] & ~1
+    found: set[int] = set()
+    with suppress(TraceeError):  # a list that leads to where nothing is ends there for the kernel, too
+        first, offset, pending = ROBUST_HEAD.unpack(read(head, ROBUST_HEAD.size))
+        found |= {pending, pending + offset} if pending else set()
+        entry = first & ~1
+        for _ in range(ROBUST_LIMIT):
+            if entry == head or not entry:
+                break
+            found |= {entry, entry + offset}
+            entry = struct.unpack("<Q", read(entry, 8))[0] & ~1
     return found

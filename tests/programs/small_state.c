@@ -1,9 +1,10 @@
 /* What is easily forgotten: registrations of membarrier(2), MAP_DROPPABLE memory, the flags of a pipe's own ends, a memfd
- * that is executed, /proc itself and an entry of it about the program, a removed directory, and a seccomp filter that two
- * threads share, to which one of them adds in both. */
+ * that is executed, /proc itself and an entry of it about the program, a removed directory, a list of robust futexes that
+ * leads to where nothing is, and a seccomp filter that two threads share, to which one of them adds in both. */
 #include "check.h"
 
 #include <linux/filter.h>
+#include <linux/futex.h>
 #include <linux/seccomp.h>
 #include <sys/syscall.h>
 
@@ -13,6 +14,7 @@ enum { DROPPABLE = 0x08, LARGEFILE = 0100000 };
 
 static const char script[] = "#!/bin/true\n";
 static uint64_t *droppable;
+static struct robust_list_head robust = { .list.next = (struct robust_list *)PAGE };
 
 static int membarrier(int command)
 {
@@ -75,7 +77,9 @@ static void at(int number, int fd)
 static void check(void)
 {
     char text[32] = "";
+    struct robust_list_head *head;
     struct stat gone;
+    size_t length;
 
     EXPECT(true, pread(MYSELF, text, sizeof text - 1, 0) > 0);
     EXPECT(getpid(), atoi(text));
@@ -84,6 +88,9 @@ static void check(void)
     EXPECT(0, fstat(GONE, &gone));
     EXPECT(S_IFDIR | 0750, gone.st_mode);
     EXPECT(0, gone.st_nlink);
+    EXPECT(0, syscall(SYS_get_robust_list, 0, &head, &length));
+    EXPECT(&robust, head);
+    EXPECT(sizeof robust, length);
     EXPECT(REGISTER_GLOBAL | REGISTER_PRIVATE, membarrier(GET_REGISTRATIONS));
     EXPECT(0, fcntl(READING, F_GETFL) & LARGEFILE);
     EXPECT(0, fcntl(WRITING, F_GETFL) & LARGEFILE);
@@ -96,6 +103,7 @@ static void set_up(const char *beside)
     static char directory[4096];
     int ends[2], file;
 
+    MUST(syscall(SYS_set_robust_list, &robust, sizeof robust));
     MUST(membarrier(REGISTER_GLOBAL));
     MUST(membarrier(REGISTER_PRIVATE));
     MUST(pipe(ends));
