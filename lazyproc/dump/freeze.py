@@ -95,6 +95,7 @@ def frozen_tree(
     tracing thread (kernel/exit.c, exit_ptrace): call this in a thread that ends soon.
     """
     tree, steps = FrozenTree(), steps or Steps()
+    collected = gc.isenabled()
     gc.disable()  # a collection takes as long as all the rest
     try:
         for member in tree_of(pid):
@@ -109,7 +110,8 @@ def frozen_tree(
         yield tree
     finally:
         _let_go(tree)
-        gc.enable()
+        if collected:
+            gc.enable()
 
 
 def _wait_interruptible(pid: int, timeout_ms: int) -> None:
