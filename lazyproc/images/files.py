@@ -326,6 +326,11 @@ class Folder:
         try:
             # O_NONBLOCK: a FIFO put in the place of an image must not stop the restore.
             fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError as error:
+            if self.path.is_dir():
+                remedy = "copy the whole folder of the checkpoint"
+                raise ImageError("missing", where=str(path), remedy=remedy) from None
+            raise self.failed(error, path) from None
         except OSError as error:
             raise self.failed(error, path) from None
         if not stat.S_ISREG(os.fstat(fd).st_mode):

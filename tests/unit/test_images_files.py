@@ -152,6 +152,11 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         Folder(tmp_path / "absent").read()
 
 
+def test_a_missing_image_is_not_taken_for_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"pages-1\.img: missing; copy the whole folder"):
+        Folder(tmp_path).open("pages-1.img", os.O_RDONLY)
+
+
 def test_the_parent_is_where_the_link_points(tmp_path: Path) -> None:
     first, second = Folder(tmp_path / "1"), Folder(tmp_path / "2")
     first.path.mkdir()
