@@ -19,6 +19,7 @@ from lazyproc.migrate.drafting import Drafting
 from lazyproc.migrate.journal import ARRIVING, one_at_a_time
 from lazyproc.migrate.talk import Unfit, expect
 from lazyproc.qemu import devices
+from lazyproc.qemu.guest import Plugged, plugged_of
 from lazyproc.qemu.ram import Block
 from lazyproc.qemu.shell import Shell, empty_shell
 from lazyproc.restore.lazytree import LazyTree, to_facts
@@ -55,8 +56,8 @@ class GuestArrival(Arrival):
                 self._admit_guest(order)
             shell = ready()
             wishes = Wishes.of(order, traced=self._trace is None and order.get("trace") is True)
-            machine, running, theirs, files = _offered(order)
-            if unlike := shell.compare(machine, theirs, files):
+            machine, running, theirs, files, plugged = _offered(order)
+            if unlike := shell.compare(machine, theirs, files, plugged):
                 raise Unfit(unlike)
             tree = shell.arm(pager, self._listener)
             facts = {
@@ -124,11 +125,14 @@ def stands(pid: int, error: LazyprocError | TimeoutError) -> Note:
     return Note(f"pid {pid}: the guest is here and does not run: {error}; see `cont` in its monitor")
 
 
-def _offered(order: Mapping[str, Any]) -> tuple[str, bool, tuple[Block, ...], Mapping[str, Any]]:
-    """The guest's machine, whether it ran, its RAM blocks, and which files are some. Raises ProtocolError."""
+def _offered(order: Mapping[str, Any]) -> tuple[str, bool, tuple[Block, ...], Mapping[str, Any], Plugged]:
+    """The guest's machine, whether it ran, its RAM blocks, which files are some, and where what was plugged is. Raises
+    ProtocolError.
+    """
     try:
         guest = order["guest"]
         blocks = tuple(Block.of(number, row) for number, row in enumerate(guest["blocks"]))
-        return str(guest["machine"]), guest["running"] is True, blocks, dict(guest.get("files", {}))
+        running, files = guest["running"] is True, dict(guest.get("files", {}))
+        return str(guest["machine"]), running, blocks, files, plugged_of(guest)
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"PREPARE does not describe a guest ({error!r})") from error

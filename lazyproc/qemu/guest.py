@@ -28,6 +28,8 @@ UNNAMED = ("virtio-pmem", "cxl-type3", "sgx-epc")  # their memory is in no RAM b
 OUTSIDE = ("vhost-user", "vhost-vdpa")
 AS_ITSELF = "or move the guest with QEMU's own migration"
 
+Plugged = tuple[tuple[str, int], ...]  # memory devices: the object that is each, and where the guest has it
+
 
 @dataclass(frozen=True, slots=True)
 class Guest:
@@ -40,6 +42,7 @@ class Guest:
     version: str  # "7.2.22"
     running: bool
     blocks: tuple[Block, ...]
+    plugged: Plugged = ()
 
     def places(self) -> tuple[Place, ...]:
         """Where the pages of the blocks are."""
@@ -57,6 +60,7 @@ class Guest:
             "version": self.version,
             "running": self.running,
             "blocks": [each.row() for each in self.blocks],
+            "plugged": [[*each] for each in self.plugged],
             "files": files(self.pid, self.blocks),
         }
 
@@ -83,6 +87,7 @@ def from_facts(facts: Mapping[str, Any]) -> Guest:
         str(facts["version"]),
         facts["running"] is True,
         found,
+        plugged_of(facts),
     )
 
 
@@ -106,7 +111,36 @@ def glance(qmp: Qmp) -> Guest:
         version=".".join(map(str, qmp.version)),
         running=status["running"] is True,
         blocks=(),
+        plugged=plugged(qmp),
     )
+
+
+def plugged(qmp: Qmp) -> Plugged:
+    """By default each is behind what was plugged before, and no section of the devices' state says where it is."""
+    found = (each["data"] for each in qmp.execute("query-memory-devices"))
+    return tuple(
+        (str(each["memdev"]), int(each.get("addr", each.get("memaddr"))))
+        for each in found
+        if "memdev" in each
+    )
+
+
+def plugged_of(facts: Mapping[str, Any]) -> Plugged:
+    """Those of an offer; of an older lazyproc none. Raises TypeError, ValueError."""
+    return tuple((str(name), int(addr)) for name, addr in facts.get("plugged", ()))
+
+
+def misplaced(ours: Plugged, theirs: Plugged) -> Iterator[Obstacle]:
+    """What the guest would have elsewhere than it had."""
+    places = dict(ours)
+    for name, addr in theirs:
+        if places.get(name, addr) != addr:
+            yield Obstacle(
+                0,
+                f"memory {name}",
+                f"is at {places[name]:#x} there, and the guest has it at {addr:#x}",
+                "name its place on the command line there (-device pc-dimm,addr=...)",
+            )
 
 
 def machine_of(qmp: Qmp) -> str:

@@ -25,7 +25,7 @@ from lazyproc.kernel.visit import call_in, visiting
 from lazyproc.qemu.command import demand_own_paths
 from lazyproc.qemu.disks import out_of_reach
 from lazyproc.qemu.files import files, in_common
-from lazyproc.qemu.guest import machine_of
+from lazyproc.qemu.guest import Plugged, machine_of, misplaced, plugged
 from lazyproc.qemu.qmp import Qmp
 from lazyproc.qemu.ram import Block, blocks, differences, rows
 from lazyproc.restore.anchoring import plant
@@ -61,7 +61,11 @@ class Shell:
         return self.process.pid
 
     def compare(
-        self, machine: str, theirs: Sequence[Block], their_files: Mapping[str, Sequence[object]]
+        self,
+        machine: str,
+        theirs: Sequence[Block],
+        their_files: Mapping[str, Sequence[object]],
+        their_plugged: Plugged,
     ) -> tuple[Obstacle, ...]:
         """What of the guest does not fit in here; when all does, its blocks are known. Raises HostLacks."""
         here = blocks(self.pid, rows(self.qmp.hmp("info ramblock")))
@@ -72,7 +76,8 @@ class Shell:
         places = {each.name: each.addr for each in here}
         same = in_common(files(self.pid, here), their_files)
         others = (*same, *_locked(self.pid), *out_of_reach(self.qmp, self.pid))
-        if found := (*differences(here, theirs), *others):
+        elsewhere = misplaced(plugged(self.qmp), their_plugged)
+        if found := (*differences(here, theirs), *elsewhere, *others):
             return found
         self.blocks = [Block.of(each.number, each.row(), places[each.name]) for each in theirs]
         return ()

@@ -446,6 +446,29 @@ def test_wrong_receivers_refuse(pair: Pair) -> None:
         goes_on(guest.serial)
 
 
+@pytest.mark.long
+def test_memory_is_not_put_in_another_place(pair: Pair) -> None:
+    """Two DIMMs of one size, plugged the other way round: each would have the content of the other."""
+    first, second = (
+        ("-object", f"memory-backend-ram,id={name},size=128M", "-device", f"pc-dimm,memdev={name}")
+        for name in ("first", "second")
+    )
+    shape = replace(SMALL, memory=128, slots=True, options=(*first, *second))
+    other = replace(shape, options=(*second, *first))
+    with beating(shape, pair.shared, host=pair.source) as guest:
+        command = other.command(guest.serial.path, pair.destination.scratch / "qmp")
+        with (
+            receiving(pair.destination, "--", *command) as receiver,
+            moving(pair, guest, receiver) as journey,
+        ):
+            obstacles = journey.finish(expected=3)["obstacles"]
+            assert [each["where"] for each in obstacles] == [
+                "memory /objects/first",
+                "memory /objects/second",
+            ]
+        goes_on(guest.serial)
+
+
 def test_a_source_hears_why_the_new_qemu_does_not_start(pair: Pair) -> None:
     """Which it does not before the source has asked; the guest goes on."""
     with beating(SMALL, pair.shared, host=pair.source) as guest:
