@@ -1,5 +1,6 @@
 /* Requests to a peer that reads a few bytes at a time and answers some of them: each arrives once, whole and in order,
- * however often a send is cut short and the ring of requests grows while its first ones are answered already. */
+ * however often a send is cut short and the ring of requests grows while its first ones are answered already. So do
+ * those over the next connection. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
@@ -85,37 +86,83 @@ static void wait_for(int fd, const char *what)
     demand(poll(&there, 1, 5000) == 1, what);
 }
 
-int main(void)
+static void connect_anew(struct link *link)
 {
-    struct link link;
     int ends[2], little = 1;
 
-    demand(link_init(&link) == 0 && socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0, "no link");
+    demand(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0, "no connection");
     demand(setsockopt(ends[0], SOL_SOCKET, SO_SNDBUF, &little, sizeof(little)) == 0, "no small buffer");
     peer = ends[1];
-    link_connect(&link, ends[0]);
+    have = 0;
+    link_connect(link, ends[0]);
+}
+
+static void ask(struct link *link, uint32_t number)
+{
+    demand(link_ask(link, number, OBJECT, number * PAGE_BYTES, 1, false, 0) == 0, "no room for a request");
+}
+
+static void ask_for_all(struct link *link)
+{
     for (uint32_t i = 0; i < REQUESTS; i++) {
-        demand(link_ask(&link, i, OBJECT, i * PAGE_BYTES, 1, false, 0) == 0, "no room for a request");
-        demand(link_flush(&link) == 0, "requests were not sent");
+        ask(link, i);
+        demand(link_flush(link) == 0, "requests were not sent");
         hear(19);
         if (i % 3 == 0 && answered < arrived) {
             answer();
-            take(&link);
+            take(link);
         }
     }
     while (arrived < REQUESTS) {
-        demand(link_flush(&link) == 0, "requests were not sent");
+        demand(link_flush(link) == 0, "requests were not sent");
         wait_for(peer, "requests were lost");
         hear(sizeof(frame));
     }
     while (answered < REQUESTS) {
         answer();
-        take(&link);
+        take(link);
     }
-    while (link_outstanding(&link)) {
-        wait_for(link.fd, "answers were lost");
-        take(&link);
-    }
+    demand(link_outstanding(link) == 0, "a request is open still");
+}
+
+/* Of two requests the second was under way when the connection was lost: over the next one the third comes whole. */
+static void lose_half_a_request(struct link *link)
+{
+    uint32_t third = arrived + 2;
+
+    ask(link, arrived);
+    ask(link, arrived + 1);
+    demand(link_flush(link) == 0 && link->partial, "no request is under way");
+    close(peer);
+    connect_anew(link);
+    arrived = answered = third;
+    ask(link, third);
+    demand(link_flush(link) == 0, "the request was not sent");
+    hear(sizeof(frame));
+    demand(arrived == third + 1, "the request has not come whole");
+}
+
+/* Somebody guesses what will be asked next. */
+static void refuse_what_was_not_asked_yet(struct link *link)
+{
+    struct answer got;
+
+    answer();
+    take(link);
+    ask(link, arrived);
+    answer();
+    demand(link_receive(link) == 0 && link_next(link, &got) == -EBADMSG, "what was not sent yet is answered");
+}
+
+int main(void)
+{
+    struct link link;
+
+    demand(link_init(&link) == 0, "no link");
+    connect_anew(&link);
+    ask_for_all(&link);
+    lose_half_a_request(&link);
+    refuse_what_was_not_asked_yet(&link);
     link_free(&link);
     return 0;
 }
