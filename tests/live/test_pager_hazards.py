@@ -313,6 +313,30 @@ def test_shared_memory_mapped_twice_and_shrunk() -> None:
         assert made.counters().dropped == 3
 
 
+def test_a_second_mapping_of_shared_memory_ends_where_other_memory_begins() -> None:
+    """mremap(2) of length 0 does not tell how long the second mapping is."""
+    pages, second, apart = 8, 2, content(4, seed=2)
+    data = content(pages)
+    with child() as process, pager() as made:
+        shared = process.call("mmap", length=pages * PAGE, shared=True)
+        room = process.call("mmap", length=(second + 4) * PAGE)
+        addr = room + second * PAGE
+        with server({SHARED.key: (0, data), TASK.key: (addr, apart)}) as source:
+            space = made.add_space(process.register((shared, pages * PAGE), (addr, 4 * PAGE)))
+            made.add_region(space, shared, pages * PAGE, SHARED, 0)
+            made.add_region(space, addr, 4 * PAGE, TASK, addr)
+            made.serve_remote(*source.connect())
+            made.apply_map({SHARED: whole(0, pages), TASK: whole(addr, 4)})
+            made.start(bulk=False)
+            flags = MREMAP_MAYMOVE | MREMAP_FIXED
+            process.call("mremap", addr=shared, old=0, new=second * PAGE, flags=flags, to=room)
+            assert process.call("digest", addr=room, length=second * PAGE) == digest(data[: second * PAGE])
+            assert process.call("digest", addr=addr, length=4 * PAGE) == digest(apart)
+            assert process.call("digest", addr=shared, length=pages * PAGE) == digest(data)
+            assert made.wait(DEADLINE)
+            assert balanced(made)
+
+
 def test_part_of_shared_memory_is_moved() -> None:
     pages = 8
     data = content(pages)
