@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import lazyproc
-from lazyproc.errors import HostLacks, UsageError
+from lazyproc.errors import HostLacks, LazyprocError, UsageError
+from lazyproc.events import Event
 from lazyproc.migrate.journal import DESTINATION, KEPT_S, SOURCE, Journal, folder, forget_old, records
 from tests.needs import require_root
 
@@ -90,3 +91,42 @@ def test_what_is_for_one_side_does_not_go_with_what_is_for_the_other(role: str, 
     Journal("0123456789abcdef", role).write("running")
     with pytest.raises(UsageError, match="--here is for the source of a session, --from and --poison"):
         lazyproc.resume("0123456789abcdef", here=True, **more)
+
+
+def test_a_shorter_record_leaves_nothing_of_a_longer_one() -> None:
+    """Files are written over, so that none has to grow where a tree stands still."""
+    journal = Journal("0123456789abcdef", DESTINATION)
+    journal.draft("running", note="long" * 1000)
+    journal.publish(journal.draft("running", note="short"))
+    (record,) = records()
+    assert record.facts["note"] == "short"
+
+
+def test_a_record_goes_with_all_that_was_drafted(tmp_path: Path) -> None:
+    journal = Journal("0123456789abcdef", DESTINATION)
+    journal.write("arriving")
+    for state in ("committed", "running"):
+        journal.make_room(state)
+        journal.draft(state)
+    assert [record.state for record in records()] == ["arriving"]
+    journal.remove()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_record_is_removed_only_while_it_has_come_no_further() -> None:
+    journal = Journal("0123456789abcdef", SOURCE)
+    journal.write("parked")
+    journal.remove_if("preparing")
+    assert [record.state for record in records()] == ["parked"]
+    journal.remove_if("parked")
+    assert list(records()) == []
+
+
+def test_a_folder_that_takes_no_record_is_told_and_the_words_are_kept(tmp_path: Path) -> None:
+    journal, heard = Journal("0123456789abcdef", SOURCE), list[Event]()
+    (tmp_path / "lazyproc").write_text("no folder")
+    with pytest.raises(LazyprocError, match="the journal cannot be written"):
+        journal.write("parked")
+    journal.note("committed", heard.append, {"peer": "here"})
+    assert (journal.facts["state"], journal.facts["peer"]) == ("committed", "here")
+    assert len(heard) == 1
