@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +17,7 @@ import lazyproc
 from lazyproc.errors import HostLacks, LazyprocError, UsageError
 from lazyproc.events import Event
 from lazyproc.migrate.journal import DESTINATION, KEPT_S, SOURCE, Journal, folder, forget_old, records
-from tests.needs import require_root
+from tests.needs import require, require_root
 
 NOBODY_KNOWN = 54321  # in no database of users
 
@@ -130,3 +133,18 @@ def test_a_folder_that_takes_no_record_is_told_and_the_words_are_kept(tmp_path: 
     journal.note("committed", heard.append, {"peer": "here"})
     assert (journal.facts["state"], journal.facts["peer"]) == ("committed", "here")
     assert len(heard) == 1
+
+
+@pytest.mark.parametrize(
+    ("durable", "order"),
+    [(True, ["fdatasync", "rename", "fsync"]), (False, ["rename"])],
+    ids=["durable", "not"],
+)
+def test_what_is_durable_is_on_the_disk_before_it_has_its_name_and_so_is_that(
+    durable: bool, order: list[str], tmp_path: Path
+) -> None:
+    code = f"from lazyproc.migrate.journal import *; Journal('5e', DESTINATION).write('s', durable={durable})"
+    calls = tmp_path / "calls"
+    watched = [str(require("strace")), "-o", str(calls), "-e", "trace=fdatasync,fsync,rename"]
+    subprocess.run([*watched, sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    assert re.findall(r"^(\w+)\(", calls.read_text(), re.MULTILINE) == order
