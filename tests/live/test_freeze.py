@@ -328,6 +328,26 @@ def test_what_a_thread_of_ours_has_seized_is_its_own(tmp_path: Path) -> None:
             _seize(task, Tracee(it.pid))
 
 
+def test_a_thread_that_may_not_be_traced_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    source = """
+    static void *stay(void *a) { say("ready\\n", 0, 0, 0); for (;;) pause(); return a; }
+    int main(int c, char **v)
+    {
+        pthread_t t;
+        (void)c;
+        words = v;
+        if (pthread_create(&t, 0, stay, 0)) _exit(1);
+        for (;;) pause();
+    }
+    """
+    with tracee(source, tmp_path) as it, ThreadPoolExecutor(1) as other:
+        (second,) = (tid for tid in proc.task_ids(it.pid) if tid != it.pid)
+        other.submit(Tracee(second).seize).result()
+        assert f"thread {second}: is traced by" in words_of(it.pid)
+        assert tracer_of(it.pid) == 0
+        wait_until(lambda: state_of(it.pid) == "S", "it goes on")
+
+
 def test_who_is_frozen_already_is_not_frozen_once_more(tmp_path: Path) -> None:
     with tracee(PLAIN, tmp_path) as it, frozen_tree(it.pid):
         with pytest.raises(PermissionDenied, match=f"is traced by pid {os.getpid()} already"):
