@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from lazyproc.errors import LazyprocError
+from lazyproc.errors import LazyprocError, TraceeError
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import arch_x86_64 as arch
 from lazyproc.kernel import proc, remote
@@ -31,12 +31,17 @@ class Discarder:
     bench: Bench
 
     def discard(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Free (address, bytes) of private memory. What the kernel refuses stays: nobody depends on its being free."""
+        """Free (address, bytes) of private memory. What the kernel refuses stays: nobody depends on its being free.
+        Raises NoSuchProcess when it is killed meanwhile, TraceeError.
+        """
         for first in range(0, len(ranges), CALLS):
             part = ranges[first : first + CALLS]
-            self.bench.run(
-                self.tracee, [Call("madvise", (*each, MADV_DONTNEED), may_fail=True) for each in part]
-            )
+            calls = [Call("madvise", (*each, MADV_DONTNEED), may_fail=True) for each in part]
+            try:
+                self.bench.run(self.tracee, calls)
+            except TraceeError:
+                self.bench.memory.demand_there()
+                raise
 
 
 def may_discard(process: ParkedProcess) -> ParkedThread | None:

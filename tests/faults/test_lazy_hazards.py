@@ -347,7 +347,7 @@ def test_swapped_out_when_it_comes_once_more() -> None:
 
 @contextmanager
 def memory_group() -> Iterator[Path]:
-    """A memory cgroup (version 1) of the test's own; nothing of it is swapped out, whatever swap the machine has."""
+    """A memory cgroup (version 1) of the test's own; unless it says so, nothing of it is swapped out."""
     root = Path("/sys/fs/cgroup/memory")
     if not (root / "memory.limit_in_bytes").exists():
         lacking(

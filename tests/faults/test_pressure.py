@@ -51,6 +51,7 @@ def test_a_tree_larger_than_its_group_may_be_is_swapped_out_while_it_comes(pair:
         ) as program,
     ):
         program.watch.wait_beats()
+        (group / "memory.swappiness").write_text("60")
         (group / "memory.limit_in_bytes").write_text(str(40 * MIB))
         options = ("--cgroup", f"/{group.name}", "--overcommit")
         with (

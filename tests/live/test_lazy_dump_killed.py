@@ -25,7 +25,7 @@ def test_images_that_were_there_before_stay(monkeypatch: pytest.MonkeyPatch, tmp
     earlier = tmp_path / "images" / "inventory.img"
     earlier.parent.mkdir()
     earlier.write_bytes(b"an earlier checkpoint")
-    monkeypatch.setattr(criu_dump, "demand_possible", _die)
+    monkeypatch.setattr(criu_dump, "examine_again", _die)
     with subprocess.Popen(["sleep", "60"]) as sleep:
         try:
             order = criu_dump.LazyDump(
