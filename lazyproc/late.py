@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
 from lazyproc.facts import dataclass, field, replace
 from lazyproc.model import Checkpoint, Registers, Task
+
+_HEAD = struct.Struct("<iii")  # si_signo, si_errno, si_code begin a siginfo
+SI_USER, SI_QUEUE, SI_TKILL = 0, -1, -6  # kill, sigqueue, tgkill (include/uapi/asm-generic/siginfo.h)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +20,15 @@ class LateSignal:
     vpid: int
     tid: int
     siginfo: bytes  # 128
+
+    @property
+    def number(self) -> int:
+        return int(_HEAD.unpack_from(self.siginfo)[0])
+
+    @property
+    def code(self) -> int:
+        """SI_*: how it was sent."""
+        return int(_HEAD.unpack_from(self.siginfo)[2])
 
 
 @dataclass(frozen=True, slots=True)

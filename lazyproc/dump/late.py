@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.settle import resumed
-from lazyproc.late import Late, LateSignal
+from lazyproc.late import SI_QUEUE, SI_TKILL, SI_USER, Late, LateSignal
 from lazyproc.model import Checkpoint, Registers, Task
 
-_HEAD = struct.Struct("<iii")  # si_signo, si_errno, si_code begin a siginfo
-# By kill, sigqueue, tgkill (include/uapi/asm-generic/siginfo.h). What timers send here the copy's own timers send.
-SI_USER, SI_QUEUE, SI_TKILL = 0, -1, -6
+BY_PROCESSES = {SI_USER, SI_QUEUE, SI_TKILL}  # what timers send here the copy's own timers send
 
 
 def late_signals(tree: FrozenTree, checkpoint: Checkpoint) -> Late:
@@ -29,14 +26,12 @@ def late_signals(tree: FrozenTree, checkpoint: Checkpoint) -> Late:
 
 
 def _of_task(frozen: FrozenTask, task: Task) -> Iterator[LateSignal]:
-    shared = frozen.threads[0].queued(shared=True)
-    yield from (LateSignal(task.vpid, 0, info) for info in _new(shared, task.pending))
+    yield from _new(task.vpid, 0, frozen.threads[0].queued(shared=True), task.pending)
     for tracee, thread in zip(frozen.threads, task.threads, strict=True):
-        own = tracee.queued(shared=False)
-        yield from (LateSignal(task.vpid, thread.tid, info) for info in _new(own, thread.pending))
+        yield from _new(task.vpid, thread.tid, tracee.queued(shared=False), thread.pending)
 
 
-def _new(queued: Sequence[bytes], known: Sequence[bytes]) -> Iterator[bytes]:
+def _new(vpid: int, tid: int, queued: Sequence[bytes], known: Sequence[bytes]) -> Iterator[LateSignal]:
     """A stop signal takes SIGCONT out of the queue and SIGCONT stop signals (prepare_signal, kernel/signal.c): what is
     known need not be its beginning.
     """
@@ -44,8 +39,8 @@ def _new(queued: Sequence[bytes], known: Sequence[bytes]) -> Iterator[bytes]:
     for info in queued:
         if left[info]:
             left[info] -= 1
-        elif _HEAD.unpack_from(info)[2] in (SI_USER, SI_QUEUE, SI_TKILL):
-            yield info
+        elif (signal := LateSignal(vpid, tid, info)).code in BY_PROCESSES:
+            yield signal
 
 
 def _ended(frozen: FrozenTask, task: Task, late: Sequence[LateSignal]) -> Iterator[tuple[int, Registers]]:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Mapping
 
 from lazyproc.errors import ProtocolError
 from lazyproc.kernel import sys as kernel
-from lazyproc.late import Late, LateSignal
+from lazyproc.late import SI_QUEUE, Late, LateSignal
 from lazyproc.restore.site import Site
-
-_HEAD = struct.Struct("<iii")  # si_signo, si_errno, si_code begin a siginfo
-SI_QUEUE = -1
 
 
 def give(late: Late, sites: Mapping[int, Site]) -> None:
@@ -30,10 +26,9 @@ def give(late: Late, sites: Mapping[int, Site]) -> None:
 
 
 def _send(signal: LateSignal, pid: int, tid: int | None) -> None:
-    number, _, code = _HEAD.unpack_from(signal.siginfo)
-    if code == SI_QUEUE:
-        kernel.queue_signal(pid, tid, number, signal.siginfo)
+    if signal.code == SI_QUEUE:
+        kernel.queue_signal(pid, tid, signal.number, signal.siginfo)
     elif tid is None:
-        os.kill(pid, number)
+        os.kill(pid, signal.number)
     else:
-        kernel.tgkill(pid, tid, number)
+        kernel.tgkill(pid, tid, signal.number)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,17 @@ def heard(program: Program, count: int) -> None:
     assert status.beats == (count,) * 3
 
 
+def heard_by_the_copy(program: Program, report: dict[str, Any], count: int) -> None:
+    """Which then ends, and well."""
+    heard(program, count)
+    os.kill(report["root_pid"], signal.SIGTERM)
+    program.watch.wait_ended()
+
+
+def save(program: Program, folder: Path, **more: Any) -> None:
+    checkpoint(program.pid, folder / "images", leave_running=False, tcp_close=False, listener=ignore, **more)
+
+
 def test_between_description_and_commit(tmp_path: Path) -> None:
     require_root()
     ready, go = tmp_path / "ready", tmp_path / "go"
@@ -62,9 +74,7 @@ def test_between_description_and_commit(tmp_path: Path) -> None:
             go.write_text("")
             report = json.loads(migrate.communicate(timeout=30)[0])
         with killed_at_the_end(report["root_pid"]):
-            heard(program, 2)
-            os.kill(report["root_pid"], signal.SIGTERM)
-            program.watch.wait_ended()
+            heard_by_the_copy(program, report, 2)
             assert receiver.wait(20) == 0
 
 
@@ -77,20 +87,11 @@ def test_while_a_checkpoint_is_written(tmp_path: Path) -> None:
             send_all(program, 1)
             return stored
 
-        checkpoint(
-            program.pid,
-            tmp_path / "images",
-            leave_running=False,
-            tcp_close=False,
-            listener=ignore,
-            store=store,
-        )
+        save(program, tmp_path, store=store)
         with started([*CLI, "restore", "-D", str(tmp_path / "images"), "--detach", "--json"]) as restore:
             report = json.loads(restore.communicate(timeout=30)[0])
         with killed_at_the_end(report["root_pid"]):
-            heard(program, 1)
-            os.kill(report["root_pid"], signal.SIGTERM)
-            program.watch.wait_ended()
+            heard_by_the_copy(program, report, 1)
 
 
 def test_it_runs_on_here_and_has_them(tmp_path: Path) -> None:
@@ -103,13 +104,6 @@ def test_it_runs_on_here_and_has_them(tmp_path: Path) -> None:
             raise UsageError("no")
 
         with pytest.raises(UsageError):
-            checkpoint(
-                program.pid,
-                tmp_path / "images",
-                leave_running=False,
-                tcp_close=False,
-                listener=ignore,
-                last=fail,
-            )
+            save(program, tmp_path, last=fail)
         heard(program, 1)
         program.stop_and_verify()
