@@ -45,7 +45,7 @@ def drops(table: str, flows: Iterable[Flow], *, owned: bool) -> Iterator[Change]
     rules: list[tuple[str, bytes]] = []
     ends: dict[tuple[int, int], list[bytes]] = defaultdict(list)  # by protocol and bytes of an address
     for flow in dict.fromkeys(map(_unmapped, flows)):
-        if flow.remote is not None and any(flow.local[0]):
+        if flow.remote is not None:
             ends[flow.protocol, len(flow.local[0])].append(nftables.ends_of(flow.local, flow.remote))
         else:
             rules += _rules(flow)
@@ -92,13 +92,11 @@ def within_host(local: End, remote: End) -> bool:
 
 
 def _rules(flow: Flow) -> Iterator[tuple[str, bytes]]:
+    """Of what anybody may send to."""
     for chain, outbound in (("inbound", False), ("outbound", True)):
         match = nftables.protocol_is(flow.protocol) + nftables.port_is(flow.local[1], source=outbound)
         if any(flow.local[0]):
             match = nftables.address_is(flow.local[0], source=outbound) + match
-        if flow.remote is not None:
-            match += nftables.address_is(flow.remote[0], source=not outbound)
-            match += nftables.port_is(flow.remote[1], source=not outbound)
         yield chain, match
 
 
