@@ -127,8 +127,8 @@ def _table(registry: Registry, task: TaskRef, looks: dict[int, Look]) -> tuple[D
     for fd in proc.descriptor_numbers(task.pid):
         with attempt(registry, task.pid, f"fd {fd}"):
             info = fdinfo(proc.read(task.pid, f"fdinfo/{fd}"))
-            if info.flags & os.O_PATH and _refuse_pathless(registry, task.pid, fd):
-                continue
+            if info.flags & os.O_PATH:
+                _refuse_pathless(leads_to(f"/proc/{task.pid}/fd/{fd}"))
             file_id, is_new = registry.intern(task.pid, fd)
             if is_new:
                 with suppress(Refused):  # which is said by `_add_sockets`, once for each file
@@ -138,15 +138,10 @@ def _table(registry: Registry, task: TaskRef, looks: dict[int, Look]) -> tuple[D
     return tuple(rows)
 
 
-def _refuse_pathless(registry: Registry, pid: int, fd: int) -> bool:
+def _refuse_pathless(link: str) -> None:
     """An O_PATH descriptor of what has no path, by way of /proc/PID/fd: nothing can make that anew."""
-    link = leads_to(f"/proc/{pid}/fd/{fd}")
-    if link.startswith("/"):
-        return False
-    registry.refuse(
-        pid, f"fd {fd}", Refused(f"is an O_PATH descriptor of {link}", "let the program close it")
-    )
-    return True
+    if not link.startswith("/"):
+        raise Refused(f"is an O_PATH descriptor of {link}", "let the program close it")
 
 
 def _inspect(

@@ -89,12 +89,13 @@ def examine_again(
     looked at again. Raises CannotBeDone with all obstacles that are left.
     """
     for attempt in range(LOOKS):
+        if attempt:
+            time.sleep(LOOK_AGAIN_S)
         examined = examine(
             pid, tcp_close=tcp_close, permits=permits, listener=ignore if attempt else listener
         )
         if not examined.obstacles:
             return examined
-        time.sleep(LOOK_AGAIN_S)
     raise CannotBeDone(examined.obstacles)
 
 

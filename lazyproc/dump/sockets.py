@@ -8,12 +8,9 @@ messages.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import socket
-import struct
-import termios
 from collections.abc import Sequence
 from functools import cached_property
 from types import TracebackType
@@ -293,7 +290,8 @@ class SocketTable:
         """
         if self._is_inside(ends) or self._is_given_up(ends) or not self._has_come_to_the_tree(ends):
             return
-        if struct.unpack("=i", fcntl.ioctl(taken.sock, termios.FIONREAD, bytes(4))) != (0,):
+        unread, _, _ = tcp.queued(taken.sock)
+        if unread:
             raise Refused(
                 "is a TCP connection that another process of the tree has just closed",
                 "try again in a moment",

@@ -149,11 +149,11 @@ def write_options(options: SocketOptions, messages: Sequence[Message], extra: ow
 @functools.lru_cache(maxsize=256)  # a server has thousands of sockets with the same options
 def _encoded(
     options: tuple[tuple[tuple[int, int], bytes], ...], kinds: tuple[type[Message], ...]
-) -> tuple[list[bytes], bytes | None]:
+) -> tuple[tuple[bytes, ...], bytes | None]:
     """The options in messages of these kinds, and all of them as OptionsExtra, None where that is not needed."""
     values, messages = dict(options), [kind() for kind in kinds]
     _encode_options(values, messages)
-    fields = [message.SerializePartialToString() for message in messages]
+    fields = tuple(message.SerializePartialToString() for message in messages)
     if _decode_options(messages) == values:
         return fields, None
     extra = own.OptionsExtra()
