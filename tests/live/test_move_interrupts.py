@@ -31,6 +31,8 @@ def test_interrupt_before_the_hand_over(pair: Pair, moment: int, frozen: bool) -
             migrating(pair.source, receiver, program.pid, by=gate.address) as journey,
         ):
             assert gate.reached.wait(20)
+            if frozen:  # which the command says a moment after the last word before the gate
+                wait_until(lambda: "frozen" in journey.log().splitlines(), "it says that it is frozen")
             assert ("frozen" in journey.log().splitlines()) is frozen
             journey.process.send_signal(signal.SIGINT)
             assert journey.finish(expected=1)["exit_code"] == 1
