@@ -22,7 +22,7 @@ class MigrateReport:
     pages_eager: int
     pages_urgent: int
     pages_bulk: int
-    pages_packed: int  # of them those that came compressed
+    pages_packed: int  # of urgent and bulk those that came compressed
     pages_dropped: int
     pages_poisoned: int  # lost: the operator there gave the source up
     bytes_wire: int

@@ -183,7 +183,7 @@ static void on_answer(struct pager *p, const struct answer *a)
 static void note_delay(struct pager *p, uint64_t now, uint64_t asked)
 {
     lock_politely(p);
-    pace_bulk(&p->pace, now, asked, atomic_load(&p->bulk.bytes_in));
+    pace_bulk(&p->pace, now, asked, atomic_load(&p->bulk.bytes_in) + atomic_load(&p->urgent.bytes_in));
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -206,8 +206,7 @@ static bool take_answers(struct pager *p)
 
     while (!atomic_load(&p->stopping) && (result = link_next(&p->bulk, &a)) > 0) {
         p->bulk_pages -= a.pages;
-        if (a.packed)
-            __atomic_fetch_add(&p->ledger.head->packed, a.pages, __ATOMIC_RELAXED);
+        note_packed(p, &a);
         packing_note(&p->packing, p->bulk_read_ns, a.request.packed, a.pages, a.bytes);
         if (a.kind == ANSWER_DATA && a.pages == a.request.count)
             asked = a.request.asked_ns;
@@ -258,21 +257,23 @@ static enum next plan_turn(struct pager *p, struct piece *local)
     int found = 1;
 
     renew_link(p);
+    packing_guess(&p->packing, pace_is_slow(&p->pace));
     local->as = CLASS_NONE;
     if (p->status == PAGER_DONE || p->status == PAGER_FAILED)
         return NEXT_END;
     if (p->has_remote && (rest = pace_rest(&p->pace, now)) && p->rate_free_ns < now + rest)
         p->rate_free_ns = now + rest;
     for (int i = 0; i < ASK_AT_ONCE && p->rate_free_ns <= now; i++) {
-        struct quota quota = pace_quota(&p->pace, now, p->patient || atomic_load(&p->urgent_outstanding));
-        uint64_t bytes = p->packing.wire_bytes, pages = min_u64(quota.pages * PAGE_SIZE / bytes, LINK_MAX_PAGES);
+        bool faults_wait = p->patient || atomic_load(&p->urgent_outstanding);
+        uint32_t bytes = p->packing.wire_bytes;
+        struct quota quota = pace_quota(&p->pace, now, faults_wait, bytes);
         struct piece piece = {.as = CLASS_NONE};
 
-        if (p->has_remote && (under_way(p) + pages) * bytes > quota.window)
+        if (p->has_remote && (under_way(p) + quota.pages) * bytes > quota.window)
             return NEXT_WAIT;
         if (p->has_remote && !p->online)
             return NEXT_WAIT;
-        found = next_piece(p, p->has_remote ? pages : PIECE_PAGES, &piece);
+        found = next_piece(p, p->has_remote ? quota.pages : PIECE_PAGES, &piece);
         if (found <= 0)
             break;
         charge(p, piece.pages * PAGE_SIZE, now);
@@ -325,10 +326,7 @@ static void wait_turn(struct pager *p, enum next next)
 /* Without the lock, and while the first answers are on their way: looking for a library takes milliseconds. */
 static void find_unpacker(struct pager *p)
 {
-    if (!p->bulk_packs || p->unpacker_sought)
-        return;
-    p->unpacker_sought = true;
-    p->packing.able = link_can_unpack(&p->bulk); /* without it pages are asked for as they are */
+    p->packing.able = p->bulk_packs && link_can_unpack(&p->bulk); /* without it pages are asked for as they are */
 }
 
 void *bulk_main(void *pager)

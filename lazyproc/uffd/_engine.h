@@ -131,6 +131,7 @@ struct pager {
     struct link urgent;         /* the fault thread's */
     uint32_t urgent_generation;
     bool urgent_full; /* the socket takes no more for now */
+    bool urgent_packs; /* its source can compress, perhaps */
     struct link bulk; /* the bulk thread's */
     uint32_t bulk_generation;
     uint64_t bulk_pages;   /* asked for on it and not taken */
@@ -153,7 +154,6 @@ struct pager {
     struct pace pace;
     struct packing packing; /* the bulk thread's, like what follows */
     bool bulk_packs;        /* its source can compress, perhaps */
-    bool unpacker_sought;
 };
 
 static inline uint64_t min_u64(uint64_t a, uint64_t b)
@@ -165,6 +165,12 @@ static inline uint64_t min_u64(uint64_t a, uint64_t b)
 static inline void keep_order(void)
 {
     atomic_signal_fence(memory_order_seq_cst);
+}
+
+static inline void note_packed(struct pager *p, const struct answer *a)
+{
+    if (a->packed)
+        __atomic_fetch_add(&p->ledger.head->packed, a->pages, __ATOMIC_RELAXED);
 }
 
 uint64_t now_ns(void);

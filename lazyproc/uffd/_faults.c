@@ -184,6 +184,11 @@ static uint64_t reach(const struct pager *p, const struct fault *f, uint32_t pri
     return pages;
 }
 
+static bool packs(struct pager *p)
+{
+    return p->urgent_packs && pace_packs(&p->pace) && link_can_unpack(&p->urgent);
+}
+
 /* Waits for its page, which is asked for unless it is on its way on this connection already. */
 static int await_page(struct pager *p, struct fault *f, enum page_state state)
 {
@@ -218,7 +223,7 @@ static int await_page(struct pager *p, struct fault *f, enum page_state state)
     pages = reach(p, f, primary, pages);
     ledger_mark(&p->ledger, primary, f->addr, pages, PAGE_ASKED_URGENT, PAGE_ASKED_URGENT);
     atomic_fetch_add(&p->urgent_outstanding, 1);
-    return link_ask(&p->urgent, primary, object, f->addr, (uint32_t)pages, false, f->queued_ns);
+    return link_ask(&p->urgent, primary, object, f->addr, (uint32_t)pages, packs(p), f->queued_ns);
 }
 
 /* What no region covers is a grown stack, or memory that mremap(2) left behind or added: zero. */
@@ -313,6 +318,7 @@ static void place_answer(struct pager *p, const struct answer *a)
 
 static void on_answer(struct pager *p, const struct answer *a)
 {
+    note_packed(p, a);
     if (a->kind == ANSWER_DATA || a->kind == ANSWER_ZERO) {
         place_answer(p, a);
     } else if (a->kind == ANSWER_ABSENT) {
@@ -323,7 +329,8 @@ static void on_answer(struct pager *p, const struct answer *a)
     if (!is_last(a))
         return;
     atomic_fetch_sub(&p->urgent_outstanding, 1);
-    pace_urgent(&p->pace, now_ns(), a->request.asked_ns, a->request.pages);
+    pace_urgent(&p->pace, now_ns(), a->request.asked_ns, a->request.pages,
+                a->kind == ANSWER_DATA && !a->request.packed);
 }
 
 static void take_answers(struct pager *p)
@@ -395,6 +402,7 @@ static void renew_link(struct pager *p)
     connect_urgent(p, p->next_urgent);
     p->next_urgent = -1;
     p->urgent_full = false;
+    p->urgent_packs = p->next_packs;
     p->urgent_generation = p->generation;
     atomic_store(&p->urgent_outstanding, 0);
     if (epoll_ctl(p->epoll, EPOLL_CTL_ADD, p->urgent.fd, &event) < 0)

@@ -70,8 +70,9 @@ void link_connect(struct link *link, int fd)
 
 bool link_can_unpack(struct link *link)
 {
-    if (link->unpacker)
-        return true;
+    if (link->sought)
+        return link->unpacker;
+    link->sought = true;
     if (!zstd_load(&link->zstd))
         return false;
     link->unpacked = malloc(LINK_MAX_PAGES * PAGE_BYTES);

@@ -38,6 +38,7 @@ struct link {
     uint32_t next_tag;     /* so many requests have been made */
     atomic_uint_least32_t answered; /* so many of them have been answered, or are forgotten */
     struct zstd zstd;
+    bool sought;
     void *unpacker;
     uint8_t *unpacked; /* the pages of one answer */
     size_t partial; /* bytes of `unsent` that are on their way already */
@@ -63,7 +64,7 @@ int link_init(struct link *link);
 void link_free(struct link *link);
 void link_connect(struct link *link, int fd); /* forgets the old connection and closes it; fd -1 only closes */
 
-bool link_can_unpack(struct link *link); /* and requests may say so */
+bool link_can_unpack(struct link *link); /* and requests may say so; the first call takes milliseconds */
 int link_ask(struct link *link, uint32_t instance, uint64_t object, uint64_t addr, uint32_t pages, bool packed,
              uint64_t now);
 /* Whether it is the last of what was asked for at once. */

@@ -4,7 +4,6 @@
 #define INTERVAL_NS 20000000ull
 #define RECENT_NS 50000000ull
 #define SLICE_NS 64000 /* what a piece may take on the wire while there are faults */
-#define PAGE 4096ull
 #define FIRST_PAGES 4u
 #define FIRST_WINDOW (64ull << 10)
 #define MOST_PAGES 62u /* just under four of TCP's largest packets: 64 leave a rest, sent by itself */
@@ -24,6 +23,11 @@
 #define REACH 4u
 #define REACH_ANSWERS 8u
 #define LONGER 3u
+#define PACKS_NS 250000u /* to compress a page and to undo it takes a tenth of that */
+/* Of the last eight that came as they are: a token bucket lets some through at once. */
+#define SLOW_MOSTLY 5
+#define SLOW_SURELY 7
+#define PLAIN_EVERY 16u
 #define TRIAL_INTERVALS 5u
 #define LEAST_HOLD_NS 500000000ull
 #define MOST_HOLD_NS 8000000000ull
@@ -127,7 +131,7 @@ static void note_rate(struct pace *pace, uint64_t now, uint64_t bytes_in)
     if (pace->since_ns != 0 && bytes_in >= pace->bytes_in) {
         if (time < (least > INTERVAL_NS ? least : INTERVAL_NS))
             return;
-        rate = (uint64_t)((double)(bytes_in - pace->bytes_in + pace->urgent_in) * 1e9 / (double)time);
+        rate = (uint64_t)((double)(bytes_in - pace->bytes_in) * 1e9 / (double)time);
         note(&pace->rate, now, rate);
         if (now >= pace->fault_ns + RECENT_NS)
             abandon_trial(&pace->climb);
@@ -136,7 +140,6 @@ static void note_rate(struct pace *pace, uint64_t now, uint64_t bytes_in)
     } /* or else it is the first answer, of a new connection */
     pace->since_ns = now;
     pace->bytes_in = bytes_in;
-    pace->urgent_in = 0;
 }
 
 void pace_bulk(struct pace *pace, uint64_t now, uint64_t asked, uint64_t bytes_in)
@@ -171,15 +174,16 @@ static void note_reach(struct reach *reach, uint64_t delay, uint32_t pages)
     reach->waited_ns = reach->answers = 0;
 }
 
-void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked, uint32_t pages)
+void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked, uint32_t pages, bool plain)
 {
     uint64_t delay = now > asked ? now - asked : 1;
 
     note_fault(pace, now);
     if (pace->wakes)
         note_reach(&pace->reach, delay, pages);
-    pace->urgent_in += pages * PAGE;
     note(&pace->urgent, now, UINT64_MAX - delay);
+    if (plain)
+        pace->slow = (uint8_t)(pace->slow << 1 | (delay >= PACKS_NS));
     if (delay <= 2 * least_ns(&pace->urgent))
         pace->share += pace->share < MAX_SHARE;
     else
@@ -196,6 +200,16 @@ void pace_wakes(struct pace *pace, uint64_t now)
     pace->wakes_ns = now;
     pace->wakes = true;
     pace->reach = (struct reach){.pages = 1};
+}
+
+bool pace_is_slow(const struct pace *pace)
+{
+    return __builtin_popcount(pace->slow) >= SLOW_SURELY;
+}
+
+bool pace_packs(struct pace *pace)
+{
+    return __builtin_popcount(pace->slow) >= SLOW_MOSTLY && pace->urgent_asked++ % PLAIN_EVERY;
 }
 
 uint32_t pace_reach(const struct pace *pace)
@@ -227,7 +241,7 @@ static uint64_t delay_ns(const struct pace *pace, double wire_ns)
     return urgent < (double)bulk ? (uint64_t)urgent : bulk;
 }
 
-struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait)
+struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait, uint32_t page_bytes)
 {
     bool recent = faults_wait || now < pace->fault_ns + RECENT_NS;
     double rate = (double)greatest(&pace->rate);
@@ -235,13 +249,13 @@ struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait)
 
     if (rate == 0)
         return (struct quota){FIRST_WINDOW, FIRST_PAGES};
-    pages = clamp((uint64_t)(rate * SLICE_NS * (double)(recent ? gain : QUIET) / 1e9) / PAGE, 1, MOST_PAGES);
-    pipe = (uint64_t)(rate * (double)delay_ns(pace, (double)pages * PAGE * 1e9 / rate) / 1e9);
+    pages = clamp((uint64_t)(rate * SLICE_NS * (double)(recent ? gain : QUIET) / 1e9) / page_bytes, 1, MOST_PAGES);
+    pipe = (uint64_t)(rate * (double)delay_ns(pace, (double)pages * page_bytes * 1e9 / rate) / 1e9);
     if (now < pace->drain_until_ns)
-        return (struct quota){pages * PAGE, (uint32_t)pages};
+        return (struct quota){pages * page_bytes, (uint32_t)pages};
     /* One more than the pipe holds: the far end finds the next one when it has sent one. */
-    window = recent ? pipe * pace->share * gain / WHOLE + pages * PAGE : pipe * QUIET;
-    return (struct quota){clamp(window, 2 * pages * PAGE, MAX_WINDOW), (uint32_t)pages};
+    window = recent ? pipe * pace->share * gain / WHOLE + pages * page_bytes : pipe * QUIET;
+    return (struct quota){clamp(window, 2 * pages * page_bytes, MAX_WINDOW), (uint32_t)pages};
 }
 
 uint64_t pace_patience(const struct pace *pace)

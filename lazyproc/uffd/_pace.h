@@ -13,6 +13,9 @@
  * he has waited for so many, or for few. Over a long way few come in a time, and it is not bulk that he waits for.
  * Meanwhile the pages that follow the one he waits for come with it, where that takes no more than three times as long:
  * what he needs lies together.
+ *
+ * A page that somebody waits for comes compressed where it takes so long that this does not matter, whatever it is that
+ * takes long. One of sixteen comes as it is, to see that it is so still.
  */
 #ifndef LAZYPROC_UFFD_PACE_H
 #define LAZYPROC_UFFD_PACE_H
@@ -47,7 +50,9 @@ struct pace {
     struct peak rate;   /* bytes a second, of faults too */
     struct peak bulk;   /* UINT64_MAX less the ns from a request to its answer: the least of them */
     struct peak urgent; /* likewise of a fault */
-    uint64_t since_ns, bytes_in, urgent_in; /* of the rate that is being taken */
+    uint8_t slow; /* of the last eight faults whose page was not compressed: a bit for each that took long */
+    uint32_t urgent_asked; /* while most of them have */
+    uint64_t since_ns, bytes_in; /* of the rate that is being taken */
     uint64_t drain_until_ns;
     uint64_t fault_ns; /* the last one */
     uint32_t share;    /* of the pipe, in 64ths */
@@ -64,20 +69,25 @@ struct quota {
 };
 
 void pace_init(struct pace *pace);
-/* An answer that arrived `now` and was asked for at `asked`; so many bytes have come in on this connection. */
+/* An answer that arrived `now` and was asked for at `asked`; so many bytes have come in, of faults too. */
 void pace_bulk(struct pace *pace, uint64_t now, uint64_t asked, uint64_t bytes_in);
-/* All of a fault's answer, which has so many pages. */
-void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked, uint32_t pages);
+/* All of a fault's answer, which has so many pages; `plain` when they came as they are. */
+void pace_urgent(struct pace *pace, uint64_t now, uint64_t asked, uint32_t pages, bool plain);
 /* A fault's page has come in bulk. */
 void pace_waited(struct pace *pace, uint64_t now);
 /* From now on, and until bulk need not rest any more, the process comes to life. */
 void pace_wakes(struct pace *pace, uint64_t now);
 /* How many pages a fault may ask for at once. */
 uint32_t pace_reach(const struct pace *pace);
+/* Whether nearly all of the latest faults took long. */
+bool pace_is_slow(const struct pace *pace);
+/* Whether to ask for them compressed, this time. */
+bool pace_packs(struct pace *pace);
 /* For how many ns bulk is to ask for nothing, and to ask here again after that; 0: it may. */
 uint64_t pace_rest(struct pace *pace, uint64_t now);
 /* How many ns to wait for what is under way in bulk before it is asked for over the other connection as well. */
 uint64_t pace_patience(const struct pace *pace);
-struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait);
+/* `page_bytes`: what a page takes on the wire. */
+struct quota pace_quota(const struct pace *pace, uint64_t now, bool faults_wait, uint32_t page_bytes);
 
 #endif

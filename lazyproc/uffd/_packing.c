@@ -13,6 +13,12 @@ void packing_init(struct packing *packing, bool able)
     *packing = (struct packing){.able = able, .wire_bytes = PAGE};
 }
 
+void packing_guess(struct packing *packing, bool slow)
+{
+    if (packing->until_ns == 0)
+        packing->packed = packing->able && slow;
+}
+
 static void hold(struct packing *p, bool packed, uint64_t until)
 {
     p->stage = PACKING_HOLDS;

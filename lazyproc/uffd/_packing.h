@@ -1,6 +1,7 @@
 /* Whether bulk is asked for compressed: only where the link is the limit, which is tried and not computed.
  *
  * Pages a second are counted without, then with compression, each for a moment, and the better way is kept for a while.
+ * Until that is tried a link is taken for the limit over which the pages that somebody waits for take long.
  * Where pages come faster than one processor compresses them nothing is tried. Pages that do not shrink come as they are
  * in any case. Times are CLOCK_MONOTONIC in ns.
  */
@@ -23,6 +24,8 @@ struct packing {
 };
 
 void packing_init(struct packing *packing, bool able);
+/* As long as nothing has come: is the link a slow one? */
+void packing_guess(struct packing *packing, bool slow);
 /* An answer to a request that was made `packed` or not: so many pages, so many bytes on the wire. */
 void packing_note(struct packing *packing, uint64_t now, bool packed, uint32_t pages, uint64_t bytes);
 

@@ -38,7 +38,7 @@ static uint64_t sent(uint64_t at, uint64_t free_at, uint64_t wake)
 
 int main(int argc, char **argv)
 {
-    uint64_t v[9] = {0}, now = 0, free_at = 0, in_flight = 0, came = 0, next_fault, half, end, seen = 0, widest = 0, from;
+    uint64_t v[9] = {0}, now = 0, free_at = 0, in_flight = 0, came = 0, urgent = 0, next_fault, half, end, seen = 0, widest = 0, from;
     unsigned head = 0, tail = 0, faults = 0;
     double rate;
     struct pace pace;
@@ -53,7 +53,7 @@ int main(int argc, char **argv)
     pace_init(&pace);
     for (int part = 0; part < 2; part++, half = end) {
         while (now < half) {
-            struct quota quota = pace_quota(&pace, now, false);
+            struct quota quota = pace_quota(&pace, now, false, PAGE);
             uint64_t window = quota.window, piece = quota.pages * (uint64_t)PAGE;
 
             if (now >= from && window > widest)
@@ -74,7 +74,8 @@ int main(int argc, char **argv)
                 start = sent(now + v[2] / 2, free_at, v[8]);
                 free_at = start + (uint64_t)(PAGE * 1e9 / rate);
                 delays[faults++ % FAULTS] = free_at + v[2] / 2 - now;
-                pace_urgent(&pace, free_at + v[2] / 2, now, 1);
+                urgent += PAGE;
+                pace_urgent(&pace, free_at + v[2] / 2, now, 1, true);
             } else {
                 struct asked *a = &ring[head++ % RING];
 
@@ -82,7 +83,7 @@ int main(int argc, char **argv)
                 in_flight -= a->bytes;
                 came += a->bytes;
                 seen += now >= from ? a->bytes : 0;
-                pace_bulk(&pace, now, a->at, came);
+                pace_bulk(&pace, now, a->at, came + urgent);
             }
         }
         qsort(delays, faults, sizeof(*delays), by_size);

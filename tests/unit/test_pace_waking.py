@@ -1,4 +1,4 @@
-"""How long bulk rests while a process comes to life, and how much a fault brings then, on a computed clock."""
+"""How long bulk rests while a process comes to life, how much a fault brings then, and how, on a computed clock."""
 
 from __future__ import annotations
 
@@ -86,3 +86,58 @@ def test_a_fault_brings_what_follows_where_that_takes_little_longer(
     )
     asked = [int(each) for each in done.stdout.split()]
     assert asked == [1] * 8 + [4] * 8 + [pages] * 48
+
+
+# From lines to what is answered.
+Answered = Callable[[list[str]], list[str]]
+
+
+@pytest.fixture(scope="module")
+def answered(program: Path) -> Answered:
+    def run(lines: list[str]) -> list[str]:
+        done = subprocess.run([program], input="\n".join(lines), check=True, capture_output=True, text=True)
+        return done.stdout.split()
+
+    return run
+
+
+def waits(word: str, at_ms: int, delay_us: int) -> str:
+    return f"{word} {at_ms * MILLISECOND} {at_ms * MILLISECOND + delay_us * MICROSECOND}"
+
+
+@pytest.mark.parametrize(
+    ("delay_us", "packs"),
+    [(20, "0"), (110, "0"), (240, "0"), (400, "1"), (1_100, "1"), (10_000, "1")],
+    ids=["no limit", "1gbit", "a slow machine", "100mbit", "1 ms", "10 ms"],
+)
+def test_a_page_comes_compressed_where_it_takes_long_anyhow(
+    answered: Answered, delay_us: int, packs: str
+) -> None:
+    asked = answered([*[waits("fault", at, delay_us) for at in range(8)], *["packs"] * 32])
+    assert asked == ["0", *[packs] * 15] * 2, "one of sixteen comes as it is"
+
+
+def test_a_late_processor_is_not_the_link(answered: Answered) -> None:
+    lines = [waits("fault", at, 2_000 if at % 2 else 100) for at in range(64)]
+    assert answered([*lines, "packs", "packs", "slow"]) == ["0", "0", "0"]
+
+
+def test_a_token_bucket_that_lets_some_through_does_not_hide_the_link(answered: Answered) -> None:
+    lines = [waits("fault", at, 400 if at % 3 else 20) for at in range(64)]
+    assert answered([*lines, "packs", "packs", "slow"]) == ["0", "1", "0"]
+
+
+def test_of_a_link_that_is_slow_bulk_is_told(answered: Answered) -> None:
+    assert answered([*[waits("fault", at, 400) for at in range(8)], "slow"]) == ["1"]
+
+
+def test_what_came_compressed_says_nothing_of_the_link(answered: Answered) -> None:
+    slow = [waits("fault", at, 400) for at in range(8)]
+    packed = [waits("packed", at, 90) for at in range(8, 16)]
+    assert answered([*slow, *packed, "packs", "packs"]) == ["0", "1"]
+
+
+def test_a_link_that_has_become_a_fast_one_is_noticed(answered: Answered) -> None:
+    slow = [waits("fault", at, 400) for at in range(8)]
+    fast = [waits("fault", at, 40) for at in range(8, 12)]
+    assert answered([*slow, "packs", "packs", *fast, "packs", "packs"]) == ["0", "1", "0", "0"]

@@ -24,9 +24,15 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Simulation:
     subprocess.run(["gcc", *flags, "-o", program, HERE / "packing_link.c", PACKING], check=True)
 
     def run(
-        rate: int, percent: int, pack: int = PROCESSOR, *, seconds: int = 60, then: int = 0
+        rate: int,
+        percent: int,
+        pack: int = PROCESSOR,
+        *,
+        seconds: float = 60,
+        then: int = 0,
+        slow: bool = False,
     ) -> tuple[tuple[float, int], tuple[float, int]]:
-        numbers = (rate, percent, pack, seconds, then)
+        numbers = (rate, percent, pack, seconds, then, int(slow))
         done = subprocess.run([program, *map(str, numbers)], check=True, capture_output=True, text=True)
         first, second = (line.split() for line in done.stdout.splitlines())
         return (float(first[0]), int(first[1])), (float(second[0]), int(second[1]))
@@ -40,6 +46,19 @@ def test_a_link_that_is_the_limit_carries_compressed_pages(simulated: Simulation
     assert first > 0.9
     assert later > 0.95
     assert wire == pytest.approx(2048, rel=0.01)
+
+
+@pytest.mark.parametrize(("slow", "packed"), [(False, 0), (True, 1)])
+def test_what_is_not_tried_yet_goes_by_the_faults(simulated: Simulation, slow: bool, packed: int) -> None:
+    (first, _), _ = simulated(100 * MBIT, HALF, seconds=0.9, slow=slow)
+    assert first == pytest.approx(packed, abs=0.1)
+
+
+def test_a_long_way_is_no_narrow_one(simulated: Simulation) -> None:
+    """Faults take long over both; after the trial only what pages come by counts."""
+    (first, _), (later, _) = simulated(10_000 * MBIT, HALF, slow=True)
+    assert first < 0.05
+    assert later == 0
 
 
 def test_a_link_that_is_not_the_limit_does_not(simulated: Simulation) -> None:
