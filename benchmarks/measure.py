@@ -84,8 +84,9 @@ def brief(value: float) -> str:
 
 
 def paired(mine: Samples, theirs: Samples) -> Samples:
-    """The ratio of each round."""
-    return Samples("x", tuple(one / other for one, other in zip(mine.values, theirs.values, strict=True)))
+    """The ratio of each round; of one in which there was nothing there is none."""
+    rounds = zip(mine.values, theirs.values, strict=True)
+    return Samples("x", tuple(one / other for one, other in rounds if other))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
-"""The interval of a median that `make bench` prints."""
+"""What `make bench` says of medians and of ratios."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.measure import confidence, median_interval
+from benchmarks.measure import Goal, Samples, confidence, median_interval
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,9 @@ def test_six_samples_are_enough(count: int) -> None:
 @pytest.mark.parametrize(("count", "sure"), [(1, 0.0), (2, 0.5), (3, 0.75), (5, 0.9375)])
 def test_fewer_say_how_sure_they_are(count: int, sure: float) -> None:
     assert confidence(count) == sure
+
+
+def test_a_round_without_anything_has_no_ratio() -> None:
+    mine, theirs = Samples("faults", (0.0, 0.0, 3.0)), Samples("faults", (4.0, 0.0, 6.0))
+    goal = Goal.of("faults", 1 / 10, mine, theirs)
+    assert (goal.ratio, goal.interval) == (0, (0, 0.5))
