@@ -444,6 +444,26 @@ class InetSocket:
     error: int = 0  # errno that the program has not been told: what ended the connection
 
 
+# NETLINK_ROUTE, SOCK_DIAG and KOBJECT_UEVENT (linux/netlink.h): for a socket of these the kernel keeps nothing but its
+# groups. Of others it keeps queues, registrations and tables by the socket's port.
+NETLINK_PROTOCOLS = (0, 4, 15)
+
+
+@dataclass(frozen=True, slots=True)
+class NetlinkSocket:
+    """A netlink(7) socket."""
+
+    inode: int
+    type: int  # SOCK_*
+    protocol: int
+    port: int  # nl_pid, 0: not bound
+    groups: tuple[int, ...]  # numbers of multicast groups, from 1 on
+    remote: tuple[
+        int, int
+    ]  # port and mask of groups that it is connected to, (0, 0): the kernel, as without connect(2)
+    options: SocketOptions
+
+
 @dataclass(frozen=True, slots=True)
 class EventFd:
     count: int
@@ -501,7 +521,17 @@ class Inotify:
 
 
 Resource = (
-    RegularFile | PipeEnd | UnixSocket | InetSocket | EventFd | Epoll | TimerFd | SignalFd | MemFd | Inotify
+    RegularFile
+    | PipeEnd
+    | UnixSocket
+    | InetSocket
+    | NetlinkSocket
+    | EventFd
+    | Epoll
+    | TimerFd
+    | SignalFd
+    | MemFd
+    | Inotify
 )
 
 

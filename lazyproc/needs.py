@@ -77,6 +77,14 @@ class AddressNeed:
 
 
 @dataclass(frozen=True, slots=True)
+class NetlinkNeed:
+    """A port of netlink(7) that nobody has."""
+
+    protocol: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class SegmentNeed:
     """The key and the number of a System V shared memory segment."""
 
@@ -131,6 +139,7 @@ Need = (
     | SocketFileNeed
     | NameNeed
     | AddressNeed
+    | NetlinkNeed
     | SegmentNeed
     | PidNeed
     | FeatureNeed

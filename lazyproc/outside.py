@@ -8,7 +8,16 @@ from __future__ import annotations
 import os
 import stat as st
 
-from lazyproc.model import Checkpoint, InetSocket, MemFd, OpenFile, PipeEnd, RegularFile, UnixSocket
+from lazyproc.model import (
+    Checkpoint,
+    InetSocket,
+    MemFd,
+    NetlinkSocket,
+    OpenFile,
+    PipeEnd,
+    RegularFile,
+    UnixSocket,
+)
 
 
 def name_of(file: OpenFile, checkpoint: Checkpoint) -> str:
@@ -18,7 +27,7 @@ def name_of(file: OpenFile, checkpoint: Checkpoint) -> str:
             return path.lstrip("/")
         case PipeEnd(number):
             return checkpoint.pipes[number].path.lstrip("/") or f"pipe:[{number}]"
-        case UnixSocket(inode) | InetSocket(inode):
+        case UnixSocket(inode) | InetSocket(inode) | NetlinkSocket(inode):
             return f"socket:[{inode}]"
         case MemFd(number):
             return f"/memfd:{checkpoint.shared[number].name}"

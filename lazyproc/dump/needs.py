@@ -19,7 +19,16 @@ from lazyproc.errors import NoSuchProcess
 from lazyproc.kernel import proc, sysvipc
 from lazyproc.kernel.netfilter import plain
 from lazyproc.kernel.sockopt import EARLY, FREEBIND, TCP_CLOSE
-from lazyproc.model import InetSocket, Inotify, OpenFile, PipeEnd, RegularFile, UnixSocket, VmaKind
+from lazyproc.model import (
+    InetSocket,
+    Inotify,
+    NetlinkSocket,
+    OpenFile,
+    PipeEnd,
+    RegularFile,
+    UnixSocket,
+    VmaKind,
+)
 from lazyproc.needs import (
     AddressNeed,
     FeatureNeed,
@@ -27,6 +36,7 @@ from lazyproc.needs import (
     GroupNeed,
     NameNeed,
     Need,
+    NetlinkNeed,
     PathNeed,
     PidNeed,
     PlaceNeed,
@@ -157,6 +167,8 @@ def _of_others(registry: Registry, file: OpenFile) -> Iterator[Need]:
                 yield FifoNeed(path)
         case Inotify(watches):
             yield from (PathNeed(watch.path) for watch in watches)
+        case NetlinkSocket(protocol=protocol, port=port) if port:
+            yield NetlinkNeed(protocol, port)
         case UnixSocket() as unix if unix.bound_here:
             if unix.path:
                 yield SocketFileNeed(unix.path)

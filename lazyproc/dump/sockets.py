@@ -26,6 +26,7 @@ from lazyproc.dump.inet import (
     refuse_unsent,
     refuse_waiting,
 )
+from lazyproc.dump.netlink import gather_netlink, refuse_protocol, refuse_unread
 from lazyproc.dump.peek import read_queue
 from lazyproc.dump.registry import Place, Refused, Registry
 from lazyproc.dump.unix import UnixNamespace, gather_unix, has_peer, holds_data, view
@@ -43,12 +44,11 @@ from lazyproc.kernel.sockopt import (
     classic_filter,
     read_options,
 )
-from lazyproc.model import InetSocket, Packet, SocketOptions, UnixSocket
+from lazyproc.model import InetSocket, NetlinkSocket, Packet, SocketOptions, UnixSocket
 
 _CLOSE = "close it before the move and open it again after it"
 # socket(2) and linux/socket.h; numbers because Python does not know them all.
 _FAMILIES = {
-    16: ("a netlink socket: it talks to this host's kernel", _CLOSE),
     17: ("a packet socket on this host's network interfaces", _CLOSE),
     21: ("an RDS socket", _CLOSE),
     29: ("a CAN bus socket", _CLOSE),
@@ -70,6 +70,7 @@ _ONLY_ROOT = Refused("is a socket that only root may look into", "run as root (C
 _NOT_PERMITTED = Refused(
     "is an established TCP connection, which was not asked for", "say that they are to be kept, or closed"
 )
+_INET = (socket.AF_INET, socket.AF_INET6)
 _UNIX_TYPES = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
 
 
@@ -107,8 +108,7 @@ class _Known:
 
     def _inet(self, protocol: int) -> tuple[sockdiag.InetInfo, ...]:
         with netns.namespace_of(self._example):
-            families = (socket.AF_INET, socket.AF_INET6)
-            return tuple(info for family in families for info in sockdiag.inet_sockets(family, protocol))
+            return tuple(info for family in _INET for info in sockdiag.inet_sockets(family, protocol))
 
 
 @dataclass(slots=True)
@@ -150,11 +150,11 @@ class SocketTable:
             refuse_kind(sock)
             self._same_namespace(sock)
             refuse_urgent(sock)
-            ends = None if sock.family == socket.AF_UNIX else ends_of(sock)
+            ends = ends_of(sock) if sock.family in _INET else None
             if ends is not None:
                 refuse_state(ends)
-            if sock.proto == socket.IPPROTO_UDP and self.registry.contents_wanted:
-                refuse_unsent(sock)
+            if self.registry.contents_wanted:
+                _refuse_under_way(sock)
             self._taken[inode] = _Taken(place, sock, ends, _filter(sock))
         except Refused as refused:
             sock.close()
@@ -217,7 +217,7 @@ class SocketTable:
                     read_queue(taken.sock, self._intern, self.registry.vpid) if _has_queue(taken.sock) else ()
                 )
 
-    def resolve(self) -> dict[int, UnixSocket | InetSocket]:
+    def resolve(self) -> dict[int, UnixSocket | InetSocket | NetlinkSocket]:
         """Every socket by file id, but for those that cannot travel, which become obstacles of the registry.
 
         Nothing of a socket's state is touched when the registry wants no contents (`explain`).
@@ -235,7 +235,7 @@ class SocketTable:
                 self._refuse(taken.place, _ONLY_ROOT)
         return resources
 
-    def _resource(self, taken: _Taken, known: _Known) -> UnixSocket | InetSocket:
+    def _resource(self, taken: _Taken, known: _Known) -> UnixSocket | InetSocket | NetlinkSocket:
         queue, ends = taken.queue or (), taken.ends
         self.registry.unread |= taken.queue is None and ends is None and holds_data(taken.sock)
         if ends is not None and ends.is_connection and not self._is_permitted(ends):
@@ -248,6 +248,8 @@ class SocketTable:
             values | ({(SOL_SOCKET, SO_ATTACH_FILTER): taken.filter} if taken.filter else {})
         )
         refuse_interface_numbers(options)
+        if taken.sock.family == socket.AF_NETLINK:
+            return gather_netlink(taken.sock, os.fstat(taken.sock.fileno()).st_ino, options)
         if ends is None:
             return gather_unix(self.registry, taken.sock, known.unix, self._inodes, options, queue)
         if ends.protocol == socket.IPPROTO_UDP:
@@ -321,16 +323,21 @@ class SocketTable:
 
 def _has_queue(sock: socket.socket) -> bool:
     """TCP's queues are part of the connection; a listening socket has connections instead."""
-    if sock.family != socket.AF_UNIX:
+    if sock.family in _INET:
         return sock.type == socket.SOCK_DGRAM
+    if sock.family == socket.AF_NETLINK:
+        return False
     return sock.type == socket.SOCK_DGRAM or has_peer(sock)
 
 
 def refuse_kind(sock: socket.socket) -> None:
-    """Raise Refused for every kind of socket that is not unix, TCP or UDP."""
+    """Raise Refused for every kind of socket that is not unix, TCP, UDP or netlink."""
     if sock.family == socket.AF_UNIX and sock.type in _UNIX_TYPES:
         return
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
+    if sock.family == socket.AF_NETLINK:
+        refuse_protocol(sock)
+        return
+    if sock.family in _INET:
         if sock.type == socket.SOCK_RAW:
             raise Refused("is a raw IP socket", _CLOSE)
         if (sock.type, sock.proto) == (socket.SOCK_DGRAM, socket.IPPROTO_UDP):
@@ -342,6 +349,13 @@ def refuse_kind(sock: socket.socket) -> None:
     else:
         why, remedy = _FAMILIES.get(sock.family, (f"a socket of address family {int(sock.family)}", _CLOSE))
     raise Refused(f"is {why}", remedy)
+
+
+def _refuse_under_way(sock: socket.socket) -> None:
+    if sock.family == socket.AF_NETLINK:
+        refuse_unread(sock)
+    elif sock.family in _INET and sock.proto == socket.IPPROTO_UDP:
+        refuse_unsent(sock)
 
 
 def _refuse_ulp(sock: socket.socket) -> None:

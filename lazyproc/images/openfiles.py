@@ -20,6 +20,7 @@ from lazyproc.model import (
     InetSocket,
     Inotify,
     MemFd,
+    NetlinkSocket,
     OpenFile,
     Owner,
     Pipe,
@@ -37,6 +38,7 @@ _TYPES = {
     RegularFile: pb.REG,
     InetSocket: pb.INETSK,
     UnixSocket: pb.UNIXSK,
+    NetlinkSocket: pb.NETLINKSK,
     EventFd: pb.EVENTFD,
     Epoll: pb.EVENTPOLL,
     TimerFd: pb.TIMERFD,
@@ -48,6 +50,7 @@ _TYPES = {
 MEMBERS = {
     pb.REG: "reg", pb.PIPE: "pipe", pb.FIFO: "fifo", pb.INETSK: "isk", pb.UNIXSK: "usk", pb.EVENTFD: "efd",
     pb.EVENTPOLL: "epfd", pb.INOTIFY: "ify", pb.SIGNALFD: "sgfd", pb.TIMERFD: "tfd", pb.MEMFD: "memfd",
+    pb.NETLINKSK: "nlsk",
 }  # fmt: skip
 
 
@@ -119,6 +122,8 @@ class FileWriter:
             case InetSocket() as socket:
                 sockets.write_inet(file, socket, entry.isk, extra, self._writer)
                 sockets.write_queue(file.id, socket.queue, self._writer, self._extras)
+            case NetlinkSocket() as socket:
+                sockets.write_netlink(socket, entry.nlsk, extra)
             case EventFd(count, semaphore):
                 entry.efd.counter = count
                 if semaphore:

@@ -173,6 +173,8 @@ class FileReader:
             return sockets.read_unix(entry.usk, extra, queue, self._outside)
         if entry.type == pb.INETSK:
             return sockets.read_inet(entry.isk, extra, queue, self._images)
+        if entry.type == pb.NETLINKSK:
+            return sockets.read_netlink(entry.nlsk, extra)
         if entry.type == pb.EVENTFD:
             return EventFd(entry.efd.counter, extra.semaphore)
         if entry.type == pb.EVENTPOLL:

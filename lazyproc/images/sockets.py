@@ -29,13 +29,23 @@ from lazyproc.images.files import (
 from lazyproc.images.pb import files_pb2 as pb
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as process
-from lazyproc.model import InetSocket, OpenFile, Packet, SocketOptions, TcpState, UnixSocket
+from lazyproc.model import (
+    NETLINK_PROTOCOLS,
+    InetSocket,
+    NetlinkSocket,
+    OpenFile,
+    Packet,
+    SocketOptions,
+    TcpState,
+    UnixSocket,
+)
 
 QUEUES = "sk-queues.img"
 _SCM_RIGHTS = 1
 EXTERNAL = 1  # unix_sk_entry.uflags: USK_EXTERN of CRIU's sk-unix.c
 _ESTABLISHED, _LISTEN = 1, 10
-_SOCK_DGRAM = 2
+_SOCK_DGRAM, _SOCK_RAW = 2, 3
+_NETLINK_CONNECTED = 1  # NETLINK_* of net/netlink/af_netlink.c; 0 when it is not
 _CLOSE, _CONNECTED = 7, (1, 4, 5, 8, 9, 11)  # TCP_* of include/net/tcp_states.h
 _BOTH = 3  # directions shut down
 _TCP, _UDP = 6, 17
@@ -481,3 +491,44 @@ def join_pending(files: Mapping[int, UnixSocket]) -> dict[int, tuple[int, ...]]:
         if socket.peer in listening and socket.state == _ESTABLISHED and socket.type != _SOCK_DGRAM:
             waiting[socket.peer] = (*waiting.get(socket.peer, ()), socket.inode)
     return waiting
+
+
+# --- netlink(7) ---------------------------------------------------------------------------------------------
+
+
+def write_netlink(socket: NetlinkSocket, entry: pb.netlink_sk_entry, extra: own.FileExtra) -> None:
+    """CRIU has the groups as words of bits, and a group that it is connected to by its number (criu/sk-netlink.c)."""
+    entry.ino, entry.protocol, entry.portid = socket.inode, socket.protocol, socket.port
+    entry.state = _NETLINK_CONNECTED if any(socket.remote) else 0
+    entry.dst_portid, entry.dst_group = socket.remote[0], socket.remote[1].bit_length()
+    for group in socket.groups:
+        word, bit = divmod(group - 1, 32)
+        entry.groups.extend([0] * (word + 1 - len(entry.groups)))
+        entry.groups[word] |= 1 << bit
+    if socket.type != _SOCK_RAW:
+        extra.netlink_type = socket.type
+    write_options(socket.options, (entry.opts,), extra)
+
+
+def read_netlink(entry: pb.netlink_sk_entry, extra: own.FileExtra) -> NetlinkSocket:
+    """Raises ImageError, also for a socket that a program could have no right to."""
+    where = f"{FILES}, file {entry.id}"
+    if entry.protocol not in NETLINK_PROTOCOLS:
+        raise ImageError(
+            f"a netlink socket of protocol {entry.protocol}", where=where, remedy="restore it with criu"
+        )
+    kind = extra.netlink_type or _SOCK_RAW
+    if kind not in (_SOCK_DGRAM, _SOCK_RAW) or entry.dst_group > 32:
+        raise garbled(where, f"a netlink socket of type {kind}, connected to group {entry.dst_group}")
+    groups = (
+        32 * word + bit + 1 for word, bits in enumerate(entry.groups) for bit in range(32) if bits >> bit & 1
+    )
+    return NetlinkSocket(
+        inode=entry.ino,
+        type=kind,
+        protocol=entry.protocol,
+        port=entry.portid,
+        groups=tuple(groups),
+        remote=(entry.dst_portid, 1 << entry.dst_group >> 1),
+        options=read_options((entry.opts,), extra),
+    )

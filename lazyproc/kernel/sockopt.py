@@ -1,6 +1,6 @@
 """Socket options: numbers that Python's socket module lacks, and the one table of options that travel.
 
-Numbers are from include/uapi/asm-generic/socket.h and linux/{in,in6,tcp,udp,sockios}.h up to 6.16. An option
+Numbers are from include/uapi/asm-generic/socket.h and linux/{in,in6,tcp,udp,netlink,sockios}.h up to 6.16. An option
 that the running kernel or the kind of socket does not know is skipped when reading.
 """
 
@@ -17,7 +17,7 @@ from lazyproc.kernel._core import ffi, lib
 from lazyproc.kernel.sys import syscall
 
 SYS_CONNECT, SYS_RECVMSG, SYS_SETSOCKOPT, SYS_GETSOCKOPT = 42, 47, 54, 55
-SOL_SOCKET, SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6 = socket.SOL_SOCKET, 0, 6, 17, 41
+SOL_SOCKET, SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6, SOL_NETLINK = socket.SOL_SOCKET, 0, 6, 17, 41, 270
 IPPROTO_MPTCP = 262
 
 SO_DEBUG, SO_REUSEADDR, SO_DONTROUTE, SO_BROADCAST, SO_SNDBUF, SO_RCVBUF, SO_KEEPALIVE = 1, 2, 5, 6, 7, 8, 9
@@ -52,6 +52,9 @@ TCP_USER_TIMEOUT, TCP_FASTOPEN, TCP_NOTSENT_LOWAT, TCP_SAVE_SYN, TCP_FASTOPEN_CO
 )
 TCP_FASTOPEN_NO_COOKIE, TCP_INQ, TCP_TX_DELAY = 34, 36, 37
 UDP_CORK, UDP_ENCAP, UDP_NO_CHECK6_TX, UDP_NO_CHECK6_RX, UDP_SEGMENT, UDP_GRO = 1, 100, 101, 102, 103, 104
+NETLINK_ADD_MEMBERSHIP, NETLINK_PKTINFO, NETLINK_BROADCAST_ERROR, NETLINK_NO_ENOBUFS = 1, 3, 4, 5
+NETLINK_LISTEN_ALL_NSID, NETLINK_LIST_MEMBERSHIPS, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 8, 9, 10, 11
+NETLINK_GET_STRICT_CHK = 12
 
 SIOCINQ, SIOCOUTQ, SIOCOUTQNSD, SIOCUNIXFILE, SIOCGSKNS = 0x541B, 0x5411, 0x894B, 0x89E0, 0x894C
 TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE = 1, 4, 5, 7
@@ -121,6 +124,10 @@ _TCP = (
 # On a connection these show what the kernel made of it, not what was set.
 _TCP_IDLE = (TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_FASTOPEN)
 _UDP = (UDP_CORK, UDP_ENCAP, UDP_NO_CHECK6_TX, UDP_NO_CHECK6_RX, UDP_SEGMENT, UDP_GRO)
+_NETLINK = (
+    *(NETLINK_PKTINFO, NETLINK_BROADCAST_ERROR, NETLINK_NO_ENOBUFS),
+    *(NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK),
+)
 _LAST = ((SOL_SOCKET, SO_PRIORITY), (SOL_SOCKET, SO_ATTACH_FILTER), (SOL_SOCKET, SO_LOCK_FILTER))
 
 LATE = (
@@ -129,6 +136,7 @@ LATE = (
     *((SOL_IPV6, name) for name in _IPV6),
     *((SOL_TCP, name) for name in (*_TCP, *_TCP_IDLE)),
     *((SOL_UDP, name) for name in _UDP),
+    *((SOL_NETLINK, name) for name in _NETLINK),
     *_LAST,
 )
 EARLY = _EARLY
@@ -185,6 +193,8 @@ def _readable(family: int, kind: int, protocol: int, connected: bool) -> tuple[_
         levels |= {SOL_IP, protocol}
     if family == socket.AF_INET6:
         levels.add(SOL_IPV6)
+    if family == socket.AF_NETLINK:
+        levels.add(SOL_NETLINK)
     skipped = {(SOL_SOCKET, SO_ATTACH_FILTER)}
     if kind == socket.SOCK_STREAM:
         skipped |= _MULTICAST

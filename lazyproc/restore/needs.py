@@ -20,6 +20,7 @@ from lazyproc.needs import (
     FileNeed,
     NameNeed,
     Need,
+    NetlinkNeed,
     PathNeed,
     PidNeed,
     PlaceNeed,
@@ -137,6 +138,12 @@ def _try_address(_here: _Here, need: AddressNeed) -> None:
     check_address(need)
 
 
+def _try_netlink(_here: _Here, need: NetlinkNeed) -> None:
+    from lazyproc.restore.netlink import check_port
+
+    check_port(need)
+
+
 def _try_segment(here: _Here, need: SegmentNeed) -> None:
     check_segment(need, here.segments)
 
@@ -154,6 +161,7 @@ _TRIES: Mapping[type[Need], Callable[[_Here, Any], None]] = {
     SocketFileNeed: _try_socket_file,
     NameNeed: _try_name,
     AddressNeed: _try_address,
+    NetlinkNeed: _try_netlink,
     SegmentNeed: _try_segment,
     PidNeed: _try_pid,
 }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel.sockopt import LATE
-from lazyproc.model import Checkpoint, InetSocket, OpenFile, UnixSocket
+from lazyproc.model import Checkpoint, InetSocket, NetlinkSocket, OpenFile, UnixSocket
 from lazyproc.restore.options import apply
 from lazyproc.restore.workshop import OpenPath, finish
 
@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from lazyproc.kernel.netfilter import Flow
     from lazyproc.restore.creation import Maker
     from lazyproc.restore.inet import InetSockets
+    from lazyproc.restore.netlink import NetlinkSockets
     from lazyproc.restore.unix import UnixSockets
 
-S = TypeVar("S", UnixSocket, InetSocket)
+S = TypeVar("S", UnixSocket, InetSocket, NetlinkSocket)
+
+_KINDS = (UnixSocket, InetSocket, NetlinkSocket)
 
 
 @dataclass(slots=True)
@@ -77,12 +80,12 @@ def make_sockets(
         checkpoint = replace(checkpoint, files={n: f for n, f in checkpoint.files.items() if n not in files})
         unix, inet = _unix_sockets(checkpoint, open_path, maker, stack), _inet_sockets(checkpoint, stack)
         made: dict[int, socket] = {}
-        for kind in (unix, inet):
+        for kind in (unix, inet, _netlink_sockets(checkpoint, stack)):
             if kind is not None:
                 kind.make()
                 made |= kind.made
         for file in _socket_files(checkpoint):
-            assert isinstance(file.resource, UnixSocket | InetSocket)
+            assert isinstance(file.resource, _KINDS)
             files[file.id] = made[file.resource.inode].fileno()
             finish(files[file.id], file)
         yield MadeSockets(unix, inet)
@@ -109,8 +112,17 @@ def _inet_sockets(checkpoint: Checkpoint, stack: ExitStack) -> InetSockets | Non
     return InetSockets(sockets, stack)
 
 
+def _netlink_sockets(checkpoint: Checkpoint, stack: ExitStack) -> NetlinkSockets | None:
+    sockets = _by_inode(checkpoint, NetlinkSocket)
+    if not sockets:
+        return None
+    from lazyproc.restore.netlink import NetlinkSockets
+
+    return NetlinkSockets(sockets, stack)
+
+
 def _socket_files(checkpoint: Checkpoint) -> list[OpenFile]:
-    return [f for f in checkpoint.files.values() if isinstance(f.resource, UnixSocket | InetSocket)]
+    return [f for f in checkpoint.files.values() if isinstance(f.resource, _KINDS)]
 
 
 def _by_inode(checkpoint: Checkpoint, kind: type[S]) -> dict[int, S]:

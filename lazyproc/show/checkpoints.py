@@ -16,6 +16,7 @@ from lazyproc.model import (
     InetSocket,
     MemFd,
     MemoryObject,
+    NetlinkSocket,
     ObjectKind,
     OpenFile,
     PipeEnd,
@@ -143,6 +144,8 @@ def file_text(file: OpenFile) -> str:
         case InetSocket(local=local, remote=remote, state=state):
             ends = " -> ".join(_end(end) for end in (local, remote) if end is not None)
             return f"inet socket {TCP_STATES.get(state, str(state))} {ends}"
+        case NetlinkSocket(protocol=protocol, port=port):
+            return f"netlink socket of protocol {protocol}, port {port}"
         case MemFd(object_id=number):
             return f"memfd {number}"
         case other:

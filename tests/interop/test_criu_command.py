@@ -113,7 +113,7 @@ def state(pid: int) -> str:
     return proc.stat(proc.read(pid, "stat")).state
 
 
-@pytest.mark.parametrize("name", ["threads", "small_state", "file_locks", "dead_peer", "sock_odd"])
+@pytest.mark.parametrize("name", ["threads", "small_state", "file_locks", "dead_peer", "sock_odd", "netlink"])
 def test_dump_and_restore(name: str, place: Place, tmp_path: Path) -> None:
     with running(name, directory=tmp_path) as program:
         program.watch.wait_beats()

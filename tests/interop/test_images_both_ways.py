@@ -41,6 +41,7 @@ CARGO = [
     ("memory_static",),
     ("small_state",),
     ("file_locks",),
+    ("netlink", "plain"),
 ]
 IDS = [words[0] for words in CARGO]
 WAYS = [False, True]

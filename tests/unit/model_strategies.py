@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from lazyproc.images.pagemap import merge
 from lazyproc.model import (
+    NETLINK_PROTOCOLS,
     PAGE,
     Checkpoint,
     Clocks,
@@ -38,6 +39,7 @@ from lazyproc.model import (
     MemoryObject,
     Mm,
     MmFlags,
+    NetlinkSocket,
     ObjectKind,
     OpenFile,
     Owner,
@@ -265,6 +267,21 @@ def inet_sockets(draw: st.DrawFn, inode: int, file_ids: st.SearchStrategy[int]) 
     )
 
 
+@st.composite
+def netlink_sockets(draw: st.DrawFn, inode: int) -> NetlinkSocket:
+    groups = draw(st.sets(st.integers(1, 300), max_size=4))
+    masks = st.just(0) | st.integers(0, 31).map(lambda bit: 1 << bit)
+    return NetlinkSocket(
+        inode=inode,
+        type=draw(st.sampled_from([2, 3])),
+        protocol=draw(st.sampled_from(NETLINK_PROTOCOLS)),
+        port=draw(u32),
+        groups=tuple(sorted(groups)),
+        remote=(draw(u32), draw(masks)),
+        options=draw(options),
+    )
+
+
 def resources(number: int, pools: Pools) -> st.SearchStrategy[Resource]:
     file_ids = st.sampled_from(pools.file_ids)
     targets = st.builds(EpollTarget, u31, file_ids, u32, u64)
@@ -272,6 +289,7 @@ def resources(number: int, pools: Pools) -> st.SearchStrategy[Resource]:
         regular_files(pools),
         unix_sockets(number, file_ids),
         inet_sockets(number, file_ids),
+        netlink_sockets(number),
         st.builds(EventFd, u64, st.booleans()),
         st.builds(Epoll, tuples_of(targets)),
         st.builds(TimerFd, st.integers(0, 9), st.integers(0, 1), u64, nanoseconds, nanoseconds),

@@ -349,6 +349,7 @@ class FileExtra(_message.Message):
     OUTSIDE_FIELD_NUMBER: _builtins.int
     ABSENT_FIELD_NUMBER: _builtins.int
     TCP_ERROR_FIELD_NUMBER: _builtins.int
+    NETLINK_TYPE_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     mtime_ns: _builtins.int
@@ -367,6 +368,8 @@ class FileExtra(_message.Message):
     """InetSocket.absent"""
     tcp_error: _builtins.int
     """InetSocket.error"""
+    netlink_type: _builtins.int
+    """NetlinkSocket.type, where it is not SOCK_RAW"""
     @_builtins.property
     def epoll_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """the watched file of each target, in order"""
@@ -398,11 +401,12 @@ class FileExtra(_message.Message):
         outside: _builtins.bool | None = ...,
         absent: _builtins.bool | None = ...,
         tcp_error: _builtins.int | None = ...,
+        netlink_type: _builtins.int | None = ...,
         options: Global___OptionsExtra | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "id", b"id", "mtime_ns", b"mtime_ns", "netlink_type", b"netlink_type", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "epoll_fds", b"epoll_fds", "epoll_files", b"epoll_files", "id", b"id", "mtime_ns", b"mtime_ns", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "epoll_fds", b"epoll_fds", "epoll_files", b"epoll_files", "id", b"id", "mtime_ns", b"mtime_ns", "netlink_type", b"netlink_type", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
