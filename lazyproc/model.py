@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lazyproc.facts import dataclass, field
 
@@ -421,6 +421,34 @@ class TcpState:
 
 
 @dataclass(frozen=True, slots=True)
+class Membership:
+    """Of a socket in a multicast group, on one interface, by name: it hears all but these sources, or only these."""
+
+    family: int
+    address: bytes  # packed
+    interface: str
+    only: bool = False
+    sources: tuple[bytes, ...] = ()
+
+
+# IP_UNICAST_IF, IPV6_UNICAST_IF and IPV6_MULTICAST_IF (linux/in.h, in6.h), with the order of bytes that they have.
+TIES: Mapping[tuple[int, int], Literal["big", "little"]] = {
+    (0, 50): "big",
+    (41, 76): "big",
+    (41, 17): "little",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """An option of a socket whose value is the number of an interface, by the interface's name."""
+
+    level: int
+    option: int
+    interface: str
+
+
+@dataclass(frozen=True, slots=True)
 class InetSocket:
     """A TCP or UDP socket, IPv4 or IPv6. `state` as in UnixSocket; addresses are packed (4 or 16 bytes)."""
 
@@ -442,6 +470,8 @@ class InetSocket:
         False  # its local address is on no interface: it was bound with IP_FREEBIND, whatever that says now
     )
     error: int = 0  # errno that the program has not been told: what ended the connection
+    memberships: tuple[Membership, ...] = ()  # UDP
+    ties: tuple[Tie, ...] = ()
 
 
 # NETLINK_ROUTE, SOCK_DIAG and KOBJECT_UEVENT (linux/netlink.h): for a socket of these the kernel keeps nothing but its

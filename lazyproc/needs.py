@@ -77,6 +77,13 @@ class AddressNeed:
 
 
 @dataclass(frozen=True, slots=True)
+class InterfaceNeed:
+    """A network interface."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class NetlinkNeed:
     """A port of netlink(7) that nobody has."""
 
@@ -139,6 +146,7 @@ Need = (
     | SocketFileNeed
     | NameNeed
     | AddressNeed
+    | InterfaceNeed
     | NetlinkNeed
     | SegmentNeed
     | PidNeed

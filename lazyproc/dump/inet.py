@@ -8,12 +8,12 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lazyproc.dump.registry import Refused
 from lazyproc.dump.tcp import FIN_SENT, ending_error, read_connection, read_ended
 from lazyproc.facts import dataclass
-from lazyproc.kernel import tcp
+from lazyproc.kernel import multicast, tcp
 from lazyproc.kernel.netfilter import LOOPBACK, End, Flow, plain
 from lazyproc.kernel.netns import namespace_of
 from lazyproc.kernel.sockdiag import InetInfo
@@ -34,7 +34,7 @@ from lazyproc.kernel.sockopt import (
     TCP_LAST_ACK,
     TCP_LISTEN,
 )
-from lazyproc.model import InetSocket, Packet, SocketOptions, TcpState
+from lazyproc.model import TIES, InetSocket, Packet, SocketOptions, TcpState, Tie
 
 CONNECTED = {TCP_ESTABLISHED, TCP_CLOSE_WAIT, *FIN_SENT}
 FIN_RECEIVED = {TCP_CLOSE_WAIT, TCP_CLOSING, TCP_LAST_ACK}
@@ -90,12 +90,14 @@ def gather_inet(
     options: SocketOptions,
     queue: tuple[Packet, ...],
     udp: Mapping[int, InetInfo],
+    groups: Sequence[multicast.Group],
     touch: bool,
 ) -> InetSocket:
     """`close`: the connection becomes one that has ended, with what is unread. Without `touch` a
     connection's state is left out. `tcp_close`: see `ending_error`.
 
-    `udp` is sock_diag's view by inode, the only place that shows a UDP socket's shutdown(2).
+    `udp` is sock_diag's view by inode, the only place that shows a UDP socket's shutdown(2). `groups` are
+    those that it may be a member of.
     """
     state, local, remote = ends.state, ends.local, ends.remote
     if close:
@@ -119,7 +121,7 @@ def gather_inet(
         remote=remote,
         backlog=tcp.info(sock).backlog if state == TCP_LISTEN else 0,
         shutdown=shutdown,
-        options=options,
+        options=_without_numbers(options),
         v6only=sock.family == socket.AF_INET6
         and bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)),
         interface=interface,
@@ -127,7 +129,26 @@ def gather_inet(
         queue=queue,
         absent=remote is None and _is_absent(sock, local[0], interface),
         error=ending_error(sock, tcp_close=tcp_close) if has_ended(sock, ends) else 0,
+        memberships=tuple(multicast.joined(sock, groups)),
+        ties=tuple(_ties(sock, options)),
     )
+
+
+def _without_numbers(options: SocketOptions) -> SocketOptions:
+    return SocketOptions({key: value for key, value in options.values.items() if key not in TIES})
+
+
+def _ties(sock: socket.socket, options: SocketOptions) -> Iterator[Tie]:
+    """Interfaces have other numbers elsewhere."""
+    for (level, option), order in TIES.items():
+        if number := int.from_bytes(options.values.get((level, option), b""), order):
+            try:
+                with namespace_of(sock):
+                    yield Tie(level, option, socket.if_indextoname(number))
+            except OSError:
+                raise Refused(
+                    "is tied to a network interface that is gone", "let the program open the socket again"
+                ) from None
 
 
 def _is_absent(sock: socket.socket, host: bytes, interface: str) -> bool:

@@ -34,6 +34,7 @@ from lazyproc.needs import (
     FeatureNeed,
     FifoNeed,
     GroupNeed,
+    InterfaceNeed,
     NameNeed,
     Need,
     NetlinkNeed,
@@ -180,6 +181,8 @@ def _of_inet(
     inet: InetSocket, connections: Collection[tuple[tuple[bytes, int], tuple[bytes, int]]]
 ) -> Iterator[Need]:
     """A connection shares its port with anybody (repair mode), and so does one that has ended."""
+    for name in (*(each.interface for each in inet.memberships), *(each.interface for each in inet.ties)):
+        yield InterfaceNeed(name)
     if inet.local[1]:
         yield PrivilegeNeed("port", inet.local[1])
     tcp = inet.protocol == socket.IPPROTO_TCP

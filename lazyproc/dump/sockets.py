@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Sequence
 from functools import cached_property
 from types import TracebackType
 
@@ -34,7 +33,6 @@ from lazyproc.facts import dataclass, field
 from lazyproc.kernel import multicast, netns, sockdiag, tcp
 from lazyproc.kernel.netfilter import End, Flow, is_loopback, plain, within_host
 from lazyproc.kernel.sockopt import (
-    INTERFACE_NUMBERS,
     IPPROTO_MPTCP,
     SO_ATTACH_FILTER,
     SOL_SOCKET,
@@ -247,13 +245,10 @@ class SocketTable:
         options = SocketOptions(
             values | ({(SOL_SOCKET, SO_ATTACH_FILTER): taken.filter} if taken.filter else {})
         )
-        refuse_interface_numbers(options)
         if taken.sock.family == socket.AF_NETLINK:
             return gather_netlink(taken.sock, os.fstat(taken.sock.fileno()).st_ino, options)
         if ends is None:
             return gather_unix(self.registry, taken.sock, known.unix, self._inodes, options, queue)
-        if ends.protocol == socket.IPPROTO_UDP:
-            refuse_groups(taken.sock, known.groups)
         if ends.state == TCP_LISTEN and tcp.info(taken.sock).pending:
             refuse_waiting(ends, self._connections, known.tcp, tcp_close=self.tcp_close)
         return gather_inet(
@@ -264,6 +259,7 @@ class SocketTable:
             options=options,
             queue=queue,
             udp=known.udp if ends.protocol == socket.IPPROTO_UDP else {},
+            groups=known.groups if ends.protocol == socket.IPPROTO_UDP else (),
             touch=self.registry.contents_wanted,
         )
 
@@ -372,21 +368,6 @@ def refuse_urgent(sock: socket.socket) -> None:
     poll.register(sock, select.POLLPRI)
     if any(events & select.POLLPRI for _fd, events in poll.poll(0)):
         raise Refused("holds urgent (MSG_OOB) data", "let the program read it first")
-
-
-def refuse_interface_numbers(options: SocketOptions) -> None:
-    if any(any(options.values.get(option, b"")) for option in INTERFACE_NUMBERS):
-        raise Refused("is tied to a network interface by number", "tie it by name (SO_BINDTODEVICE)")
-
-
-def refuse_groups(sock: socket.socket, known: Sequence[multicast.Group]) -> None:
-    """Nothing of ours makes a membership again, and without it the socket would receive nothing in silence."""
-    for group in multicast.joined(sock, known):
-        address = socket.inet_ntop(group.family, group.address)
-        raise Refused(
-            f"has joined the multicast group {address} on interface {group.interface}",
-            "let the program leave it (close the socket) before the move and join it again after it",
-        )
 
 
 def _filter(sock: socket.socket) -> bytes:

@@ -31,12 +31,15 @@ from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.pb import process_pb2 as process
 from lazyproc.model import (
     NETLINK_PROTOCOLS,
+    TIES,
     InetSocket,
+    Membership,
     NetlinkSocket,
     OpenFile,
     Packet,
     SocketOptions,
     TcpState,
+    Tie,
     UnixSocket,
 )
 
@@ -368,6 +371,16 @@ def write_inet(
         extra.absent = True
     if socket.error:
         extra.tcp_error = socket.error
+    for membership in socket.memberships:
+        extra.memberships.add(
+            family=membership.family,
+            address=membership.address,
+            interface=to_bytes(membership.interface),
+            only=membership.only,
+            sources=membership.sources,
+        )
+    for tie in socket.ties:
+        extra.ties.add(level=tie.level, option=tie.option, interface=to_bytes(tie.interface))
     if socket.interface:
         entry.opts.so_bound_dev = to_bytes(socket.interface)
     if socket.tcp is not None:
@@ -436,12 +449,28 @@ def read_inet(
         queue=queue,
         absent=extra.absent,
         error=_read_error(where, extra, ended=reader is not None and entry.state == _CLOSE),
+        memberships=tuple(_read_membership(where, each) for each in extra.memberships),
+        ties=tuple(_read_tie(where, each) for each in extra.ties),
     )
     if socket.tcp is not None or entry.proto != _TCP or entry.state not in _CONNECTED or EXTRAS in images:
         return socket
     if not record(images, INVENTORY, process.inventory_entry).tcp_close:
         raise garbled(where, f"its connection is missing: {name}")
     return _given_up(socket)
+
+
+def _read_membership(where: str, extra: own.MembershipExtra) -> Membership:
+    length = 4 * _WORDS.get(extra.family, 0)
+    if not length or any(len(address) != length for address in (extra.address, *extra.sources)):
+        raise garbled(where, f"a multicast group of family {extra.family}")
+    interface = to_text(extra.interface, where)
+    return Membership(extra.family, extra.address, interface, extra.only, tuple(extra.sources))
+
+
+def _read_tie(where: str, extra: own.TieExtra) -> Tie:
+    if (extra.level, extra.option) not in TIES:
+        raise garbled(where, f"option {extra.option} of level {extra.level} is no interface")
+    return Tie(extra.level, extra.option, to_text(extra.interface, where))
 
 
 def _read_error(where: str, extra: own.FileExtra, *, ended: bool) -> int:

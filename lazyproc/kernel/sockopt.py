@@ -141,8 +141,6 @@ LATE = (
 )
 EARLY = _EARLY
 FREEBIND = ((SOL_IP, IP_FREEBIND), (SOL_IPV6, IPV6_FREEBIND))  # one bit of the socket with two names
-# They hold an interface's number, which means another interface elsewhere.
-INTERFACE_NUMBERS = ((SOL_IP, IP_UNICAST_IF), (SOL_IPV6, IPV6_UNICAST_IF), (SOL_IPV6, IPV6_MULTICAST_IF))
 
 # TCP has no multicast; an accepted socket shows the interface and the TTL that its SYN came with.
 _MULTICAST = {

@@ -29,6 +29,7 @@ from lazyproc.kernel.sockopt import (
 )
 from lazyproc.model import InetSocket, Packet, SocketOptions
 from lazyproc.needs import AddressNeed
+from lazyproc.restore.interfaces import set_late
 from lazyproc.restore.options import apply
 from lazyproc.restore.tcp import connect_repaired, end, leave_repair, send_again
 
@@ -180,7 +181,7 @@ def _make_ended(sock: socket.socket, inet: InetSocket) -> None:
         with tcp.repaired(sock):
             sock.bind(address(inet, inet.local))
     end(sock, inet.tcp.recv_queue, inet.error)
-    apply(sock, inet.options, LATE)
+    set_late(sock, inet)
 
 
 def _make_other(sock: socket.socket, inet: InetSocket) -> None:
@@ -195,7 +196,7 @@ def _make_other(sock: socket.socket, inet: InetSocket) -> None:
         sock.settimeout(None)
     if inet.tcp is not None:  # what has not come to the one that nobody has accepted: the rest is an obstacle
         send_again(sock, inet.tcp.send_queue)
-    apply(sock, inet.options, LATE)
+    set_late(sock, inet)
     if inet.shutdown:
         _shut_down(sock, inet.shutdown - 1)  # SHUT_RD, SHUT_WR, SHUT_RDWR count from 0
 

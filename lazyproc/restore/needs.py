@@ -18,6 +18,7 @@ from lazyproc.needs import (
     AddressNeed,
     FifoNeed,
     FileNeed,
+    InterfaceNeed,
     NameNeed,
     Need,
     NetlinkNeed,
@@ -138,6 +139,12 @@ def _try_address(_here: _Here, need: AddressNeed) -> None:
     check_address(need)
 
 
+def _try_interface(_here: _Here, need: InterfaceNeed) -> None:
+    from lazyproc.restore.interfaces import check_interface
+
+    check_interface(need)
+
+
 def _try_netlink(_here: _Here, need: NetlinkNeed) -> None:
     from lazyproc.restore.netlink import check_port
 
@@ -161,6 +168,7 @@ _TRIES: Mapping[type[Need], Callable[[_Here, Any], None]] = {
     SocketFileNeed: _try_socket_file,
     NameNeed: _try_name,
     AddressNeed: _try_address,
+    InterfaceNeed: _try_interface,
     NetlinkNeed: _try_netlink,
     SegmentNeed: _try_segment,
     PidNeed: _try_pid,

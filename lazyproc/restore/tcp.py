@@ -18,7 +18,6 @@ from lazyproc.errors import RestoreError
 from lazyproc.kernel import inject, tcp
 from lazyproc.kernel.netfilter import plain
 from lazyproc.kernel.sockopt import (
-    LATE,
     SEND_SHUTDOWN,
     SO_BUF_LOCK,
     SO_RCVBUFFORCE,
@@ -36,6 +35,7 @@ from lazyproc.kernel.sockopt import (
     set_raw,
 )
 from lazyproc.model import InetSocket, TcpState
+from lazyproc.restore.interfaces import set_late
 from lazyproc.restore.options import apply
 
 _FIN_SENT = {TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSING, TCP_LAST_ACK}
@@ -68,7 +68,7 @@ def connect_repaired(
         tcp.set_window(sock, _window_before_fin(state.window) if received_fin else state.window)
     if received_fin:
         _receive_fin(sock, inet, state)
-    apply(sock, inet.options, LATE)
+    set_late(sock, inet)
 
 
 def _refill(sock: socket.socket, queue: int, data: bytes) -> None:

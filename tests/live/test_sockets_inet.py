@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import socket
 import struct
 from contextlib import ExitStack
@@ -243,32 +242,6 @@ def test_datagrams_of_one_interface() -> None:
     with stopped(body) as tasks, gather_descriptors(tasks).sockets as table:
         (found,) = table.registry.obstacles
     assert found.why == "holds unread datagrams that came to a group or by one interface"
-
-
-def test_members_of_multicast_groups() -> None:
-    def body() -> None:
-        lo = socket.if_nametoindex("lo")
-        ip4 = struct.pack("=4s4sI", socket.inet_aton("239.1.2.3"), bytes(4), lo)
-        ip6 = socket.inet_pton(INET6, "ff02::fb") + struct.pack("=I", lo)
-        every = struct.pack("=4s4sI", socket.inet_aton("224.0.0.1"), bytes(4), lo)
-        for number, family in ((10, INET), (11, INET6), (12, INET6), (13, INET), (14, INET), (15, INET6)):
-            keep(put(number, socket.socket(family, DGRAM)))
-        for number, level, option, group in (
-            (10, SOL_IP, socket.IP_ADD_MEMBERSHIP, ip4),
-            (11, SOL_IP, socket.IP_ADD_MEMBERSHIP, ip4),
-            (12, socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, ip6),
-            (13, SOL_IP, socket.IP_ADD_MEMBERSHIP, every),
-        ):
-            with socket.socket(fileno=os.dup(number)) as sock:
-                sock.setsockopt(level, option, group)
-
-    leave = "let the program leave it (close the socket) before the move and join it again after it"
-    assert obstacle_words(body) == [
-        f"fd 10: has joined the multicast group 239.1.2.3 on interface lo; {leave}",
-        f"fd 11: has joined the multicast group 239.1.2.3 on interface lo; {leave}",
-        f"fd 12: has joined the multicast group ff02::fb on interface lo; {leave}",
-        f"fd 13: has joined the multicast group 224.0.0.1 on interface lo; {leave}",
-    ]
 
 
 def test_sockets_of_two_networks() -> None:

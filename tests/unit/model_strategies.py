@@ -20,6 +20,7 @@ from lazyproc.images.pagemap import merge
 from lazyproc.model import (
     NETLINK_PROTOCOLS,
     PAGE,
+    TIES,
     Checkpoint,
     Clocks,
     Credentials,
@@ -35,6 +36,7 @@ from lazyproc.model import (
     InotifyWatch,
     IntervalTimer,
     Limit,
+    Membership,
     MemFd,
     MemoryObject,
     Mm,
@@ -64,6 +66,7 @@ from lazyproc.model import (
     TaskState,
     TcpState,
     Thread,
+    Tie,
     TimerFd,
     UnixSocket,
     Vma,
@@ -240,6 +243,16 @@ def tcp_states(draw: st.DrawFn) -> TcpState:
 
 
 @st.composite
+def memberships(draw: st.DrawFn) -> Membership:
+    family, length = draw(st.sampled_from([(2, 4), (10, 16)]))
+    address = st.binary(min_size=length, max_size=length)
+    return Membership(family, draw(address), draw(names), draw(st.booleans()), draw(tuples_of(address)))
+
+
+ties = st.tuples(st.sampled_from(sorted(TIES)), names).map(lambda each: Tie(*each[0], each[1]))
+
+
+@st.composite
 def inet_sockets(draw: st.DrawFn, inode: int, file_ids: st.SearchStrategy[int]) -> InetSocket:
     family, length = draw(st.sampled_from([(2, 4), (10, 16)]))
     address = st.binary(min_size=length, max_size=length)
@@ -264,6 +277,8 @@ def inet_sockets(draw: st.DrawFn, inode: int, file_ids: st.SearchStrategy[int]) 
         queue=draw(packets(file_ids)),
         absent=draw(st.booleans()),
         error=draw(st.sampled_from([0, errno.EPIPE, errno.ECONNRESET])) if state == 7 and tcp else 0,
+        memberships=draw(tuples_of(memberships())),
+        ties=draw(tuples_of(ties)),
     )
 
 

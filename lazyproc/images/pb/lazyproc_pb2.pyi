@@ -349,6 +349,8 @@ class FileExtra(_message.Message):
     OUTSIDE_FIELD_NUMBER: _builtins.int
     ABSENT_FIELD_NUMBER: _builtins.int
     TCP_ERROR_FIELD_NUMBER: _builtins.int
+    MEMBERSHIPS_FIELD_NUMBER: _builtins.int
+    TIES_FIELD_NUMBER: _builtins.int
     NETLINK_TYPE_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
@@ -381,6 +383,14 @@ class FileExtra(_message.Message):
     @_builtins.property
     def unix(self) -> Global___UnixExtra: ...
     @_builtins.property
+    def memberships(self) -> _containers.RepeatedCompositeFieldContainer[Global___MembershipExtra]:
+        """InetSocket.memberships"""
+
+    @_builtins.property
+    def ties(self) -> _containers.RepeatedCompositeFieldContainer[Global___TieExtra]:
+        """InetSocket.ties"""
+
+    @_builtins.property
     def options(self) -> Global___OptionsExtra:
         """all of them, when sk_opts_entry cannot give them back exactly"""
 
@@ -401,16 +411,75 @@ class FileExtra(_message.Message):
         outside: _builtins.bool | None = ...,
         absent: _builtins.bool | None = ...,
         tcp_error: _builtins.int | None = ...,
+        memberships: _abc.Iterable[Global___MembershipExtra] | None = ...,
+        ties: _abc.Iterable[Global___TieExtra] | None = ...,
         netlink_type: _builtins.int | None = ...,
         options: Global___OptionsExtra | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "id", b"id", "mtime_ns", b"mtime_ns", "netlink_type", b"netlink_type", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "epoll_fds", b"epoll_fds", "epoll_files", b"epoll_files", "id", b"id", "mtime_ns", b"mtime_ns", "netlink_type", b"netlink_type", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "epoll_fds", b"epoll_fds", "epoll_files", b"epoll_files", "id", b"id", "memberships", b"memberships", "mtime_ns", b"mtime_ns", "netlink_type", b"netlink_type", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "ties", b"ties", "unix", b"unix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FileExtra: _TypeAlias = FileExtra  # noqa: Y015
+
+@_typing.final
+class MembershipExtra(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAMILY_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    INTERFACE_FIELD_NUMBER: _builtins.int
+    ONLY_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    family: _builtins.int
+    address: _builtins.bytes
+    interface: _builtins.bytes
+    only: _builtins.bool
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        family: _builtins.int | None = ...,
+        address: _builtins.bytes | None = ...,
+        interface: _builtins.bytes | None = ...,
+        only: _builtins.bool | None = ...,
+        sources: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "family", b"family", "interface", b"interface", "only", b"only"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "family", b"family", "interface", b"interface", "only", b"only", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MembershipExtra: _TypeAlias = MembershipExtra  # noqa: Y015
+
+@_typing.final
+class TieExtra(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEVEL_FIELD_NUMBER: _builtins.int
+    OPTION_FIELD_NUMBER: _builtins.int
+    INTERFACE_FIELD_NUMBER: _builtins.int
+    level: _builtins.int
+    option: _builtins.int
+    interface: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        level: _builtins.int | None = ...,
+        option: _builtins.int | None = ...,
+        interface: _builtins.bytes | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interface", b"interface", "level", b"level", "option", b"option"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interface", b"interface", "level", b"level", "option", b"option"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TieExtra: _TypeAlias = TieExtra  # noqa: Y015
 
 @_typing.final
 class UnixExtra(_message.Message):
