@@ -22,7 +22,6 @@ def all_ended(checkpoint: Checkpoint) -> Checkpoint:
     for number, file in files.items():
         inet = file.resource
         if isinstance(inet, InetSocket) and inet.tcp is not None and inet.state != TCP_CLOSE:
-            rest = replace(inet.tcp, send_queue=b"", unsent=0)
-            ended = replace(inet, state=TCP_CLOSE, remote=None, shutdown=0, tcp=rest)
+            ended = replace(inet, state=TCP_CLOSE, remote=None, shutdown=0)
             files[number] = replace(file, resource=ended)
     return replace(checkpoint, files=files)

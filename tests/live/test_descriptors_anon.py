@@ -202,6 +202,31 @@ def test_epoll_entry_under_a_number_that_is_another_file_now() -> None:
             assert _wait(fds[20]) == []
 
 
+def test_epoll_entries_under_numbers_that_nobody_has_any_more() -> None:
+    """Whoever adds them again has descriptors, too, and needs every one of those numbers in turn."""
+    numbers = range(100, 150)
+
+    def body() -> None:
+        _epoll(5)
+        for number in numbers:
+            at(number, os.eventfd(1))
+            kernel.epoll_add(5, number, select.EPOLLIN, number)
+            os.dup2(number, 100 + number)
+            os.close(number)
+
+    with gathered_from(body) as gathered:
+        checkpoint = checkpoint_of(gathered)
+        assert rows_of(checkpoint) == []
+        with made(checkpoint) as fds:
+            found = set()
+            for _ in numbers:
+                _, number = _wait(fds[5])[0]
+                os.eventfd_read(fds[100 + number])
+                found.add(number)
+            assert found == set(numbers)
+            assert _wait(fds[5]) == []
+
+
 def test_epoll_asks_for_most_files_once_and_for_sockets_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: Counter[int] = Counter()
 
