@@ -36,6 +36,7 @@ MAY_FAIL, INSTRUCTION = 1 << 32, 1 << 33
 XRSTOR = "xrstor"
 ROW = struct.Struct("<q6Qq")
 COLUMNS = ROW.size // 8
+BENCH = 1 << 18  # bytes of a bench's data area where nobody knows better
 STACK_GAP = 1 << 20  # kernel's stack_guard_gap: 256 pages
 ENDINGS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default
 
@@ -335,7 +336,7 @@ def borrowed(
     maps: Sequence[MapsEntry],
     *,
     ending: int,
-    size: int = 1 << 18,
+    size: int = BENCH,
 ) -> Iterator[Bench]:
     """Borrow a frozen process, whose threads are in these states (the leader's first): a bench in it.
 

@@ -15,8 +15,9 @@ from typing import Self
 
 from lazyproc.errors import LazyprocError, NoSuchProcess
 from lazyproc.events import Listener, Note
-from lazyproc.kernel.discard import Discarder, discarding, may_discard
+from lazyproc.kernel.discard import Discarder, discarding
 from lazyproc.kernel.park import ParkedProcess
+from lazyproc.kernel.parked import unfiltered
 from lazyproc.kernel.sys import punch_hole
 from lazyproc.migrate.holding import Holding, mapped_object
 from lazyproc.migrate.journal import RELEASING, Journal
@@ -151,7 +152,7 @@ class Releaser:
         return self._discarders[pid]
 
     def _begin(self, process: ParkedProcess) -> Discarder | None:
-        thread = may_discard(process)
+        thread = unfiltered(process)
         if thread is None:
             self._listener(
                 Note(f"pid {process.pid}: has seccomp filters, its memory is freed at the end only")
