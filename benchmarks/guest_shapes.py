@@ -42,7 +42,7 @@ def by_its_monitor(shape: Shape) -> Readings:
 
 def as_a_process(shape: Shape) -> Readings:
     with hosts() as pair:
-        shape = replace(shape, disk=empty_disk(pair.shared), locked=False)
+        shape = replace(shape, disk=empty_disk(pair.shared))
         with beating(shape, pair.shared, host=pair.source) as guest:
             guest.serial.wait(BEFORE)
             with receiving(pair, "--insecure") as address:

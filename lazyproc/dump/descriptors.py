@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from lazyproc.dump import anon, files, pipes
-from lazyproc.dump.locks import note_locks, refuse_locks
+from lazyproc.dump.locks import note_locks, refuse_awaited, refuse_locks
 from lazyproc.dump.look import Look, attempt, leads_to, look_at
 from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.refusals import refusal
@@ -118,6 +118,7 @@ def look_at_descriptors(registry: Registry, *, tcp_close: bool = False) -> None:
             with suppress(NoSuchProcess):
                 _table(registry, task, looks)
         _inspect(registry, sockets, looks, None)
+    refuse_awaited(registry)
     _refuse_odd_tables(registry)
 
 
@@ -133,7 +134,7 @@ def _table(registry: Registry, task: TaskRef, looks: dict[int, Look]) -> tuple[D
             if is_new:
                 with suppress(Refused):  # which is said by `_add_sockets`, once for each file
                     looks[file_id] = Look(task.pid, fd, leads_to(f"/proc/{task.pid}/fd/{fd}"), info)
-            note_locks(registry, task.vpid, fd, info.locks, first=is_new)
+            note_locks(registry, task, fd, info.locks, first=is_new)
             rows.append(Descriptor(fd, file_id, info.flags & os.O_CLOEXEC != 0))
     return tuple(rows)
 

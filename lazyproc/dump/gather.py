@@ -13,6 +13,7 @@ from lazyproc.dump.aio import unfetched
 from lazyproc.dump.descriptors import Gathered, gather_descriptors
 from lazyproc.dump.files import LINKS, gather_link
 from lazyproc.dump.freeze import FrozenTask, FrozenTree
+from lazyproc.dump.locks import awaited
 from lazyproc.dump.mappings import Objects, gather_mm, open_memfds, rings_of, settled
 from lazyproc.dump.memory import (
     eager_extents,
@@ -33,6 +34,8 @@ from lazyproc.facts import dataclass, replace
 from lazyproc.kernel import proc, remote, sysvipc
 from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.netfilter import Flow
+from lazyproc.kernel.proc_fdinfo import LockInfo
+from lazyproc.kernel.proc_locks import awaited_locks
 from lazyproc.model import (
     PAGE,
     Checkpoint,
@@ -77,6 +80,7 @@ class Dump:
     connections: Sequence[socket.socket]  # TCP, to be silenced once the other side has them
     given_up: Sequence[socket.socket]  # TCP that the other side does not get, to be hung up
     outside: Sequence[Flow]  # the packets of those connections that lead out of the tree
+    locked: Mapping[LockInfo, tuple[int, int]]  # its file locks, with pid and fd
 
     def demand_idle_rings(self) -> None:
         """Right before the hand-over: an AIO request may have been completed while the tree was frozen, which neither
@@ -91,6 +95,11 @@ class Dump:
                     found += unfetched(rings, memory)
         if found:
             raise CannotBeDone(tuple(found))
+
+    def demand_no_waiter(self) -> None:
+        """Who waits for one of its file locks, and is none of it, gets that when it lets go. Raises CannotBeDone."""
+        if self.locked and (found := tuple(awaited(self.locked, awaited_locks()))):
+            raise CannotBeDone(found)
 
     def remove_segments(self) -> None:
         """The tree was killed here: its SysV segments that nobody has attached any more go with it."""
@@ -199,7 +208,8 @@ def dumped(
         sockets = gathered.sockets
         steps.done("objects")
         connections, given_up = sockets.connections(), sockets.given_up()
-        yield Dump(checkpoint, segments, pids, objects.fds, connections, given_up, sockets.outside_flows())
+        outside, locked = sockets.outside_flows(), gathered.registry.locked
+        yield Dump(checkpoint, segments, pids, objects.fds, connections, given_up, outside, locked)
 
 
 def _one_task(

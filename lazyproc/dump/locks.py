@@ -1,31 +1,32 @@
-"""File locks and leases, as /proc/PID/fdinfo tells of them."""
+"""File locks and leases, as /proc/PID/fdinfo and /proc/locks tell of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from lazyproc.dump.look import Look
-from lazyproc.dump.registry import Refused, Registry
+from lazyproc.dump.registry import Refused, Registry, TaskRef
+from lazyproc.errors import Obstacle
 from lazyproc.kernel.proc_fdinfo import LockInfo
+from lazyproc.kernel.proc_locks import HeldLock, awaited_locks
 from lazyproc.model import FileLock, LockKind
 
 _KINDS = {"POSIX": LockKind.POSIX, "FLOCK": LockKind.FLOCK, "OFDLCK": LockKind.OFD, "LEASE": LockKind.LEASE}
-_ASK = "let the program release the lock before the move"
+_ASK = "let the program release it before the move"
 
 
-def note_locks(registry: Registry, vpid: int, fd: int, locks: Sequence[LockInfo], *, first: bool) -> None:
+def note_locks(registry: Registry, task: TaskRef, fd: int, locks: Sequence[LockInfo], *, first: bool) -> None:
     """Those of descriptor `fd`, the `first` of its open file description or not. A lock of the process shows with each
     descriptor of the file.
     """
-    known = registry.locks.setdefault(vpid, []) if locks else []
     for info in locks:
         lock = _lock(fd, info)
         if lock is None:
             continue
         own = lock.kind is LockKind.POSIX
-        if first if not own else (vpid, info.dev, info.inode, info.start, info.end) not in registry.locked:
-            registry.locked.add((vpid, info.dev, info.inode, info.start, info.end))
-            known.append(lock)
+        if first if not own else info not in registry.locked:
+            registry.locked[info] = task.pid, fd
+            registry.locks.setdefault(task.vpid, []).append(lock)
 
 
 def _lock(fd: int, info: LockInfo) -> FileLock | None:
@@ -42,9 +43,37 @@ def refuse_locks(registry: Registry, look: Look) -> None:
     for info in look.info.locks:
         if not registry.permits.locks:
             raise Refused(
-                f"it holds a file lock ({info.kind} {info.mode}), which cannot be kept through a move", _ASK
+                f"it holds a file lock ({info.kind} {info.mode}), and those are not permitted",
+                "permit them (--file-locks), or let the program release it",
             )
+        if (info.kind, info.mode) == ("LEASE", "WRITE") and not registry.permits.write_leases:
+            raise Refused("it holds a lease for writing, which ends when the file is opened elsewhere", _ASK)
         if _lock(look.fd, info) is None or info.breaking:
             raise Refused(f"it holds a file lock ({info.kind} {info.mode}) that cannot be kept", _ASK)
         if look.pid not in {task.pid for task in registry.tasks}:
             raise Refused("it holds a file lock and is known to a message only", _ASK)
+
+
+def refuse_awaited(registry: Registry) -> None:
+    """An obstacle for each lock of a tree that runs and a process outside of it waits for."""
+    if registry.locked and not registry.permits.awaited_locks:
+        inside = {-1, *(task.pid for task in registry.tasks)}
+        registry.obstacles.extend(awaited(registry.locked, awaited_locks(), inside))
+
+
+def awaited(
+    locked: Mapping[LockInfo, tuple[int, int]], table: Sequence[HeldLock], inside: Collection[int] = ()
+) -> Iterator[Obstacle]:
+    """Who waits for one of the `locked`, whose pid and descriptor are given; but for those `inside`, of a tree that
+    runs: a call that waits is interrupted by the freeze, and made again afterwards. -1 is whom the kernel does not
+    name. Pure.
+    """
+    for held in table:
+        others = [pid for pid in held.waiting if pid not in inside]
+        if others and held.lock in locked:
+            pid, fd = locked[held.lock]
+            who = f"pid {others[0]}" if others[0] > 0 else "somebody"
+            yield Obstacle(
+                pid, f"fd {fd}", f"{who} waits for its file lock ({held.lock.kind}), and would get it in the middle of "
+                "a move", f"end {who if others[0] > 0 else 'who waits (see lslocks)'} first",
+            )  # fmt: skip

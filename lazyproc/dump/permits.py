@@ -16,6 +16,8 @@ class Permits:
 
     connections: bool = True  # established TCP
     locks: bool = True  # file locks and leases
+    write_leases: bool = True  # leases that end as soon as somebody else opens the file
+    awaited_locks: bool = True  # those of them that a process outside of the tree waits for
     led_from_outside: bool = True  # sessions and groups whose leader is not in the tree
     net_apart: bool = True  # a network namespace of its own, whose other packets pass while it stands still
     ghost_limit: int = CONTENT_LIMIT  # bytes of a deleted file
@@ -30,5 +32,5 @@ class Permits:
 
 
 ALL = Permits()
-# Between hosts with one file system the frozen source would hold the locks that the destination is to take.
-MOVED = Permits(locks=False, contents_limit=MOVED_CONTENT_LIMIT)
+# Who waits for a lock would get it in between the source, which lets go of it, and the destination.
+MOVED = Permits(write_leases=False, awaited_locks=False, contents_limit=MOVED_CONTENT_LIMIT)

@@ -17,6 +17,7 @@ from lazyproc.errors import NoSuchProcess, Obstacle
 from lazyproc.facts import dataclass, field
 from lazyproc.kernel import proc
 from lazyproc.kernel.fds import kcmp_epoll_target
+from lazyproc.kernel.proc_fdinfo import LockInfo
 from lazyproc.kernel.sys import KCMP_FILE, kcmp, pidfd_getfd
 from lazyproc.model import FileContent, FileLock, OpenFile, Pipe, RegularFile, SharedMemory
 
@@ -98,7 +99,7 @@ class Registry:
     contents: dict[int, FileContent] = field(default_factory=dict)
     content_bytes: int = 0  # of all of them, as the file system counts
     locks: dict[int, list[FileLock]] = field(default_factory=dict)  # by vpid
-    locked: set[Hashable] = field(default_factory=set)  # process, file and range of its own locks
+    locked: dict[LockInfo, tuple[int, int]] = field(default_factory=dict)  # the same, with pid and fd
     obstacles: list[Obstacle] = field(default_factory=list)
     seen: Mapping[FileSeen, RegularFile] = field(default_factory=dict)  # before the freeze
     looked: dict[FileSeen, RegularFile] = field(default_factory=dict)  # whose content does not travel

@@ -26,8 +26,8 @@ _T = TypeVar("_T")
 Device = tuple[int, int]  # major, minor
 
 
-def parser(name: str) -> Callable[[Callable[[bytes], _T]], Callable[[bytes], _T]]:
-    """Turn what plain parsing code raises on odd input into UnexpectedProcText naming /proc/PID/`name`."""
+def parser(name: str, folder: str = "/proc/PID") -> Callable[[Callable[[bytes], _T]], Callable[[bytes], _T]]:
+    """Turn what plain parsing code raises on odd input into UnexpectedProcText naming that file of /proc."""
 
     def wrap(parse: Callable[[bytes], _T]) -> Callable[[bytes], _T]:
         @functools.wraps(parse)
@@ -37,7 +37,7 @@ def parser(name: str) -> Callable[[Callable[[bytes], _T]], Callable[[bytes], _T]
             except (ValueError, LookupError, struct.error) as error:
                 raise UnexpectedProcText(
                     f"cannot be understood ({error})",
-                    where=f"/proc/PID/{name}",
+                    where=f"{folder}/{name}",
                     remedy="this kernel writes it in an unknown form; please report it with the text",
                 ) from error
 

@@ -94,7 +94,7 @@ def fdinfo(data: bytes) -> FdInfo:
         flags=int(text[b"flags"], 8),
         mnt_id=int(text[b"mnt_id"]),
         inode=int(text[b"ino"]),
-        locks=tuple(_lock(line) for line in lines if line.startswith(b"lock:")),
+        locks=tuple(lock_info(line.split()[2:]) for line in lines if line.startswith(b"lock:")),
         eventfd=_eventfd(text) if b"eventfd-count" in text else None,
         epoll=tuple(_epoll(line) for line in lines if line.startswith(b"tfd:")),
         timerfd=_timerfd(text) if b"clockid" in text else None,
@@ -109,9 +109,9 @@ def _pair(line: bytes) -> tuple[bytes, bytes]:
     return key, value.strip()
 
 
-def _lock(line: bytes) -> LockInfo:
-    """ "lock:\t1: POSIX  ADVISORY  WRITE 6102 fe:00:2146398 5 14"."""
-    _, _number, kind, state, mode, pid, file, start, end = line.split()
+def lock_info(words: list[bytes]) -> LockInfo:
+    """ "POSIX  ADVISORY  WRITE 6102 fe:00:2146398 5 14", word by word."""
+    kind, state, mode, pid, file, start, end = words
     major, minor, inode = file.split(b":")
     return LockInfo(
         kind=kind.decode("ascii"),

@@ -33,6 +33,7 @@ from lazyproc.restore.groups import Birth
 from lazyproc.restore.late import give
 from lazyproc.restore.lazy import introduce
 from lazyproc.restore.lazytree import LazyTree, to_facts
+from lazyproc.restore.locks import TreeLocks
 from lazyproc.restore.rehearsal import no_collections, rehearse
 from lazyproc.restore.sockets import flows_to_hold
 from lazyproc.restore.tree import BuiltTree, Pidns, built_tree, expecting, wants_new_pidns
@@ -45,6 +46,7 @@ from lazyproc.wire.native import WIPES, Abort, Built, Commit, Committed, Images,
 
 PREPARE_S = 60.0
 FREEZE_S = 60.0
+NO_LOCKS = TreeLocks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +239,13 @@ class Arrival:
                 ground=ready.ground,
                 steps=steps,
                 known=draft,
+                awaits_locks=True,
             ) as tree,
             ExitStack() as afterwards,
         ):
             introduce(pager, tree, later)
             steps.done("tables")
-            late = self._commit(tree, drafting, steps)
+            late = self._commit(tree, drafting, steps, tree.locks)
             committed = StateChanged("committed", time.monotonic())
             serve()
             self._announce(flows_to_hold(checkpoint), afterwards)
@@ -358,15 +361,19 @@ class Arrival:
             raise Unfit(obstacles)
         self._journal.write(ARRIVING, durable=False, pages=order["pages"], groups=groups)
 
-    def _commit(self, tree: Outliving, drafting: Drafting, steps: Steps) -> Late:
+    def _commit(self, tree: Outliving, drafting: Drafting, steps: Steps, locks: TreeLocks = NO_LOCKS) -> Late:
         """The one durable write that decides: from here on the tree is ours. When the source does not learn of it now,
         it will when it asks again. Returns what the source says has come to its tree since it was described.
         """
-        self._link.control.send(Built())
+        in_common = locks.in_common()
+        self._link.control.send(Built({"locks": in_common} if in_common else {}))
         committed, running = drafting.drafts()
         steps.done("draft")
         late = _late(expect(self._link.control, Commit, FREEZE_S))
         steps.done("wait for commit")
+        if in_common:
+            locks.take_awaited()
+            steps.done("locks")
         tree.demand_there()  # the last moment in which it may be called off
         self._settle()
         self._journal.publish(committed)

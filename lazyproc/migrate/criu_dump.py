@@ -34,7 +34,8 @@ from lazyproc.migrate.going_on import end_here, run_on
 from lazyproc.migrate.holding import Holding, from_facts
 from lazyproc.migrate.journal import SOURCE, Journal, find
 from lazyproc.migrate.lost import source_ended
-from lazyproc.migrate.source import demand_apart, parked_tree
+from lazyproc.migrate.parking import parked_tree
+from lazyproc.migrate.source import demand_apart
 from lazyproc.model import Checkpoint, Extent, MemoryObject
 from lazyproc.pages.criu_server import Given, Shelf, answer
 from lazyproc.pages.door import Door, listen
@@ -121,13 +122,14 @@ def _dump(
             with _clients(order, it, listener) as clients:
                 listener(StateChanged(LISTENING, time.monotonic()))
                 _await_first(clients, it.tree)
-                with parked_tree(it.tree, it.dump, it.hold, journal, began, Steps()) as (held, given):
+                with parked_tree(it.tree, it.dump, it.hold, journal, began, Steps()) as standing:
+                    held = standing.held
                     held.demand_there()
                     ignore_interrupts()
                     over.enter_context(deaf())
                     journal.write("parked", durable=False, **{GIVEN: True})
                     unfinished.close()  # the images are somebody's from here on
-                    given.set()
+                    standing.committing = True
                     _give_all(clients, held, journal, listener)
                     report = it.report(started, time.monotonic())
                     journal.note("parked", listener, {"report": asdict(report)})

@@ -16,6 +16,7 @@ from lazyproc.migrate.apart import crew
 from lazyproc.migrate.held import Held, held_by
 from lazyproc.migrate.journal import RELEASING, SOURCE, Journal, Record
 from lazyproc.migrate.link import Chain
+from lazyproc.migrate.locks import LockTaken, still_parked
 from lazyproc.migrate.lost import source_ended
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, report_of
@@ -39,10 +40,10 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
     if held is not None and "report" in record.facts:  # killed while it ended what is left here
         end_here(journal, held)
         return MigrateReport(**record.facts["report"])
-    if held is None or (record.state == "parked" and not held.stands()):
+    if held is None or record.called_off or (record.state == "parked" and not held.stands()):
         run_on(journal, held)
         raise LazyprocError(
-            "the process that was moving it was killed; it runs here as before",
+            f"{record.called_off or 'the process that was moving it was killed'}; it runs here as before",
             where=f"pid {record.facts['root_pid']}",
         )
     journal.note(record.state, listener)
@@ -57,8 +58,8 @@ def go_on(record: Record, chain: Chain, listener: Listener) -> MigrateReport:
         if record.state == "parked":  # not known yet who has it
             try:
                 serving.until_committed()
-            except Refused:
-                run_on(journal, held)
+            except Refused as refused:
+                run_on(journal, held, str(refused))
                 raise
         frozen_ms = (time.time() - float(record.facts["frozen_at"])) * 1e3
         running = serving.until_running()
@@ -101,10 +102,17 @@ def releaser_of(
     return Releaser(held, server, journal, listener, traced=traced)
 
 
-def run_on(journal: Journal, held: Held | None) -> None:
-    """Whatever of it is parked runs on here, and that is the end of the session."""
+def run_on(journal: Journal, held: Held | None, why: str = "") -> None:
+    """Whatever of it is parked runs on here, and that is the end of the session. Raises Parked, and `why` it should is
+    on record, when one of its file locks is somebody else's: without it nothing of it runs.
+    """
     if held is not None:
-        held.let_run()
+        try:
+            held.let_run()
+        except LockTaken as taken:
+            if why:
+                journal.call_off(why)
+            raise still_parked(taken, journal.session) from taken
         netfilter.release_session(journal.session)
     journal.remove()
 

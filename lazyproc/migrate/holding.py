@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,12 +17,22 @@ from typing import Any
 from lazyproc.dump.memory import lazy_extents, runs_of, shared_extents
 from lazyproc.dump.tcp import silence
 from lazyproc.errors import LazyprocError, NoSuchProcess
-from lazyproc.facts import dataclass
+from lazyproc.facts import dataclass, field
 from lazyproc.kernel import park, proc, sysvipc
 from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.park import ParkedProcess, ParkedThread
 from lazyproc.kernel.ready import readable
-from lazyproc.model import Extent, MemoryObject, ObjectKind, Registers, SharedKind, VmaKind
+from lazyproc.migrate.locks import Locks, take_again
+from lazyproc.model import (
+    Extent,
+    FileLock,
+    LockKind,
+    MemoryObject,
+    ObjectKind,
+    Registers,
+    SharedKind,
+    VmaKind,
+)
 from lazyproc.pages.frozen import FrozenPages, Place
 
 TYPE_CHECKING = False
@@ -39,6 +50,7 @@ class Holding:
     places: tuple[Place, ...]
     lazy: Mapping[MemoryObject, tuple[tuple[int, int], ...]]
     sysv: tuple[int, ...]  # ids of SysV segments that go with the tree
+    locks: Locks = field(default_factory=dict)  # its file locks
 
     @property
     def root_pid(self) -> int:
@@ -85,9 +97,12 @@ class Holding:
             raise NoSuchProcess("the parked process has ended", where=f"pid {pid}")
 
     def let_run(self) -> None:
-        """The tree goes on here. Raises what park.let_run does, for the first process that cannot, after the others;
-        NoSuchProcess when all have ended: one may have, when our end let it run before it was parked.
+        """The tree goes on here, with its file locks: raises LockTaken, and nothing of it runs, when one is not to be
+        had. Raises what park.let_run does, for the first process that cannot, after the others; NoSuchProcess when all
+        have ended: one may have, when our end let it run before it was parked.
         """
+        if self.locks and self._may_lack_locks():
+            take_again(self.processes, self.locks, traced=False)
         errors: list[LazyprocError] = []
         ended: list[LazyprocError] = []
         for process in self.processes:
@@ -99,6 +114,10 @@ class Holding:
                 errors.append(error)
         if errors or len(ended) == len(self.processes):
             raise (errors or ended)[0]
+
+    def _may_lack_locks(self) -> bool:
+        """They are let go of when all of it is parked, and taken again before any of it runs: who runs had them."""
+        return all(park.stands(process) for process in self.processes if park.is_there(process))
 
     def open(self) -> FrozenPages:
         """The pages where they lie. Raises NoSuchProcess, PermissionDenied."""
@@ -122,7 +141,8 @@ def holding_of(dump: Dump, processes: tuple[ParkedProcess, ...]) -> Holding:
                 end = vma.offset + vma.length
                 places.append(Place(obj, vma.offset, end, dump.pids[task.vpid], vma.start))
     sysv = tuple(s.sysv_shmid for s in tree.shared.values() if s.kind is SharedKind.SYSV)
-    return Holding(processes, tuple(places), lazy, sysv)
+    locks = {dump.pids[task.vpid]: task.locks for task in tree.tasks if task.locks}
+    return Holding(processes, tuple(places), lazy, sysv, locks)
 
 
 @contextmanager
@@ -199,6 +219,11 @@ def to_facts(holding: Holding) -> dict[str, object]:
         "places": [[p.obj.kind, p.obj.id, p.start, p.end, p.pid, p.addr] for p in holding.places],
         "lazy": [[obj.kind, obj.id, ranges] for obj, ranges in holding.lazy.items()],
         "sysv": holding.sysv,
+        "locks": [
+            [pid, lock.fd, lock.kind, lock.exclusive, lock.start, lock.length]
+            for pid, locks in holding.locks.items()
+            for lock in locks
+        ],
     }
 
 
@@ -212,7 +237,16 @@ def from_facts(facts: Mapping[str, Any]) -> Holding:
             for kind, number, ranges in facts["lazy"]
         },
         tuple(map(int, facts["sysv"])),
+        _locks(facts.get("locks", ())),  # an earlier lazyproc, which moved no locks, says nothing
     )
+
+
+def _locks(rows: Any) -> Locks:
+    found: dict[int, list[FileLock]] = defaultdict(list)
+    for pid, fd, kind, exclusive, start, length in rows:
+        lock = FileLock(int(fd), LockKind(int(kind)), exclusive is True, int(start), int(length))
+        found[int(pid)].append(lock)
+    return found
 
 
 def _process(pid: Any, started: Any, at: Any, threads: Any) -> ParkedProcess:

@@ -25,6 +25,7 @@ SOURCE, DESTINATION = "source", "destination"
 RELEASING = "releasing"  # at the source: it runs there, and parts of its memory are gone here
 ENDED = ("aborted", "drained")  # what is kept for the other side to learn
 ARRIVING = "arriving"  # at the destination: admitted, and not here yet
+CALLED_OFF = "called off"  # a fact at the source: the other side has given it up, and why
 ROOM = 1 << 14  # bytes, of which most records are shorter
 COMMITTED = "committed"  # at the destination: decided, and the tree still ends with its tracer
 DRAFTED = (COMMITTED, "running")
@@ -64,6 +65,11 @@ class Record:
     def rebooted(self) -> bool:
         """Whether everything it speaks of has ended with this host's last run."""
         return self.facts.get("boot_id") != proc.boot_id()
+
+    @property
+    def called_off(self) -> str:
+        """Why it runs nowhere else, when that is known of what is parked here."""
+        return str(self.facts.get(CALLED_OFF, ""))
 
     @property
     def unborn(self) -> bool:
@@ -154,6 +160,12 @@ class Journal:
         except LazyprocError as error:
             self.facts |= {"state": state, **facts}
             listener(Note(f"session {self.session}: {error}"))
+
+    def call_off(self, why: str) -> None:
+        """What is parked runs nowhere else, and never will."""
+        self.facts[CALLED_OFF] = why
+        with suppress(LazyprocError):
+            self.write(self.facts["state"], durable=False)
 
     def reload(self) -> None:
         """What another process of ours has written since. Without a record the state is ""."""

@@ -197,16 +197,16 @@ def _run_here(record: Record, force: bool) -> None:
             where=record.session,
             remedy="let its memory follow with lazyproc resume, or end it with lazyproc abort",
         )
-    if record.state == "parked" and not force:
+    if record.state == "parked" and not (force or record.called_off):
         raise UsageError(
             "it is not known whether it runs on the other host; if it does, it would run twice",
             where=record.session,
             remedy="make sure that it does not run there, and add --force",
         )
-    if record.state == "parked":
-        held_by(record.facts).let_run()
-        netfilter.release_session(record.session)
-    Journal(record.session, SOURCE).remove()
+    from lazyproc.migrate.going_on import run_on
+
+    held = held_by(record.facts) if record.state == "parked" else None
+    run_on(Journal(record.session, SOURCE, record.facts), held)
 
 
 @dataclass(frozen=True, slots=True)

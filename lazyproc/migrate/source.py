@@ -11,14 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Event
 
 from lazyproc.dump.before import Before, look_before, observed_sleeps
 from lazyproc.dump.explain import examine_again
 from lazyproc.dump.freeze import FrozenTree, frozen_tree
 from lazyproc.dump.gather import Dump, dumped
 from lazyproc.dump.late import late_signals
-from lazyproc.dump.park import park_tree, parking, unpark_tree
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import hang_up, silence
 from lazyproc.dump.walk import tree_of
@@ -35,14 +33,15 @@ from lazyproc.kernel.netfilter import Hold
 from lazyproc.migrate.agreeing import agreed
 from lazyproc.migrate.description import description
 from lazyproc.migrate.going_on import releaser_of
-from lazyproc.migrate.holding import Holding, holding_of, to_facts
+from lazyproc.migrate.holding import Holding
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Chain
 from lazyproc.migrate.moving import BUILD_S, moved, way_to
 from lazyproc.migrate.order import Order
+from lazyproc.migrate.parking import Standing, parked_tree
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, await_running, report_of
-from lazyproc.migrate.talk import Refused, expect
+from lazyproc.migrate.talk import expect
 from lazyproc.pages.channel import Channel
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.server import PageServer
@@ -151,14 +150,17 @@ def hand_over(
         serving = Serving(chain, server, lazy, pid, listener, trace)
         serving.answer(chain.current)
         steps.done("serve")
-        with parked_tree(tree, dump, hold, journal, began, steps) as (held, commit_sent):
+        with parked_tree(tree, dump, hold, journal, began, steps) as standing:
+            held = standing.held
             steps.done("park")
             listener(StateChanged("frozen", frozen_at))  # only now: who hears it takes a processor
-            _await_built(control, dump, held, steps)
+            built = _await_built(control, dump, held, steps)
             settle()
             last.enter_context(deaf())  # until all is put away
+            if built.fields.get("locks"):
+                _let_go_of_locks(standing, dump, steps)
             control.send(Commit(late_signals(tree, dump.checkpoint).fields()))
-            commit_sent.set()
+            standing.committing = True
             await_running(serving, journal, steps, listener)
             hang_up(dump.given_up)
             with releaser_of(order.release, held, server, journal, listener, traced=True) as releaser:
@@ -168,13 +170,24 @@ def hand_over(
     return report
 
 
-def _await_built(control: Channel, dump: Dump, held: Holding, steps: Steps) -> None:
+def _await_built(control: Channel, dump: Dump, held: Holding, steps: Steps) -> Built:
     """The last moment in which it may be called off. Raises CannotBeDone, and what `expect` raises."""
-    expect(control, Built, BUILD_S)
+    dump.demand_no_waiter()  # which takes 10 ms, when nobody has asked for 10 ms (kernel/proc_locks.py)
+    built = expect(control, Built, BUILD_S)
     steps.done("built")
     dump.demand_idle_rings()
     held.demand_there()
     steps.done("check")
+    return built
+
+
+def _let_go_of_locks(standing: Standing, dump: Dump, steps: Steps) -> None:
+    """The other side has the same files, and is about to take them. Raises CannotBeDone when somebody here waits for
+    one, who would be the first to get it.
+    """
+    dump.demand_no_waiter()
+    standing.let_go_of_locks()
+    steps.done("locks")
 
 
 def _put_away(
@@ -205,32 +218,3 @@ def _described(
         dump_pages(dump) as pages,
     ):
         yield dump, pages
-
-
-@contextmanager
-def parked_tree(
-    tree: FrozenTree, dump: Dump, hold: Hold | None, journal: Journal, frozen_at: float, steps: Steps
-) -> Iterator[tuple[Holding, Event]]:
-    """Inside, no thread of the tree runs on, whatever becomes of us. It goes on here after an error before COMMIT was
-    sent (the Event is set), and when the other side says no; after any other error it stays, since it may run there.
-    """
-    processes = parking(tree)
-    held = holding_of(dump, processes)
-    # For whoever comes after us. Not yet for a host without power: the tree goes with it, whatever the disk has.
-    facts = {"held": to_facts(held), "root_vpid": dump.checkpoint.root.vpid, "frozen_at": frozen_at}
-    journal.write("parked", durable=False, **facts)
-    steps.done("journal")
-    sent = Event()
-    try:
-        park_tree(tree, processes)
-        if hold is not None:
-            hold.keep()
-        yield held, sent
-    except BaseException as error:
-        if sent.is_set() and not isinstance(error, Refused):
-            if hold is not None:
-                hold.forget()
-            raise
-        unpark_tree(tree, processes)
-        journal.remove()
-        raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ from itertools import count as counted
 from itertools import islice
 
 from lazyproc.kernel.remote import Bench, Call
-from lazyproc.model import Checkpoint, LockKind, RegularFile, Task
+from lazyproc.model import Checkpoint, RegularFile, Task
 from lazyproc.restore.epolls import epoll_rows
 from lazyproc.restore.install import Close, Dup3, SetFd, install_plan, messages
 from lazyproc.restore.owners import owner_rows
@@ -19,8 +18,6 @@ from lazyproc.restore.site import Site
 EPOLL_CTL_ADD = 1
 F_SETFD, F_SETOWN_EX = 2, 15
 FD_CLOEXEC = 1
-F_OFD_SETLK = 37
-FLOCK = struct.Struct("<hhxxxxqqixxxx")  # struct flock: type, whence, start, len, pid
 
 
 def install(site: Site, checkpoint: Checkpoint, files: Mapping[int, int]) -> None:
@@ -55,23 +52,6 @@ def _epoll_calls(checkpoint: Checkpoint, task: Task, bench: Bench) -> Iterator[C
 def _owner_calls(checkpoint: Checkpoint, task: Task, bench: Bench) -> Iterator[Call]:
     for row in owner_rows(checkpoint, task):
         yield Call("fcntl", (row.fd, F_SETOWN_EX, bench.place(struct.pack("<ii", row.type, row.pid))))
-
-
-def lock_calls(task: Task, bench: Bench) -> Iterator[Call]:
-    """File locks, when nothing will be closed any more: that would take the process's own (fcntl(2)) with it."""
-    for lock in task.locks:
-        if lock.kind is LockKind.FLOCK:
-            yield Call(
-                "flock", (lock.fd, (fcntl.LOCK_EX if lock.exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            )
-            continue
-        kind = fcntl.F_WRLCK if lock.exclusive else fcntl.F_RDLCK
-        if lock.kind is LockKind.LEASE:
-            yield Call("fcntl", (lock.fd, fcntl.F_SETLEASE, kind))
-            continue
-        command = F_OFD_SETLK if lock.kind is LockKind.OFD else fcntl.F_SETLK
-        where = bench.place(FLOCK.pack(kind, os.SEEK_SET, lock.start, lock.length, 0))
-        yield Call("fcntl", (lock.fd, command, where))
 
 
 def lowest_free(site: Site, count: int) -> list[int]:

@@ -13,7 +13,7 @@ from lazyproc.facts import dataclass, field
 from lazyproc.kernel import proc
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.kernel.tracee import Memory, Tracee
-from lazyproc.model import Task
+from lazyproc.model import FileLock, Task
 
 SCM_MAX_FD = 253  # include/net/scm.h
 MSG_CMSG_CLOEXEC = 0x40000000
@@ -50,6 +50,7 @@ class Site:
     regions: array.array[int] = field(
         default_factory=lambda: array.array("Q")
     )  # lazy memory, as a pager takes it
+    awaited: list[FileLock] = field(default_factory=list)  # locks that somebody else has, as yet
     _late: list[Call] = field(default_factory=list)
     _checks: list[tuple[int, int, Callable[[list[int]], None]]] = field(default_factory=list)
     _arrivals: list[_Arrival] = field(default_factory=list)

@@ -37,6 +37,7 @@ from lazyproc.restore.groundwork import Groundwork, begun, kill, killed_at_end, 
 from lazyproc.restore.groups import Birth, nursery_in_group
 from lazyproc.restore.inherited import Inherited
 from lazyproc.restore.lazytree import LazyTask, LazyTree
+from lazyproc.restore.locks import TreeLocks, take_locks
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
@@ -60,6 +61,7 @@ class BuiltTree:
     userfaultfds: Mapping[int, int]
     lazy: Sequence[pages.LazyRange]
     lazy_tree: LazyTree  # what is needed to complete it when it runs
+    locks: TreeLocks
     _sockets: MadeSockets
     _made: ExitStack  # our descriptors of everything the tasks opened
     _hold: Hold
@@ -186,6 +188,7 @@ def built_tree(
     given: Mapping[str, int] = NONE_GIVEN,
     sibling: bool = False,
     root: str | None = None,
+    awaits_locks: bool = False,
 ) -> Iterator[BuiltTree]:
     """Build the tree, stopped before its first instruction; killed on leaving unless it was released.
 
@@ -196,7 +199,7 @@ def built_tree(
     laid in it. `known` is called as soon as it is known what will be needed to complete the tree. `steps` are those of
     a larger piece of work. Of the `given` descriptors each takes the place of what has its name (lazyproc/outside.py).
     The root of a `sibling` of ours is a child of our parent, and nobody reaps it for that.
-    With `root` its root directory is that one.
+    With `root` its root directory is that one. Who `awaits_locks` that somebody else has takes them before it runs.
 
     Raises RestoreError naming the step, PidTaken in pid namespace "host", ImageError, UsageError for `cgroup`, and
     whatever the kernel refuses.
@@ -231,6 +234,8 @@ def built_tree(
                 where=f"tree of pid {checkpoint.root.vpid}",
                 remedy="take the checkpoint again when images may be garbled; -v shows what it was",
             ) from error
+        if not awaits_locks:
+            tree.locks.demand_taken()
         yield tree
 
 
@@ -346,7 +351,9 @@ def _built(
         for site in reversed([*sites.values()]):  # a parent learns of its children's stops before its own end
             _finish(site, sites.get(site.task.ppid), checkpoint)
         steps.done("registers")
-        yield BuiltTree(checkpoint, born, sites, ground.userfaultfds, ranges, lazy_tree, sockets, made, hold)
+        locks = TreeLocks(sites, checkpoint.files)
+        fds = ground.userfaultfds
+        yield BuiltTree(checkpoint, born, sites, fds, ranges, lazy_tree, locks, sockets, made, hold)
 
 
 def _give_threads(ground: Groundwork, checkpoint: Checkpoint, files: Mapping[int, int]) -> None:
@@ -411,7 +418,9 @@ def _set_paths(site: Site, checkpoint: Checkpoint, made: Mapping[int, int]) -> N
         Call("close", (cwd,)),
         Call("close", (root,)),
         Call("close", (site.transport_fd,)),
-        *descriptors.lock_calls(task, bench),
+    )
+    take_locks(site, checkpoint.files)
+    site.run_later(
         *state.flag_calls(task),
         *state.timer_create_calls(state.timer_makers(task)[task.vpid], bench),
         Call("set_tid_address", (task.leader.clear_child_tid,)),

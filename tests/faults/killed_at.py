@@ -1,9 +1,9 @@
 """A lazyproc command whose process that comes to a named point of the hand-over first ends there, by SIGKILL.
 
-    python -m tests.faults.killed_at (one|all|disk) POINT python -m lazyproc.cli.main receive ...
+    python -m tests.faults.killed_at (one|all|disk|stop) POINT python -m lazyproc.cli.main receive ...
 
 With `all` its whole crew ends in the same moment: keeper, guard and pager are one process group. With `disk` nobody
-ends, and the disk that holds the journals is full from there on.
+ends, and the disk that holds the journals is full from there on; with `stop` it stops there, until it is continued.
 
 The points are those of docs/protocol.md and of lazyproc/migrate; a process killed there has done all that comes before.
 """
@@ -25,7 +25,9 @@ from lazyproc.migrate.crew import Member
 from lazyproc.migrate.drain import Drain
 from lazyproc.migrate.journal import Journal, folder
 from lazyproc.migrate.keeper import Keeper
+from lazyproc.migrate.parking import Standing
 from lazyproc.pages.channel import Channel
+from lazyproc.restore.locks import TreeLocks
 from lazyproc.restore.tree import BuiltTree
 from lazyproc.wire.native import Built, Commit, Committed, Drained, Images, Prepared, Released, Running
 
@@ -48,6 +50,7 @@ HAPPENS: dict[str, Callable[[], None]] = {
     "one": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "all": lambda: os.kill(0, signal.SIGKILL),
     "disk": _fill_disk,
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
 
 
@@ -97,6 +100,7 @@ def _written(state: str) -> Callable[[], None]:
 DESTINATION: dict[str, Callable[[], None]] = {
     "PREPARED said": _sent(Prepared),
     "BUILT said": _sent(Built),
+    "COMMIT read": lambda: _before(TreeLocks, "take_awaited"),
     "COMMIT heard": lambda: _before(Journal, "publish", lambda draft: draft.state == "committed"),
     "committed": _written("committed"),
     "new pager forked": lambda: _before(Keeper, "_note_crew", _again()),
@@ -113,6 +117,7 @@ DESTINATION: dict[str, Callable[[], None]] = {
 SOURCE: dict[str, Callable[[], None]] = {
     "IMAGES said": _sent(Images),
     "parked": _written("parked"),
+    "locks let go": lambda: _after(Standing, "let_go_of_locks"),
     "COMMIT said": _sent(Commit),
     "COMMITTED heard": _written("committed"),
     "RUNNING heard": _written("running"),

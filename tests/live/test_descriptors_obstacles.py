@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import os
 import re
+import signal
 import socket
 import struct
 import threading
@@ -20,7 +21,10 @@ from lazyproc.dump.permits import ALL
 from lazyproc.dump.registry import TaskRef
 from lazyproc.kernel.fds import unshare_descriptors
 from lazyproc.kernel.sys import syscall
+from tests.forked import ending
 from tests.live.descriptors import REPORT, at, obstacle_words, stopped
+from tests.live.lockers import waiters_of
+from tests.live.programs import wait_until
 
 SYS_CLONE, SYS_MQ_OPEN, SYS_BPF, SYS_PERF_EVENT_OPEN = 56, 240, 321, 298
 SYS_FANOTIFY_INIT, SYS_USERFAULTFD, SYS_IO_URING_SETUP, SYS_FSOPEN = 300, 323, 425, 430
@@ -157,22 +161,33 @@ def test_standard_regular_tree_has_no_obstacle(tmp_path: Path) -> None:
         assert explain_descriptors(tasks) == []
 
 
-def test_locks(tmp_path: Path) -> None:
-    def flock() -> None:
-        at(10, os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR))
-        fcntl.flock(10, fcntl.LOCK_EX)
+def test_leases_and_who_waits_for_a_lock(tmp_path: Path) -> None:
+    def lease() -> None:
+        at(10, os.open(tmp_path / "leased", os.O_CREAT | os.O_RDWR))
+        fcntl.fcntl(10, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 
-    def record() -> None:
-        at(10, os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR))
+    def lock() -> None:
+        at(10, os.open(tmp_path / "locked", os.O_CREAT | os.O_RDWR))
         fcntl.lockf(10, fcntl.LOCK_SH, 5)
 
-    (words,) = obstacle_words(flock)
+    (words,) = obstacle_words(lease)
     assert words.startswith(
-        "fd 10: it holds a file lock (FLOCK WRITE), which cannot be kept through a move; "
+        "fd 10: it holds a lease for writing, which ends when the file is opened elsewhere; "
     )
-    assert "release the lock" in words
-    (words,) = obstacle_words(record)
-    assert "(POSIX READ)" in words
+    with stopped(lock) as tasks:
+        assert explain_descriptors(tasks) == []
+        waiter = os.fork()
+        if waiter == 0:
+            with ending(), (tmp_path / "locked").open("r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            wait_until(lambda: waiters_of(tmp_path / "locked") == [waiter], "somebody waits")
+            (against,) = explain_descriptors(tasks)
+        finally:
+            os.kill(waiter, signal.SIGKILL)
+            os.waitpid(waiter, 0)
+        assert (against.pid, against.where) == (tasks[0].pid, "fd 10")
+        assert against.why.startswith(f"pid {waiter} waits for its file lock (POSIX)")
 
 
 def test_hard_link_elsewhere(tmp_path: Path) -> None:

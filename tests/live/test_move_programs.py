@@ -22,7 +22,7 @@ from tests.needs import lacking
 RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")
 PROTECTING = ("memory_static",)  # changes the protection of its mappings all the time
 # Refused between hosts, or with other pid namespaces: as images they move (test_criu_command.py, test_criu_outside.py).
-AS_IMAGES = ("dead_peer", "fd_outside", "file_locks")
+AS_IMAGES = ("dead_peer", "fd_outside")
 WAITING = ("late_signals",)  # beats for the signals that test_late_signals.py sends
 PROGRAMS = sorted({path.stem for path in SOURCES.glob("*.c")} - {*AS_IMAGES, *WAITING})
 

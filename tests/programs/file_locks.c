@@ -37,11 +37,10 @@ static void take_all(void)
 }
 
 /* In another process: whoever holds a lock is asked by name, and what is free can be had. */
-static void try_all(pid_t holder)
+static void try_all(pid_t holder, int fd, int parts)
 {
     struct flock its = range(F_RDLCK, HELD_BY_PROCESS), theirs = range(F_WRLCK, HELD_BY_FILE);
     struct flock nobodys = range(F_WRLCK, FREE);
-    int fd = open(paths[0], O_RDWR | O_CLOEXEC), parts = open(paths[1], O_RDWR | O_CLOEXEC);
 
     EXPECT(-1, flock(fd, LOCK_SH | LOCK_NB));
     EXPECT(0, fcntl(parts, F_GETLK, &its));
@@ -53,14 +52,14 @@ static void try_all(pid_t holder)
     EXPECT(HELD_BY_FILE, theirs.l_start);
     EXPECT(0, fcntl(parts, F_GETLK, &nobodys));
     EXPECT(F_UNLCK, nobodys.l_type);
-    close(fd);
-    close(parts);
 }
 
 static void watch(pid_t holder)
 {
+    int fd = open(paths[0], O_RDWR | O_CLOEXEC), parts = open(paths[1], O_RDWR | O_CLOEXEC);
+
     while (!check_stopping) {
-        try_all(holder);
+        try_all(holder, fd, parts);
         check_beat(1);
         check_rest(2000);
     }

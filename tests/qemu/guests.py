@@ -54,7 +54,6 @@ class Shape:
     shared: bool = False  # RAM in a memfd
     slots: bool = False  # for memory that is plugged
     disk: Path | None = None  # a raw image, which the guest writes and reads back
-    locked: bool = True  # that image
     net: bool = False  # user networking
     kvm: bool = False  # for which there is a guest without Linux, disk and network, of one CPU (mini.c)
     visited: int = 32  # MiB
@@ -76,8 +75,7 @@ class Shape:
             machine += ",memory-backend=ram"
             words += ["-object", f"memory-backend-memfd,id=ram,size={self.memory}M,share=on"]
         if self.disk is not None:
-            lock = "" if self.locked else ",file.locking=off"
-            words += ["-drive", f"if=none,id=disk,file={self.disk},format=raw,cache=none,aio=threads{lock}"]
+            words += ["-drive", f"if=none,id=disk,file={self.disk},format=raw,cache=none,aio=threads"]
             words += ["-device", "virtio-blk-pci,drive=disk"]
         if self.net:
             words += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]

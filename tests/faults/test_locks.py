@@ -1,0 +1,151 @@
+"""What becomes of file locks when a move fails between the hand that lets go and the hand that takes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from lazyproc.hosts import Host, Pair
+from tests.faults.helpers import DESTINATION, SOURCE, helper, journals, sessions
+from tests.faults.killed_at import killed_at
+from tests.live.lockers import Holder, holders_of, holding, is_free, waiters_of
+from tests.live.moving import receiving, run_cli
+from tests.live.programs import wait_until
+from tests.live.real import ending, migrating
+from tests.live.test_locks import waiting_for
+from tests.live.tracees import state_of
+
+LOCKS = """
+file = opened('file')
+take('flock', file)
+take('posix', file)
+take('ofd', os.open(_folder + '/other', os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))
+"""
+
+
+@pytest.fixture
+def holder(pair: Pair) -> Iterator[Holder]:
+    with holding(pair.source, pair.shared, LOCKS) as it:
+        yield it
+
+
+def runs_here_with_its_locks(pair: Pair, holder: Holder) -> None:
+    holder.answers(holder.pid)
+    assert holders_of(holder.file).count(holder.pid) == 2
+    assert not is_free(holder.file)
+    assert not is_free(holder.folder / "other")
+    assert not journals(pair.source, SOURCE)
+
+
+@contextmanager
+def stopped(host: Host, role: str, name: str) -> Iterator[None]:
+    """That helper stands at the point that it was sent to; it goes on at the end."""
+    pid = helper(host, role, name)
+    wait_until(lambda: state_of(pid) == "T", f"the {name} of the {role} stands there")
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("whom", ["one", "all"])
+@pytest.mark.parametrize("point", ["BUILT said", "COMMIT read", "COMMIT heard", "committed"])
+def test_killed_at_the_destination_it_runs_on_here(point: str, whom: str, pair: Pair, holder: Holder) -> None:
+    with (
+        receiving(pair.destination, by=killed_at(point, whom)) as receiver,
+        migrating(pair.source, receiver, holder.pid) as journey,
+    ):
+        journey.finish(expected=1)
+    runs_here_with_its_locks(pair, holder)
+
+
+@pytest.mark.parametrize("point", ["IMAGES said", "parked", "locks let go"])
+def test_killed_at_the_source_it_runs_on_here(point: str, pair: Pair, holder: Holder) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, holder.pid, run_by=killed_at(point)) as journey,
+    ):
+        journey.finish(expected=1)
+    runs_here_with_its_locks(pair, holder)
+
+
+@pytest.mark.parametrize("here", [(), ("--here", "--force")], ids=["resume", "resume --here"])
+def test_all_are_killed_at_the_source_and_one_resume_takes_them_again(
+    here: tuple[str, ...], pair: Pair, holder: Holder
+) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, holder.pid, run_by=killed_at("locks let go", "all")) as journey,
+    ):
+        journey.finish(expected=4)
+        wait_until(lambda: is_free(holder.file), "nobody has them meanwhile")
+        (left,) = sessions(pair.source)
+        run_cli(pair.source, "resume", left["id"], *here, expected=0 if here else 1)
+    runs_here_with_its_locks(pair, holder)
+
+
+@pytest.mark.parametrize("point", ["COMMIT said", "COMMITTED heard"])
+def test_killed_at_the_source_when_it_is_theirs_it_arrives(point: str, pair: Pair, holder: Holder) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, holder.pid, run_by=killed_at(point)) as journey,
+    ):
+        new, _ = journey.arrive()
+        with ending(new):
+            holder.answers(new)
+            assert holders_of(holder.file).count(new) == 2
+
+
+def test_a_third_one_takes_it_in_between(pair: Pair, holder: Holder) -> None:
+    """Nothing runs without its lock: it stays parked, and runs on when the third one is gone."""
+    with receiving(pair.destination) as receiver, holder.file.open("r+b") as third:
+        with migrating(
+            pair.source, receiver, holder.pid, run_by=killed_at("locks let go", "stop")
+        ) as journey:
+            with stopped(pair.source, SOURCE, "server"):
+                fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            journey.finish(expected=4)
+        (left,) = sessions(pair.source)
+        assert "somebody else has it" in receiver.notes()
+        assert f"fd 4 ({holder.file}): it was called off, and stays parked here" in journey.log()
+        assert f"lazyproc resume {left['id']} --here" in journey.log()
+        refused = run_cli(pair.source, "resume", left["id"], "--here", expected=4)
+        assert "stays parked" in refused.stderr
+        fcntl.flock(third, fcntl.LOCK_UN)
+        run_cli(pair.source, "resume", left["id"], "--here")
+    runs_here_with_its_locks(pair, holder)
+
+
+def test_a_third_one_only_looks(pair: Pair, holder: Holder) -> None:
+    """Who tries whether it is free has it for a moment."""
+    with (
+        receiving(pair.destination, by=killed_at("COMMIT read", "stop")) as receiver,
+        migrating(pair.source, receiver, holder.pid) as journey,
+    ):
+        with holder.file.open("r+b") as third, stopped(pair.destination, DESTINATION, "keeper"):
+            fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.kill(helper(pair.destination, DESTINATION, "keeper"), signal.SIGCONT)
+            wait_until(lambda: len(holders_of(holder.folder / "other")) == 1, "it takes the others")
+        new, _ = journey.arrive()
+        with ending(new):
+            holder.answers(new)
+            assert holders_of(holder.file).count(new) == 2
+
+
+def test_who_begins_to_wait_in_the_last_moment_gets_nothing(pair: Pair, holder: Holder) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, holder.pid, run_by=killed_at("IMAGES said", "stop")) as journey,
+        ExitStack() as stack,
+    ):
+        with stopped(pair.source, SOURCE, "server"):
+            waiter = stack.enter_context(waiting_for(pair.source, holder.file, "flock"))
+        journey.finish(expected=3)
+        assert f"pid {waiter} waits for its file lock" in journey.log()
+        assert waiters_of(holder.file)
+    runs_here_with_its_locks(pair, holder)
