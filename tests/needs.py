@@ -15,6 +15,7 @@ _PACKAGES = {
     "ip": "iproute2",
     "libvirtd": "libvirt-daemon-system libvirt-daemon-driver-qemu",
     "losetup": "mount",
+    "mariadbd": "mariadb-server",
     "mkfs.ext4": "e2fsprogs",
     "nft": "nftables",
     "nginx": "nginx-light",

@@ -1,4 +1,4 @@
-"""Six real programs, each moved while it is in use, its memory following; and interrupts at awkward moments.
+"""Seven real programs, each moved while it is in use, its memory following; and interrupts at awkward moments.
 
 Promised for every move: each page is counted once, nothing of the tree is left behind, nothing of lazyproc stays in
 it, and it does not need `lazyproc receive` once its pages are there.
@@ -26,6 +26,7 @@ import pytest
 from lazyproc.hosts import Host, Pair, Trio
 from lazyproc.kernel.sockopt import SO_RCVBUFFORCE
 from lazyproc.migrate.address import announce
+from tests.live.lockers import is_free
 from tests.live.moving import receiving
 from tests.live.programs import SOURCES, running, wait_until
 from tests.live.real import (
@@ -275,6 +276,49 @@ def test_postgres_and_pgbench_in_one_tree(pair: Pair) -> None:
     assert len(runs_of_pgbench) == words.count("scaling factor")
     assert [done for done, _ in runs_of_pgbench] == [wanted for _, wanted in runs_of_pgbench]
     assert sum(int(done) for done, _ in runs_of_pgbench) == count
+
+
+MARIADB = """
+set -e
+folder=$1
+mariadb-install-db --no-defaults --user=root --datadir=$folder/data --auth-root-authentication-method=normal
+mariadbd --no-defaults --user=root --datadir=$folder/data --socket=/tmp/socket --pid-file=/tmp/pid --skip-networking \\
+  --innodb-use-native-aio=0 --innodb-buffer-pool-size-max=256M & server=$!
+ask="mariadb --no-defaults --socket=/tmp/socket --skip-column-names --unbuffered"
+until $ask -e "create database books" 2>/dev/null; do kill -0 $server; done
+$ask books -e "create table t (number int auto_increment primary key, amount int) engine=innodb"
+while [ ! -e $folder/stop ]; do
+  echo "begin; insert t (amount) values (1); insert t (amount) values (-1); commit; select count(*) from t;"
+done | $ask books >> $folder/results
+$ask books -e "select count(*), sum(amount) from t; check table t" > $folder/totals
+kill $server
+wait $server
+touch $folder/done
+"""
+
+
+def test_mariadb_with_its_files_locked(pair: Pair) -> None:
+    """As it is on storage that both hosts have; no second server can have them, and the books balance."""
+    require("mariadbd")
+    folder = pair.shared / "mariadb"
+    folder.mkdir()
+    results, tables = folder / "results", folder / "data/ibdata1"
+    with ExitStack() as stack:
+        tree = stack.enter_context(service(pair.source, ["sh", "-c", MARIADB, "sh", folder], cwd="/"))
+        wait_until(lambda: results.exists() and results.stat().st_size > 100, "its client works", 60)
+        assert not is_free(tables)
+        with receiving(pair.destination) as receiver:
+            new, report = move_now(pair.source, receiver, tree.pid)
+            stack.enter_context(ending(new))
+            assert "locks" in report["steps_there_ms"]
+            _grows(results)
+            assert not is_free(tables)
+        (folder / "stop").touch()
+        wait_until(lambda: not runs(new), "the last result, and the end of the server")
+    assert (folder / "done").exists(), (pair.source.outside / "service.log").read_text()
+    count, total, *checked = (folder / "totals").read_text().split()
+    assert (count, total, checked[-1]) == (results.read_text().split()[-1], "0", "OK")
+    assert is_free(tables)
 
 
 def test_eight_threads_over_numpy_arrays(pair: Pair) -> None:
