@@ -11,7 +11,15 @@ from contextlib import suppress
 from typing import TypeAlias
 
 from lazyproc.errors import LazyprocError, NoSuchProcess, Parked, PermissionDenied, TraceeError
-from lazyproc.kernel.filelocks import PATIENCE_S, PAUSE_S, holders, letting_go, room_for, taking
+from lazyproc.kernel.filelocks import (
+    HELD_BY_ANOTHER,
+    PATIENCE_S,
+    PAUSE_S,
+    holders,
+    letting_go,
+    room_for,
+    taking,
+)
 from lazyproc.kernel.park import ParkedProcess
 from lazyproc.kernel.parked import bench_in, unfiltered
 from lazyproc.kernel.remote import Bench, Call
@@ -51,7 +59,7 @@ def _missing(process: ParkedProcess, locks: Locks, *, traced: bool) -> list[tupl
 
 
 def _taken(pid: int, lock: FileLock, result: int) -> LockTaken:
-    path, who = "", os.strerror(-result)
+    path, who = "", "somebody else has it" if result in HELD_BY_ANOTHER else os.strerror(-result)
     with suppress(OSError, LazyprocError):
         path = f" ({os.readlink(f'/proc/{pid}/fd/{lock.fd}')})"
         others = [f"pid {each}" for each in holders(pid, lock.fd) if each not in (-1, pid)]

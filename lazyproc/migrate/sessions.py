@@ -53,6 +53,7 @@ def sessions() -> list[SessionInfo]:
 
 def _info(record: Record) -> SessionInfo:
     facts, state = record.facts, state_of(record)
+    left = f"was called off: {record.called_off}" if record.called_off else f"was {record.state}"
     tree = facts.get("tree") or {}
     alive = state not in (ORPHANED, GONE)
     return SessionInfo(
@@ -61,7 +62,7 @@ def _info(record: Record) -> SessionInfo:
         peer=str(facts.get("peer", "")),
         state=state,
         since=record.since,
-        reason=str(facts.get("reason", "")) if alive else f"was {record.state}; nobody works on it",
+        reason=str(facts.get("reason", "")) if alive else f"{left}; nobody works on it",
         root_pid=tree.get("root_pid", facts.get("root_pid")),
         pager_pid=facts.get("pager_pid") if alive else None,
         guard_pid=facts.get("guard_pid") if alive else None,
@@ -242,7 +243,7 @@ def _what_it_means(record: Record, state: str, left: int | None) -> str:
     if left is not None:
         return f"{ended}, {left} of its pages were missing"
     if record.role == SOURCE and state not in (GONE, *ENDED):
-        if record.state == "parked":
+        if record.state == "parked" and not record.called_off:
             return f"{ended}, with its process, of which it was not known whether it runs on the other host"
         if record.state in RUNS_THERE:
             return f"{ended}; what the process on the other host has not got of its memory is lost"

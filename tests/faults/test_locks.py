@@ -16,7 +16,7 @@ from tests.faults.killed_at import killed_at
 from tests.live.lockers import Holder, holders_of, holding, is_free, waiters_of
 from tests.live.moving import receiving, run_cli
 from tests.live.programs import wait_until
-from tests.live.real import ending, migrating
+from tests.live.real import ending, migrating, runs
 from tests.live.test_locks import waiting_for
 from tests.live.tracees import state_of
 
@@ -26,6 +26,16 @@ take('flock', file)
 take('posix', file)
 take('ofd', os.open(_folder + '/other', os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))
 """
+
+
+FORBID = """
+import ctypes
+libc = ctypes.CDLL(None)
+program = struct.pack('HBBI' * 4, 0x20, 0, 0, 0, 0x15, 0, 1, 72, 6, 0, 0, 0x80000000, 6, 0, 0, 0x7fff0000)
+code = ctypes.create_string_buffer(program)
+fprog = struct.pack('HxxxxxxQ', 4, ctypes.addressof(code))
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, fprog, 0, 0) == 0
+"""  # fcntl(2) is SIGSYS from then on
 
 
 @pytest.fixture
@@ -89,6 +99,29 @@ def test_all_are_killed_at_the_source_and_one_resume_takes_them_again(
     runs_here_with_its_locks(pair, holder)
 
 
+@pytest.mark.parametrize("whom", ["one", "all"])
+@pytest.mark.parametrize("how", ["stopped", "filtered"])
+def test_what_stands_or_may_not_call_gets_them_again(how: str, whom: str, pair: Pair) -> None:
+    code = LOCKS + FORBID if how == "filtered" else LOCKS
+    point = killed_at("locks let go", whom)
+    with holding(pair.source, pair.shared, code) as holder:
+        if how == "stopped":
+            os.kill(holder.pid, signal.SIGSTOP)
+            wait_until(lambda: state_of(holder.pid) == "T", "it is stopped")
+        with (
+            receiving(pair.destination) as receiver,
+            migrating(pair.source, receiver, holder.pid, run_by=point) as journey,
+        ):
+            journey.finish(expected=4 if whom == "all" else 1)
+            if whom == "all":
+                (left,) = sessions(pair.source)
+                run_cli(pair.source, "resume", left["id"], expected=1)
+        if how == "stopped":
+            assert state_of(holder.pid) == "T"
+            os.kill(holder.pid, signal.SIGCONT)
+        runs_here_with_its_locks(pair, holder)
+
+
 @pytest.mark.parametrize("point", ["COMMIT said", "COMMITTED heard"])
 def test_killed_at_the_source_when_it_is_theirs_it_arrives(point: str, pair: Pair, holder: Holder) -> None:
     with (
@@ -101,7 +134,8 @@ def test_killed_at_the_source_when_it_is_theirs_it_arrives(point: str, pair: Pai
             assert holders_of(holder.file).count(new) == 2
 
 
-def test_a_third_one_takes_it_in_between(pair: Pair, holder: Holder) -> None:
+@pytest.mark.parametrize("here", [(), ("--here",)], ids=["resume", "resume --here"])
+def test_a_third_one_takes_it_in_between(here: tuple[str, ...], pair: Pair, holder: Holder) -> None:
     """Nothing runs without its lock: it stays parked, and runs on when the third one is gone."""
     with receiving(pair.destination) as receiver, holder.file.open("r+b") as third:
         with migrating(
@@ -113,12 +147,28 @@ def test_a_third_one_takes_it_in_between(pair: Pair, holder: Holder) -> None:
         (left,) = sessions(pair.source)
         assert "somebody else has it" in receiver.notes()
         assert f"fd 4 ({holder.file}): it was called off, and stays parked here" in journey.log()
+        assert "was called off" in left["reason"]
         assert f"lazyproc resume {left['id']} --here" in journey.log()
-        refused = run_cli(pair.source, "resume", left["id"], "--here", expected=4)
+        refused = run_cli(pair.source, "resume", left["id"], *here, expected=4)
         assert "stays parked" in refused.stderr
         fcntl.flock(third, fcntl.LOCK_UN)
-        run_cli(pair.source, "resume", left["id"], "--here")
+        run_cli(pair.source, "resume", left["id"], *here, expected=0 if here else 1)
     runs_here_with_its_locks(pair, holder)
+
+
+def test_abort_of_what_is_parked_for_want_of_a_lock_is_in_no_doubt(pair: Pair, holder: Holder) -> None:
+    with receiving(pair.destination) as receiver, holder.file.open("r+b") as third:
+        with migrating(
+            pair.source, receiver, holder.pid, run_by=killed_at("locks let go", "stop")
+        ) as journey:
+            with stopped(pair.source, SOURCE, "server"):
+                fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            journey.finish(expected=4)
+        (left,) = sessions(pair.source)
+        done = run_cli(pair.source, "abort", left["id"])
+        assert "not known" not in done.stdout + done.stderr
+    wait_until(lambda: not runs(holder.pid), "it has ended")
+    assert not sessions(pair.source)
 
 
 def test_a_third_one_only_looks(pair: Pair, holder: Holder) -> None:
