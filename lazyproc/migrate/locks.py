@@ -69,7 +69,7 @@ def _taken(pid: int, lock: FileLock, result: int) -> LockTaken:
 
 def still_parked(taken: LockTaken, session: str) -> Parked:
     return Parked(
-        f"it was called off, and stays parked here: {taken.what}",
+        f"it stays parked here: {taken.what}",
         where=taken.where,
         remedy=f"when that one has let go of it, let the process run with lazyproc resume {session} --here",
     )

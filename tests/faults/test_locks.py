@@ -134,6 +134,22 @@ def test_killed_at_the_source_when_it_is_theirs_it_arrives(point: str, pair: Pai
             assert holders_of(holder.file).count(new) == 2
 
 
+def test_in_doubt_its_copy_has_them_and_force_does_not_let_it_run_twice(pair: Pair, holder: Holder) -> None:
+    with (
+        receiving(pair.destination) as receiver,
+        migrating(pair.source, receiver, holder.pid, run_by=killed_at("COMMIT said", "all")) as journey,
+    ):
+        journey.finish(expected=4)
+        wait_until(lambda: "running" in receiver.notes().splitlines(), "it runs there")
+        (left,) = sessions(pair.source)
+        refused = run_cli(pair.source, "resume", left["id"], "--here", "--force", expected=4)
+        assert "somebody else has it" in refused.stderr
+        run_cli(pair.source, "resume", left["id"])
+        (new,) = {pid for pid in holders_of(holder.file) if pid > 0}
+        with ending(new):
+            holder.answers(new)
+
+
 @pytest.mark.parametrize("here", [(), ("--here",)], ids=["resume", "resume --here"])
 def test_a_third_one_takes_it_in_between(here: tuple[str, ...], pair: Pair, holder: Holder) -> None:
     """Nothing runs without its lock: it stays parked, and runs on when the third one is gone."""
@@ -146,7 +162,7 @@ def test_a_third_one_takes_it_in_between(here: tuple[str, ...], pair: Pair, hold
             journey.finish(expected=4)
         (left,) = sessions(pair.source)
         assert "somebody else has it" in receiver.notes()
-        assert f"fd 4 ({holder.file}): it was called off, and stays parked here" in journey.log()
+        assert f"fd 4 ({holder.file}): it stays parked here: its file lock cannot be had" in journey.log()
         assert "was called off" in left["reason"]
         assert f"lazyproc resume {left['id']} --here" in journey.log()
         refused = run_cli(pair.source, "resume", left["id"], *here, expected=4)
