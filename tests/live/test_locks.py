@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lazyproc.hosts import Host, Pair
+from tests.faults.hostile import listening
 from tests.live.lockers import LOCKS, Holder, holders_of, holding, is_free, waiters_of
 from tests.live.moving import checkpoint, migrate, receiving, run_cli, tree_of
 from tests.live.programs import wait_until
@@ -46,6 +48,19 @@ def test_is_held_there_and_here_no_more(kind: str, pair: Pair) -> None:
             assert "locks" in report["steps_there_ms"]
             assert shared or report["steps_there_ms"]["locks"] > 0
         wait_until(lambda: not holders_of(holder.file), "its end lets go of it")
+
+
+def test_who_fetches_a_process_gets_its_locks(pair: Pair) -> None:
+    with (
+        holding(pair.source, pair.shared, LOCKS["posix"][0]) as holder,
+        listening(pair.source, "serve", pair.source.vpid(holder.pid), "--insecure") as server,
+    ):
+        words = ("restore", "--from", server.address, "--insecure", "--detach", "--json")
+        done = run_cli(pair.destination, *words)
+        new = pair.destination.pid(json.loads(done.stdout)["root_pid"])
+        with ending(new):
+            has_moved(holder, new)
+            assert holders_of(holder.file) == [new]
 
 
 def test_files_that_each_host_has_for_itself(pair: Pair) -> None:
