@@ -14,7 +14,7 @@ from lazyproc.dump import aio
 from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.descriptors import look_at_descriptors
 from lazyproc.dump.guests import point_to_guests, qemus_of
-from lazyproc.dump.memory import has_guards, refused_mappings
+from lazyproc.dump.memory import has_guards, private_bytes, refused_mappings
 from lazyproc.dump.needs import needs_of
 from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.registry import Refused, Registry, TaskRef
@@ -76,6 +76,7 @@ def examine(
     smaps = {pid: process.smaps for pid, process in alive.items()}
     of_tree = [*obstacles(facts)]
     of_tree += () if permits.led_from_outside else _led_from_outside(facts)
+    of_tree += () if permits.private_limit is None else too_much_private(facts, permits.private_limit)
     of_tree += () if permits.outside else _shared_outside(facts)
     of_tree += () if permits.net_apart else _net_apart(facts)
     found = point_to_guests((*of_tree, *of_resources), qemus_of(alive))
@@ -244,6 +245,18 @@ def _shared_outside(facts: TreeFacts) -> Iterator[Obstacle]:
     for pid, other, what in facts.shared_outside:
         why = f"shares {what} with process {other}, which is not in the tree: each would go on with its own"
         yield Obstacle(pid, "process", why, "move that process too (give the pid that started both)")
+
+
+def too_much_private(facts: TreeFacts, limit: int) -> Iterator[Obstacle]:
+    """Whose share is the largest, when all of them have more. Pure."""
+    sizes = {process.pid: private_bytes(process.smaps) for process in facts.processes if process.alive}
+    if (total := sum(sizes.values())) > limit:
+        yield Obstacle(
+            max(sizes, key=lambda pid: sizes[pid]), "process",
+            f"has reserved address space: the tree has {total / (1 << 40):.2f} TiB of private memory, and "
+            f"no more than {limit / (1 << 40):.2f} can follow it",
+            "let it reserve less (of MariaDB: innodb_buffer_pool_size_max)",
+        )  # fmt: skip
 
 
 def _net_apart(facts: TreeFacts) -> Iterator[Obstacle]:

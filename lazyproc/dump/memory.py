@@ -35,11 +35,16 @@ MAP_GROWSDOWN, MAP_NORESERVE, MAP_DROPPABLE = 0x100, 0x4000, 0x8  # Python 3.11 
 ANON_NAME = "[anon:"
 
 
+def _is_private_memory(entry: proc.MapsEntry) -> bool:
+    """Not by the inode: the first SysV segment has number 0."""
+    return entry.path not in SPECIAL and (not entry.path or entry.path.startswith("["))
+
+
 def kind_of(entry: proc.MapsEntry) -> VmaKind:
     """What lies behind a line of /proc/PID/maps. Refused when nothing that can be moved does."""
     if entry.path in SPECIAL:
         return SPECIAL[entry.path]
-    if not entry.path or entry.path.startswith("["):  # not by the inode: the first SysV segment has number 0
+    if _is_private_memory(entry):
         return VmaKind.ANON
     if entry.path.startswith("anon_inode:"):
         raise Refused(f"is a mapping of {entry.path}", "let the program close it")
@@ -62,6 +67,11 @@ def refusal(smaps: proc.SmapsEntry, kind: VmaKind) -> None:
     for flag, (why, remedy) in REFUSED_FLAGS.items():
         if flag in smaps.vm_flags:
             raise Refused(why, remedy)
+
+
+def private_bytes(smaps: Iterable[proc.SmapsEntry]) -> int:
+    """Of a process's anonymous mappings, used or not."""
+    return sum(each.entry.end - each.entry.start for each in smaps if _is_private_memory(each.entry))
 
 
 def vma_of(smaps: proc.SmapsEntry) -> Vma:

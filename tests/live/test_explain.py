@@ -24,6 +24,7 @@ import pytest
 from lazyproc.dump.explain import explain
 from lazyproc.dump.freeze import frozen_tree
 from lazyproc.dump.gather import dumped
+from lazyproc.dump.permits import ALL
 from lazyproc.dump.survey import survey
 from lazyproc.errors import NoSuchProcess, Obstacle, PermissionDenied, TraceeError, UsageError
 from lazyproc.events import Event, Note
@@ -489,6 +490,21 @@ def test_descriptors_are_asked_too(tmp_path: Path) -> None:
 
     (why,) = whys(found(lease))
     assert why.startswith("fd: it holds a lease for writing")
+
+
+def test_more_address_space_than_anybody_follows_is_an_obstacle_to_a_move() -> None:
+    def reserve() -> None:
+        os.setsid()
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        at = libc.mmap(None, ctypes.c_size_t(5 << 40), 0, flags, -1, ctypes.c_long(0))
+        assert at != ctypes.c_void_p(-1).value
+
+    with stopped(reserve) as tasks:
+        (why,) = whys([*explain(tasks[0].pid)])
+        assert why.startswith("process: has reserved address space: the tree has 5.0")
+        assert not explain(tasks[0].pid, permits=ALL)
 
 
 def test_more_sockets_than_a_shell_lets_us_have_descriptors() -> None:

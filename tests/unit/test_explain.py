@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyproc.dump.copies import bytes_of_copies
-from lazyproc.dump.explain import BORROWED, notes, obstacles
+from lazyproc.dump.explain import BORROWED, notes, obstacles, too_much_private
 from lazyproc.dump.supervisor import Supervisor, unit_in
 from lazyproc.dump.survey import ProcessFacts, Sharing, ThreadFacts, TreeFacts
 from lazyproc.kernel import proc
@@ -196,3 +196,15 @@ def test_who_would_start_a_second_one_is_named() -> None:
     assert "pid 10: its parent, pid 7 (runsv)" in said(Supervisor("", (7, "runsv")))
     for name in ("bash", "python3", "sshd"):
         assert said(Supervisor("", (7, name))) == ""
+
+
+def test_reserved_address_space_of_all_processes_counts() -> None:
+    def reserving(bytes_: int) -> proc.SmapsEntry:
+        entry = proc.MapsEntry(1 << 20, (1 << 20) + bytes_, "---p", 0, (0, 0), 0, "", False)
+        return VDSO._replace(entry=entry)
+
+    members = process(10, smaps=(VDSO, reserving(1 << 40))), process(11, smaps=(VDSO, reserving(2 << 40)))
+    assert not [*too_much_private(tree(*members), 3 << 40)]
+    (against,) = too_much_private(tree(*members), (3 << 40) - 1)
+    assert (against.pid, against.where) == (11, "process")
+    assert "has 3.00 TiB of private memory, and no more than 3.00 can follow it" in against.why
