@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeAlias
 
-from lazyproc.errors import LazyprocError, NoSuchProcess, Parked, PermissionDenied, TraceeError
+from lazyproc.errors import LazyprocError, NoSuchProcess, Parked
+from lazyproc.kernel import park
 from lazyproc.kernel.filelocks import (
     HELD_BY_ANOTHER,
     PATIENCE_S,
@@ -40,12 +41,12 @@ def let_go(processes: Sequence[ParkedProcess], locks: Locks) -> None:
 
 def take_again(processes: Sequence[ParkedProcess], locks: Locks, *, traced: bool) -> None:
     """Raises LockTaken. With a process that was killed meanwhile its locks have gone."""
-    until = time.monotonic() + PATIENCE_S
+    until, ours = time.monotonic() + PATIENCE_S, {-1, *(process.pid for process in processes)}
     for process in processes:
         with suppress(NoSuchProcess):
             while missing := _missing(process, locks, traced=traced):
                 if time.monotonic() > until:
-                    raise _taken(process.pid, *missing[0])
+                    raise _taken(process.pid, *missing[0], ours)
                 time.sleep(PAUSE_S)
 
 
@@ -53,16 +54,18 @@ def _missing(process: ParkedProcess, locks: Locks, *, traced: bool) -> list[tupl
     """Those that could not be had, and what the kernel has said. Raises LockTaken when none can be asked for."""
     try:
         results = _call(process, locks, taking, traced=traced)
-    except (TraceeError, PermissionDenied) as error:
+    except NoSuchProcess:
+        raise
+    except LazyprocError as error:
         raise LockTaken(f"its file locks cannot be taken: {error.what}", where=error.where) from error
     return [(lock, result) for lock, result in results if result < 0]
 
 
-def _taken(pid: int, lock: FileLock, result: int) -> LockTaken:
+def _taken(pid: int, lock: FileLock, result: int, ours: Collection[int]) -> LockTaken:
     path, who = "", "somebody else has it" if result in HELD_BY_ANOTHER else os.strerror(-result)
     with suppress(OSError, LazyprocError):
         path = f" ({os.readlink(f'/proc/{pid}/fd/{lock.fd}')})"
-        others = [f"pid {each}" for each in holders(pid, lock.fd) if each not in (-1, pid)]
+        others = [f"pid {each}" for each in holders(pid, lock.fd) if each not in ours]
         who = f"{', '.join(others)} has it" if others else who
     return LockTaken(f"its file lock cannot be had: {who}", where=f"pid {pid}: fd {lock.fd}{path}")
 
@@ -84,7 +87,7 @@ def _call(
 ) -> list[tuple[FileLock, int]]:
     """Each lock of the process, and what the call for it has returned."""
     its = locks.get(process.pid, ())
-    if not its:
+    if not its or not park.is_there(process):
         return []
     thread = unfiltered(process) or process.threads[0]
     with bench_in(process, thread, traced=traced, size=room_for(len(its))) as (tracee, bench):
