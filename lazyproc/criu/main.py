@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -54,6 +55,10 @@ def _logged(given: Given, log: Log) -> int:
         log.write(ERROR, "\n".join(refused))
         return FAILED
     try:
+        if (
+            signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        ):  # start.py; from here on it is undone and logged
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         _run(given.command)(given, log)
     except KeyboardInterrupt:
         log.write(ERROR, "interrupted")

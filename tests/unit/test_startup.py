@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +97,29 @@ def test_a_module_that_is_imported_already_stays_as_it_is() -> None:
 def test_a_module_that_is_not_there_is_no_error_yet(name: str) -> None:
     code = f"from lazyproc.images.pb import import_lazily\nimport_lazily({name!r})\nprint({name!r} in sys.modules)"
     assert python(code) == "False\n"
+
+
+@pytest.mark.parametrize(("command", "imports"), [("lazyproc", "argparse"), ("lazyproc-criu", "resource")])
+@pytest.mark.parametrize(("action", "ended"), [("default_int_handler", -signal.SIGINT), ("SIG_IGN", 0)])
+def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_word(
+    command: str, imports: str, action: str, ended: int, tmp_path: Path
+) -> None:
+    (tmp_path / f"{imports}.py").write_text(
+        "import os, signal, sys\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        f"sys.path.remove({str(tmp_path)!r})\n"
+        f"del sys.modules[{imports!r}]\n"
+        f"import {imports}\n"
+    )
+    code = (
+        "import os, signal, sys\n"
+        f"signal.signal(signal.SIGINT, signal.{action})\n"
+        f"os.execv(sys.argv[1], [sys.argv[1], '--help'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(sys.executable).parent / command)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (ended, "")
