@@ -5,38 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lazyproc.errors import CannotBeDone, Obstacle
-from lazyproc.migrate.journal import ENDED, SOURCE, records
+from lazyproc.migrate.guest_records import begun, ways_of, went_alone
+from lazyproc.migrate.journal import Record
 from lazyproc.qemu.guest import Guest, look
 from lazyproc.qemu.guest import obstacles as obstacles_of
 from lazyproc.qemu.qmp import Qmp
 
 
-def looked_at(qmp: Qmp) -> Guest:
+def looked_at(qmp: Qmp, *, again: bool = False) -> Guest:
     """Raises CannotBeDone with all that stands in the way, and what `look` does."""
     guest = look(qmp)
-    demand_movable(qmp, guest)
+    demand_movable(qmp, guest, again=again)
     return guest
 
 
-def demand_movable(qmp: Qmp, guest: Guest) -> None:
+def demand_movable(qmp: Qmp, guest: Guest, *, again: bool = False) -> None:
     """Raises CannotBeDone with all that stands in the way."""
-    if found := tuple(obstacles(qmp, guest)):
+    if found := tuple(obstacles(qmp, guest, again=again)):
         raise CannotBeDone(found)
 
 
-def obstacles(qmp: Qmp, guest: Guest) -> Iterator[Obstacle]:
-    """Everything of it that cannot be moved."""
+def obstacles(qmp: Qmp, guest: Guest, *, again: bool = False) -> Iterator[Obstacle]:
+    """Everything of it that cannot be moved; with `again`, by who goes on giving the pages of a guest that has left."""
     yield from obstacles_of(qmp, guest)
-    yield from _begun(guest)
+    for record in begun(guest):
+        # Whoever has continued it here has decided that it does not run there.
+        if not (went_alone(record) and (again or guest.running)):
+            yield _of_record(guest, record)
 
 
-def _begun(guest: Guest) -> Iterator[Obstacle]:
-    """A QEMU whose guest has gone looks like one whose guest is paused, and has what is missing there."""
-    for record in records():
-        held = record.facts.get("held")
-        if record.role != SOURCE or record.state in ENDED or record.rebooted or not isinstance(held, dict):
-            continue
-        if (held.get("pid"), held.get("started")) == (guest.pid, guest.started):
-            why = f"has moved, or is about to: it is held for {record.facts.get('peer', 'another host')}"
-            remedy = f"wait until that is over (session {record.session}, lazyproc sessions)"
-            yield Obstacle(guest.pid, "guest", why, remedy)
+def _of_record(guest: Guest, record: Record) -> Obstacle:
+    from lazyproc.migrate.sessions import ORPHANED, state_of  # there is seldom a record, and each move asks
+
+    peer = record.facts.get("peer", "another host")
+    if state_of(record) != ORPHANED:
+        why = f"has moved, or is about to: it is held for {peer}"
+        remedy = f"wait until that is over (session {record.session}, lazyproc sessions)"
+        return Obstacle(guest.pid, "guest", why, remedy)
+    why = f"has moved to {peer}, or was about to, and nobody works on that any more"
+    remedy = ways_of(record) if went_alone(record) else f"go on with lazyproc resume {record.session}"
+    return Obstacle(guest.pid, "guest", why, remedy)

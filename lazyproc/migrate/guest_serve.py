@@ -25,6 +25,7 @@ from lazyproc.kernel.deaf import deaf
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.guest_dial import ANSWER_S, demand_fit, dialled
 from lazyproc.migrate.guest_look import looked_at
+from lazyproc.migrate.guest_records import desk_for, ways_on
 from lazyproc.migrate.guest_source import demand_stopped, demand_unchanged
 from lazyproc.migrate.guest_watch import watched
 from lazyproc.migrate.held_guest import HeldGuest
@@ -125,26 +126,29 @@ def _from_folder(directory: Path, talks: _Talks, recover: bool, listener: Listen
 def _from_guest(monitor: str, talks: _Talks, recover: bool, listener: Listener) -> GuestServed:
     with ExitStack() as last, ExitStack() as stack:
         qmp = stack.enter_context(Qmp(monitor))
-        guest = looked_at(qmp)
+        guest = looked_at(qmp, again=recover)
         held = HeldGuest(guest)
         _demand_state(guest, recover)
         (talk,) = stack.enter_context(talks)
         if not recover:
             talk.begin(guest.machine, guest.blocks)
-        gone = stack.enter_context(watched(qmp, held))
+        journal = last.enter_context(desk_for(guest, talk.target))
+        called_off = _nothing if recover else journal.remove  # what was recorded before holds on
+        gone = stack.enter_context(watched(qmp, held, called_off))
         state = b"" if recover else devices.saved(qmp, guest.machine)
         pages = stack.enter_context(held.open())
         left = PagesLeft(guest.blocks, held.extents(), pages)
         demand_unchanged(qmp, guest)
         demand_stopped(qmp)
+        journal.write("parked", durable=False)  # it does not survive a power failure, and nor does QEMU
         gone.set()
-        otherwise = "when it was lost before it ran there, let it go on here (cont)"
-        with _recoverable(monitor, "it stays stopped here", otherwise):
+        with _recoverable(monitor, "it stays stopped here", ways_on(journal.session, guest.qmp)):
             talk.recover(guest.blocks, left) if recover else talk.run(state)
             report = talk.serve(left, listener)
             last.enter_context(deaf())  # nothing is missing any more
         stack.close()
         held.end()
+        journal.remove()
     return report
 
 
@@ -152,19 +156,23 @@ def recoverable_from(directory: Path) -> AbstractContextManager[None]:
     """Inside, the guest of the folder may run at the other end: an error or an interrupt is Parked, also what the
     listener raises (a full disk).
     """
-    otherwise = "or begin anew in another QEMU, without what the guest has done there"
-    return _recoverable(f"-D {directory}", "its images are as they were", otherwise)
+    source = f"-D {directory}"
+    ways = (
+        f"use migrate-recover there, and lazyproc qemu-serve {source} --to ... --recover; or begin anew in another "
+        "QEMU, without what the guest has done there"
+    )
+    return _recoverable(source, "its images are as they were", ways)
 
 
 @contextmanager
-def _recoverable(source: str, here: str, otherwise: str) -> Iterator[None]:
+def _recoverable(source: str, here: str, ways: str) -> Iterator[None]:
     try:
         yield
     except (LazyprocError, OSError, KeyboardInterrupt) as error:
         raise Parked(
             f"the guest may run there, and misses pages ({str(error) or 'interrupted'}); {here}",
             where=source,
-            remedy=f"use migrate-recover there, and lazyproc qemu-serve {source} --to ... --recover; {otherwise}",
+            remedy=ways,
         ) from error
 
 
@@ -176,6 +184,9 @@ def _demand_state(guest: Guest, recover: bool) -> None:
             "the guest is paused, and may run elsewhere", where=guest.qmp,
             remedy="continue it first (cont), or let another QEMU go on with it by --recover",
         )  # fmt: skip
+
+
+def _nothing() -> None: ...
 
 
 def _moved(left: PagesLeft) -> PagesMoved:

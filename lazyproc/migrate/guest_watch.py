@@ -6,7 +6,7 @@ What a tracer has stopped runs when the tracer dies. What QEMU's monitor has sto
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event
 
@@ -30,14 +30,14 @@ class _Told(Event):
 
 
 @contextmanager
-def watched(qmp: Qmp, held: HeldGuest) -> Iterator[Event]:
+def watched(qmp: Qmp, held: HeldGuest, called_off: Callable[[], object] = lambda: None) -> Iterator[Event]:
     """As `standing`, with an event that is given. Who is killed before that was set leaves the guest running."""
     reading, writing = os.pipe()
     told = _Told(writing)
     try:
         if held.guest.running:
-            daemon(lambda: _watch(reading, held), "lazyproc-watch")
-        with held.alone(), standing(qmp, held, told):
+            daemon(lambda: _watch(reading, held, called_off), "lazyproc-watch")
+        with held.alone(), standing(qmp, held, told, called_off=called_off):
             yield told
     finally:
         told.set()  # whoever is not killed has let it go on, or has left it as somebody else wants it
@@ -45,7 +45,8 @@ def watched(qmp: Qmp, held: HeldGuest) -> Iterator[Event]:
         os.close(writing)
 
 
-def _watch(reading: int, held: HeldGuest) -> None:
+def _watch(reading: int, held: HeldGuest, called_off: Callable[[], object]) -> None:
     keep_only(reading)  # the monitor for one, where nobody else is heard as long as it is open
     if not os.read(reading, 1):
         held.let_run()
+        called_off()

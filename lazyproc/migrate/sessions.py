@@ -15,6 +15,7 @@ from lazyproc.facts import asdict, dataclass
 from lazyproc.kernel import netfilter, proc
 from lazyproc.kernel.sys import pidfd_open
 from lazyproc.migrate.desk import has_desk, is_staffed
+from lazyproc.migrate.guest_records import ways_of, went_alone
 from lazyproc.migrate.held import held_by
 from lazyproc.migrate.journal import DESTINATION, ENDED, RELEASING, SOURCE, Journal, Record, find, records
 from lazyproc.migrate.promises import pages_remaining
@@ -53,7 +54,6 @@ def sessions() -> list[SessionInfo]:
 
 def _info(record: Record) -> SessionInfo:
     facts, state = record.facts, state_of(record)
-    left = f"was called off: {record.called_off}" if record.called_off else f"was {record.state}"
     tree = facts.get("tree") or {}
     alive = state not in (ORPHANED, GONE)
     return SessionInfo(
@@ -62,13 +62,19 @@ def _info(record: Record) -> SessionInfo:
         peer=str(facts.get("peer", "")),
         state=state,
         since=record.since,
-        reason=str(facts.get("reason", "")) if alive else f"{left}; nobody works on it",
+        reason=str(facts.get("reason", "")) if alive else _left_alone(record),
         root_pid=tree.get("root_pid", facts.get("root_pid")),
         pager_pid=facts.get("pager_pid") if alive else None,
         guard_pid=facts.get("guard_pid") if alive else None,
         keeper_pid=facts.get("keeper_pid") if alive else None,
         pages_remaining=pages_remaining(facts) if record.role == DESTINATION else None,
     )
+
+
+def _left_alone(record: Record) -> str:
+    left = f"was called off: {record.called_off}" if record.called_off else f"was {record.state}"
+    words = f"{left}; nobody works on it"
+    return f"{words}: {ways_of(record)}" if went_alone(record) and not record.rebooted else words
 
 
 def state_of(record: Record) -> str:
@@ -126,6 +132,12 @@ def resume(
             "its client was CRIU's, or spoke its language, and cannot come back", where=session,
             remedy="make sure that it does not run elsewhere, and add --here --force; or end it with lazyproc abort",
         )  # fmt: skip
+    if went_alone(record):
+        raise UsageError(
+            "its guest went to a QEMU that nobody of lazyproc's is beside",
+            where=session,
+            remedy=ways_of(record),
+        )
     if record.role == SOURCE:
         from lazyproc.migrate.moving import migrate_on
 

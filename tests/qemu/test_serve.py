@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -39,9 +40,8 @@ def lazyproc(*words: object, expected: int = 0) -> subprocess.CompletedProcess[s
     return done
 
 
-def answer(*words: object) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(lazyproc(*words, "--json").stdout)
-    return found
+def answer(*words: object) -> Any:
+    return json.loads(lazyproc(*words, "--json").stdout)
 
 
 @contextmanager
@@ -359,23 +359,56 @@ def test_no_clone_runs_before_all_are_taken_in(tmp_path: Path) -> None:
         assert one.beats() == []
 
 
-@pytest.mark.long
-def test_a_guest_that_ran_here_is_recovered(tmp_path: Path) -> None:
-    """It stands here until all of it is there."""
+@contextmanager
+def lost_on_its_way(tmp_path: Path) -> Iterator[tuple[Guest, Guest, str]]:
+    """A guest that stands here and runs there, without all of its pages; and the session that is left of it here."""
     with (
         beating(SMALL, tmp_path) as guest,
         waiting(SMALL, guest.serial, tmp_path / "there") as (there, where),
     ):
         with cut_short(where, tmp_path / "cut") as cut:
-            assert (
-                "it stays stopped here" in lazyproc("qemu-serve", guest.qmp, "--to", cut, expected=4).stderr
-            )
+            lost = lazyproc("qemu-serve", guest.qmp, "--to", cut, expected=4).stderr
+        (found,) = (each for each in answer("sessions") if each["root_pid"] == guest.process.pid)
+        ways = (
+            f"qemu-serve {guest.qmp} --to ... --recover; or, .* lazyproc resume {found['id']} --here --force"
+        )
+        try:
+            assert found["state"] == "orphaned"
+            assert re.search(ways, lost)
+            assert re.search(ways, found["reason"])
+            yield guest, there, found["id"]
+        finally:
+            if found["id"] in lazyproc("sessions").stdout:
+                lazyproc("abort", found["id"])
+
+
+def test_a_guest_that_ran_here_is_recovered(tmp_path: Path) -> None:
+    """It stands here until all of it is there, nobody takes it for one that was paused, and QEMU there decides."""
+    with lost_on_its_way(tmp_path) as (guest, there, session):
         with monitor(guest) as qmp:
             assert not qmp.execute("query-status")["running"]
+        for refused in (
+            lazyproc("explain", "--qemu", guest.qmp, expected=3).stdout,
+            lazyproc("checkpoint", "--qemu", guest.qmp, "-D", tmp_path / "images", expected=3).stderr,
+            lazyproc("resume", session, expected=2).stderr,
+        ):
+            assert f"resume {session} --here --force" in refused
         again = recovering(there, tmp_path / "again")
         answer("qemu-serve", guest.qmp, "--to", again, "--recover")
         assert guest.process.wait(5) == 0
+        assert session not in lazyproc("sessions").stdout
         goes_on(guest.serial)
+
+
+def test_a_guest_that_does_not_run_there_is_continued_here(tmp_path: Path) -> None:
+    with lost_on_its_way(tmp_path) as (guest, there, session):
+        there.process.kill()
+        there.process.wait()
+        assert "add --force" in lazyproc("resume", session, "--here", expected=2).stderr
+        lazyproc("resume", session, "--here", "--force")
+        with monitor(guest) as qmp:
+            assert qmp.execute("query-status")["running"]
+        lazyproc("explain", "--qemu", guest.qmp)
 
 
 @pytest.mark.long
