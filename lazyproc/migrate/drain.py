@@ -310,6 +310,4 @@ def has_ended(pager: Pager, tree: LazyTree) -> bool:
 def report_of(counters: Counters, *, ended: bool) -> Mapping[str, JsonValue]:
     """What DRAINED says, in the words of MigrateReport."""
     faults: dict[str, JsonValue] = asdict(counters.fault_us)
-    names = ("total", "zero", "eager", "urgent", "bulk", "packed", "dropped", "poisoned")
-    pages: dict[str, JsonValue] = {f"pages_{name}": getattr(counters, name) for name in names}
-    return {**pages, "fault_us": faults, "ended": ended}
+    return {**counters.pages(), "fault_us": faults, "ended": ended}

@@ -51,7 +51,9 @@ class RestoreReport:
     pages_eager: int | None = None
     pages_urgent: int | None = None
     pages_bulk: int | None = None
+    pages_packed: int | None = None
     pages_dropped: int | None = None
+    pages_poisoned: int | None = None
     fault_us: Mapping[str, float] | None = None
 
 
@@ -160,9 +162,7 @@ class Restored:
         counters = self.counters()
         if counters is None:
             return report
-        names = ("total", "zero", "eager", "urgent", "bulk", "dropped")
-        pages = {f"pages_{name}": getattr(counters, name) for name in names}
-        return replace(report, **pages, fault_us=asdict(counters.fault_us))
+        return replace(report, **counters.pages(), fault_us=asdict(counters.fault_us))
 
 
 @contextmanager

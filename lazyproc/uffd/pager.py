@@ -78,6 +78,11 @@ class Counters:
         """Pages of the map that have come to their end."""
         return self.zero + self.eager + self.urgent + self.bulk + self.dropped + self.poisoned
 
+    def pages(self) -> dict[str, Any]:
+        """Where each came from, by the names that reports have for it."""
+        names = ("total", "zero", "eager", "urgent", "bulk", "packed", "dropped", "poisoned")
+        return {f"pages_{name}": getattr(self, name) for name in names}
+
     def as_event(self) -> PagesMoved:
         return PagesMoved(
             total=self.total,

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from lazyproc.facts import annotations_of
 from lazyproc.images.files import SUMS, Folder, ImageWriter, record
 from lazyproc.images.pb import process_pb2 as pb
+from lazyproc.migrate.report import MigrateReport
 from tests.live.programs import Program, Watch, running, wait_until
 from tests.needs import require_root
 
@@ -270,7 +272,9 @@ def test_as_many_of_everything_as_a_server_has(many: Many, tmp_path: Path) -> No
 def test_a_detached_restore_runs_on(images: Path, program: Program, tmp_path: Path) -> None:
     fields = result("restore", "-D", images, "--lazy", "--detach", "--pidfile", tmp_path / "pid")
     assert (tmp_path / "pid").read_text() == f"{fields['root_pid']}\n"
-    ways = ("zero", "eager", "urgent", "bulk", "dropped")
+    ways = ("zero", "eager", "urgent", "bulk", "dropped", "poisoned")
+    of_a_move = {name for name in annotations_of(MigrateReport) if "pages" in name}
+    assert {name for name in fields if "pages" in name} == of_a_move
     assert fields["pages_total"] == sum(fields[f"pages_{way}"] for way in ways) > 1900
     assert fields["ended"] is False
     with killed_at_the_end(fields["root_pid"]):
