@@ -178,6 +178,7 @@ def checkpoint(
     """
     started = time.monotonic()
     leave_running |= leave_stopped
+    permits = replace(permits, first=leave_running)
     examine_again(pid, tcp_close=tcp_close, permits=permits, listener=listener)
     with ExitStack() as over, ExitStack() as unfinished:
         # The disk has its time when the tree runs again, unless it is to end.

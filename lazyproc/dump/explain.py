@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 
 from lazyproc.dump import aio
+from lazyproc.dump.apart import OUTSIDE, of_the_first
 from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.descriptors import look_at_descriptors
 from lazyproc.dump.guests import point_to_guests, qemus_of
@@ -64,7 +65,13 @@ def examine(
     pid: int, *, tcp_close: bool = False, permits: Permits = MOVED, listener: Listener = ignore
 ) -> Examined:
     """See `explain`."""
+    if not permits.first and (found := tuple(of_the_first(pid))):
+        return Examined(found, (), {}, NOTHING)
     facts = survey(pid)
+    if (
+        facts.root.ours and facts.root.pid != facts.our_pid
+    ):  # whatever else there is to say of it helps nobody
+        return Examined(tuple(_of_process(facts.root, facts)), (), {}, NOTHING)
     host.pagemap_scan()
     host.map_files()
     for text in notes(facts):
@@ -141,7 +148,12 @@ def _of_process(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
     if not process.alive:
         return
     if process.pid == facts.our_pid:
-        yield obstacle("is lazyproc itself", "start lazyproc outside of the tree")
+        yield obstacle("is lazyproc itself", OUTSIDE)
+    elif process.ours:
+        yield obstacle(
+            f"is at work for lazyproc ({process.stat.comm})",
+            "name the process that is to move; what lazyproc works on is in lazyproc sessions",
+        )
     if any(thread.parked for thread in process.threads):
         yield obstacle(
             "is parked: an earlier move of it is not over, which alone knows where it goes on",
@@ -176,11 +188,14 @@ def _of_process(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
 
 
 def _of_namespaces(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
-    """A tree lives in one set of namespaces."""
+    """A tree lives in one set of namespaces. Only the first process in another one is named."""
     root = facts.root.namespaces
+    parent = next((each.namespaces for each in facts.processes if each.pid == process.stat.ppid), {})
     # A pid namespace for children has no inode before the first of them is born.
     for name, inode in {"pid" + FOR_CHILDREN: 0, **process.namespaces}.items():
         of = name.removesuffix(FOR_CHILDREN)
+        if inode == parent.get(name) or (name != of and inode == process.namespaces.get(of)):
+            continue
         if name == "user" and inode != facts.our_namespaces[name]:
             yield Obstacle(
                 process.pid, "process", "is in another user namespace than lazyproc",
@@ -188,9 +203,10 @@ def _of_namespaces(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle
             )  # fmt: skip
         elif inode != root.get(of, inode) and (name != of or process is not facts.root):
             whose = "its future children are" if name != of else "is"
+            first = "the first one in there" if name != of else process.pid
             yield Obstacle(
                 process.pid, "process", f"{whose} in another {of} namespace than the root of the tree",
-                "name a process whose whole tree is in one, such as the first one in there",
+                f"name a process whose whole tree is in one, such as {first}",
             )  # fmt: skip
 
 
@@ -198,7 +214,7 @@ def _of_thread(process: ProcessFacts, thread: ThreadFacts) -> Iterator[Obstacle]
     def obstacle(why: str, remedy: str) -> Obstacle:
         return Obstacle(process.pid, f"thread {thread.tid}", why, remedy)
 
-    if thread.tracer:
+    if thread.tracer and not thread.parked:  # by who keeps it, which is said
         yield obstacle(
             f"is traced by process {thread.tracer}", "detach it (a debugger, strace, another lazyproc)"
         )

@@ -22,6 +22,7 @@ class Permits:
     write_leases: bool = True  # leases that end as soon as somebody else opens the file
     awaited_locks: bool = True  # those of them that a process outside of the tree waits for
     led_from_outside: bool = True  # sessions and groups whose leader is not in the tree
+    first: bool = False  # pid 1 as lazyproc sees it, which can be looked at from there, and not ended
     net_apart: bool = True  # a network namespace of its own, whose other packets pass while it stands still
     private_limit: int | None = None  # bytes of private memory, reserved or used, of all processes
     ghost_limit: int = CONTENT_LIMIT  # bytes of a deleted file

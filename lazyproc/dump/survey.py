@@ -26,10 +26,12 @@ from lazyproc.kernel.sysvipc import LastUse, last_uses
 SHARED = {KCMP_VM: "its memory (CLONE_VM)", KCMP_FS: "its directories (CLONE_FS)",
           KCMP_SIGHAND: "its signal handlers (CLONE_SIGHAND)"}  # fmt: skip
 APART = {KCMP_FS: "directories (CLONE_FS)", KCMP_FILES: "descriptor table (CLONE_FILES)"}
+CAP_SYS_PTRACE = 19
 PF_EXITING = 0x4
 PF_KTHREAD = 0x200000  # include/linux/sched.h
 DISK_SLEEP_S = 0.05  # I/O ends within this, mostly
 EI_CLASS = 4
+CORE = "/lazyproc/kernel/_core."  # of whoever of us works on processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,12 @@ class ProcessFacts:
     @property
     def alive(self) -> bool:
         return not self.zombie and not self.kernel_thread
+
+    @property
+    def ours(self) -> bool:
+        """A command or a helper of lazyproc. A program that uses it as a library has a name of its own."""
+        named = self.stat.comm == "lazyproc" or self.stat.comm.startswith("lazyproc-")
+        return named and any(CORE in each.entry.path for each in self.smaps)
 
 
 class Sharing(NamedTuple):
@@ -134,7 +142,7 @@ def _demand_process(pid: int) -> None:
         raise NoSuchProcess(
             "there is no such process",
             where=f"pid {pid}",
-            remedy="check the number, and in which pid namespace it counts",
+            remedy="check the number, and in which pid namespace it counts" + _elsewhere(pid),
         ) from None
     if status.tgid != pid:
         raise UsageError("is a thread", where=f"pid {pid}", remedy=f"name its process, {status.tgid}")
@@ -187,11 +195,31 @@ def _demand_access(pid: int, status: proc.Status) -> None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM):
             raise NoSuchProcess("it has ended", where=f"pid {pid}") from error
-        raise PermissionDenied(
-            f"belongs to uid {status.uid.real} and may not be traced by uid {os.geteuid()}",
-            where=f"pid {pid}",
-            remedy="run lazyproc as root (CAP_SYS_PTRACE)" + _yama(),
-        ) from error
+        raise _denied(pid, status) from error
+
+
+def _denied(pid: int, status: proc.Status) -> PermissionDenied:
+    """With the capability it is not the user (__ptrace_may_access, kernel/ptrace.c)."""
+    why = f"belongs to uid {status.uid.real} and may not be traced by uid {os.geteuid()}"
+    remedy = "run lazyproc as root (CAP_SYS_PTRACE)"
+    if proc.status(proc.read(os.getpid(), "status")).cap_effective >> CAP_SYS_PTRACE & 1:
+        why += ", CAP_SYS_PTRACE or not"
+        remedy = (
+            "run lazyproc in the user namespace of the process, or above it, and where no security module (SELinux, "
+            "AppArmor, a BPF program) forbids it"
+        )
+    return PermissionDenied(why, where=f"pid {pid}", remedy=remedy + _yama())
+
+
+def _elsewhere(pid: int) -> str:
+    """Who looks into a container reads the numbers that count there."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(NoSuchProcess):
+            numbers = proc.status(proc.read(int(name), "status")).ns_pid
+            if len(numbers) > 1 and numbers[-1] == pid:
+                found.append(name)
+    return f": in another one it is pid {' or '.join(found)} here" if found else ""
 
 
 def _yama() -> str:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from lazyproc.dump.apart import demand_apart
 from lazyproc.dump.checkpoint import CheckpointReport, Written, written
 from lazyproc.dump.explain import examine_again
 from lazyproc.dump.freeze import FrozenTree
@@ -35,7 +36,6 @@ from lazyproc.migrate.holding import Holding, from_facts
 from lazyproc.migrate.journal import SOURCE, Journal, find
 from lazyproc.migrate.lost import source_ended
 from lazyproc.migrate.parking import parked_tree
-from lazyproc.migrate.source import demand_apart
 from lazyproc.model import Checkpoint, Extent, MemoryObject
 from lazyproc.pages.criu_server import Given, Shelf, answer
 from lazyproc.pages.door import Door, listen

@@ -6,12 +6,12 @@ it never runs here again. In between is doubt: the tree stays stopped and the op
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from lazyproc.dump.apart import demand_apart
 from lazyproc.dump.before import Before, look_before, observed_sleeps
 from lazyproc.dump.explain import examine_again
 from lazyproc.dump.freeze import FrozenTree, frozen_tree
@@ -19,12 +19,7 @@ from lazyproc.dump.gather import Dump, dumped
 from lazyproc.dump.late import late_signals
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import hang_up, silence
-from lazyproc.dump.walk import tree_of
-from lazyproc.errors import (
-    CannotBeDone,
-    Obstacle,
-    UsageError,
-)
+from lazyproc.errors import UsageError
 from lazyproc.events import Listener, Over, StateChanged, ignore
 from lazyproc.facts import asdict
 from lazyproc.kernel.deaf import deaf, ignore_interrupts
@@ -103,14 +98,6 @@ class TreeMove:
             self.look(listener)
         order, settle = self._order, ignore_interrupts
         return hand_over(self._pid, chain, self._before, order, journal, listener, trace=trace, settle=settle)
-
-
-def demand_apart(pid: int) -> None:
-    """Raises CannotBeDone when this very process is in the tree: what does the work is not."""
-    if os.getpid() in tree_of(pid):
-        raise CannotBeDone(
-            (Obstacle(os.getpid(), "process", "is lazyproc itself", "start lazyproc outside of the tree"),)
-        )
 
 
 def look(pid: int, listener: Listener = ignore, *, tcp_close: bool = False) -> Before:

@@ -73,6 +73,14 @@ def test_a_tree_with_lazyproc_in_it(pair: Pair, command: tuple[str, ...]) -> Non
 
 
 @BOTH
+def test_the_first_process_as_it_is_seen_from_its_children(pair: Pair, command: tuple[str, ...]) -> None:
+    """A signal from there does not end it: `checkpoint` waited without end."""
+    with unchanged(pair.source):
+        done = lazyproc(pair.source, command[0], 1, *command[1:])
+        says(done, 3, "pid 1: process: is the first process here", "by the number that its first process has")
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("by", "uid"), [(NOBODY, 65534), (bounded("sys_ptrace"), 0)], ids=["nobody", "no CAP_SYS_PTRACE"]
 )

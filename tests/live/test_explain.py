@@ -29,6 +29,7 @@ from lazyproc.dump.survey import survey
 from lazyproc.errors import NoSuchProcess, Obstacle, PermissionDenied, TraceeError, UsageError
 from lazyproc.events import Event, Note
 from lazyproc.kernel import fds, proc
+from lazyproc.kernel.family import daemon
 from lazyproc.kernel.sys import syscall
 from lazyproc.kernel.tracee import Tracee
 from lazyproc.uffd.device import Feature, Userfaultfd
@@ -183,6 +184,43 @@ def test_somebody_elses_process_is_refused_with_both_uids() -> None:
             in_child(unprivileged)
 
 
+def test_the_capability_alone_is_not_the_right() -> None:
+    """In a user namespace of its own a process has it, and may trace nobody outside."""
+    require_root()
+    with stopped(os.setsid) as tasks:
+
+        def apart() -> None:
+            unshare(CLONE_NEWUSER)
+            explain(tasks[0].pid)
+
+        with pytest.raises(
+            PermissionDenied, match=r"CAP_SYS_PTRACE or not; .* the user namespace of the process"
+        ):
+            in_child(apart)
+
+
+def test_the_number_that_a_process_has_in_a_container() -> None:
+    require_root()
+    most = int(Path("/proc/sys/kernel/pid_max").read_text())
+    number = next(each for each in range(most - 1, 2, -1) if not Path(f"/proc/{each}").exists())
+    within = f"echo {number - 1} > /proc/sys/kernel/ns_last_pid; sleep 60 & wait"
+    command = ["unshare", "--pid", "--fork", "--kill-child", "sh", "-c", within]
+    with subprocess.Popen(command, start_new_session=True, **_SILENT) as container:
+        try:
+            wait_until(lambda: len(survey(container.pid).processes) == 3, "three processes")
+            inner = survey(container.pid).processes[2]
+            assert inner.vpid == number
+            with pytest.raises(NoSuchProcess, match=f"in another one it is pid {inner.pid} here"):
+                explain(number)
+        finally:
+            container.kill()
+
+
+def test_the_first_process_of_all() -> None:
+    (obstacle,) = explain(1)
+    assert obstacle.why.startswith("is the first process here")
+
+
 def test_a_kernel_thread() -> None:
     require_kernel_threads()
     assert whys(list(explain(2))) == ["process: is a kernel thread"]
@@ -229,6 +267,31 @@ def test_somebody_traces_it() -> None:
             tracee.detach()
     assert whys(obstacles) == [f"thread: is traced by process {os.getpid()}"]
     assert "strace" in obstacles[0].remedy
+
+
+def test_who_works_for_lazyproc_is_not_taken_apart() -> None:
+    """All of its descriptors would be obstacles, and none of them is why."""
+    with helper_at_work() as pid:
+        (obstacle,) = explain(pid)
+    assert (obstacle.pid, obstacle.why) == (pid, "is at work for lazyproc (lazyproc-test)")
+    assert "lazyproc sessions" in obstacle.remedy
+
+
+@contextmanager
+def helper_at_work() -> Iterator[int]:
+    """One of the helpers that outlive a command, until its end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+
+        def work() -> None:
+            ours.close()
+            theirs.send(b"I am at work")
+            theirs.recv(1)
+
+        pid = daemon(work, "lazyproc-test")
+        theirs.close()
+        ours.recv(64)
+        yield pid
 
 
 VFORK = """
