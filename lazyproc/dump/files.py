@@ -28,6 +28,7 @@ DELETED = " (deleted)"
 COMMON_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
 _TERMINAL_REMEDY = "start the program with input and output redirected: setsid prog </dev/null >log 2>&1"
 _TERMINAL_MAJORS = {4, 5, *range(136, 144)}  # ttys, /dev/tty and ptmx, pts
+ZERO_DEVICE = os.makedev(1, 5)
 F_SEAL_FUTURE_WRITE = 0x10  # include/uapi/linux/fcntl.h; the fcntl module has it since Python 3.13
 
 _GHOSTS = (st.S_IFREG, st.S_IFDIR, st.S_IFLNK, st.S_IFCHR)  # what can be removed and travel all the same
@@ -304,6 +305,17 @@ def gather_mapped_file(registry: Registry, pid: int, start: int, end: int, entry
         writable = entry.perms[3] == "s" and os.lstat(link).st_mode & st.S_IWUSR
         return _gather_link(registry, link, os.O_RDWR if writable else os.O_RDONLY)
     return 0
+
+
+def is_zero_device(pid: int, entry: MapsEntry) -> bool:
+    """A private mapping of /dev/zero is anonymous memory by another name (mmap_zero, drivers/char/mem.c)."""
+    if entry.perms[3] != "p" or not entry.path.endswith("/zero"):
+        return False
+    try:
+        status = os.stat(f"/proc/{pid}/map_files/{entry.start:x}-{entry.end:x}")
+    except FileNotFoundError:  # unmapped meanwhile
+        return False
+    return st.S_ISCHR(status.st_mode) and status.st_rdev == ZERO_DEVICE
 
 
 def gather_link(registry: Registry, pid: int, name: str) -> int:

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 
-from lazyproc.dump.files import LINKS, gather_link, gather_mapped_file
+from lazyproc.dump.files import LINKS, gather_link, gather_mapped_file, is_zero_device
 from lazyproc.dump.mappings import SYSV_PREFIX
 from lazyproc.dump.memory import kind_of, refusal, vma_of
 from lazyproc.dump.registry import Refused, Registry
@@ -114,6 +114,8 @@ def _look_at_files(
             continue
         if kind is VmaKind.FILE and entry.path != "[vsyscall]":
             try:
+                if is_zero_device(pid, entry):
+                    continue
                 number = gather_mapped_file(registry, pid, entry.start, entry.end, entry)
             except PermissionError:  # map_files is root's, which `lazyproc check` says and the dump will
                 continue

@@ -4,10 +4,11 @@ are the same text after the freeze.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from lazyproc.dump.files import gather_mapped_file
+from lazyproc.dump.files import gather_mapped_file, is_zero_device
 from lazyproc.dump.memory import place_of, refused_of, vma_of
 from lazyproc.dump.registry import FileSeen, Refused, Registry
 from lazyproc.errors import NoSuchProcess
@@ -92,12 +93,26 @@ def space_now(pid: int, locked_kib: int, before: Space | None) -> Space:
 
 def numbered(registry: Registry, pid: int, space: Space) -> Space:
     """With the registry's numbers of the mapped files. Obstacles go to the registry."""
+    space = _zeros_anonymous(pid, space)
     files = tuple(_file_numbers(registry, pid, space))
     if files == space.files:
         return space
     vmas = list(space.vmas)
     for at, number in files:
         vmas[at] = replace(vmas[at], file_id=number)
+    return replace(space, vmas=tuple(vmas), files=files)
+
+
+def _zeros_anonymous(pid: int, space: Space) -> Space:
+    """Mappings of /dev/zero are restored as what they are to the kernel, and no longer by that name."""
+    zeros = {at for at, number in space.files if not number and is_zero_device(pid, space.entries[at])}
+    if not zeros:
+        return space
+    vmas = list(space.vmas)
+    for at in zeros:
+        flags = vmas[at].flags | mmap.MAP_ANONYMOUS
+        vmas[at] = replace(vmas[at], kind=VmaKind.ANON, flags=flags, offset=0)
+    files = tuple((at, number) for at, number in space.files if at not in zeros)
     return replace(space, vmas=tuple(vmas), files=files)
 
 

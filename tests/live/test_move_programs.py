@@ -20,7 +20,8 @@ from tests.needs import lacking
 
 # Their mappings, descriptors and processes come and go.
 RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")
-PROTECTING = ("memory_static",)  # changes the protection of its mappings all the time
+# The first changes the protection of its mappings all the time; those of the other are anonymous afterwards.
+OTHER_MAPS = ("memory_static", "memory_zero")
 # Refused between hosts, or with other pid namespaces: as images they move (test_criu_command.py, test_criu_outside.py).
 AS_IMAGES = ("dead_peer", "fd_outside")
 WAITING = ("late_signals",)  # beats for the signals that test_late_signals.py sends
@@ -62,7 +63,7 @@ def started(stack: ExitStack, name: str, field: Field, *arguments: str) -> Progr
 def test_moves_there_and_back(name: str, field: Field) -> None:
     with ExitStack() as stack:
         program = started(stack, name, field)
-        checks = {"same_maps": name not in PROTECTING, "whole_tree": name not in RESTLESS}
+        checks = {"same_maps": name not in OTHER_MAPS, "whole_tree": name not in RESTLESS}
         there = move(field.pair.source, field.there, program.pid, **checks)
         program.watch.wait_beats()
         back = move(field.pair.destination, field.back, there.pid, **checks)
@@ -91,6 +92,14 @@ def test_moves_while_its_memory_is_freed_here(name: str, field: Field) -> None:
             field.pair.source, field.there, program.pid, "--release", whole_tree=name not in RESTLESS
         )
         program.watch.wait_beats()
+        there.end(program.watch)
+
+
+def test_private_memory_of_the_zero_device_is_lazy(field: Field) -> None:
+    with ExitStack() as stack:
+        program = started(stack, "memory_zero", field)
+        there = move(field.pair.source, field.there, program.pid, same_maps=False)
+        assert there.report["pages_urgent"] + there.report["pages_bulk"] >= 512 > there.report["pages_eager"]
         there.end(program.watch)
 
 
@@ -140,7 +149,7 @@ def test_moves_as_images(name: str, lazy: bool, field: Field) -> None:
         checkpoint(field.pair.source, program.pid, images)
         assert program.process.wait(5) != 0
         there = restore(field.pair.destination, images, *(["--lazy"] if lazy else []))
-        there.check_like(before, same_maps=name not in PROTECTING)
+        there.check_like(before, same_maps=name not in OTHER_MAPS)
         program.watch.wait_beats()
         there.end(program.watch)
 
