@@ -401,6 +401,7 @@ class UnixSocket:
     peer_name: bytes = (
         b""  # of a datagram socket's peer outside of the tree, to be connected to again by its name
     )
+    reset: bool = False  # its peer was closed with unread data: ECONNRESET waits for the program
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,11 +84,12 @@ def _datagrams(sock: socket.socket) -> Iterator[_Peeked]:
 
 def _stream(sock: socket.socket) -> Iterator[_Peeked]:
     """A peek ends after a message with descriptors. Peek all there is: one that ended within such a
-    message would give its descriptors again with the rest.
+    message would give its descriptors again with the rest. And not beyond: that would take the error from the program
+    that waits there (unix_stream_read_generic).
     """
     (total,) = struct.unpack("=i", fcntl.ioctl(sock, SIOCINQ, bytes(4)))
     at = 0
-    while (peeked := _peek(sock, total + 1)) is not None and peeked.data:
+    while at < total and (peeked := _peek(sock, total - at)) is not None and peeked.data:
         end = at + len(peeked.data)
         plain = _plain_prefix(sock, at, len(peeked.data)) if peeked.fds else 0
         if plain:

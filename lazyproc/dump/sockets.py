@@ -27,6 +27,7 @@ from lazyproc.dump.inet import (
 )
 from lazyproc.dump.netlink import gather_netlink, refuse_protocol, refuse_unread
 from lazyproc.dump.peek import read_queue
+from lazyproc.dump.pending import hides_queue
 from lazyproc.dump.registry import Place, Refused, Registry
 from lazyproc.dump.unix import UnixNamespace, gather_unix, has_peer, holds_data, view
 from lazyproc.facts import dataclass, field
@@ -148,6 +149,7 @@ class SocketTable:
             refuse_kind(sock)
             self._same_namespace(sock)
             refuse_urgent(sock)
+            hides_queue(sock)
             ends = ends_of(sock) if sock.family in _INET else None
             if ends is not None:
                 refuse_state(ends)
@@ -211,9 +213,16 @@ class SocketTable:
         """
         for taken in list(self._taken.values()):
             if taken.queue is None:
-                taken.queue = (
-                    read_queue(taken.sock, self._intern, self.registry.vpid) if _has_queue(taken.sock) else ()
-                )
+                taken.queue = self._queue(taken)
+
+    def _queue(self, taken: _Taken) -> tuple[Packet, ...]:
+        try:
+            if not _has_queue(taken.sock) or hides_queue(taken.sock):
+                return ()
+        except Refused as refused:  # it has come since
+            self._refuse(taken.place, refused)
+            return ()
+        return read_queue(taken.sock, self._intern, self.registry.vpid)
 
     def resolve(self) -> dict[int, UnixSocket | InetSocket | NetlinkSocket]:
         """Every socket by file id, but for those that cannot travel, which become obstacles of the registry.

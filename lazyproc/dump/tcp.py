@@ -70,7 +70,7 @@ def ending_error(sock: socket.socket, *, tcp_close: bool) -> int:
             return 0
         raise Refused(
             "is a TCP connection that failed, and the error cannot be read without taking it from the program",
-            "try again in a moment, let the program read it or close the socket first, or use --tcp-close",
+            "let the program use the socket, which tells it, or close it first; or use --tcp-close",
         ) from None
 
 

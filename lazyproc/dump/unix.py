@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Mapping, Set
 
+from lazyproc.dump.pending import waits
 from lazyproc.dump.registry import Refused, Registry
 from lazyproc.facts import dataclass
 from lazyproc.kernel.netns import namespace_of
@@ -70,6 +71,7 @@ def gather_unix(
         path=path,
         peer_credentials=None if state == TCP_CLOSE else _peer_credentials(registry, sock),
         peer_name=peer_name,
+        reset=state == TCP_ESTABLISHED and not peer and waits(sock),
     )
 
 

@@ -267,6 +267,8 @@ def write_unix(
     if socket.peer_credentials:
         credentials = extra.unix.peer_credentials
         credentials.pid, credentials.uid, credentials.gid = socket.peer_credentials
+    if socket.reset:
+        extra.unix.reset = True
     extra.unix.bound_here = socket.bound_here
     extra.unix.pending.extend(socket.pending)
     write_options(socket.options, (entry.opts,), extra)
@@ -334,6 +336,7 @@ def read_unix(
             (credentials.pid, credentials.uid, credentials.gid) if unix.HasField("peer_credentials") else None
         ),
         peer_name=outside.get(entry.peer, b"") if entry.type == _SOCK_DGRAM else b"",
+        reset=unix.reset,
     )
 
 

@@ -80,7 +80,9 @@ class UnixSockets:
         for unix in self.sockets.values():
             for packet in unix.queue:
                 self._send(unix, packet, files, pids)
-        for feeder in self._feeders.values():
+        for inode, feeder in self._feeders.items():
+            if self.sockets[inode].reset:  # what it has not read when it is closed makes it one
+                self.made[inode].send(b"\0", socket.MSG_DONTWAIT)
             feeder.close()
         for unix in self.sockets.values():
             if unix.peer_name:

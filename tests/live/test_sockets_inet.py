@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
+import select
 import socket
 import struct
 from contextlib import ExitStack
@@ -15,6 +18,7 @@ from lazyproc.kernel import tcp
 from lazyproc.kernel.sockopt import (
     IP_MTU_DISCOVER,
     IP_PKTINFO,
+    IP_RECVERR,
     IP_TOS,
     SO_ATTACH_FILTER,
     SO_PRIORITY,
@@ -40,6 +44,7 @@ from tests.live.inet import (
     Family,
     listening,
     outside,
+    told_of,
 )
 from tests.live.sockets import (
     CLONE_NEWNET,
@@ -216,6 +221,31 @@ def test_kinds_that_cannot_travel() -> None:
         f"fd 12: is a raw IP socket; {close}",
         "fd 13: is a UDP-Lite socket; use UDP",
     ]
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["error", "queue of errors"])
+def test_an_error_of_a_datagram_stays_with_the_program_that_runs_on(kept: bool) -> None:
+    """The answer of a host where nobody listens (ICMP). A look would take it, and took it when the dump failed."""
+
+    def body() -> None:
+        sock = put(10, socket.socket(INET, DGRAM))
+        sock.setsockopt(SOL_IP, IP_RECVERR, kept)
+        with socket.socket(INET, DGRAM) as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            sock.connect(nobody.getsockname())
+        sock.send(b"is anybody there?")
+        assert select.select([sock], [], [], 5)[0]
+        keep(sock)
+
+    with stopped(body) as tasks:
+        gathered = gather_descriptors(tasks)
+        with gathered.sockets, gathered.registry.taken(tasks[0].pid, 10) as fd:
+            assert [each.where for each in gathered.obstacles] == ["fd 10"] * kept
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                assert told_of(sock) == (errno.ECONNREFUSED, 0)
+    if not kept:
+        with remade(body) as socks, pytest.raises(BlockingIOError):
+            socks[10].recv(1, socket.MSG_DONTWAIT)
 
 
 def test_datagrams_whose_destination_matters() -> None:

@@ -453,7 +453,7 @@ def test_errors_that_only_the_program_can_read() -> None:
         keep(cut_off, refused)
 
     why = "is a TCP connection that failed, and the error cannot be read without taking it from the program"
-    remedy = "try again in a moment, let the program read it or close the socket first, or use --tcp-close"
+    remedy = "let the program use the socket, which tells it, or close it first; or use --tcp-close"
     assert obstacle_words(body) == [f"fd {number}: {why}; {remedy}" for number in (10, 11)]
     with remade(body, tcp_close=True) as socks:
         assert socks[10].recv(99) == b"unread"

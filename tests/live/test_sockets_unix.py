@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 import socket
@@ -19,6 +20,7 @@ from lazyproc.model import Checkpoint, UnixSocket
 from lazyproc.restore.names import acting_as
 from tests.forked import in_child
 from tests.live.descriptors import stopped
+from tests.live.inet import told_of
 from tests.live.sockets import dumped, keep, made_sockets, obstacle_words, put, remade
 
 STREAM, DGRAM, SEQPACKET = socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET
@@ -119,6 +121,47 @@ def test_dumping_consumes_nothing_and_leaves_no_option_behind() -> None:
                 data, fds = _receive(sock)
                 assert (data, len(fds)) == (b"data", 1)
                 os.close(fds[0])
+
+
+def test_a_reset_that_the_program_has_not_seen() -> None:
+    """Behind all that is unread; whoever looks must not take it away."""
+
+    def body() -> None:
+        one, other = _pair(STREAM)
+        one.send(b"not read by the other")
+        other.send(b"unread")
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1000)
+        other.close()
+        keep(one)
+
+    def tell(sock: socket.socket) -> None:
+        assert sock.recv(6, socket.MSG_DONTWAIT) == b"unread"
+        assert told_of(sock) == (errno.ECONNRESET, 0)
+        assert told_of(sock) == (0, 0)
+
+    with stopped(body) as tasks:
+        first, second = gather_descriptors(tasks), gather_descriptors(tasks)
+        with first.sockets, second.sockets, first.registry.taken(tasks[0].pid, 10) as fd:
+            assert first.obstacles == second.obstacles == []
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                tell(sock)
+    with remade(body) as socks:
+        tell(socks[10])
+
+
+def test_packets_behind_an_error() -> None:
+    """A peek would take the error first, also from the program."""
+
+    def body() -> None:
+        one, other = _pair(SEQPACKET)
+        one.send(b"not read by the other")
+        other.send(b"unread")
+        other.close()
+        keep(one)
+
+    assert [each.split("; ")[0] for each in obstacle_words(body)] == [
+        "fd 10: has an error for the program, and may hold packets behind it, which cannot be seen without taking it"
+    ]
 
 
 def _file(gathered: Gathered, fd: int) -> int:

@@ -221,6 +221,7 @@ def unix_sockets(draw: st.DrawFn, inode: int, file_ids: st.SearchStrategy[int]) 
         pending=draw(tuples_of(st.integers(1, 20), 2)),
         path=draw(st.sampled_from(["", "/run" + name.decode("latin-1").replace("\0", ""), "/run/x"])),
         peer_credentials=draw(st.none() | st.tuples(u31, u32, u32)),
+        reset=draw(st.booleans()),
     )
 
 

@@ -490,11 +490,14 @@ class UnixExtra(_message.Message):
     PEER_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     PEER_CREDENTIALS_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
     bound_here: _builtins.bool
     peer: _builtins.int
     """of a connection not yet accepted, where CRIU writes the listener"""
     path: _builtins.bytes
     """where CRIU's name, name_dir and deleted do not tell"""
+    reset: _builtins.bool
+    """the peer was closed with unread data"""
     @_builtins.property
     def pending(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -507,10 +510,11 @@ class UnixExtra(_message.Message):
         peer: _builtins.int | None = ...,
         path: _builtins.bytes | None = ...,
         peer_credentials: Global___Credentials | None = ...,
+        reset: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bound_here", b"bound_here", "path", b"path", "peer", b"peer", "peer_credentials", b"peer_credentials"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bound_here", b"bound_here", "path", b"path", "peer", b"peer", "peer_credentials", b"peer_credentials", "reset", b"reset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_here", b"bound_here", "path", b"path", "peer", b"peer", "peer_credentials", b"peer_credentials", "pending", b"pending"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_here", b"bound_here", "path", b"path", "peer", b"peer", "peer_credentials", b"peer_credentials", "pending", b"pending", "reset", b"reset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
