@@ -21,7 +21,10 @@ _HERE = "make room there, or give the path to the user who restores"
 
 
 def make_named_contents(workshop: Workshop) -> None:
-    """Create what is missing of the files with a path, directories first. Undone when the restore fails."""
+    """Create what is missing of the files with a path, directories first. Undone when the restore fails. Raises
+    RestoreError with all that are there and differ.
+    """
+    different = []
     open_already, wanted = _references(workshop)
     contents = workshop.checkpoint.contents.values()
     named = [content for content in contents if content.path and content.id not in open_already - wanted]
@@ -37,7 +40,10 @@ def make_named_contents(workshop: Workshop) -> None:
                     _create(parent, name, content)
                 workshop.stack.push(_Undo(os.dup(parent), name, st.S_ISDIR(content.mode)))
             else:
-                _check_same(parent, name, content, found)
+                if not _is_same(parent, name, content, found):
+                    different.append((content.path, found))
+    if different:
+        raise _in_the_way(*different)
 
 
 def _references(workshop: Workshop) -> tuple[set[int], set[int]]:
@@ -137,27 +143,25 @@ def _fill(fd: int, content: FileContent) -> None:
     os.utime(fd, ns=(content.atime_ns, content.mtime_ns))
 
 
-def _check_same(parent: int, name: str, content: FileContent, found: os.stat_result) -> None:
+def _is_same(parent: int, name: str, content: FileContent, found: os.stat_result) -> bool:
     """A file that is there already is left alone; for a regular one that takes equal content."""
-    check_kind(content.path, content.mode, found)
-    if st.S_ISREG(content.mode) and not (
-        found.st_size == content.size and _has_content(parent, name, content)
-    ):
-        raise _differs(content.path)
+    if st.S_IFMT(found.st_mode) != st.S_IFMT(content.mode):
+        return False
+    if not st.S_ISREG(content.mode):
+        return True
+    return found.st_size == content.size and _has_content(parent, name, content)
 
 
 def check_kind(path: str, mode: int, found: os.stat_result) -> None:
     """Raise RestoreError when something else is in the place of a file that comes with the tree."""
     if st.S_IFMT(found.st_mode) != st.S_IFMT(mode):
-        raise _differs(path)
+        raise _in_the_way((path, found))
 
 
-def _differs(path: str) -> RestoreError:
-    return RestoreError(
-        "exists on this host and differs from the one that comes with the checkpoint",
-        where=f"file {path}",
-        remedy="remove it or move it out of the way",
-    )
+def _in_the_way(*found: tuple[str, os.stat_result]) -> RestoreError:
+    from lazyproc.restore.inway import in_the_way  # no start waits for it
+
+    return in_the_way(found)
 
 
 def _has_content(parent: int, name: str, content: FileContent) -> bool:

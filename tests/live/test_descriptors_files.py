@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import socket
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -260,10 +262,39 @@ def test_tmpfs_file_travels_with_its_directories(shm: Path) -> None:
         assert stat.S_IMODE(shm.stat().st_mode) == 0o750
         with made(checkpoint_of(gathered)) as fds:  # what is there already and identical is used
             assert os.pread(fds[10], 99, 0) == b"on tmpfs"
-        (shm / "data").write_bytes(b"of others")
-        with pytest.raises(RestoreError, match=r"data: exists on this host and differs.*; remove it"):
+
+
+def test_what_lies_where_tmpfs_files_are_to_be_is_left_alone_and_named(shm: Path) -> None:
+    """All of it at once, with who uses it, and the command that puts it out of the way."""
+    paths = [shm / "first", shm / "its second"]
+
+    def body() -> None:
+        shm.mkdir(mode=0o750)
+        for number, path in enumerate(paths, 10):
+            at(number, os.open(path, os.O_RDWR | os.O_CREAT, 0o604))
+            os.write(number, b"on tmpfs")
+
+    with gathered_from(body) as gathered:
+        for path in paths:
+            path.write_bytes(b"of others")
+        with pytest.raises(RestoreError) as refused:
             made(checkpoint_of(gathered)).__enter__()
-        assert (shm / "data").read_bytes() == b"of others"
+        words = (
+            f"file {paths[0]}, {paths[1]}: something else is there on this host, in use by nobody; move it"
+        )
+        assert str(refused.value).startswith(words)
+        assert [path.read_bytes() for path in paths] == [b"of others"] * 2
+        paths[0].write_bytes(b"on tmpfs")
+        with paths[1].open("r+b") as file, mmap.mmap(file.fileno(), 0):
+            file.close()
+            with pytest.raises(RestoreError, match=f"there on this host, in use by pid {os.getpid()}; when"):
+                made(checkpoint_of(gathered)).__enter__()
+        with pytest.raises(RestoreError) as refused:
+            made(checkpoint_of(gathered)).__enter__()
+        command = refused.value.remedy.removeprefix("move it out of the way: ")
+        subprocess.run(command, shell=True, check=True)
+        with made(checkpoint_of(gathered)) as fds:
+            assert os.pread(fds[11], 99, 0) == b"on tmpfs"
 
 
 def test_failed_restore_takes_tmpfs_files_away_again(shm: Path) -> None:
