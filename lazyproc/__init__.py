@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lazyproc.dump.checkpoint import CheckpointReport as CheckpointReport
     from lazyproc.dump.checkpoint import checkpoint as checkpoint
     from lazyproc.dump.permits import Permits as Permits
+    from lazyproc.migrate.arrival import Terms as Terms
     from lazyproc.migrate.destination import receive as receive
     from lazyproc.migrate.explain import explain as explain
     from lazyproc.migrate.explain import explain_guest as explain_guest
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lazyproc.migrate.lazypages import lazy_pages as lazy_pages
     from lazyproc.migrate.local import PageServerOfCriu as PageServerOfCriu
     from lazyproc.migrate.local import restore as restore
+    from lazyproc.migrate.order import Order as Order
     from lazyproc.migrate.server import serve as serve
     from lazyproc.migrate.sessions import abort as abort
     from lazyproc.migrate.sessions import resume as resume
@@ -32,9 +34,11 @@ _MODULES = {
     "CheckpointReport": "lazyproc.dump.checkpoint",
     "LazyRegion": "lazyproc.uffd.region",
     "abort": "lazyproc.migrate.sessions",
+    "Order": "lazyproc.migrate.order",
     "PageServerOfCriu": "lazyproc.migrate.local",
     "Permits": "lazyproc.dump.permits",
     "Restored": "lazyproc.restore.run",
+    "Terms": "lazyproc.migrate.arrival",
     "Tls": "lazyproc.pages.tls",
     "checkpoint": "lazyproc.dump.checkpoint",
     "checkpoint_guest": "lazyproc.migrate.guest_checkpoint",
@@ -55,9 +59,11 @@ _PACKAGES = ("errors", "migrate", "restore")  # the last two are callable, see c
 __all__ = [
     "CheckpointReport",
     "LazyRegion",
+    "Order",
     "PageServerOfCriu",
     "Permits",
     "Restored",
+    "Terms",
     "Tls",
     "abort",
     "checkpoint",

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 
@@ -16,7 +17,12 @@ def make_callable(package: str, module: str) -> None:
 
     class CallablePackage(ModuleType):
         def __call__(self, *args: object, **options: object) -> object:
-            function = getattr(import_module(module), package.rpartition(".")[2])
-            return function(*args, **options)
+            return self.__wrapped__(*args, **options)
+
+        @property
+        def __wrapped__(self) -> Callable[..., object]:
+            """Where inspect.signature looks, and so whoever asks for help."""
+            function: Callable[..., object] = getattr(import_module(module), package.rpartition(".")[2])
+            return function
 
     sys.modules[package].__class__ = CallablePackage

@@ -17,7 +17,7 @@ from lazyproc.dump.late import late_signals
 from lazyproc.dump.permits import ALL, Permits
 from lazyproc.dump.source import DumpPages, dump_pages
 from lazyproc.dump.tcp import silence
-from lazyproc.events import Listener, Note, StateChanged, StepDone
+from lazyproc.events import Listener, Note, StateChanged, StepDone, ignore
 from lazyproc.facts import dataclass, replace
 from lazyproc.images.convert import to_images
 from lazyproc.images.draft import Draft, filled
@@ -154,11 +154,11 @@ def new_hold() -> Hold:
 
 def checkpoint(
     pid: int,
-    directory: Path,
+    directory: Path | str,
     *,
-    leave_running: bool,
-    tcp_close: bool,
-    listener: Listener,
+    leave_running: bool = False,
+    tcp_close: bool = False,
+    listener: Listener = ignore,
     leave_stopped: bool = False,
     keep_connections: bool = False,
     permits: Permits = ALL,
@@ -167,10 +167,10 @@ def checkpoint(
     store: Store | None = None,
 ) -> CheckpointReport:
     """Freeze the tree under `pid`, write it to `directory`, and end it unless `leave_running`, or `leave_stopped` as
-    by SIGSTOP. With `keep_connections` the peers of its TCP connections are told nothing of its end, and the packets of
-    these connections are held back until it is restored, which takes nf_tables. It is frozen within `timeout_ms`, or
-    left alone. `last` is called when all is written and the tree stands still; what it raises is an error like any
-    other.
+    by SIGSTOP. With `tcp_close` TCP connections to others are given up: a restore has them ended. With
+    `keep_connections` the peers of its TCP connections are told nothing of its end, and the packets of these
+    connections are held back until it is restored, which takes nf_tables. It is frozen within `timeout_ms`, or left
+    alone. `last` is called when all is written and the tree stands still; what it raises is an error like any other.
     What the `permits` do not have is an obstacle. `store` writes images and pages, both into the folder without it.
 
     On any error the tree runs on as before and the folder is not left looking whole. Raises CannotBeDone with all

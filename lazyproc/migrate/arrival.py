@@ -53,8 +53,8 @@ NO_LOCKS = TreeLocks()
 class Terms:
     """On which terms trees are taken in."""
 
-    pidns: Pidns = "auto"
-    overcommit: bool = False
+    pidns: Pidns = "auto"  # host: this pid namespace, new: one of its own, auto: that when a number is taken
+    overcommit: bool = False  # trees that are larger than the available memory, too
     cgroup: str | None = None  # a path as in /proc/PID/cgroup; None: one of its own
     uids: frozenset[int] = frozenset()  # as whom they may run; as anybody when there is none
     policy: str | None = None  # what comes next, recorded:FILE too; None: as the source wants it
@@ -64,6 +64,9 @@ class Terms:
     def whom(self) -> Whom | None:
         """None: as anybody."""
         return Whom.here(self.uids) if self.uids else None
+
+
+USUAL = Terms()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 from lazyproc.errors import CannotListen, ConnectionLost, Parked, ProtocolError, UsageError
-from lazyproc.events import Listener, Note, StateChanged
+from lazyproc.events import Listener, Note, StateChanged, ignore
 from lazyproc.kernel.ready import readable
 from lazyproc.migrate.apart import Messages
-from lazyproc.migrate.arrival import Terms
+from lazyproc.migrate.arrival import USUAL, Terms
 from lazyproc.migrate.desk import ask
 from lazyproc.migrate.doorstep import LET_LISTEN
 from lazyproc.migrate.journal import DESTINATION, forget_old, records
@@ -34,18 +34,19 @@ MAX_ARRIVING = 32  # trees that are not here yet: each is three processes, and b
 
 def receive(
     address: str,
-    terms: Terms,
+    terms: Terms = USUAL,
     *,
-    once: bool,
-    insecure: bool,
+    once: bool = False,
+    insecure: bool = False,
     tls: Tls | None = None,
-    listener: Listener,
+    listener: Listener = ignore,
     opened: Callable[[int], object] = lambda port: None,
     over: Callable[[], bool] = lambda: False,
 ) -> int:
     """Take in trees at HOST:PORT until interrupted, or until one has come whole (`once`); how many committed.
 
-    Each has a keeper that goes on without us. `opened` learns the port; `over` is asked now and then whether that is
+    Each has a keeper that goes on without us. Only root and our own user on this host are let in, unless `tls` or
+    `insecure` say otherwise. `opened` learns the port; `over` is asked now and then whether that is
     all. Raises UsageError (the address, the policy, a record of more than one tree), ImageError (what was recorded),
     CannotListen; with `once` Parked when all who worked on the tree are gone.
     """

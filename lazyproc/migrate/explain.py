@@ -24,9 +24,12 @@ def explain(
 ) -> tuple[Obstacle, ...]:
     """Everything that would stop a checkpoint or a move of the tree under `pid`; empty when nothing would.
 
-    With `peer` (HOST:PORT) the receiver there is asked what it lacks for this tree; it goes on waiting. See
-    lazyproc.dump.explain.explain for what is raised; with `peer` also UsageError for the address, ConnectionLost,
-    PermissionDenied and ProtocolError.
+    It only reads, within milliseconds, and the tree runs on. With `peer` (HOST:PORT) the receiver there is asked what
+    it lacks for this tree; it goes on waiting. With `tcp_close` TCP connections to others are given up and do not
+    stand in the way. What changes with a move and nothing can be done about goes to `listener` as Note.
+
+    Raises NoSuchProcess, UsageError (the number of a thread), PermissionDenied, HostLacks; with `peer` also UsageError
+    for the address, ConnectionLost and ProtocolError.
     """
     examined = examine(pid, tcp_close=tcp_close, listener=listener)
     if peer is None or not examined.smaps:  # nothing that lives could move

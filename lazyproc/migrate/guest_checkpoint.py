@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from lazyproc.events import Listener, StateChanged, StepDone
+from lazyproc.events import Listener, StateChanged, StepDone, ignore
 from lazyproc.facts import dataclass
 from lazyproc.images.draft import filled
 from lazyproc.images.files import Folder
@@ -32,7 +32,7 @@ class GuestCheckpointReport:
 
 
 def checkpoint_guest(
-    monitor: str, directory: Path, *, leave_running: bool, listener: Listener
+    monitor: str, directory: Path | str, *, leave_running: bool = False, listener: Listener = ignore
 ) -> GuestCheckpointReport:
     """Write the guest of the QEMU whose QMP monitor is the unix socket `monitor` to `directory`; QEMU quits then,
     unless the guest is to go on. A guest that was paused stays so.

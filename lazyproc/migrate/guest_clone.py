@@ -19,13 +19,13 @@ from lazyproc.qemu.postcopy import PagesLeft
 
 
 def qemu_clone(
-    directory: Path,
+    directory: Path | str,
     targets: Sequence[str],
     *,
     preempt: bool = False,
     insecure: bool = False,
     tls: Tls | None = None,
-    listener: Listener,
+    listener: Listener = ignore,
 ) -> tuple[GuestServed, ...]:
     """The guest in the folder `directory`, for each QEMU that waits at one of the `targets`, as lazyproc.qemu_serve has
     them; returns when all have every page. `listener` hears of the first.
@@ -35,7 +35,7 @@ def qemu_clone(
     """
     trust = Trust(insecure, tls=tls)
     with ExitStack() as stack:
-        found, pages = stack.enter_context(opened(directory))
+        found, pages = stack.enter_context(opened(Path(directory)))
         talks = stack.enter_context(talks_with(targets, trust, preempt))
         for talk in talks:
             talk.begin(found.machine, found.blocks)
@@ -43,7 +43,7 @@ def qemu_clone(
         left = [PagesLeft(found.blocks, extents, pages) for _ in talks]
         for each in left:
             each.alike(left)
-        with recoverable_from(directory):
+        with recoverable_from(Path(directory)):
             return _served(talks, left, found.devices, listener)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from lazyproc.errors import LazyprocError, UsageError
-from lazyproc.events import Listener
+from lazyproc.events import Listener, ignore
 from lazyproc.facts import replace
 from lazyproc.migrate.guest_look import demand_movable, looked_at
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Chain
 from lazyproc.migrate.moving import moved, way_to
-from lazyproc.migrate.order import Order
+from lazyproc.migrate.order import USUAL, Order
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.pages.peer import Trust
 from lazyproc.pages.tls import Tls
@@ -26,11 +26,11 @@ POLICY = "pivots"
 def migrate_guest(
     monitor: str,
     target: str,
-    order: Order,
+    order: Order = USUAL,
     *,
-    insecure: bool,
+    insecure: bool = False,
     tls: Tls | None = None,
-    listener: Listener,
+    listener: Listener = ignore,
     retry_for: float | None = None,
     trace: Path | str | None = None,
 ) -> MigrateReport:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from lazyproc.errors import ConnectionLost, LazyprocError, Parked, ProtocolError, UsageError
-from lazyproc.events import Listener, PagesMoved, StateChanged
+from lazyproc.events import Listener, PagesMoved, StateChanged, ignore
 from lazyproc.facts import dataclass
 from lazyproc.images.files import Folder
 from lazyproc.images.sums import check_sums
@@ -69,7 +69,7 @@ def qemu_serve(
     preempt: bool = False,
     insecure: bool = False,
     tls: Tls | None = None,
-    listener: Listener,
+    listener: Listener = ignore,
 ) -> GuestServed:
     """The guest in the folder `source`, a Path, or behind the QMP monitor `source`, a str, for the QEMU that waits at
     `target` (HOST:PORT or unix:PATH) with the capability postcopy-ram; returns when that has every page.

@@ -61,7 +61,7 @@ LOOK_S = 0.005
 
 
 def lazy_pages(
-    directory: Path,
+    directory: Path | str,
     *,
     peer: str | None = None,
     page_server: PageServerOfCriu | None = None,

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from functools import partial
 from pathlib import Path
 
-from lazyproc.events import Listener
+from lazyproc.events import Listener, ignore
 from lazyproc.facts import dataclass
 from lazyproc.kernel import proc
 from lazyproc.restore import run
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def restore(
-    directory: Path,
+    directory: Path | str,
     *,
-    lazy: bool,
-    pidns: Pidns,
-    policy: str,
-    listener: Listener,
+    lazy: bool = False,
+    pidns: Pidns = "auto",
+    policy: str = "sequential",
+    listener: Listener = ignore,
     bulk: bool = True,
     cgroup: str | None = None,
     trace: Path | str | None = None,
@@ -45,16 +45,18 @@ def restore(
     sibling: bool = False,
     root: str | None = None,
 ) -> Iterator[Restored]:
-    """See lazyproc.restore.run.restore. Missing pages that are left parked are in `lazyproc sessions`.
+    """The tree in the folder `directory` runs when this context is entered, all of it there or, `lazy`, its pages as
+    they are touched; what is given tells when they have come. It runs on afterwards.
 
-    What the images call lazy comes from `page_server`; see there.
+    What the images call lazy comes from `page_server`; see there. Missing pages that are left are in `lazyproc
+    sessions`. lazyproc.restore.run.restore says what everything else means, and what is raised.
     """
     session = os.urandom(8).hex()
     with ExitStack() as stack:
         served = stack.enter_context(page_server.supply(session)) if page_server is not None else None
         restored = stack.enter_context(
             run.restore(
-                directory,
+                Path(directory),
                 lazy=lazy,
                 pidns=pidns,
                 policy=policy,
@@ -77,7 +79,7 @@ def restore(
             yield restored
             return
         server = page_server.address if page_server is not None else ""
-        with _session(session, restored, directory, policy, server, listener):
+        with _session(session, restored, Path(directory), policy, server, listener):
             yield restored
 
 

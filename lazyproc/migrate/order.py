@@ -10,9 +10,9 @@ from lazyproc.uffd.policy import named
 class Order:
     """What the user asked for."""
 
-    mode: str = "postcopy"  # or stopcopy
-    policy: str | None = None  # of uffd.policy; None: sequential, for a guest pivots
-    bulk: bool = True
+    mode: str = "postcopy"  # or stopcopy: all of its memory comes before it runs there
+    policy: str | None = None  # what comes next, docs/cli.md#policies; None: sequential, for a guest pivots
+    bulk: bool = True  # what nobody waits for comes, too
     max_rate: int = 0  # bytes a second, 0 without limit
     tcp_close: bool = False  # TCP connections to others are given up
     release: bool = False  # memory here is freed as it is acknowledged
@@ -25,3 +25,6 @@ class Order:
     def fields(self) -> dict[str, str | int | bool]:
         fields = {name: getattr(self, name) for name in self.__slots__}
         return {**fields, "policy": self.policy or "sequential"}
+
+
+USUAL = Order()

@@ -11,13 +11,13 @@ from pathlib import Path
 from queue import Queue
 
 from lazyproc.errors import LazyprocError
-from lazyproc.events import Listener, Note, StateChanged
+from lazyproc.events import Listener, Note, StateChanged, ignore
 from lazyproc.images.convert import from_images, memory_objects, to_images
 from lazyproc.images.files import EXTRAS, Folder, pack
 from lazyproc.migrate.asking import obstacles_there
 from lazyproc.migrate.link import Gathering, Link
 from lazyproc.migrate.moving import BUILD_S, Way, comes_back, moved
-from lazyproc.migrate.order import Order
+from lazyproc.migrate.order import USUAL, Order
 from lazyproc.migrate.prepare import Offer, vdso_build_id
 from lazyproc.migrate.source import TreeMove, look
 from lazyproc.migrate.talk import Unfit, expect
@@ -39,29 +39,36 @@ DOOR_S = 0.2
 
 
 def serve(
-    target: int | Path,
+    target: int | Path | str,
     address: str,
-    order: Order,
+    order: Order = USUAL,
     *,
-    insecure: bool,
+    insecure: bool = False,
     tls: Tls | None = None,
     once: bool = False,
     ready: Callable[[], object] = lambda: None,
     receive: bool = False,
-    listener: Listener,
+    listener: Listener = ignore,
 ) -> None:
-    """A process tree by the pid of its root, or a folder of images; see `serve_process` and `serve_folder`, which has
-    `once`. With `receive` pages are stored there: `receive_pages`. These two have `ready`.
+    """Offer a process tree, by the pid of its root, or a folder of images at `address` (HOST:PORT).
+
+    A tree is frozen when the first client has come, and handed over to it; returns when its memory has followed. A
+    folder is served to any number of clients until interrupted, or with `once` until one has all it wants; with
+    `receive` pages that CRIU sends are stored there. Of a folder `ready` is called when clients may come. `tls` and
+    `insecure` as with lazyproc.migrate.
+
+    Raises UsageError, CannotListen; for a tree CannotBeDone, with the tree running as before, and Parked as
+    lazyproc.migrate; for a folder ImageError.
     """
     order.demand_known()
     trust = Trust(insecure, tls=tls)
     if receive and not isinstance(target, int):
-        pages = receive_pages(target, address, trust=trust, ready=ready, listener=listener)
+        pages = receive_pages(Path(target), address, trust=trust, ready=ready, listener=listener)
         listener(Note(f"{pages} pages stored in {target}"))
     elif isinstance(target, int):
         serve_process(target, address, order, trust=trust, listener=listener)
     else:
-        serve_folder(target, address, order, trust=trust, once=once, ready=ready, listener=listener)
+        serve_folder(Path(target), address, order, trust=trust, once=once, ready=ready, listener=listener)
 
 
 def serve_process(pid: int, address: str, order: Order, *, trust: Trust, listener: Listener) -> None:

@@ -48,7 +48,9 @@ class SessionInfo:
 
 
 def sessions() -> list[SessionInfo]:
-    """All of them, the oldest first."""
+    """The migrations, and restores that still bring pages, of this host that are under way or parked, the oldest first.
+    Raises HostLacks without a home for the journals.
+    """
     return sorted((_info(record) for record in records()), key=lambda info: info.since)
 
 
@@ -99,7 +101,7 @@ def resume(
     *,
     here: bool = False,
     force: bool = False,
-    directory: Path | None = None,
+    directory: Path | str | None = None,
     poison: bool = False,
     retry_for: float | None = None,
     listener: Listener = ignore,
@@ -110,12 +112,15 @@ def resume(
     run at the destination: so it takes `force` too. At the destination the missing pages are awaited from the source,
     or, also while they are awaited, taken from the images in `directory`; with `poison` those that are in no images are
     lost, and who touches one gets SIGBUS (`pages_poisoned` in the report). `force` takes images of another moment, and
-    gives a source up that still answers. Raises UsageError, ImageError, HostLacks, Parked (the images lack pages), and
+    gives a source up that still answers. A lost connection is opened again for `retry_for` seconds (None: until it
+    comes). Raises UsageError, ImageError, HostLacks, Parked (the images lack pages), and
     what `migrate` raises.
     """
     record = find(session)
     session = record.session
-    supply = Supply(str(directory.resolve()) if directory else "", poison, record.facts.get("criu") is True)
+    supply = Supply(
+        str(Path(directory).resolve()) if directory else "", poison, record.facts.get("criu") is True
+    )
     if supply and here:
         raise UsageError(
             "--here is for the source of a session, --from and --poison are for its destination", where=session,
@@ -234,7 +239,9 @@ class AbortReport:
 
 
 def abort(session: str) -> AbortReport:
-    """End what is left of a session on this host, its tree included. Raises UsageError when there is none."""
+    """End what is left of a session on this host, its tree included; `session` as in `sessions`. Raises UsageError when
+    there is none.
+    """
     with _stopped_helpers(find(session)) as record:
         state, left = state_of(record), None
         if state not in (GONE, *ENDED):

@@ -32,7 +32,7 @@ from lazyproc.migrate.holding import Holding
 from lazyproc.migrate.journal import Journal
 from lazyproc.migrate.link import Chain
 from lazyproc.migrate.moving import BUILD_S, moved, way_to
-from lazyproc.migrate.order import Order
+from lazyproc.migrate.order import USUAL, Order
 from lazyproc.migrate.parking import Standing, parked_tree
 from lazyproc.migrate.report import MigrateReport
 from lazyproc.migrate.serving import Serving, await_running, report_of
@@ -51,18 +51,19 @@ FRESH_S = 0.5  # what was seen longer ago, before ssh had come through, is looke
 def migrate(
     pid: int,
     target: str,
-    order: Order,
+    order: Order = USUAL,
     *,
-    insecure: bool,
+    insecure: bool = False,
     tls: Tls | None = None,
-    listener: Listener,
+    listener: Listener = ignore,
     retry_for: float | None = None,
     trace: Path | str | None = None,
 ) -> MigrateReport:
     """Move the tree under `pid` to the receiver at `target` (HOST:PORT); returns when its memory has followed.
 
     With ssh://[USER@]HOST[:PORT] it is started there, through ssh(1); ssh://HOST/N names one on 127.0.0.1:N there.
-    With `tls` both ends prove who they are, and nobody can listen; see lazyproc.Tls. The faults at the destination are
+    With `tls` both ends prove who they are, and nobody can listen; see lazyproc.Tls. Without it only a receiver on this
+    host that is root's or our own user's is talked to, unless `insecure` takes any. The faults at the destination are
     written to `trace` (docs/trace.md). The work is done in a process that outlives this one; a lost connection is
     opened again for `retry_for` seconds (None: until it comes).
 

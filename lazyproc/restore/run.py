@@ -97,7 +97,8 @@ class Restored:
     _status: int | None = field(default=None, kw_only=True)
 
     def wait_drained(self, timeout: float | None = None) -> bool:
-        """True when every page is there and nothing of ours is left in the tree. Raises LostAfterCommit.
+        """True when every page is there and nothing of ours is left in the tree; False after `timeout` seconds (None:
+        without end). Raises LostAfterCommit.
 
         The first call asks the policy for its plan; until then bulk goes by address. Raises what the policy raises.
         """

@@ -412,6 +412,22 @@ def test_serve_and_restore_from_it(program: Program) -> None:
         assert server.wait(20) == 0
 
 
+def test_what_the_manual_says_of_python(program: Program, tmp_path: Path) -> None:
+    manual = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    code = manual.partition("```python\n")[2].partition("```")[0]
+    assert "lazyproc.migrate(" in code
+    with listening("receive", "--once") as (_, target):
+        code = f"pid = {program.pid}\n{code}\nprint(report.root_pid)".replace("127.0.0.1:7700", target)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        saved, restored, _, root = done.stdout.splitlines()
+        assert saved.startswith(f"CheckpointReport(root_pid={program.pid}")
+        assert restored.startswith("RestoreReport(")
+        stop_and_verify(int(root), program.watch)
+
+
 def test_an_interrupted_server_lets_the_tree_run(program: Program) -> None:
     with listening("serve", program.pid) as (server, _):
         server.send_signal(signal.SIGINT)

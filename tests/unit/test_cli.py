@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import subprocess
 import sys
@@ -72,6 +73,21 @@ def test_a_sub_package_that_is_called_calls_its_function() -> None:
         lazyproc.restore()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"migrate.. missing .* 'pid'"):
         lazyproc.migrate()  # type: ignore[call-arg]
+    assert next(iter(inspect.signature(lazyproc.migrate).parameters)) == "pid"
+
+
+def test_only_what_has_no_usual_value_has_to_be_given() -> None:
+    import lazyproc
+
+    functions = {name: getattr(lazyproc, name) for name in lazyproc.__all__ if name[0].islower()}
+    given = {
+        f"{name}({parameter.name})"
+        for name, function in functions.items()
+        if callable(function)
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+    }
+    assert given == set()
 
 
 @pytest.mark.parametrize(
