@@ -138,6 +138,8 @@ def resume(
             remedy="make sure that it does not run elsewhere, and add --here --force; or end it with lazyproc abort",
         )  # fmt: skip
     if went_alone(record):
+        if held_by(record.facts).ended() is not None:
+            raise _nothing_left(record)
         raise UsageError(
             "its guest went to a QEMU that nobody of lazyproc's is beside",
             where=session,
@@ -192,12 +194,17 @@ def _demand_orphaned(record: Record) -> None:
     if state in ENDED:
         raise UsageError("has ended; only the other side does not know it yet", where=record.session)
     if state == GONE:
-        Journal(record.session, record.role).remove()
-        raise UsageError("nothing is left of it on this host", where=record.session)
+        raise _nothing_left(record)
     if state != ORPHANED:
         raise UsageError(
             "is being worked on", where=record.session, remedy="see its processes in lazyproc sessions"
         )
+
+
+def _nothing_left(record: Record) -> UsageError:
+    """The record goes with it."""
+    Journal(record.session, record.role).remove()
+    return UsageError("nothing is left of it on this host", where=record.session)
 
 
 def _run_here(record: Record, force: bool) -> None:

@@ -411,6 +411,14 @@ def test_a_guest_that_does_not_run_there_is_continued_here(tmp_path: Path) -> No
         lazyproc("explain", "--qemu", guest.qmp)
 
 
+def test_a_guest_whose_qemu_has_ended_meanwhile(tmp_path: Path) -> None:
+    with lost_on_its_way(tmp_path) as (guest, _, session):
+        guest.process.kill()
+        guest.process.wait()
+        assert "nothing is left" in lazyproc("resume", session, expected=2).stderr
+        assert session not in lazyproc("sessions").stdout
+
+
 @pytest.mark.long
 def test_what_is_waited_for_has_a_connection_of_its_own(tmp_path: Path) -> None:
     with (
