@@ -234,9 +234,14 @@ def shared_extents(fd: int, size: int, *, lazy: bool, start: int = 0) -> tuple[E
 
 
 def refused_mappings(registry: Registry, pid: int, smaps: Sequence[proc.SmapsEntry]) -> None:
-    """Put the mappings of a process that cannot be moved on the registry's list of obstacles."""
+    """Put the mappings of a process that cannot be moved on the registry's list of obstacles, those of one kind as one:
+    a tree whose memory still comes has hundreds.
+    """
+    places: dict[tuple[str, str], list[str]] = {}
     for entry, refused in refused_of(smaps):
-        registry.refuse(pid, place_of(entry), refused)
+        places.setdefault((refused.why, refused.remedy), []).append(place_of(entry))
+    for words, (first, *more) in places.items():
+        registry.refuse(pid, f"{first} and {len(more)} more" if more else first, Refused(*words))
 
 
 def refused_of(smaps: Iterable[proc.SmapsEntry]) -> Iterator[tuple[proc.SmapsEntry, Refused]]:

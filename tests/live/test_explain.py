@@ -535,14 +535,18 @@ def test_a_userfaultfd_of_its_own() -> None:
 
     def serve_itself() -> None:
         os.setsid()
-        memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, 3 * 8192, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         userfaultfd = Userfaultfd.open()
         userfaultfd.api(Feature(0))
-        userfaultfd.register(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 4096)
+        at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for page in range(0, 3 * 8192, 8192):
+            userfaultfd.register(at + page, 4096)
         kept.append((memory, userfaultfd))
 
-    words = whys(found(serve_itself))
-    assert any(why.startswith("mapping: is registered with a userfaultfd") for why in words)
+    obstacles = found(serve_itself)
+    words = whys(obstacles)
+    assert sum(why.startswith("mapping: is registered with a userfaultfd") for why in words) == 1
+    assert any(each.where.endswith(" and 2 more") for each in obstacles)
     assert any("userfaultfd" in why and why.startswith("fd:") for why in words)
 
 
