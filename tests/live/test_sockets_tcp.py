@@ -294,6 +294,7 @@ def test_closed_by_the_tree(family: Family, network: Network) -> None:
             sock = connected(family, 5000, 10)
             sock.send(b"last words")
             sock.shutdown(socket.SHUT_WR)
+            assert eventually(lambda: tcp.info(sock).state == TCP_FIN_WAIT2)
             keep(sock)
 
         with stopped(body) as tasks:
