@@ -176,6 +176,9 @@ class Vma:
     name: str = ""  # "[heap]", "[stack]", or the PR_SET_VMA_ANON_NAME name
     huge_pages: int = 0  # AnonHugePages at the source, in units of 4 KiB pages
     guards: tuple[tuple[int, int], ...] = ()  # (start, end) of what MADV_GUARD_INSTALL guards
+    reserved: bool = (
+        False  # it is large, nobody may access it, and there was nothing in it: only the addresses
+    )
 
     @property
     def length(self) -> int:
@@ -186,8 +189,13 @@ class Vma:
         """Whether pages of its own may come after the process runs. What mlock(2) holds must be there before; what
         the kernel may drop at any time (MAP_DROPPABLE) does not come at all. What a fork wipes (MADV_WIPEONFORK) is
         wiped by not being copied (dup_mmap, kernel/fork.c): a page that is missing then would come to the child.
+        For each page of what is lazy a pager has a byte, which is too much for terabytes that are only reserved.
         """
-        return self.kind is VmaKind.ANON and self.vm_flags.isdisjoint(("lo", DROPPABLE, WIPED))
+        return (
+            self.kind is VmaKind.ANON
+            and not self.reserved
+            and self.vm_flags.isdisjoint(("lo", DROPPABLE, WIPED))
+        )
 
 
 class ObjectKind(enum.IntEnum):

@@ -15,7 +15,7 @@ from lazyproc.dump.apart import OUTSIDE, of_the_first
 from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.descriptors import look_at_descriptors
 from lazyproc.dump.guests import point_to_guests, qemus_of
-from lazyproc.dump.memory import has_guards, private_bytes, refused_mappings
+from lazyproc.dump.memory import has_guards, lazy_bytes, refused_mappings
 from lazyproc.dump.needs import needs_of
 from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.registry import Refused, Registry, TaskRef
@@ -265,13 +265,13 @@ def _shared_outside(facts: TreeFacts) -> Iterator[Obstacle]:
 
 def too_much_private(facts: TreeFacts, limit: int) -> Iterator[Obstacle]:
     """Whose share is the largest, when all of them have more. Pure."""
-    sizes = {process.pid: private_bytes(process.smaps) for process in facts.processes if process.alive}
+    sizes = {process.pid: lazy_bytes(process.smaps) for process in facts.processes if process.alive}
     if (total := sum(sizes.values())) > limit:
         yield Obstacle(
             max(sizes, key=lambda pid: sizes[pid]), "process",
-            f"has reserved address space: the tree has {total / (1 << 40):.2f} TiB of private memory, and "
+            f"has much address space: the tree has {total / (1 << 40):.2f} TiB of private memory, and "
             f"no more than {limit / (1 << 40):.2f} can follow it",
-            "let it reserve less (of MariaDB: innodb_buffer_pool_size_max)",
+            "let it map less, or forbid access to what it only reserves (PROT_NONE)",
         )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ REFUSED_FLAGS = {
 SPECIAL = {"[vdso]": VmaKind.VDSO, "[vvar]": VmaKind.VVAR, "[vvar_vclock]": VmaKind.VVAR_VCLOCK}
 MAP_GROWSDOWN, MAP_NORESERVE, MAP_DROPPABLE = 0x100, 0x4000, 0x8  # Python 3.11 knows none
 ANON_NAME = "[anon:"
+RESERVED = 1 << 30  # bytes; what is smaller is not worth a mapping that its neighbour cannot be joined to
 
 
 def _is_private_memory(entry: proc.MapsEntry) -> bool:
@@ -69,9 +70,17 @@ def refusal(smaps: proc.SmapsEntry, kind: VmaKind) -> None:
             raise Refused(why, remedy)
 
 
-def private_bytes(smaps: Iterable[proc.SmapsEntry]) -> int:
-    """Of a process's anonymous mappings, used or not."""
-    return sum(each.entry.end - each.entry.start for each in smaps if _is_private_memory(each.entry))
+def _is_reserved(smaps: proc.SmapsEntry) -> bool:
+    """Pages that come into it until the freeze travel with the images, as those of all that is not lazy."""
+    entry = smaps.entry
+    empty = not (smaps.rss or smaps.swap) and entry.perms == "---p"
+    return empty and entry.end - entry.start >= RESERVED and _is_private_memory(entry)
+
+
+def lazy_bytes(smaps: Iterable[proc.SmapsEntry]) -> int:
+    """Of a process's anonymous mappings, used or not, but for what is reserved."""
+    private = (each for each in smaps if _is_private_memory(each.entry) and not _is_reserved(each))
+    return sum(each.entry.end - each.entry.start for each in private)
 
 
 def vma_of(smaps: proc.SmapsEntry) -> Vma:
@@ -93,6 +102,7 @@ def vma_of(smaps: proc.SmapsEntry) -> Vma:
         vm_flags=smaps.vm_flags,
         name=_name(entry.path, kind),
         huge_pages=smaps.anon_huge // PAGE,
+        reserved=_is_reserved(smaps),
     )
 
 

@@ -84,6 +84,7 @@ _CRIUS_FLAGS = {
     VmaKind.VVAR: _MAP_ANONYMOUS,
     VmaKind.VVAR_VCLOCK: _MAP_ANONYMOUS,
 }
+_NO_NOTE = own.VmaExtra()
 _AUXV_WORDS = 44  # for which CRIU has room (criu/arch/x86/include/asm/types.h, AT_VECTOR_SIZE)
 
 _ANON_NAME = b"/dev/zero"  # CRIU's name of a memfd that stands for shared anonymous memory
@@ -238,7 +239,7 @@ def write_mappings(vmas: tuple[Vma, ...], start_stack: int, behind: Behind) -> W
             entry.aios.add(
                 id=vma.start, nr_req=max(vma.length // 32 - 3, 0) // 2, ring_len=vma.length & 0xFFFFFFFF
             )
-        if vma.name or vma.huge_pages or vma.guards or vma.flags & _MAP_GROWSDOWN:
+        if vma.name or vma.huge_pages or vma.guards or vma.reserved or vma.flags & _MAP_GROWSDOWN:
             _write_note(index, vma, entry, extra)
         previous = vma
     extra.vm_flags.extend(numbers)
@@ -314,9 +315,11 @@ def _write_mappings(
 def _write_note(index: int, vma: Vma, entry: pb.mm_entry, extra: own.TaskExtra) -> None:
     """What the last of CRIU's mappings does not say of `vma`."""
     name_given = vma.name != _implied_name(entry.vmas[-1], entry)
-    if name_given or vma.huge_pages or vma.guards:
+    if name_given or vma.huge_pages or vma.guards or vma.reserved:
         guards = [bound for guard in vma.guards for bound in guard]
         note = extra.vmas.add(index=index, huge_pages=vma.huge_pages, guards=guards)
+        if vma.reserved:
+            note.reserved = True
         if name_given:
             note.name = to_bytes(vma.name)
 
@@ -433,15 +436,13 @@ def _read_vmas(
             object_id = _object_of(message, shared, memfd_files, name)
         elif kind is VmaKind.VVAR and message.start in extra.vvar_vclock:
             kind = VmaKind.VVAR_VCLOCK
-        label, huge_pages = _implied_name(message, entry), 0
-        guards: tuple[tuple[int, int], ...] = ()
-        if index in notes:
-            label, huge_pages, guards = _noted(notes[index], label, name)
+        note, label = notes.get(index, _NO_NOTE), _implied_name(message, entry)
         yield Vma(
             message.start, message.end, message.prot, message.flags & ~(_CRIUS_FLAGS.get(kind, 0) | _MAP_LOCKED),
             kind, message.pgoff, file_id, object_id,
             extras.vm_flags(extra.vm_flags[index]) if extra.vm_flags else _implied_flags(message),
-            label, huge_pages, guards,
+            to_text(note.name, name) if note.HasField("name") else label,
+            note.huge_pages, _guards(note, name), note.reserved,
         )  # fmt: skip
 
 
@@ -457,12 +458,10 @@ def _split_vvar(entries: Iterable[pb.vma_entry], vclocks: Iterable[int]) -> Iter
         yield entry
 
 
-def _noted(note: own.VmaExtra, implied: str, name: str) -> tuple[str, int, tuple[tuple[int, int], ...]]:
-    """Name, huge pages and guarded ranges of a mapping of which lazyproc.img says more than CRIU's fields."""
+def _guards(note: own.VmaExtra, name: str) -> tuple[tuple[int, int], ...]:
     if len(note.guards) % 2:
         raise garbled(name, f"{len(note.guards)} bounds of guarded memory in lazyproc.img")
-    label = to_text(note.name, name) if note.HasField("name") else implied
-    return label, note.huge_pages, tuple(zip(note.guards[::2], note.guards[1::2], strict=True))
+    return tuple(zip(note.guards[::2], note.guards[1::2], strict=True))
 
 
 def _implied_flags(entry: pb.vma_entry) -> frozenset[str]:

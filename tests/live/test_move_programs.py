@@ -19,7 +19,7 @@ from tests.live.programs import SOURCES, UNSUPPORTED, Program, Watch, compile_pr
 from tests.needs import lacking
 
 # Their mappings, descriptors and processes come and go.
-RESTLESS = ("fork_lazy", "sleeps", "sock_queues", "threads")
+RESTLESS = ("fork_lazy", "reserved", "sleeps", "sock_queues", "threads")
 # The first changes the protection of its mappings all the time; those of the other are anonymous afterwards.
 OTHER_MAPS = ("memory_static", "memory_zero")
 # Refused between hosts, or with other pid namespaces: as images they move (test_criu_command.py, test_criu_outside.py).

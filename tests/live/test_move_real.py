@@ -283,7 +283,7 @@ set -e
 folder=$1
 mariadb-install-db --no-defaults --user=root --datadir=$folder/data --auth-root-authentication-method=normal
 mariadbd --no-defaults --user=root --datadir=$folder/data --socket=/tmp/socket --pid-file=/tmp/pid --skip-networking \\
-  --innodb-use-native-aio=0 --innodb-buffer-pool-size-max=256M & server=$!
+  --innodb-use-native-aio=0 & server=$!
 ask="mariadb --no-defaults --socket=/tmp/socket --skip-column-names --unbuffered"
 until $ask -e "create database books" 2>/dev/null; do kill -0 $server; done
 $ask books -e "create table t (number int auto_increment primary key, amount int) engine=innodb"

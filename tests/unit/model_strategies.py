@@ -404,6 +404,7 @@ def vmas(draw: st.DrawFn, start: int, files: tuple[int, ...], objects: tuple[int
         vm_flags=draw(flag_sets),
         name=draw(st.sampled_from(["", "[heap]", "[stack]"]) | names),
         huge_pages=draw(st.sampled_from([0, 512])),
+        reserved=kind is VmaKind.ANON and draw(st.booleans()),
     )
 
 

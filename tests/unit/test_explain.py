@@ -198,12 +198,15 @@ def test_who_would_start_a_second_one_is_named() -> None:
         assert said(Supervisor("", (7, name))) == ""
 
 
-def test_reserved_address_space_of_all_processes_counts() -> None:
-    def reserving(bytes_: int) -> proc.SmapsEntry:
-        entry = proc.MapsEntry(1 << 20, (1 << 20) + bytes_, "---p", 0, (0, 0), 0, "", False)
-        return VDSO._replace(entry=entry)
+def test_address_space_of_all_processes_counts_but_for_what_is_only_reserved() -> None:
+    def mapping(bytes_: int, perms: str = "rw-p", rss: int = 0) -> proc.SmapsEntry:
+        entry = proc.MapsEntry(1 << 20, (1 << 20) + bytes_, perms, 0, (0, 0), 0, "", False)
+        return VDSO._replace(entry=entry, rss=rss)
 
-    members = process(10, smaps=(VDSO, reserving(1 << 40))), process(11, smaps=(VDSO, reserving(2 << 40)))
+    members = (
+        process(10, smaps=(VDSO, mapping(1 << 40, "---p", 4096))),
+        process(11, smaps=(mapping(2 << 40), mapping(8 << 40, "---p"))),
+    )
     assert not [*too_much_private(tree(*members), 3 << 40)]
     (against,) = too_much_private(tree(*members), (3 << 40) - 1)
     assert (against.pid, against.where) == (11, "process")

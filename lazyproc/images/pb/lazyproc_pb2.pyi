@@ -307,10 +307,13 @@ class VmaExtra(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     HUGE_PAGES_FIELD_NUMBER: _builtins.int
     GUARDS_FIELD_NUMBER: _builtins.int
+    RESERVED_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """of the mapping in the model"""
     name: _builtins.bytes
     huge_pages: _builtins.int
+    reserved: _builtins.bool
+    """Vma.reserved"""
     @_builtins.property
     def guards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """start, end, start, end, ... of what MADV_GUARD_INSTALL guards"""
@@ -322,10 +325,11 @@ class VmaExtra(_message.Message):
         name: _builtins.bytes | None = ...,
         huge_pages: _builtins.int | None = ...,
         guards: _abc.Iterable[_builtins.int] | None = ...,
+        reserved: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["huge_pages", b"huge_pages", "index", b"index", "name", b"name"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["huge_pages", b"huge_pages", "index", b"index", "name", b"name", "reserved", b"reserved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guards", b"guards", "huge_pages", b"huge_pages", "index", b"index", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guards", b"guards", "huge_pages", b"huge_pages", "index", b"index", "name", b"name", "reserved", b"reserved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
