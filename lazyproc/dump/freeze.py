@@ -19,6 +19,7 @@ from lazyproc.kernel import tracee as ptrace
 from lazyproc.kernel.settle import Stopped, settle, settle_again
 from lazyproc.kernel.sleeps import SleepBefore
 from lazyproc.kernel.tracee import Tracee
+from lazyproc.kernel.undertaker import taking_the_dead
 from lazyproc.steps import Steps
 
 FREEZE_MS = 2000
@@ -37,7 +38,7 @@ class FrozenTask:
     threads: list[Tracee] = field(default_factory=list)
     stopped: list[Stopped] = field(default_factory=list)  # the same threads as they were stopped
     pidfd: int = -1
-    seized: bool = False  # a thread of it was, whatever became of that
+    seized: list[int] = field(default_factory=list)  # threads, whatever became of them
     maps: tuple[proc.MapsEntry, ...] = ()  # once they were read
 
     @property
@@ -60,6 +61,10 @@ class FrozenTree:
     def tracees(self) -> Iterator[Tracee]:
         for task in self.tasks.values():
             yield from task.threads
+
+    def seized(self) -> list[int]:
+        """While it grows, too: for another thread."""
+        return [tid for task in list(self.tasks.values()) for tid in list(task.seized)]
 
     def stop(self) -> None:
         """Leave it stopped, as SIGSTOP does, once it is let go."""
@@ -100,13 +105,15 @@ def frozen_tree(
     try:
         for member in tree_of(pid):
             _wait_interruptible(member, timeout_ms)
-        steps.begin()
-        _freeze(tree, pid, timeout_ms)
-        steps.done("stop")
-        tree.frozen_at_ns = time.monotonic_ns()
-        for task in tree.tasks.values():
-            _settle(task, asleep or {}, tree.frozen_at_ns)
-        steps.done("settle")
+        with taking_the_dead(tree.seized) as enough:
+            steps.begin()
+            _freeze(tree, pid, timeout_ms)
+            steps.done("stop")
+            enough()
+            tree.frozen_at_ns = time.monotonic_ns()
+            for task in tree.tasks.values():
+                _settle(task, asleep or {}, tree.frozen_at_ns)
+            steps.done("settle")
         yield tree
     finally:
         _let_go(tree)
@@ -244,7 +251,7 @@ def _seize(task: FrozenTask, tracee: Tracee) -> None:
         ours = tracer == threading.get_native_id()  # a tracer is a thread
         if not (task.seized and ours):
             raise
-    task.seized = True
+    task.seized.append(tracee.tid)
 
 
 def _await_stops(task: FrozenTask, asked: list[Tracee], timeout_ms: int) -> None:
