@@ -197,7 +197,7 @@ def _stop_process(tree: FrozenTree, pid: int, timeout_ms: int) -> bool:
         return bool(new or running)
     if not task.threads:  # all that we knew have ended, and an exec goes on
         time.sleep(LOOK_S)
-    return bool(new or running) or not task.threads
+    return bool(new or running)
 
 
 def _pidfd_of(pid: int) -> int:
@@ -271,7 +271,6 @@ def _await_stops(task: FrozenTask, asked: list[Tracee], timeout_ms: int) -> None
             with suppress(NoSuchProcess):  # its number is that of a thread which we do not trace yet
                 tracee.interrupt()
                 asked.append(tracee)
-            asked += _take_running(task)
             if time.monotonic() > until:
                 raise
 

@@ -22,7 +22,10 @@ from lazyproc.kernel.tracee import Tracee
 from tests.live.programs import wait_until
 from tests.live.tracees import tracee
 
-SEAMS = ((proc, "task_ids"), (proc, "children_of"), (proc, "stat"), (Tracee, "seize"), (Tracee, "interrupt"))
+SEAMS = (
+    *((proc, name) for name in ("task_ids", "children_of", "stat")),
+    *((Tracee, name) for name in ("seize", "interrupt", "wait_stop", "is_stopped")),
+)
 
 # Another thread, or with "child" a child, does as v[3] says when it gets a byte; it is named by the first line.
 ACTOR = r"""
@@ -70,6 +73,7 @@ int main(int c, char **v)
         say("%ld\n", child, 0, 0);
         stay(0);
     }
+    if (!strcmp(v[4], "thread of a child") && fork()) stay(0);
     if (pthread_create(&t, 0, stay, 0) || pthread_create(&t, 0, actor, v[3])) _exit(1);
     say("%ld\n", 0, 0, 0);
     if (!strcmp(v[4], "of a dead leader")) pthread_exit(0);
@@ -139,7 +143,10 @@ def assert_whole(tree: FrozenTree, root: int, moment: int) -> None:
     }
     assert alive == {pid: tids for pid, tids in living.items() if tids}, f"moment {moment}"
     assert {states[pid][tid] for pid, tids in alive.items() for tid in tids} == {"t"}, f"moment {moment}"
-    assert all(tree.tasks[pid].threads[0].tid == pid for pid in alive), f"moment {moment}"
+    for pid in alive:
+        task = tree.tasks[pid]
+        assert task.threads[0].tid == pid, f"moment {moment}"
+        assert task.stat.arg_start == proc.stat(proc.read(pid, "stat")).arg_start, f"moment {moment}"
 
 
 def frozen_when(number: int, act: str, who: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -173,7 +180,10 @@ def frozen_when(number: int, act: str, who: str, directory: Path, monkeypatch: p
         ("end", "child"),
         ("end", "child of nobody"),
         ("fork and end", "child"),
+        ("fork and end", "child of nobody"),
         ("exec", "child"),
+        ("clone", "thread of a child"),
+        ("exec", "thread of a child"),
     ],
 )
 def test_a_tree_that_changes_at_any_moment(
@@ -191,3 +201,23 @@ def test_a_dead_leader_whose_number_another_thread_takes(
 ) -> None:
     """For the moment of an exec it looks like one that has ended for good."""
     assert frozen_when(number, "exec", "of a dead leader", tmp_path / "it", monkeypatch)
+
+
+def test_a_tree_that_is_deep(tmp_path: Path) -> None:
+    """Of more generations than there are rounds."""
+    source = """
+    int main(int c, char **v)
+    {
+        (void)c;
+        words = v;
+        for (int i = 0; i < 100; i++) {
+            pid_t child = fork();
+            if (child) break;
+            if (i == 99) say("ready\\n", 0, 0, 0);
+        }
+        for (;;) pause();
+    }
+    """
+    with tracee(source, tmp_path) as it, frozen_tree(it.pid) as tree:
+        assert len(tree.tasks) == 101
+        tree.kill()
