@@ -26,10 +26,8 @@ static int64_t install(struct pager *p, uint32_t space, uint64_t va, const uint8
     unsigned long filler = as == CLASS_POISONED ? UFFDIO_POISON : UFFDIO_ZEROPAGE;
     int64_t done;
 
-    if (va >= LIMBO) { /* it is not known yet where that is */
-        done = probe_space(p, space);
-        return done == -EAGAIN || done == -ESRCH ? done : -ENOENT;
-    }
+    if (va >= LIMBO) /* it is not known yet where that is */
+        return -ENOENT;
     if (data ? ioctl(uffd, UFFDIO_COPY, &copy) == 0 : ioctl(uffd, filler, &fill) == 0) {
         ledger_quiet(&p->ledger, space);
         return (int64_t)bytes;
