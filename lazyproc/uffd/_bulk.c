@@ -81,7 +81,7 @@ static uint64_t over_the_rest(struct pager *p, struct piece *piece, uint64_t lim
     for (; walk->instance < p->ledger.head->instances; walk->instance++, walk->span = 0) {
         const struct instance *i = &p->ledger.instances[walk->instance];
 
-        for (; i->live && walk->span < i->spans; walk->span++, walk->page = 0) {
+        for (; walk->span < i->spans; walk->span++, walk->page = 0) {
             const struct span *s = ledger_spans(&p->ledger, walk->instance) + walk->span;
             uint64_t addr = s->addr + walk->page * PAGE_SIZE;
             uint64_t n = find_missing(p, walk->instance, &addr, s->addr + s->pages * PAGE_SIZE, limit, budget);

@@ -130,7 +130,6 @@ struct pager {
     int next_urgent, next_bulk; /* given and not yet taken up by their thread, or -1 */
     struct link urgent;         /* the fault thread's */
     uint32_t urgent_generation;
-    bool urgent_full; /* the socket takes no more for now */
     bool urgent_packs; /* its source can compress, perhaps */
     struct link bulk; /* the bulk thread's */
     uint32_t bulk_generation;

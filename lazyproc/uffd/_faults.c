@@ -358,10 +358,9 @@ static void note_sent(struct pager *p)
             p->waiting.items[i].sent_ns = now;
 }
 
+/* What finds no room in the socket leaves when answers come: those that fill it are on their way. */
 static void send_requests(struct pager *p)
 {
-    struct epoll_event event = {.events = EPOLLIN, .data.u64 = EVENT_URGENT};
-    bool full;
     int error;
 
     if (!p->online || p->urgent.unsent == p->urgent.tail)
@@ -369,15 +368,8 @@ static void send_requests(struct pager *p)
     error = link_flush(&p->urgent);
     if (error)
         return lost(p, "the urgent connection broke", error);
-    full = p->urgent.unsent != p->urgent.tail;
-    if (p->traced && !full)
+    if (p->traced && p->urgent.unsent == p->urgent.tail)
         note_sent(p);
-    if (full == p->urgent_full)
-        return;
-    p->urgent_full = full;
-    if (full)
-        event.events |= EPOLLOUT;
-    (void)epoll_ctl(p->epoll, EPOLL_CTL_MOD, p->urgent.fd, &event);
 }
 
 /* Closing takes a connection out of the epoll set only if nobody else has it, and its end is an event for ever. */
@@ -401,7 +393,6 @@ static void renew_link(struct pager *p)
         return;
     connect_urgent(p, p->next_urgent);
     p->next_urgent = -1;
-    p->urgent_full = false;
     p->urgent_packs = p->next_packs;
     p->urgent_generation = p->generation;
     atomic_store(&p->urgent_outstanding, 0);

@@ -275,7 +275,7 @@ static bool close_slice(struct pager *p, struct walk *at, int *error)
         const struct instance *i = &p->ledger.instances[at->instance];
         const struct span *s = ledger_spans(&p->ledger, at->instance) + at->span;
 
-        if (!i->live || at->span >= i->spans) {
+        if (at->span >= i->spans) {
             at->instance++;
             at->span = 0;
         } else if (at->page >= s->pages) {

@@ -160,7 +160,7 @@ void erase_region(struct ledger *l, uint32_t space, uint32_t i)
 int64_t ledger_primary(const struct ledger *l, uint64_t object)
 {
     for (uint32_t i = 0; i < l->head->instances; i++)
-        if (l->instances[i].live && l->instances[i].object == object && l->instances[i].primary == i)
+        if (l->instances[i].object == object && l->instances[i].primary == i)
             return i;
     return -ENOENT;
 }

@@ -94,7 +94,7 @@ struct instance {
     uint32_t primary; /* index; its own for the primary */
     uint32_t kin;     /* next instance of the object, NO_KIN at the end */
     uint32_t home;    /* the space of a private instance */
-    uint32_t spans;
+    uint32_t spans; /* none when it is dead */
     uint32_t reserved;
 };
 

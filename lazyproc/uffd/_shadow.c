@@ -96,7 +96,7 @@ static void count_anew(struct ledger *l)
         if (class != CLASS_EAGER)
             head->counted[class] = 0;
     for (uint32_t i = 0; i < head->instances; i++)
-        for (uint32_t s = 0; l->instances[i].live && s < l->instances[i].spans; s++)
+        for (uint32_t s = 0; s < l->instances[i].spans; s++)
             count_span(l, i, ledger_spans(l, i) + s);
 }
 

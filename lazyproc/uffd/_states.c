@@ -71,7 +71,7 @@ void ledger_mark(struct ledger *l, uint32_t primary, uint64_t addr, uint64_t pag
 void ledger_forget_asked(struct ledger *l)
 {
     for (uint32_t i = 0; i < l->head->instances; i++)
-        for (uint32_t s = 0; l->instances[i].live && s < l->instances[i].spans; s++) {
+        for (uint32_t s = 0; s < l->instances[i].spans; s++) {
             const struct span *span = ledger_spans(l, i) + s;
             uint8_t *bytes = l->states + span->states;
 
@@ -127,7 +127,7 @@ int ledger_map_close(struct ledger *l, uint32_t instance, uint64_t addr, uint64_
 void ledger_close_map(struct ledger *l)
 {
     for (uint32_t i = 0; i < l->head->instances; i++)
-        for (uint32_t s = 0; l->instances[i].live && s < l->instances[i].spans; s++) {
+        for (uint32_t s = 0; s < l->instances[i].spans; s++) {
             const struct span *span = ledger_spans(l, i) + s;
 
             if (!l->head->map_known && l->instances[i].primary == i)
@@ -135,7 +135,7 @@ void ledger_close_map(struct ledger *l)
         }
     ledger_forget_asked(l);
     for (uint32_t i = 0; i < l->head->instances; i++)
-        for (uint32_t s = 0; l->instances[i].live && s < l->instances[i].spans; s++) {
+        for (uint32_t s = 0; s < l->instances[i].spans; s++) {
             const struct span *span = ledger_spans(l, i) + s;
 
             /* Nothing is absent any more, so it cannot fail. */
@@ -147,7 +147,7 @@ void ledger_close_map(struct ledger *l)
 bool ledger_shares_poison(const struct ledger *l)
 {
     for (uint32_t i = 0; i < l->head->instances; i++)
-        for (uint32_t s = 0; l->instances[i].live && s < l->instances[i].spans; s++) {
+        for (uint32_t s = 0; s < l->instances[i].spans; s++) {
             const struct span *span = ledger_spans(l, i) + s;
 
             for (uint64_t k = 0; !instance_is_private(&l->instances[i]) && k < span->pages; k++)
