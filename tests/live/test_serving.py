@@ -6,64 +6,29 @@ import socket
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from lazyproc.errors import ConnectionLost, LostAfterCommit, NoSuchProcess, Parked
 from lazyproc.migrate import talk
-from lazyproc.migrate.link import NOT_KNOWN, ROLES, Chain, Link
+from lazyproc.migrate.link import NOT_KNOWN, Chain, Link
 from lazyproc.migrate.releasing import Releaser
 from lazyproc.migrate.serving import Serving
 from lazyproc.model import PAGE, MemoryObject, ObjectKind
 from lazyproc.pages.channel import Channel
 from lazyproc.pages.dial import Declined
 from lazyproc.pages.server import PageServer
-from lazyproc.pages.session import Session
 from lazyproc.runs import Segment
-from lazyproc.wire.native import Abort, Ack, Committed, Event, MapEntry, Party, Running, Welcome
+from lazyproc.wire.native import Abort, Ack, Committed, MapEntry, Running
+from tests.live.ends import called_off, linked
 from tests.live.programs import wait_until
 
 TASK = MemoryObject(ObjectKind.TASK, 42)
 HEADER = struct.Struct("<BBHIQQII")
 GET, PAGES, LAST = 1, 2, 2
 CONTENT = bytes(range(256)) * (PAGE // 256)
-
-
-@dataclass(frozen=True)
-class Ends:
-    source: Link
-    destination: Link
-
-    def say(self, *what: Event) -> None:
-        for event in what:
-            self.destination.control.send(event)
-
-
-@contextmanager
-def linked() -> Iterator[Ends]:
-    session = Session.new()
-    sources, destinations = [], []
-    for role in ROLES:
-        one, other = socket.socketpair()
-        source, destination = Channel(one, Party.SOURCE, dialled="there"), Channel(other, Party.DESTINATION)
-        source.send(session.hello(role))
-        destination.receive(10)
-        destination.welcome()
-        assert isinstance(source.receive(10), Welcome)
-        sources.append(source)
-        destinations.append(destination)
-    with closing(Link(session, *sources)) as ours, closing(Link(session, *destinations)) as theirs:
-        yield Ends(ours, theirs)
-
-
-def called_off(link: Link) -> str:
-    """Why, when that is said."""
-    while not isinstance(event := link.control.receive(10), Abort):
-        assert event is not None
-    return str(event.fields["reason"])
 
 
 @contextmanager
