@@ -48,7 +48,7 @@ check: build
 # the tests' own.
 SANITIZED := build/sanitized
 DRIVING := tests/unit/test_images_pagemap.py tests/faults/test_removals.py $(patsubst %,tests/live/test_%.py, \
-  pagemap_scan nursery freeze park server uffd_device pager pager_hazards pager_poison pager_stress lazy_region)
+  pagemap_scan nursery freeze park server uffd_device pager pager_answers pager_hazards pager_poison pager_stress lazy_region)
 UNFIT := tests/faults/test_removals.py::test_removed_after_a_migration_and_while_all_helpers_are_dead \
   tests/live/test_freeze.py::test_a_traced_process_names_its_tracer \
   $(patsubst %,tests/live/test_park.py::test_a_parked_tree_survives_its_tracer_and_runs_on[%],sleeps timers)
