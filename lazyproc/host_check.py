@@ -11,6 +11,7 @@ from pathlib import Path
 from lazyproc.errors import LazyprocError
 from lazyproc.facts import dataclass
 from lazyproc.kernel import host, netfilter, proc
+from lazyproc.kernel.nursery import demand_descriptors
 from lazyproc.restore import groups
 from lazyproc.uffd.device import (
     DEVICE,
@@ -20,7 +21,7 @@ from lazyproc.uffd.device import (
     demand_for_tasks,
     demand_poison,
 )
-from lazyproc.uffd.pager import demand_removals, demand_zstd
+from lazyproc.uffd.pager import demand_removals, demand_tables, demand_zstd
 
 HEADROOM = 256 << 20  # bytes; with less available no process of any size can arrive
 AS_ROOT = "run as root; in a container, privileged"
@@ -84,6 +85,9 @@ PROBES = (
     Probe("TCP_REPAIR", host.repair_tcp, "moves established TCP connections", State.DEGRADED, AS_ROOT),
     Probe("nftables", netfilter.leftovers, "holds packets back while connections move", State.DEGRADED, AS_ROOT),
     Probe("POSIX timers", host.timer_ids, "gives restored timers their numbers", State.DEGRADED, NEWER + " (6.16)"),
+    Probe("descriptors", demand_descriptors, "begins a restore", State.MISSING, "raise RLIMIT_NOFILE"),
+    Probe("tables", demand_tables, "knows which page of each process is where", State.MISSING,
+          "make RLIMIT_AS and RLIMIT_FSIZE unlimited"),
     Probe("removals", demand_removals, "tells MADV_REMOVE of shared memory from MADV_DONTNEED while it comes",
           State.DEGRADED, AS_ROOT + ", on a kernel with CONFIG_FTRACE_SYSCALLS"),
     Probe("guard regions", host.guard, "guards memory as programs do (MADV_GUARD_INSTALL)", State.DEGRADED,

@@ -6,12 +6,16 @@ as seen from the tree's root directory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterator, Sequence
 
 from lazyproc.facts import dataclass
-from lazyproc.model import Credentials, RegularFile
+from lazyproc.model import Credentials, RegularFile, Vma
 
 SECBIT_KEEP_CAPS = 0x10  # the only one that anybody may set, see capabilities(7)
+
+BENCH, BENCH_OF_MAPPING = 1 << 20, 512  # bytes that a process has beside its own while it is built
+FURTHER = 16  # descriptors, likewise: the transport, the anchors
 
 Options = tuple[tuple[int, int, bytes], ...]  # level, name, raw value
 
@@ -138,6 +142,14 @@ class PrivilegeNeed:
     bits: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class LimitNeed:
+    """So much of what getrlimit(2) limits a process takes while it is built: `name` as prlimit(1) calls it."""
+
+    name: str
+    value: int
+
+
 Need = (
     FileNeed
     | PathNeed
@@ -154,6 +166,7 @@ Need = (
     | UserNeed
     | GroupNeed
     | PrivilegeNeed
+    | LimitNeed
 )
 
 
@@ -169,6 +182,17 @@ class Wanted:
 def file_need(file: RegularFile, flags: int, *, sized: bool) -> FileNeed:
     """What a file that does not travel must be like; `sized` when its size counts (it is mapped private)."""
     return FileNeed(file.path, file.mode, flags, file.rdev, file.size if sized else -1, file.build_id)
+
+
+def limit_needs(vmas: Sequence[Vma], highest_fd: int, behind: int) -> Iterator[LimitNeed]:
+    """What a process with these mappings, and `behind` them so many files and objects, takes of the limits. Pure."""
+    bench = BENCH + BENCH_OF_MAPPING * len(vmas)
+    data = (vma for vma in vmas if vma.prot & mmap.PROT_WRITE and vma.vm_flags.isdisjoint(("sh", "gd")))
+    yield LimitNeed("as", sum(vma.length for vma in vmas) + bench)
+    yield LimitNeed("data", sum(vma.length for vma in data) + bench)  # is_data_mapping(), mm/vma.h
+    yield LimitNeed("nofile", max(highest_fd + 1, behind) + FURTHER)
+    if locked := sum(vma.length for vma in vmas if "lo" in vma.vm_flags):
+        yield LimitNeed("memlock", locked)
 
 
 def credential_needs(credentials: Credentials, *, filtered: bool, chroot: bool) -> Iterator[Need]:

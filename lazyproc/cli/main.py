@@ -122,9 +122,9 @@ def _run(args: argparse.Namespace) -> int:
     unless the result is all that the command is for.
     """
     from lazyproc.cli.listening import listening
-    from lazyproc.limits import raise_descriptor_limit
+    from lazyproc.limits import raise_limits
 
-    raise_descriptor_limit()
+    raise_limits()
     with listening(args) as listener:
         outcome: Outcome = args.run(args, listener)
         args.settled = True  # an interrupt comes too late

@@ -12,7 +12,7 @@ from lazyproc.criu import options, parse, places
 from lazyproc.criu.log import DEBUG, ERROR, WARNING, Log, opened
 from lazyproc.criu.parse import Given
 from lazyproc.errors import UsageError
-from lazyproc.limits import raise_descriptor_limit
+from lazyproc.limits import raise_limits
 
 CRIU_VERSION = "4.2"  # whose command line this is
 FAILED, MISUSED = 1, 2
@@ -46,7 +46,7 @@ def _said(error: Exception, code: int) -> int:
 
 def _logged(given: Given, log: Log) -> int:
     """Whatever goes wrong is in the log."""
-    raise_descriptor_limit()
+    raise_limits()
     log.write(DEBUG, f"{version()}\n{given.command} {dict(given.values)}")
     for name in parse.idle(given):
         log.write(DEBUG, f"--{name} has no meaning for {given.command}")

@@ -16,7 +16,7 @@ from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.descriptors import look_at_descriptors
 from lazyproc.dump.guests import point_to_guests, qemus_of
 from lazyproc.dump.memory import has_guards, lazy_bytes, refused_mappings
-from lazyproc.dump.needs import needs_of
+from lazyproc.dump.needs import limits_of, needs_of
 from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.registry import Refused, Registry, TaskRef
 from lazyproc.dump.room import shortages
@@ -314,6 +314,7 @@ def _resources(
         look_at_descriptors(registry, tcp_close=tcp_close)
         wanted = tuple(needs_of(registry, facts))
         spaces = dict(_spaces(registry, facts))
+        wanted += tuple(limits_of(registry, spaces))
         return registry.obstacles, wanted, Seen(spaces, registry.looked, registry.files, guarded)
 
 

@@ -13,6 +13,7 @@ from lazyproc.dump.files import LINKS, gather_link, gather_mapped_file, is_zero_
 from lazyproc.dump.mappings import SYSV_PREFIX
 from lazyproc.dump.memory import kind_of, refusal, vma_of
 from lazyproc.dump.registry import Refused, Registry
+from lazyproc.dump.space import Space
 from lazyproc.dump.survey import ProcessFacts, TreeFacts
 from lazyproc.dump.threads import credentials
 from lazyproc.errors import NoSuchProcess
@@ -35,6 +36,7 @@ from lazyproc.needs import (
     FifoNeed,
     GroupNeed,
     InterfaceNeed,
+    LimitNeed,
     NameNeed,
     Need,
     NetlinkNeed,
@@ -48,6 +50,7 @@ from lazyproc.needs import (
     Wanted,
     credential_needs,
     file_need,
+    limit_needs,
 )
 
 SHARED_PREFIXES = (SYSV_PREFIX, "/dev/zero")
@@ -70,6 +73,19 @@ def needs_of(registry: Registry, facts: TreeFacts) -> Iterator[Wanted]:
         seen.setdefault(need, place)
     for need, (pid, where) in seen.items():
         yield Wanted(need, pid, where)
+
+
+def limits_of(registry: Registry, spaces: Mapping[int, Space]) -> Iterator[Wanted]:
+    """Of each limit what the process takes that takes most: they hold for each by itself."""
+    most: dict[str, tuple[int, int]] = {}
+    highest = registry.highest_descriptors()
+    for pid, space in spaces.items():
+        files = {number for _, number in space.files}
+        objects = {space.entries[at][4:6] for at in space.objects}  # device and inode
+        for need in limit_needs(space.vmas, highest.get(pid, -1), len(files) + len(objects)):
+            most[need.name] = max(most.get(need.name, (0, 0)), (need.value, pid))
+    for name, (value, pid) in most.items():
+        yield Wanted(LimitNeed(name, value), pid, "process")
 
 
 def _every(

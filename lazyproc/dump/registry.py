@@ -180,6 +180,10 @@ class Registry:
         """Whether process `pid` has this file under number `fd`, as it was interned."""
         return self._open.get((pid, fd)) is place
 
+    def highest_descriptors(self) -> dict[int, int]:
+        """By pid, as far as they were interned."""
+        return dict(sorted(self._open))
+
     def pidfd(self, pid: int) -> int:
         return next(task.pidfd for task in self.tasks if task.pid == pid)
 

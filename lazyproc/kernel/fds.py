@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lazyproc.kernel._core import ffi
 from lazyproc.kernel.sys import KCMP_EPOLL_TFD, kcmp, syscall
-from lazyproc.limits import raise_descriptor_limit
+from lazyproc.limits import raise_limits
 
 SYS_FSTATFS = 138
 SYS_EPOLL_CTL = 233
@@ -60,7 +60,7 @@ def make_room(count: int) -> None:
     threads too, that waits until every processor has passed through the scheduler: 7 to 15 ms (fs/file.c,
     expand_fdtable, synchronize_rcu).
     """
-    raise_descriptor_limit()
+    raise_limits()
     highest = min(count, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 1
     some = os.open("/", os.O_PATH | os.O_CLOEXEC)
     try:

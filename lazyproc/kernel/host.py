@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 import socket
 import struct
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from lazyproc.errors import HostLacks
@@ -22,6 +23,8 @@ from lazyproc.kernel.fds import SYS_UNSHARE
 from lazyproc.kernel.tracee import Tracee
 
 SYS_CLONE3 = 435
+SYS_MLOCK2, MLOCK_ONFAULT = 325, 1
+MAP_NORESERVE = 0x4000
 CLONE_NEWPID, CLONE_NEWTIME = 0x20000000, 0x80
 MADV_COLLAPSE = 25  # Linux 6.1
 MADV_GUARD_INSTALL = 102  # Linux 6.13
@@ -104,6 +107,24 @@ def new_namespace(flag: int) -> None:
 def join_group(folder: str) -> None:
     """A child of ours in the cgroup whose directory this is."""
     _in_child(lambda: Path(folder, "cgroup.procs").write_text("0"))
+
+
+def raise_limit(number: int, value: int) -> None:
+    """A child of ours with this limit, hard too."""
+    _in_child(lambda: resource.setrlimit(number, (value, value)))
+
+
+def lock(size: int) -> None:
+    """A child of ours that locks so much memory (CAP_IPC_LOCK, RLIMIT_MEMLOCK), of which no page is there."""
+    _in_child(lambda: _lock(size))
+
+
+def _lock(size: int) -> None:
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (size, size))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, size, flags=flags)
+    kernel.syscall(SYS_MLOCK2, int(ffi.cast("uintptr_t", ffi.from_buffer(memory))), size, MLOCK_ONFAULT)
 
 
 def _in_child(work: Callable[[], object]) -> None:

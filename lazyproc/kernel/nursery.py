@@ -15,7 +15,7 @@ import signal
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from lazyproc.errors import HostLacks, TraceeError
 from lazyproc.facts import dataclass, field
@@ -176,8 +176,8 @@ def _spawn(
         os.close(image)
 
 
-def _demand_descriptors(count: int) -> None:
-    """Of the hard limit, to which the new process raises its own."""
+def demand_descriptors(count: int = TRANSPORT_FD + BIRTH_NUMBERS) -> None:
+    """Of the hard limit, to which the new process raises its own. Raises HostLacks."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if limit < count:
         raise HostLacks(
@@ -185,6 +185,13 @@ def _demand_descriptors(count: int) -> None:
             where="RLIMIT_NOFILE",
             remedy="raise the hard limit of who starts it (ulimit -n, LimitNOFILE= of a service)",
         )
+
+
+def _lift_limits(pid: int) -> None:
+    """Of memory: ours say nothing about the processes that are forked from it, which get their own in the end."""
+    for number in (resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_MEMLOCK):
+        with suppress(PermissionError):  # without CAP_SYS_RESOURCE
+            resource.prlimit(pid, number, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def _demand_joined(result: int) -> int:
@@ -203,7 +210,7 @@ def nursery(
     It is born in `groups`, and what is forked from it too. With the number `sibling` it is the root itself, and a child
     of our parent. HostLacks, NotJoined; FileExistsError when that number is taken.
     """
-    _demand_descriptors(transport_fd + BIRTH_NUMBERS)
+    demand_descriptors(transport_fd + BIRTH_NUMBERS)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         pid, pidfd = _spawn(theirs, transport_fd, pidns=pidns, groups=groups, sibling=sibling)
@@ -212,6 +219,7 @@ def nursery(
             tracee.seize(ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_EXITKILL)
             tracee.interrupt()
             tracee.wait_stop(STOP_MS)
+            _lift_limits(pid)
             with ptrace.memory(pid) as memory, open(f"/proc/{pid}/ns/pid") as namespace:
                 namespace_fd = namespace.fileno()
                 yield Nursery(tracee, pidfd, ours, transport_fd, memory, pidns, namespace_fd, sibling > 0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from lazyproc.errors import LazyprocError, Obstacle, RestoreError, UsageError
+from lazyproc.errors import HostLacks, LazyprocError, Obstacle, RestoreError, UsageError
 from lazyproc.facts import dataclass, replace
+from lazyproc.limits import raise_limits
 from lazyproc.migrate.needs import needs_in
 from lazyproc.migrate.prepare import Offer, objections, vdso_build_id
 from lazyproc.migrate.promises import promises
-from lazyproc.migrate.room import Room, least_room
+from lazyproc.migrate.room import Room, least_room, short_of_tasks
 from lazyproc.migrate.talk import checked, next_event
 from lazyproc.migrate.whom import Whom
 from lazyproc.needs import FeatureNeed, PidNeed, Wanted
@@ -21,9 +22,11 @@ from lazyproc.uffd.policy import POLICIES
 from lazyproc.wire.jsonobject import JsonValue
 from lazyproc.wire.native import Ask, Forecast, Needs, Prepare
 
+AND_OURS = 2  # tasks of its groups: the nursery, and one that stands in for a process that has ended
 MODES = ("postcopy", "stopcopy")
 LAZY = ("userfaultfd of tasks",)
-ALWAYS = ("ptrace", "pidfd_getfd", "children", "choose pids", "time namespaces")  # of host_check
+OWN = ("descriptors", "tables")  # what limits may keep from us
+ALWAYS = (*OWN, "ptrace", "pidfd_getfd", "children", "choose pids", "time namespaces")  # of host_check
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ def obstacles_here(
         groups = {}
     room = Room(1 << 62) if overcommit else least_room(groups, tuple(promises()))
     yield from objections(Offer.of(order), room)
+    yield from short_of_tasks(groups, len(numbers_of(wanted)) + AND_OURS)
     if order.get("policy") not in POLICIES or order.get("mode") not in MODES:
         why = f"policy {order.get('policy')!r} or mode {order.get('mode')!r} is not known here"
         yield Obstacle(0, "host", why, "choose another, or use the same lazyproc on both hosts")
@@ -120,6 +124,15 @@ def obstacles_to_guest(order: Mapping[str, JsonValue], *, overcommit: bool) -> I
         why = f"policy {order.get('policy')!r} or mode {order.get('mode')!r} is not known here for guests"
         yield Obstacle(0, "host", why, "choose another, or use the same lazyproc on both hosts")
     yield from _features((), LAZY, "host")
+
+
+def demand_own() -> None:
+    """What every tree and guest takes of our own limits. Raises HostLacks."""
+    from lazyproc.host_check import unmet
+
+    raise_limits()
+    for finding in unmet(OWN):
+        raise HostLacks(finding.detail, remedy=finding.remedy)
 
 
 def numbers_of(wanted: Sequence[Wanted]) -> list[int]:

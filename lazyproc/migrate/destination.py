@@ -9,6 +9,7 @@ from typing import Any
 from lazyproc.errors import CannotListen, ConnectionLost, Parked, ProtocolError, UsageError
 from lazyproc.events import Listener, Note, StateChanged, ignore
 from lazyproc.kernel.ready import readable
+from lazyproc.migrate.answering import demand_own
 from lazyproc.migrate.apart import Messages
 from lazyproc.migrate.arrival import USUAL, Terms
 from lazyproc.migrate.desk import ask
@@ -48,7 +49,7 @@ def receive(
     Each has a keeper that goes on without us. Only root and our own user on this host are let in, unless `tls` or
     `insecure` say otherwise. `opened` learns the port; `over` is asked now and then whether that is
     all. Raises UsageError (the address, the policy, a record of more than one tree), ImageError (what was recorded),
-    CannotListen; with `once` Parked when all who worked on the tree are gone.
+    CannotListen, HostLacks (our own limits are too low); with `once` Parked when all who worked on the tree are gone.
     """
     if terms.record is not None and not once:
         raise UsageError("a record is of one tree", where=terms.record, remedy="add --once")
@@ -56,6 +57,7 @@ def receive(
         raise UsageError("a guest runs as QEMU does", remedy="leave out --allow-uid, and give QEMU -runas")
     if terms.command:
         demand_command(terms.command)
+    demand_own()
     forget_old()
     trust = Trust(insecure, terms.uids, tls)
     with (

@@ -14,6 +14,7 @@ from lazyproc.needs import (
     FileNeed,
     GroupNeed,
     InterfaceNeed,
+    LimitNeed,
     NameNeed,
     Need,
     NetlinkNeed,
@@ -48,6 +49,7 @@ KINDS: Mapping[str, type[Need]] = {
     "user": UserNeed,
     "group": GroupNeed,
     "privilege": PrivilegeNeed,
+    "limit": LimitNeed,
 }
 _NAMES = {cls: name for name, cls in KINDS.items()}
 _ROOM = 256  # bytes of a frame that are not entries

@@ -1,4 +1,4 @@
-"""How much memory this host, or a cgroup that a tree would be in, has left for it."""
+"""How much memory this host, or a cgroup that a tree would be in, has left for it, and for how many tasks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from lazyproc.errors import Obstacle
 from lazyproc.facts import dataclass, replace
 from lazyproc.kernel.cgroup import V2, Hierarchy, hierarchies
 from lazyproc.migrate.promises import Promise
@@ -57,15 +58,38 @@ def _less(room: Room, promised: int) -> Room:
 def rooms(hierarchy: Hierarchy, path: str, promised: Sequence[Promise] = ()) -> Iterator[Room]:
     """What is left in a group and in each above it, as far as they have limits and are to be seen here."""
     controller = MEMORY_V2 if hierarchy.controllers == V2 else MEMORY_V1
-    while hierarchy.shows(path):
-        folder = Path(hierarchy.folder(path))
+    for group, folder in _upwards(hierarchy, path):
         with suppress(OSError):
             limit = (folder / controller.limit).read_text().strip()
             if limit != "max" and int(limit) < UNLIMITED_V1:
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 used = int((folder / controller.usage).read_text()) - int(stat[controller.page_cache])
-                room = Room(int(limit) - used, f"cgroup {path}", controller.limit)
-                yield _less(room, _promised_in(promised, hierarchy.controllers, path))
+                room = Room(int(limit) - used, f"cgroup {group}", controller.limit)
+                yield _less(room, _promised_in(promised, hierarchy.controllers, group))
+
+
+def short_of_tasks(groups: Mapping[str, str], count: int) -> Iterator[Obstacle]:
+    """The groups in which there is no room for so many more processes and threads."""
+    for group, left in _task_rooms(groups):
+        if left < count:
+            why = f"building the tree takes {count} processes and threads, and cgroup {group} has room for {left}"
+            yield Obstacle(0, "host", why, "raise its pids.max, or name another group with --cgroup")
+
+
+def _task_rooms(groups: Mapping[str, str]) -> Iterator[tuple[str, int]]:
+    """How many more may be in each group of a tree that has a limit (pids.max of both versions)."""
+    for each in hierarchies():
+        for group, folder in _upwards(each, groups.get(each.controllers, each.own)):
+            with suppress(OSError):  # it has no such controller
+                limit = (folder / "pids.max").read_text().strip()
+                if limit != "max":
+                    yield group, max(0, int(limit) - int((folder / "pids.current").read_text()))
+
+
+def _upwards(hierarchy: Hierarchy, path: str) -> Iterator[tuple[str, Path]]:
+    """A group and those above it that are to be seen here, with their directories."""
+    while hierarchy.shows(path):
+        yield path, Path(hierarchy.folder(path))
         if path == hierarchy.root:
             return
         path = os.path.dirname(path)

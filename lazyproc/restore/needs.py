@@ -19,6 +19,7 @@ from lazyproc.needs import (
     FifoNeed,
     FileNeed,
     InterfaceNeed,
+    LimitNeed,
     NameNeed,
     Need,
     NetlinkNeed,
@@ -32,6 +33,7 @@ from lazyproc.needs import (
 from lazyproc.restore.contents import check_kind, parent_of
 from lazyproc.restore.creation import pid_taken
 from lazyproc.restore.files import check_access, check_file
+from lazyproc.restore.limits import check_limit
 from lazyproc.restore.names import check_place
 from lazyproc.restore.objects import check_segment
 from lazyproc.restore.pipes import check_fifo
@@ -160,6 +162,10 @@ def _try_pid(here: _Here, need: PidNeed) -> None:
         raise pid_taken(need.number)
 
 
+def _try_limit(_here: _Here, need: LimitNeed) -> None:
+    check_limit(need)
+
+
 _TRIES: Mapping[type[Need], Callable[[_Here, Any], None]] = {
     FileNeed: _try_file,
     PathNeed: _try_path,
@@ -172,4 +178,5 @@ _TRIES: Mapping[type[Need], Callable[[_Here, Any], None]] = {
     NetlinkNeed: _try_netlink,
     SegmentNeed: _try_segment,
     PidNeed: _try_pid,
+    LimitNeed: _try_limit,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from lazyproc.kernel import sys as kernel
 from lazyproc.kernel.remote import Bench, Call
 from lazyproc.model import Credentials, Fs, PosixTimer, SeccompFilter, Task, Thread
 from lazyproc.restore.inherited import Inherited
+from lazyproc.restore.limits import give_limits
 
 # include/uapi/linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_SECCOMP = 1, 4, 15, 22
@@ -105,11 +105,7 @@ def set_from_outside(task: Task, pid: int, listener: Listener) -> None:
     """Limits, the OOM score and what a core dump has, which are set by number. What this host does not allow is said,
     not fatal.
     """
-    for limit in task.limits:
-        try:
-            resource.prlimit(pid, limit.resource, (_limit(limit.soft), _limit(limit.hard)))
-        except (PermissionError, ValueError):
-            listener(Note(f"pid {task.vpid}: limit {limit.resource} could not be raised to {limit.hard}"))
+    give_limits(task, pid, listener)
     try:
         _write(pid, "oom_score_adj", task.oom_score_adj)
     except PermissionError:
@@ -125,11 +121,6 @@ def set_from_outside(task: Task, pid: int, listener: Listener) -> None:
 def _write(pid: int, name: str, value: int) -> None:
     with open(f"/proc/{pid}/{name}", "w") as file:
         file.write(str(value))
-
-
-def _limit(value: int) -> int:
-    """As prlimit(2) takes it by way of Python: signed, RLIM_INFINITY is -1."""
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 # --- thread -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Literal
 
-from lazyproc.errors import NoSuchProcess, PidTaken, RestoreError
+from lazyproc.errors import NoSuchProcess, PidTaken, RestoreError, TraceeError
 from lazyproc.events import Listener, Note
 from lazyproc.facts import dataclass, field, replace
 from lazyproc.images.forecast import Forecast
@@ -37,6 +37,7 @@ from lazyproc.restore.groundwork import Groundwork, begun, kill, killed_at_end, 
 from lazyproc.restore.groups import Birth, nursery_in_group
 from lazyproc.restore.inherited import Inherited
 from lazyproc.restore.lazytree import LazyTask, LazyTree
+from lazyproc.restore.limits import demand_limits
 from lazyproc.restore.locks import TreeLocks, take_locks
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
@@ -228,7 +229,11 @@ def built_tree(
             tree = stack.enter_context(
                 _built(checkpoint, source, steps, listener, ground, users, known, given)
             )
+        except TraceeError:
+            demand_limits(checkpoint)
+            raise
         except (OSError, OverflowError, struct.error) as error:
+            demand_limits(checkpoint)
             raise RestoreError(
                 f"the kernel refused a part of it ({error})",
                 where=f"tree of pid {checkpoint.root.vpid}",

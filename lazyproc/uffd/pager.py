@@ -97,6 +97,7 @@ class Counters:
 _OUTCOMES = tuple(Outcome)
 TRACE_PIECE = 4096  # records
 ACK_PIECE = 4096  # runs
+_SHORT_OF = {errno.ENOMEM: "RLIMIT_AS", errno.EFBIG: "RLIMIT_FSIZE"}
 FAULTED = 1024  # as the core keeps
 
 
@@ -136,6 +137,11 @@ def _table(kind: str, rows: array[int]) -> tuple[Any, int]:
     """Rows as an array of C structures that consist of u64, and how many there are."""
     table = ffi.from_buffer(f"struct {kind}[]", rows)
     return table, len(table)
+
+
+def demand_tables() -> None:
+    """Raises HostLacks when no pager can be made here."""
+    Pager().abandon()
 
 
 def register_regions(uffd: int, rows: array[int]) -> None:
@@ -192,7 +198,7 @@ class Pager:
 
     `ledger` is the descriptor of another pager's ledger: this one goes on where that one, which must have ended,
     stopped. Both must share one descriptor table, the userfaultfds being known by their numbers.
-    Raises HostLacks without SSE4.2 and PCLMUL.
+    Raises HostLacks without SSE4.2 and PCLMUL, and where limits leave no room for the tables.
     """
 
     def __init__(self, *, trace: bool = False, ledger: int | None = None) -> None:
@@ -201,6 +207,12 @@ class Pager:
         if result == -errno.ENOTSUP:
             raise HostLacks(
                 "the page protocol's checksums need SSE4.2 and PCLMUL", remedy="use an x86-64-v2 host"
+            )
+        if short := _SHORT_OF.get(-result):
+            raise HostLacks(
+                f"{short} leaves no room for its tables, hundreds of GiB that are nearly empty",
+                where="pager",
+                remedy="make it unlimited for who restores or receives (ulimit, or Limit...=infinity of a service)",
             )
         _check(result, "cannot make a pager")
         self._pager: Any = ffi.gc(out[0], lib.pager_free)
