@@ -16,6 +16,7 @@ SECBIT_KEEP_CAPS = 0x10  # the only one that anybody may set, see capabilities(7
 
 BENCH, BENCH_OF_MAPPING = 1 << 20, 512  # bytes that a process has beside its own while it is built
 FURTHER = 16  # descriptors, likewise: the transport, the anchors
+OWN, OF_PROCESS = 64, 4  # descriptors of who builds it: its own, and by which it holds each process
 
 Options = tuple[tuple[int, int, bytes], ...]  # level, name, raw value
 
@@ -193,6 +194,11 @@ def limit_needs(vmas: Sequence[Vma], highest_fd: int, behind: int) -> Iterator[L
     yield LimitNeed("nofile", max(highest_fd + 1, behind) + FURTHER)
     if locked := sum(vma.length for vma in vmas if "lo" in vma.vm_flags):
         yield LimitNeed("memlock", locked)
+
+
+def tree_need(opened: int, processes: int) -> LimitNeed:
+    """What who restores it takes: its files and shared objects are open there at the same time. Pure."""
+    return LimitNeed("nofile", OWN + opened + OF_PROCESS * processes)
 
 
 def credential_needs(credentials: Credentials, *, filtered: bool, chroot: bool) -> Iterator[Need]:

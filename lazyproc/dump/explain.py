@@ -6,6 +6,7 @@ Reading (survey.py) and deciding are apart: the decisions here are pure function
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -16,7 +17,7 @@ from lazyproc.dump.copies import bytes_of_copies
 from lazyproc.dump.descriptors import look_at_descriptors
 from lazyproc.dump.guests import point_to_guests, qemus_of
 from lazyproc.dump.memory import has_guards, lazy_bytes, refused_mappings
-from lazyproc.dump.needs import limits_of, needs_of
+from lazyproc.dump.needs import limits_of, needs_of, objects_of
 from lazyproc.dump.permits import MOVED, Permits
 from lazyproc.dump.registry import Refused, Registry, TaskRef
 from lazyproc.dump.room import shortages
@@ -314,8 +315,20 @@ def _resources(
         look_at_descriptors(registry, tcp_close=tcp_close)
         wanted = tuple(needs_of(registry, facts))
         spaces = dict(_spaces(registry, facts))
+        registry.obstacles.extend(_too_many(facts.root.pid, spaces))
         wanted += tuple(limits_of(registry, spaces))
         return registry.obstacles, wanted, Seen(spaces, registry.looked, registry.files, guarded)
+
+
+def _too_many(root: int, spaces: Mapping[int, Space]) -> Iterator[Obstacle]:
+    """Shared objects: each is open here as long as its pages may be asked for. A quarter is left for all the rest."""
+    objects = set[object]().union(*map(objects_of, spaces.values()))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if len(objects) > most * 3 // 4:
+        why = f"has {len(objects)} shared memory objects, and lazyproc may have {most} descriptors (RLIMIT_NOFILE)"
+        yield Obstacle(
+            root, "tree", why, f"raise the hard limit: prlimit --nofile={2 * len(objects)} lazyproc ..."
+        )
 
 
 def _spaces(registry: Registry, facts: TreeFacts) -> Iterator[tuple[int, Space]]:

@@ -21,6 +21,7 @@ from lazyproc.model import PAGE, MemFd, Mm, MmFlags, SharedKind, SharedMemory, T
 
 SYSV_PREFIX = "/SYSV"
 SHM_DEST = 0o1000  # removed, and gone with the last attachment
+MAX_LAZY = 4096  # shared objects: half of LEDGER_INSTANCES, the rest is for processes and what they fork
 
 
 @dataclass(slots=True)
@@ -145,13 +146,16 @@ def settled(registry: Registry, tasks: Sequence[Task]) -> dict[int, SharedMemory
     """The shared memory objects, now that all their mappings are known.
 
     One that is also mapped private is not lazy: a page put there would be in that mapping alone. Nor is one that is
-    locked anywhere: mlock(2) needs all its pages. A SysV segment that others have attached is an obstacle.
+    locked anywhere: mlock(2) needs all its pages. Of thousands the smallest are not: each lazy one is a row in the
+    tables of a pager (uffd/_ledger.h). A SysV segment that others have attached is an obstacle.
     """
     found = dict(registry.shared)
     mappings = [vma for task in tasks if task.mm for vma in task.mm.vmas if vma.kind is VmaKind.SHARED]
     for vma in mappings:
         if (vma.flags & mmap.MAP_PRIVATE or "lo" in vma.vm_flags) and vma.object_id in found:
             found[vma.object_id] = replace(found[vma.object_id], lazy=False)
+    lazy = sorted((each for each in found.values() if each.lazy), key=lambda each: each.size, reverse=True)
+    found |= {each.id: replace(each, lazy=False) for each in lazy[MAX_LAZY:]}
     segments = sysvipc.segments() if any(s.kind is SharedKind.SYSV for s in found.values()) else {}
     ours = Counter(vma.object_id for vma in mappings)
     for number, shared in found.items():

@@ -51,6 +51,7 @@ from lazyproc.needs import (
     credential_needs,
     file_need,
     limit_needs,
+    tree_need,
 )
 
 SHARED_PREFIXES = (SYSV_PREFIX, "/dev/zero")
@@ -76,16 +77,24 @@ def needs_of(registry: Registry, facts: TreeFacts) -> Iterator[Wanted]:
 
 
 def limits_of(registry: Registry, spaces: Mapping[int, Space]) -> Iterator[Wanted]:
-    """Of each limit what the process takes that takes most: they hold for each by itself."""
+    """Of each limit what the process takes that takes most: they hold for each by itself. And of who restores the tree
+    what all of them have open.
+    """
     most: dict[str, tuple[int, int]] = {}
     highest = registry.highest_descriptors()
     for pid, space in spaces.items():
         files = {number for _, number in space.files}
-        objects = {space.entries[at][4:6] for at in space.objects}  # device and inode
-        for need in limit_needs(space.vmas, highest.get(pid, -1), len(files) + len(objects)):
+        for need in limit_needs(space.vmas, highest.get(pid, -1), len(files) + len(objects_of(space))):
             most[need.name] = max(most.get(need.name, (0, 0)), (need.value, pid))
     for name, (value, pid) in most.items():
         yield Wanted(LimitNeed(name, value), pid, "process")
+    objects = set[object]().union(*map(objects_of, spaces.values()))
+    yield Wanted(tree_need(len(registry.files) + len(objects), len(spaces)), registry.tasks[0].pid, "tree")
+
+
+def objects_of(space: Space) -> set[object]:
+    """The shared objects that are mapped there, by device and inode."""
+    return {space.entries[at][4:6] for at in space.objects}
 
 
 def _every(

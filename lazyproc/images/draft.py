@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,9 @@ class Draft:
         self._open: dict[Path, int] = {}
         self._names: list[str] = []
         self._images: Mapping[str, bytes] = {}
+        self._at_once = (
+            resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8
+        )  # each shared object has one of its own
 
     def write(self, images: Mapping[str, bytes]) -> None:
         """Writes every image, all that are not pages in one call, and their checksums. Raises ImageError."""
@@ -51,6 +55,8 @@ class Draft:
     def write_file(self, name: str, pieces: Iterable[bytes]) -> None:
         """Writes the file `name`, one piece after the other. Raises ImageError, and what `pieces` raises."""
         path = self._folder.path / name
+        if len(self._open) >= self._at_once:
+            self._sync_open()
         self._names.append(name)  # first: an interrupt may come before it is open
         try:
             fd = self._open[path] = self._folder.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -71,12 +77,15 @@ class Draft:
         """Waits until every file and every name is on the disk, that of a new folder too. Raises ImageError."""
         if not self._open:
             return
-        for path, fd in self._open.items():
-            with _blamed(path):
-                os.fsync(fd)
+        self._sync_open()
         _sync_names(self._folder.path)
         if self._made:
             _sync_names(self._folder.path / "..")
+
+    def _sync_open(self) -> None:
+        for path, fd in self._open.items():
+            with _blamed(path):
+                os.fsync(fd)
         self.close()
 
     def remove(self) -> None:

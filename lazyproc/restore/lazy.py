@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import accumulate
@@ -14,7 +15,7 @@ from lazyproc.events import Listener, Note
 from lazyproc.kernel import proc
 from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.sys import pidfd_open
-from lazyproc.model import Extent, ObjectKind
+from lazyproc.model import Extent, MemoryObject, ObjectKind
 from lazyproc.restore.lazytree import ANCHORS, LazyTree, anchor_holders, members
 from lazyproc.restore.pages import LazyRange
 from lazyproc.restore.tree import BuiltTree
@@ -32,10 +33,13 @@ def introduce(pager: Pager, tree: BuiltTree, listener: Listener) -> None:
     if any(r.object.kind is ObjectKind.SHARED for r in tree.lazy):
         watch_removals(pager, listener)
     count = 0
+    lazy = defaultdict[MemoryObject, list[LazyRange]](list)  # there may be thousands of each
+    for each in tree.lazy:
+        lazy[each.object].append(each)
     for obj, extents in tree.checkpoint.memory.items():
         eager = Extents.of(extents).where(lazy=False)
         count += sum(eager.counts)
-        for extent in _inside(eager, (r for r in tree.lazy if r.object == obj)):
+        for extent in _inside(eager, lazy.get(obj, ())):
             pager.mark_installed(obj, extent.addr, extent.count)
     pager.add_eager(count)
 

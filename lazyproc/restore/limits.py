@@ -10,7 +10,7 @@ from lazyproc.events import Listener, Note
 from lazyproc.kernel import host
 from lazyproc.limits import NAMES
 from lazyproc.model import Checkpoint, Task
-from lazyproc.needs import LimitNeed, limit_needs
+from lazyproc.needs import LimitNeed, limit_needs, tree_need
 
 UNLIMITED = (1 << 64) - 1
 _FREES = {resource.RLIMIT_MEMLOCK: "IPC_LOCK"}  # capabilities(7)
@@ -33,7 +33,7 @@ def check_limit(need: LimitNeed) -> None:
             host.raise_limit(number, need.value)
     except OSError as error:
         raise RestoreError(
-            f"nothing that is started here may have more than {most}, and it takes {need.value}",
+            f"no more than {most} may be had here, and it takes {need.value}",
             where=f"RLIMIT_{need.name.upper()}",
             remedy=f"raise the hard limit of who restores or receives it (prlimit --{need.name}, systemd's "
             f"Limit{need.name.upper()}=), or give it CAP_{_FREES.get(number, 'SYS_RESOURCE')}",
@@ -42,13 +42,13 @@ def check_limit(need: LimitNeed) -> None:
 
 def demand_limits(checkpoint: Checkpoint) -> None:
     """Raises RestoreError for what is beyond the limits of this host."""
-    for task in checkpoint.tasks:
-        for need in _needs_of(task):
-            try:
-                check_limit(need)
-            except RestoreError as lack:
-                where = f"pid {task.vpid}: {lack.where}"
-                raise RestoreError(lack.what, where=where, remedy=lack.remedy) from lack
+    needs = [(f"pid {task.vpid}", need) for task in checkpoint.tasks for need in _needs_of(task)]
+    opened = len(checkpoint.files) + len(checkpoint.shared)
+    for where, need in (*needs, ("tree", tree_need(opened, len(checkpoint.tasks)))):
+        try:
+            check_limit(need)
+        except RestoreError as lack:
+            raise RestoreError(lack.what, where=f"{where}: {lack.where}", remedy=lack.remedy) from lack
 
 
 def _needs_of(task: Task) -> Iterator[LimitNeed]:

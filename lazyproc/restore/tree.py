@@ -6,6 +6,7 @@ every process is a tracee with PTRACE_O_EXITKILL, so a failure, or our death, le
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
@@ -229,19 +230,28 @@ def built_tree(
             tree = stack.enter_context(
                 _built(checkpoint, source, steps, listener, ground, users, known, given)
             )
-        except TraceeError:
+        except (TraceeError, RestoreError):
             demand_limits(checkpoint)
             raise
         except (OSError, OverflowError, struct.error) as error:
-            demand_limits(checkpoint)
-            raise RestoreError(
-                f"the kernel refused a part of it ({error})",
-                where=f"tree of pid {checkpoint.root.vpid}",
-                remedy="take the checkpoint again when images may be garbled; -v shows what it was",
-            ) from error
+            raise _refused(error, checkpoint) from error
         if not awaits_locks:
             tree.locks.demand_taken()
         yield tree
+
+
+def _refused(error: Exception, checkpoint: Checkpoint) -> RestoreError:
+    """By the kernel, or by the arguments of a call. Raises RestoreError for a limit that is too low."""
+    demand_limits(checkpoint)
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        remedy = "raise the hard limit of descriptors (RLIMIT_NOFILE) of who restores or receives it"
+    else:
+        remedy = "take the checkpoint again when images may be garbled; -v shows what it was"
+    return RestoreError(
+        f"the kernel refused a part of it ({error})",
+        where=f"tree of pid {checkpoint.root.vpid}",
+        remedy=remedy,
+    )
 
 
 def _if_it_suits(ground: Groundwork, checkpoint: Checkpoint, listener: Listener) -> Groundwork | None:

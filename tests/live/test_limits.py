@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import resource
+import select
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +17,13 @@ import pytest
 from lazyproc.hosts import Host, Pair
 from lazyproc.kernel.cgroup import hierarchies
 from tests.live.bad_luck import lazyproc, migrated, says, unchanged
-from tests.live.moving import CLI, checkpoint, receiving, restore
+from tests.live.moving import CLI, checkpoint, exit_status, move, receiving, restore
 from tests.live.real import ending, move_now
 from tests.live.test_cgroups import group
 from tests.live.test_needs import asked, cargo
 from tests.needs import lacking
 
 HIGH = 5000
-NO_MORE = "nothing that is started here may have more than"
 DESCRIPTOR = f"os.dup2(beats, {HIGH})"
 LARGE = "large = mmap.mmap(-1, 2 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)"
 LOCKED = "assert ctypes.CDLL(None).mlockall(1) == 0"
@@ -32,6 +33,19 @@ POWERLESS = (
     "--bounding-set=-sys_resource",
     "--inh-caps=-sys_resource",
 )  # who has it raises what he builds
+MANY = """
+if os.fork() == 0:
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG
+opened = [os.open("/dev/null", 0) for _ in range(200)]
+"""
+OBJECTS = """
+import signal
+objects = [mmap.mmap(-1, 4096) for _ in range(NUMBER)]
+for number, each in enumerate(objects):
+    each[:4] = number.to_bytes(4, "little")
+right = lambda: all(each[:4] == number.to_bytes(4, "little") for number, each in enumerate(objects))
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(0 if right() else 1))
+"""
 UNLOCKING = (
     "setpriv",
     "--bounding-set=-ipc_lock",
@@ -44,11 +58,12 @@ UNLOCKING = (
 @pytest.mark.parametrize(
     ("script", "by", "words"),
     [
-        (DESCRIPTOR, ("prlimit", "--nofile=1024:1024"), f"RLIMIT_NOFILE: {NO_MORE} 1024"),
-        (LARGE, ("prlimit", "--data=300000000"), f"RLIMIT_DATA: {NO_MORE} 300000000"),
-        (LOCKED, UNLOCKING, f"RLIMIT_MEMLOCK: {NO_MORE} 65536"),
+        (DESCRIPTOR, ("prlimit", "--nofile=1024:1024"), "RLIMIT_NOFILE: no more than 1024"),
+        (MANY, ("prlimit", "--nofile=350:350"), "RLIMIT_NOFILE: no more than 350"),
+        (LARGE, ("prlimit", "--data=300000000"), "RLIMIT_DATA: no more than 300000000"),
+        (LOCKED, UNLOCKING, "RLIMIT_MEMLOCK: no more than 65536"),
     ],
-    ids=["descriptors", "data", "locked"],
+    ids=["descriptors", "of all processes", "data", "locked"],
 )  # fmt: skip
 def test_a_limit_that_is_too_low_is_an_obstacle(
     pair: Pair, script: str, by: Sequence[str], words: str
@@ -138,6 +153,41 @@ def test_a_restore_that_fails_for_a_limit_names_it(pair: Pair) -> None:
         low = (*POWERLESS, "prlimit", "--nofile=1024:1024")
         with unchanged(pair.destination):
             done = lazyproc(pair.destination, "restore", "-D", images, "--detach", by=low)
-        says(done, 1, f"RLIMIT_NOFILE: {NO_MORE} 1024, and it takes 5017")
+        says(done, 1, "RLIMIT_NOFILE: no more than 1024 may be had here, and it takes 5017")
         with ending(restore(pair.destination, images).pid):
             program.goes_on()
+
+
+def test_more_shared_objects_than_may_be_open_are_an_obstacle(pair: Pair) -> None:
+    """At the source, which reads them where they are. As many as may be fit into images, each with two of its own."""
+    low = (*POWERLESS, "prlimit", "--nofile=300:300")
+    with cargo(pair, OBJECTS.replace("NUMBER", "240")) as program:
+        done = lazyproc(pair.source, "explain", pair.source.vpid(program.pid), by=low)
+        assert done.returncode == 3, done.stderr
+        assert (
+            "has 240 shared memory objects, and lazyproc may have 300 descriptors (RLIMIT_NOFILE)"
+            in done.stdout
+        )
+        program.goes_on()
+    (pair.shared / "beats").unlink()
+    with cargo(pair, OBJECTS.replace("NUMBER", "200")) as program:
+        words = ("checkpoint", pair.source.vpid(program.pid), "-D", pair.shared / "images")
+        done = lazyproc(pair.source, *words, by=low)
+        assert done.returncode == 0, done.stderr
+    ends_right(restore(pair.destination, pair.shared / "images").pid)
+
+
+def test_more_shared_objects_than_a_pager_knows_come_at_once(pair: Pair) -> None:
+    with cargo(pair, OBJECTS.replace("NUMBER", "8300")) as program, receiving(pair.destination) as receiver:
+        ends_right(move(pair.source, receiver, program.pid).pid)
+
+
+def ends_right(pid: int) -> None:
+    """What is in its objects is as it was."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGUSR1)
+        assert select.select([pidfd], [], [], 20)[0]
+        assert exit_status(pidfd) == 0
+    finally:
+        os.close(pidfd)
