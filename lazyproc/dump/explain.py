@@ -127,7 +127,7 @@ def obstacles(facts: TreeFacts) -> Iterator[Obstacle]:
         if process.alive:
             yield from _of_namespaces(process, facts)
             for thread in process.threads:
-                yield from _of_thread(process, thread)
+                yield from _of_thread(process, thread, facts.stuck.get(thread.tid))
     for pid, other, what in facts.sharing:
         remedy = "wait until it has called exec (vfork), or start the processes with fork(2)"
         yield Obstacle(pid, "process", f"shares {what} with process {other}", remedy)
@@ -211,7 +211,7 @@ def _of_namespaces(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle
             )  # fmt: skip
 
 
-def _of_thread(process: ProcessFacts, thread: ThreadFacts) -> Iterator[Obstacle]:
+def _of_thread(process: ProcessFacts, thread: ThreadFacts, stuck: str | None) -> Iterator[Obstacle]:
     def obstacle(why: str, remedy: str) -> Obstacle:
         return Obstacle(process.pid, f"thread {thread.tid}", why, remedy)
 
@@ -219,9 +219,9 @@ def _of_thread(process: ProcessFacts, thread: ThreadFacts) -> Iterator[Obstacle]
         yield obstacle(
             f"is traced by process {thread.tracer}", "detach it (a debugger, strace, another lazyproc)"
         )
-    if thread.stuck_in is not None:
+    if stuck is not None:
         yield obstacle(
-            f"sleeps in the kernel without taking signals (state D, in {thread.stuck_in})",
+            stuck,
             "wait until its I/O is done, or its vfork child has called exec, and try again",
         )
     for what in thread.apart:

@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
+from lazyproc.dump.asleep import LOOK_S, still_asleep, why_asleep
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.facts import dataclass, field
@@ -26,7 +27,6 @@ FREEZE_MS = 2000
 ROUNDS = 64  # a tree that still grows after so many rounds forks faster than it can be stopped
 GRACE_MS = 100  # for what is a matter of microseconds
 TURN_MS = 10  # after which the next thread is waited for
-LOOK_S = 0.001
 
 
 @dataclass(slots=True)
@@ -103,8 +103,7 @@ def frozen_tree(
     collected = gc.isenabled()
     gc.disable()  # a collection takes as long as all the rest
     try:
-        for member in tree_of(pid):
-            _wait_interruptible(member, timeout_ms)
+        _demand_awake(tree_of(pid), timeout_ms)
         with taking_the_dead(tree.seized) as enough:
             steps.begin()
             _freeze(tree, pid, timeout_ms)
@@ -121,24 +120,18 @@ def frozen_tree(
             gc.enable()
 
 
-def _wait_interruptible(pid: int, timeout_ms: int) -> None:
-    """Wait, before anything is stopped, until no thread is in D state: once asked to stop it could not be let go."""
-    until = time.monotonic() + timeout_ms / 1000
-    with suppress(NoSuchProcess):
-        for tid in proc.task_ids(pid):
-            while _is_uninterruptible(proc.read(pid, f"task/{tid}/stat")):
-                if time.monotonic() > until:
-                    raise TraceeError(
-                        f"cannot be stopped within {timeout_ms} ms: {ptrace.UNINTERRUPTIBLE}",
-                        where=f"thread {tid} of pid {pid}",
-                        remedy="try again when it is over",
-                    )
-                time.sleep(LOOK_S)
+def _demand_awake(pids: Iterable[int], timeout_ms: int) -> None:
+    """Before anything is stopped: who is asked to in uninterruptible sleep can only be let go when that is over."""
+    for pid, tid in still_asleep(pids, timeout_ms / 1000)[:1]:
+        raise _does_not_stop(pid, tid, timeout_ms)
 
 
-def _is_uninterruptible(stat: bytes) -> bool:
-    """All the parser would tell is too much: this is asked of every thread."""
-    return stat.startswith(b") D ", stat.rindex(b")"))
+def _does_not_stop(pid: int, tid: int, timeout_ms: int) -> TraceeError:
+    return TraceeError(
+        f"cannot be stopped within {timeout_ms} ms: it {why_asleep(pid, tid)}",
+        where=f"thread {tid} of pid {pid}",
+        remedy="try again when it is over",
+    )
 
 
 def _freeze(tree: FrozenTree, root: int, timeout_ms: int) -> None:
@@ -272,7 +265,7 @@ def _await_stops(task: FrozenTask, asked: list[Tracee], timeout_ms: int) -> None
                 tracee.interrupt()
                 asked.append(tracee)
             if time.monotonic() > until:
-                raise
+                raise _does_not_stop(task.pid, tracee.tid, timeout_ms) from None
 
 
 def _is_zombie(task: FrozenTask) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cmp_to_key, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from lazyproc.dump.asleep import still_asleep, why_asleep
 from lazyproc.dump.supervisor import Supervisor, supervisor_of
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, UsageError
@@ -29,7 +29,7 @@ APART = {KCMP_FS: "directories (CLONE_FS)", KCMP_FILES: "descriptor table (CLONE
 CAP_SYS_PTRACE = 19
 PF_EXITING = 0x4
 PF_KTHREAD = 0x200000  # include/linux/sched.h
-DISK_SLEEP_S = 0.05  # I/O ends within this, mostly
+DISK_SLEEP_S = 1.0  # I/O ends within this, mostly
 EI_CLASS = 4
 CORE = "/lazyproc/kernel/_core."  # of whoever of us works on processes
 
@@ -41,9 +41,6 @@ class ThreadFacts:
     tid: int
     vtid: int  # in its own
     tracer: int  # pid, 0 nobody
-    stuck_in: (
-        str | None
-    )  # the kernel function in which it sleeps without taking signals, None when it takes them
     namespaces: Mapping[str, int]
     apart: tuple[str, ...]  # what it does not share with its process's first thread
     parked: bool = False  # it stands in our code, for a session that is not over
@@ -102,6 +99,7 @@ class TreeFacts:
     sharing: tuple[Sharing, ...]
     ipc_uses: tuple[LastUse, ...]  # of System V IPC, by processes of the tree
     supervisor: Supervisor  # of the root
+    stuck: Mapping[int, str]  # why a thread does not take signals, by its number
     shared_outside: tuple[Sharing, ...] = ()  # memory that a process which is not of the tree maps too
 
     @property
@@ -123,14 +121,16 @@ def survey(root: int) -> TreeFacts:
         except NoSuchProcess:
             if pid == root:
                 raise
+    alive = [process.pid for process in processes if process.alive]
     uses = {use for use in last_uses() if any(use.pid == process.pid for process in processes)}
     return TreeFacts(
         processes=tuple(processes),
         our_pid=os.getpid(),
         our_namespaces=proc.namespaces(os.getpid()),
-        sharing=tuple(_shared([process.pid for process in processes if process.alive])),
+        sharing=tuple(_shared(alive)),
         ipc_uses=tuple(sorted(uses)),
         supervisor=supervisor_of(root, processes[0].stat.ppid),
+        stuck=dict(_stuck(alive)),
         shared_outside=tuple(_shared_outside(processes)),
     )
 
@@ -238,7 +238,6 @@ def _threads(pid: int) -> Iterator[ThreadFacts]:
                 tid=tid,
                 vtid=status.ns_pid[-1],
                 tracer=status.tracer_pid,
-                stuck_in=_stuck_in(pid, tid) if status.state == "D" else None,
                 namespaces=proc.namespaces(tid),
                 apart=tuple(words for kind, words in APART.items() if tid != pid and kcmp(pid, tid, kind)),
                 parked=looks_parked(pid, status.sig_blocked),
@@ -253,14 +252,9 @@ def _elf_class(pid: int) -> int:
         return 0
 
 
-def _stuck_in(pid: int, tid: int) -> str | None:
-    """Where a thread in state D sleeps, None when it wakes up shortly: it may just be reading from a disk."""
-    until = time.monotonic() + DISK_SLEEP_S
-    while proc.stat(proc.read(pid, f"task/{tid}/stat")).state == "D":
-        if time.monotonic() > until:
-            return proc.read(pid, f"task/{tid}/wchan").decode()
-        time.sleep(DISK_SLEEP_S / 10)
-    return None
+def _stuck(pids: Iterable[int]) -> Iterator[tuple[int, str]]:
+    for pid, tid in still_asleep(pids, DISK_SLEEP_S):
+        yield tid, why_asleep(pid, tid)
 
 
 def _shared(pids: Sequence[int]) -> Iterator[Sharing]:

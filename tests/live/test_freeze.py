@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from lazyproc import LazyRegion
+from lazyproc.dump.explain import explain
 from lazyproc.dump.freeze import FrozenTask, _pidfd_of, _seize, frozen_tree
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
@@ -151,12 +156,55 @@ def test_uninterruptible_sleep_is_found_before_anything_is_stopped(tmp_path: Pat
         began = time.monotonic()
         words = words_of(it.pid)
         assert time.monotonic() - began < 1
-        assert f"thread {it.pid} of pid {it.pid}: cannot be stopped within 100 ms" in words
+        (child,) = proc.children_of(it.pid, it.pid)
+        assert f"thread {it.pid} of pid {it.pid}: cannot be stopped within 100 ms: it waits" in words
+        assert f"until process {child} calls exec or ends, which it has made by vfork(2)" in words
         assert "try again when it is over" in words
         assert [tracer_of(pid) for pid in tree_of(it.pid)] == [0, 0]
         fifo.write_text("")
         assert it.hear() == "returned"
         freeze_and_let_go(it.pid)
+
+
+SLOW_READER = """
+#include <sys/uio.h>
+
+int main(int c, char **v)
+{
+    (void)c;
+    words = v;
+    static char page[4096];
+    say("ready\\n", 0, 0, 0);
+    for (char *from = (char *)strtoul(v[3], 0, 0);; from += sizeof(page)) {
+        struct iovec near = { page, sizeof(page) }, far = { from, sizeof(page) };
+        if (process_vm_readv(atoi(v[2]), &near, 1, &far, 1, 0) < 0) return 1;
+    }
+}
+"""
+
+
+@contextmanager
+def slow_reader(place: Path, seconds: float) -> Iterator[int]:
+    """A process that sleeps in state D nearly always, each time for so long: it reads memory of ours that comes slowly,
+    and a fault in the memory of another process is not interruptible (faultin_page, mm/gup.c).
+    """
+
+    def slowly(_offset: int, length: int) -> bytes:
+        time.sleep(seconds)
+        return bytes(length)
+
+    with LazyRegion(64 << 20, slowly) as memory:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        with tracee(SLOW_READER, place, str(os.getpid()), hex(start)) as it:
+            wait_until(lambda: state_of(it.pid) == "D", "it waits for a page")
+            yield it.pid
+
+
+def test_who_sleeps_uninterruptibly_again_and_again_is_not_stuck(tmp_path: Path) -> None:
+    with slow_reader(tmp_path, 0.3) as pid:
+        assert explain(pid) == ()
+        for _ in range(3):
+            freeze_and_let_go(pid)
 
 
 # --- moving targets ---------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def process(pid: int, **changes: object) -> ProcessFacts:
         kernel_thread=False,
         locked_kib=0,
         smaps=(VDSO,),
-        threads=(ThreadFacts(pid, pid, tracer=0, stuck_in=None, namespaces=NAMESPACES, apart=()),),
+        threads=(ThreadFacts(pid, pid, tracer=0, namespaces=NAMESPACES, apart=()),),
         namespaces=NAMESPACES,
         elf_class=2,
         limits=((proc.RLIM_INFINITY,) * 2,) * 16,
@@ -58,7 +58,7 @@ def process(pid: int, **changes: object) -> ProcessFacts:
 
 def tree(*processes: ProcessFacts, **changes: object) -> TreeFacts:
     plain = TreeFacts(
-        processes, our_pid=1, our_namespaces=NAMESPACES, sharing=(), ipc_uses=(), supervisor=NOBODY
+        processes, our_pid=1, our_namespaces=NAMESPACES, sharing=(), ipc_uses=(), supervisor=NOBODY, stuck={}
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -114,7 +114,7 @@ def test_a_tree_in_other_namespaces_is_one_note_naming_them(names: set[str]) -> 
 
 def test_a_kernel_without_some_namespaces_is_no_obstacle() -> None:
     few = {"mnt": 100, "pid": 105, "pid_for_children": 105}
-    thread = ThreadFacts(10, 10, 0, None, few, ())
+    thread = ThreadFacts(10, 10, 0, few, ())
     assert list(obstacles(tree(process(10, namespaces=few, threads=(thread,)), our_namespaces=few))) == []
 
 
@@ -149,13 +149,13 @@ def test_every_trouble_of_every_thread_is_said(troubles: list[int]) -> None:
             tid=20 + at,
             vtid=20 + at,
             tracer=99 if trouble == 1 else 0,
-            stuck_in="folio_wait" if trouble == 2 else None,
             namespaces={**NAMESPACES, "net": 7} if trouble == 3 else NAMESPACES,
             apart=(),
         )
         for at, trouble in enumerate(troubles)
     )
-    said = [obstacle.where for obstacle in obstacles(tree(process(10, threads=threads)))]
+    stuck = {20 + at: "sleeps on" for at, trouble in enumerate(troubles) if trouble == 2}
+    said = [obstacle.where for obstacle in obstacles(tree(process(10, threads=threads), stuck=stuck))]
     assert said == [f"thread {20 + at}" for at, trouble in enumerate(troubles) if trouble]
 
 
