@@ -57,6 +57,16 @@ def _sleeps_on(pid: int, tid: int, count: int) -> bool:
         return False
 
 
+def wants_processor(pid: int, tid: int) -> bool:
+    """Whether it runs, or would if it were let: on a busy host, or in a cgroup whose quota is used up, it may take
+    seconds until it comes to its stop.
+    """
+    try:
+        return proc.stat(proc.read(pid, f"task/{tid}/stat")).state == "R"
+    except NoSuchProcess:
+        return False
+
+
 def why_asleep(pid: int, tid: int) -> str:
     """What keeps a thread from stopping, as far as can be seen."""
     with suppress(LazyprocError, OSError):
@@ -69,5 +79,7 @@ def why_asleep(pid: int, tid: int) -> str:
         where = proc.read(pid, f"task/{tid}/wchan").decode()
         if state == "D":
             return f"sleeps in the kernel without taking signals (state D, in {where})"
+        if state == "R":
+            return "got no processor for so long (state R)"
         return f"does not come out of the kernel (state {state}, in {where})"
     return "does not stop"

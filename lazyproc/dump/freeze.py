@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from lazyproc.dump.asleep import LOOK_S, still_asleep, why_asleep
+from lazyproc.dump.asleep import LOOK_S, still_asleep, wants_processor, why_asleep
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.facts import dataclass, field
@@ -24,6 +24,7 @@ from lazyproc.kernel.undertaker import taking_the_dead
 from lazyproc.steps import Steps
 
 FREEZE_MS = 2000
+STARVED = 5  # times as long is waited for a thread that nothing keeps but the want of a processor
 ROUNDS = 64  # a tree that still grows after so many rounds forks faster than it can be stopped
 GRACE_MS = 100  # for what is a matter of microseconds
 TURN_MS = 10  # after which the next thread is waited for
@@ -249,7 +250,7 @@ def _seize(task: FrozenTask, tracee: Tracee) -> None:
 
 def _await_stops(task: FrozenTask, asked: list[Tracee], timeout_ms: int) -> None:
     """Moves threads from `asked` to the task as they stop; those that exec has renumbered are asked again."""
-    until = time.monotonic() + timeout_ms / 1000
+    began, bound = time.monotonic(), timeout_ms / 1000
     while asked:
         tracee = asked.pop(0)
         try:
@@ -264,8 +265,10 @@ def _await_stops(task: FrozenTask, asked: list[Tracee], timeout_ms: int) -> None
             with suppress(NoSuchProcess):  # its number is that of a thread which we do not trace yet
                 tracee.interrupt()
                 asked.append(tracee)
-            if time.monotonic() > until:
-                raise _does_not_stop(task.pid, tracee.tid, timeout_ms) from None
+            waited = time.monotonic() - began
+            starved = waited < STARVED * bound and wants_processor(task.pid, tracee.tid)
+            if waited > bound and not starved:
+                raise _does_not_stop(task.pid, tracee.tid, round(waited * 1000)) from None
 
 
 def _is_zombie(task: FrozenTask) -> bool:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,14 @@ from lazyproc.dump.freeze import FrozenTask, _pidfd_of, _seize, frozen_tree
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.kernel import proc
+from lazyproc.kernel.cgroup import hierarchies
 from lazyproc.kernel.tracee import Tracee
 from lazyproc.kernel.visit import call_in
 from tests.forked import become_nobody, in_child
 from tests.live.programs import running, wait_until
+from tests.live.test_cgroups import group
 from tests.live.tracees import freeze_and_let_go, frozen_and_dumped, state_of, tracee
+from tests.needs import lacking
 
 PLAIN = 'int main(int c, char **v) { (void)c; words = v; say("ready\\n", 0, 0, 0); for (;;) pause(); }'
 
@@ -205,6 +208,66 @@ def test_who_sleeps_uninterruptibly_again_and_again_is_not_stuck(tmp_path: Path)
         assert explain(pid) == ()
         for _ in range(3):
             freeze_and_let_go(pid)
+
+
+BUSY = """
+static void *spin(void *x) { for (;;) ; return x; }
+
+int main(int c, char **v)
+{
+    (void)c;
+    words = v;
+    pthread_t other;
+    pthread_create(&other, 0, spin, 0);
+    say("ready\\n", 0, 0, 0);
+    spin(0);
+}
+"""
+
+
+@contextmanager
+def rationed(pid: int, period_us: int) -> Iterator[None]:
+    """A process that gets ten milliseconds of each period."""
+    with ExitStack() as stack:
+        for each in hierarchies():
+            folder = stack.enter_context(group(Path(each.point, f"lazyproc-rationed-{os.getpid()}")))
+            stack.callback(os.kill, pid, signal.SIGKILL)  # before its group goes
+            if (folder / "cpu.cfs_quota_us").exists():
+                (folder / "cpu.cfs_period_us").write_text(f"{period_us}")
+                (folder / "cpu.cfs_quota_us").write_text("10000")
+            elif (folder / "cpu.max").exists():
+                (folder / "cpu.max").write_text(f"10000 {period_us}")
+            else:
+                continue
+            (folder / "cgroup.procs").write_text(str(pid))
+            yield
+            return
+    lacking("no cpu controller of cgroups can be used", "mount -t cgroup -o cpu cpu /sys/fs/cgroup/cpu")
+
+
+def is_starved(pid: int) -> bool:
+    """Whether a process that spins has not come to run for some ticks of the clock."""
+
+    def ran() -> list[bytes]:
+        return [proc.read(pid, f"task/{tid}/schedstat").split()[0] for tid in proc.task_ids(pid)]
+
+    before = ran()
+    time.sleep(0.02)
+    return ran() == before
+
+
+def test_a_thread_that_gets_no_processor_is_waited_for_longer(tmp_path: Path) -> None:
+    """As in a container whose quota is used up: it is on its way, and stops as soon as it is let run."""
+    with tracee(BUSY, tmp_path) as it, rationed(it.pid, 1_000_000):
+
+        def freeze() -> int:
+            with frozen_tree(it.pid, timeout_ms=300) as tree:
+                return len(tree.tasks[it.pid].threads)
+
+        for _ in range(3):
+            wait_until(lambda: is_starved(it.pid), "its quota is used up")
+            with ThreadPoolExecutor(1) as thread:  # whose end lets all go
+                assert thread.submit(freeze).result() == 2
 
 
 # --- moving targets ---------------------------------------------------------------------------------------------
