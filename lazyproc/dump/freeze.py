@@ -144,7 +144,18 @@ def _freeze(tree: FrozenTree, root: int, timeout_ms: int) -> None:
         running += [_stop_child(tree, task.pid, timeout_ms) for task in _members(tree) if task.pid != root]
         if not any(running) and not _stop_children(tree, timeout_ms):
             return
-    raise TraceeError("the tree grows faster than it can be stopped", where=f"pid {root}", remedy="try again")
+    raise not_whole(tree, root)
+
+
+def not_whole(tree: FrozenTree, root: int) -> TraceeError:
+    """What has kept all rounds from finding that nothing is left to be stopped. Pure."""
+    for task in _members(tree):
+        if not task.threads:
+            what = "is executing a program, or ending, and has no thread that could be stopped"
+            return TraceeError(what, where=f"pid {task.pid}", remedy="try again when that is over")
+    number = len(tree.tasks)
+    what = f"its tree grows faster than it can be stopped: {number} processes, and there are more each time"
+    return TraceeError(what, where=f"pid {root}", remedy="try again when it forks less")
 
 
 def _members(tree: FrozenTree) -> list[FrozenTask]:

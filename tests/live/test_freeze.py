@@ -18,7 +18,7 @@ import pytest
 
 from lazyproc import LazyRegion
 from lazyproc.dump.explain import explain
-from lazyproc.dump.freeze import FrozenTask, _pidfd_of, _seize, frozen_tree
+from lazyproc.dump.freeze import FrozenTask, FrozenTree, _pidfd_of, _seize, frozen_tree, not_whole
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.kernel import proc
@@ -268,6 +268,15 @@ def test_a_thread_that_gets_no_processor_is_waited_for_longer(tmp_path: Path) ->
             wait_until(lambda: is_starved(it.pid), "its quota is used up")
             with ThreadPoolExecutor(1) as thread:  # whose end lets all go
                 assert thread.submit(freeze).result() == 2
+
+
+def test_a_tree_that_cannot_be_stopped_whole_says_what_keeps_it() -> None:
+    """A process that is about to have another program has no thread for a moment; that is no growth."""
+    task = FrozenTask(12)
+    task.stat = proc.stat(proc.read(os.getpid(), "stat"))
+    assert "pid 12: is executing a program, or ending" in str(not_whole(FrozenTree({12: task}), 12))
+    task.threads.append(Tracee(12))
+    assert "pid 12: its tree grows faster" in str(not_whole(FrozenTree({12: task}), 12))
 
 
 # --- moving targets ---------------------------------------------------------------------------------------------
