@@ -40,8 +40,11 @@ static char **words;
 /* One line to whoever waits for it. */
 __attribute__((unused)) static void say(const char *format, long a, long b, long c)
 {
-    int fd = open(words[1], O_WRONLY | O_CLOEXEC);
+    int fd;
 
+    do
+        fd = open(words[1], O_WRONLY | O_CLOEXEC); /* until there is a reader, or a signal */
+    while (fd < 0 && errno == EINTR);
     if (fd < 0 || dprintf(fd, format, a, b, c) < 0 || close(fd) < 0)
         _exit(99);
 }
