@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import socket
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -118,6 +119,8 @@ def _every(
     for process in alive:
         yield from _of_memory(process)
         yield from _of_users(process)
+        # One that is lower ends it, sooner or later; the others make calls fail, as programs know it.
+        yield LimitNeed("cpu", process.limits[resource.RLIMIT_CPU][1]), (process.pid, "process")
         with suppress(NoSuchProcess):
             if proc.timers(proc.read(process.pid, "timers")):
                 yield FeatureNeed("POSIX timers"), (process.pid, "process")

@@ -30,10 +30,10 @@ def check_limit(need: LimitNeed) -> None:
         if number == resource.RLIMIT_MEMLOCK:
             host.lock(need.value)
         else:
-            host.raise_limit(number, need.value)
+            host.raise_limit(number, _signed(need.value))
     except OSError as error:
         raise RestoreError(
-            f"no more than {most} may be had here, and it takes {need.value}",
+            f"no more than {_text(most)} may be had here, and it takes {_text(need.value)}",
             where=f"RLIMIT_{need.name.upper()}",
             remedy=f"raise the hard limit of who restores or receives it (prlimit --{need.name}, systemd's "
             f"Limit{need.name.upper()}=), or give it CAP_{_FREES.get(number, 'SYS_RESOURCE')}",

@@ -60,10 +60,11 @@ UNLOCKING = (
     [
         (DESCRIPTOR, ("prlimit", "--nofile=1024:1024"), "RLIMIT_NOFILE: no more than 1024"),
         (MANY, ("prlimit", "--nofile=350:350"), "RLIMIT_NOFILE: no more than 350"),
+        ("", ("prlimit", "--cpu=1000:1000"), "RLIMIT_CPU: no more than 1000 may be had here, and it takes unlimited"),
         (LARGE, ("prlimit", "--data=300000000"), "RLIMIT_DATA: no more than 300000000"),
         (LOCKED, UNLOCKING, "RLIMIT_MEMLOCK: no more than 65536"),
     ],
-    ids=["descriptors", "of all processes", "data", "locked"],
+    ids=["descriptors", "of all processes", "processor time", "data", "locked"],
 )  # fmt: skip
 def test_a_limit_that_is_too_low_is_an_obstacle(
     pair: Pair, script: str, by: Sequence[str], words: str
