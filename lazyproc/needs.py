@@ -16,7 +16,7 @@ SECBIT_KEEP_CAPS = 0x10  # the only one that anybody may set, see capabilities(7
 
 BENCH, BENCH_OF_MAPPING = 1 << 20, 512  # bytes that a process has beside its own while it is built
 FURTHER = 16  # descriptors, likewise: the transport, the anchors
-OWN, OF_PROCESS = 64, 4  # descriptors of who builds it: its own, and by which it holds each process
+OWN, OF_PROCESS = 40, 4  # descriptors of who builds it: its own, and by which it holds each process
 
 Options = tuple[tuple[int, int, bytes], ...]  # level, name, raw value
 
