@@ -167,6 +167,8 @@ static void drop_privileges(void)
     MUST(setgroups(3, groups));
     MUST(setresgid(5, 6, 7));
     MUST(setresuid(1, 65534, 2));
+    (void)syscall(SYS_setfsgid, 7); /* which say what it was before, whatever becomes of it */
+    (void)syscall(SYS_setfsuid, 2);
     MUST(syscall(SYS_capset, &header, sets));
     MUST(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_NET_BIND_SERVICE, 0, 0));
     MUST(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
