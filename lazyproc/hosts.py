@@ -1,7 +1,7 @@
 """Two hosts on one machine: for the demo, the tests and the benchmarks.
 
-A host is a set of net, pid, mnt, ipc, uts and time namespaces of its own, with its own empty /tmp, /run
-and /dev/shm and its clocks a day away from every other host's. With less, a toy migration passes: SysV
+A host is a set of net, pid, mnt, ipc, uts and time namespaces of its own, with its own empty /tmp, /run,
+/dev/shm and /dev/pts, and its clocks a day away from every other host's. With less, a toy migration passes: SysV
 keys collide or are simply "there", tmpfs and deleted files are still "there", and the clock never jumps.
 
 The root file system is shared, so programs and libraries are the same at both ends. Everything ends with
@@ -54,6 +54,7 @@ n=0; for kept; do n=$((n + 1)); mkdir -p "$hold/$n"; mount --bind "$kept" "$hold
 mount -t tmpfs -o mode=1777 tmp /tmp
 mount -t tmpfs -o mode=0755 run /run
 mount -t tmpfs -o mode=1777 shm /dev/shm
+mount -t devpts -o mode=0620,ptmxmode=0666 pts /dev/pts
 n=0; for kept; do n=$((n + 1)); mkdir -p "$kept"; mount --move "$hold/$n" "$kept"; done
 ip link set lo up
 rm -rf /run/mount  # mount(8) left its notes there

@@ -559,6 +559,33 @@ class Inotify:
     watches: tuple[InotifyWatch, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class TerminalMaster:
+    """The master of a pseudo-terminal, pty(7), and with it what the kernel keeps of the pair."""
+
+    number: int  # N of /dev/pts/N
+    path: str  # of the ptmx by which it was made
+    termios: bytes  # struct termios2
+    locked_termios: bytes  # struct termios: what TIOCSLCKTRMIOS has locked
+    size: tuple[int, int, int, int]  # rows, columns, and both in pixels
+    mode: int | None  # permissions of /dev/pts/N, None: what devpts gives; and its owner
+    uid: int
+    gid: int
+    session: int  # whose controlling terminal it is, 0 of none
+    foreground: int  # process group of that session
+    packets: bool  # TIOCPKT
+    locked: bool  # TIOCSPTLCK
+    exclusive: bool  # TIOCEXCL
+    left: bool  # the slave was open and was closed by all: the master reads EIO
+
+
+@dataclass(frozen=True, slots=True)
+class TerminalSlave:
+    """The other end of the TerminalMaster with that number."""
+
+    number: int
+
+
 Resource = (
     RegularFile
     | PipeEnd
@@ -571,6 +598,8 @@ Resource = (
     | SignalFd
     | MemFd
     | Inotify
+    | TerminalMaster
+    | TerminalSlave
 )
 
 

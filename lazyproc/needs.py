@@ -97,6 +97,14 @@ class NetlinkNeed:
 
 
 @dataclass(frozen=True, slots=True)
+class TerminalNeed:
+    """A number of a pseudo-terminal that nobody has, of the devpts behind the ptmx at `path`."""
+
+    path: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class SegmentNeed:
     """The key and the number of a System V shared memory segment."""
 
@@ -161,6 +169,7 @@ Need = (
     | AddressNeed
     | InterfaceNeed
     | NetlinkNeed
+    | TerminalNeed
     | SegmentNeed
     | PidNeed
     | FeatureNeed

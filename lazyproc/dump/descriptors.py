@@ -11,7 +11,7 @@ import stat as st
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from lazyproc.dump import anon, files, pipes
+from lazyproc.dump import anon, files, pipes, terminals
 from lazyproc.dump.locks import note_locks, refuse_awaited, refuse_locks
 from lazyproc.dump.look import Look, attempt, leads_to, look_at
 from lazyproc.dump.permits import MOVED, Permits
@@ -166,6 +166,7 @@ def _inspect(
         _describe(registry, number, looks[number], socket)
     _see_outside(registry)
     pipes.finish_pipes(registry, looks)
+    terminals.finish_terminals(registry, looks)
 
 
 def _describe(registry: Registry, number: int, look: Look, resource: Resource | None = None) -> None:
@@ -228,6 +229,8 @@ def _gatherer(look: Look, status: os.stat_result) -> Gatherer:
         return files.gather_file
     if files.is_memfd(look.link, status):
         return files.gather_memfd
+    if terminals.is_terminal(status):
+        return terminals.gather_terminal
     if not look.link.startswith("/") and look.link in _ANONYMOUS:
         return _ANONYMOUS[look.link]
     by_path = look.link.startswith("/") or st.S_ISFIFO(status.st_mode)

@@ -167,11 +167,6 @@ def _of_process(process: ProcessFacts, facts: TreeFacts) -> Iterator[Obstacle]:
         )
     if process.elf_class == ELF_32:
         yield obstacle("is a 32-bit program", "use its 64-bit build")
-    if process.stat.tty:
-        yield obstacle(
-            f"has a controlling terminal ({os.major(process.stat.tty)}:{os.minor(process.stat.tty)})",
-            "start it without: setsid prog </dev/null >log 2>&1",
-        )
     if process.stat.policy == SCHED_DEADLINE:
         yield obstacle(
             "runs under SCHED_DEADLINE, whose budget cannot be promised elsewhere", "chrt --other 0 -p PID"

@@ -27,7 +27,7 @@ DELETED = " (deleted)"
 # Character devices that are the same on every host (Documentation/admin-guide/devices.txt).
 COMMON_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
 _TERMINAL_REMEDY = "start the program with input and output redirected: setsid prog </dev/null >log 2>&1"
-_TERMINAL_MAJORS = {4, 5, *range(136, 144)}  # ttys, /dev/tty and ptmx, pts
+TERMINAL_MAJORS = {4, 5, *range(136, 144)}  # ttys, /dev/tty and ptmx, pts
 ZERO_DEVICE = os.makedev(1, 5)
 F_SEAL_FUTURE_WRITE = 0x10  # include/uapi/linux/fcntl.h; the fcntl module has it since Python 3.13
 
@@ -63,12 +63,14 @@ def refuse_device(path: str, rdev: int) -> None:
     device = os.major(rdev), os.minor(rdev)
     if device in COMMON_DEVICES:
         return
-    if device[0] in _TERMINAL_MAJORS:
-        raise Refused(f"{path} is a terminal of this host", _TERMINAL_REMEDY)
     why, remedy = _DEVICE_WORDS.get(
         device, ("is a device of this host", "close it before the move, or stop using the device")
     )
     raise Refused(f"{path} {why} (character device {device[0]}:{device[1]})", remedy)
+
+
+def terminal_of_host(path: str) -> Refused:
+    return Refused(f"{path} is a terminal of this host", _TERMINAL_REMEDY)
 
 
 def _path_resource(registry: Registry, link: str, taken: int) -> RegularFile:

@@ -10,15 +10,17 @@ from lazyproc.errors import NoSuchProcess
 from lazyproc.images.forecast import Forecast, Room, bare_task, can_be_foreseen, can_be_opened, part
 from lazyproc.images.memory import WrittenMappings
 from lazyproc.kernel import proc
-from lazyproc.model import OpenFile, Task
+from lazyproc.model import OpenFile, Task, TerminalMaster
 
 
 def forecast_of(
     root: int, written: Mapping[int, WrittenMappings], opened: Mapping[int, OpenFile]
 ) -> Forecast | None:
     """Of the tree under `root`; mappings are `written`, by pid, as far as they are known, of files that are `opened`.
-    None when a process has ended.
+    None when a process has ended, and of a tree that has terminals: they come before the processes.
     """
+    if any(isinstance(file.resource, TerminalMaster) for file in opened.values()):
+        return None
     tasks: dict[int, Task] = {}
     rooms: dict[int, Room] = {}
     files: dict[int, OpenFile] = {}

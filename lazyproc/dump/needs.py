@@ -28,6 +28,7 @@ from lazyproc.model import (
     OpenFile,
     PipeEnd,
     RegularFile,
+    TerminalMaster,
     UnixSocket,
     VmaKind,
 )
@@ -47,6 +48,7 @@ from lazyproc.needs import (
     PrivilegeNeed,
     SegmentNeed,
     SocketFileNeed,
+    TerminalNeed,
     UserNeed,
     Wanted,
     credential_needs,
@@ -200,6 +202,8 @@ def _of_others(registry: Registry, file: OpenFile) -> Iterator[Need]:
             yield from (PathNeed(watch.path) for watch in watches)
         case NetlinkSocket(protocol=protocol, port=port) if port:
             yield NetlinkNeed(protocol, port)
+        case TerminalMaster(number=number, path=path):
+            yield TerminalNeed(path, number)
         case UnixSocket() as unix if unix.bound_here:
             if unix.path:
                 yield SocketFileNeed(unix.path)

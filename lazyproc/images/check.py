@@ -19,12 +19,15 @@ from lazyproc.model import (
     PipeEnd,
     RegularFile,
     Task,
+    TerminalMaster,
+    TerminalSlave,
     UnixSocket,
     VmaKind,
 )
 
 _SIGINFO = 128  # sizeof(siginfo_t)
 _PATH_MAX = 4096
+_TERMINALS = 1 << 20  # NR_UNIX98_PTY_MAX
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -61,9 +64,29 @@ def _problems(checkpoint: Checkpoint) -> Iterator[str]:
         yield from _task_problems(task, checkpoint)
     for file in checkpoint.files.values():
         yield from _file_problems(file, checkpoint)
+    yield from _terminal_problems(checkpoint)
     for content in checkpoint.contents.values():
         if any(offset + len(data) > content.size for offset, data in content.data):
             yield f"the content {content.id} is longer than its {content.size} bytes"
+
+
+def _terminal_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    resources = [file.resource for file in checkpoint.files.values()]
+    masters = [each for each in resources if isinstance(each, TerminalMaster)]
+    numbers = [each.number for each in masters]
+    for number in {each.number for each in resources if isinstance(each, TerminalSlave)}.difference(numbers):
+        yield f"the other end of the terminal /dev/pts/{number} is not in it"
+    if len(set(numbers)) != len(numbers) or len({m.session for m in masters if m.session}) != sum(
+        m.session > 0 for m in masters
+    ):
+        yield "two terminals have one number, or one session"
+    leaders = {task.vpid for task in checkpoint.tasks if task.sid == task.vpid and task.threads}
+    groups = {(task.sid, task.pgid) for task in checkpoint.tasks}
+    for each in masters:
+        if not each.path.startswith("/") or each.number >= _TERMINALS:
+            yield f"there can be no terminal /dev/pts/{each.number} of {each.path!r}"
+        if each.session and not (each.session in leaders and (each.session, each.foreground) in groups):
+            yield f"the session {each.session} cannot have /dev/pts/{each.number} as its terminal"
 
 
 def _number_problems(checkpoint: Checkpoint) -> Iterator[str]:

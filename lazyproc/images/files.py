@@ -54,6 +54,7 @@ MAGICS = {
     "cgroup": 0x59383330,
     "timens": 0x43114433,
     "filelocks": 0x54323616,
+    "tty-info": 0x59453036,
     "lazyproc": 0x50505A4C,  # "LZPP": ours
     "lazyproc-sums": 0x53505A4C,  # "LZPS"
 }

@@ -20,8 +20,7 @@ _WORDS = {
     "mountpoints": "mounts of a mount namespace",
     "netdev": "devices of a net namespace",
     "netns": "a net namespace",
-    "tty-data": "a terminal",
-    "tty-info": "a terminal (criu dump --shell-job)",
+    "tty-data": "unread bytes of a terminal",
     "userns": "a user namespace",
 }
 # They say how to check the host, or how the dump went.

@@ -11,6 +11,7 @@ from lazyproc.images.files import FILES, ImageWriter, to_bytes
 from lazyproc.images.pb import files_pb2 as pb
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.tasks import SECOND_NS
+from lazyproc.images.terminals import info_id, slave_path, write_terminal
 from lazyproc.model import (
     Checkpoint,
     Descriptor,
@@ -28,6 +29,8 @@ from lazyproc.model import (
     RegularFile,
     SharedKind,
     SignalFd,
+    TerminalMaster,
+    TerminalSlave,
     TimerFd,
     UnixSocket,
 )
@@ -45,12 +48,14 @@ _TYPES = {
     SignalFd: pb.SIGNALFD,
     MemFd: pb.MEMFD,
     Inotify: pb.INOTIFY,
+    TerminalMaster: pb.TTY,
+    TerminalSlave: pb.TTY,
 }
 # The member of file_entry that goes with each type.
 MEMBERS = {
     pb.REG: "reg", pb.PIPE: "pipe", pb.FIFO: "fifo", pb.INETSK: "isk", pb.UNIXSK: "usk", pb.EVENTFD: "efd",
     pb.EVENTPOLL: "epfd", pb.INOTIFY: "ify", pb.SIGNALFD: "sgfd", pb.TIMERFD: "tfd", pb.MEMFD: "memfd",
-    pb.NETLINKSK: "nlsk",
+    pb.NETLINKSK: "nlsk", pb.TTY: "tty",
 }  # fmt: skip
 
 
@@ -68,8 +73,10 @@ class FileWriter:
         self._writer = writer
         self._extras = extras
         self._next_id = max(checkpoint.files, default=0) + 1
+        resources = [file.resource for file in checkpoint.files.values()]
+        self._masters = {each.number: each.path for each in resources if isinstance(each, TerminalMaster)}
         self._listeners = sockets.accept_listeners(
-            file.resource for file in checkpoint.files.values() if isinstance(file.resource, UnixSocket)
+            resource for resource in resources if isinstance(resource, UnixSocket)
         )
 
     def _new_id(self) -> int:
@@ -136,6 +143,13 @@ class FileWriter:
                 entry.sgfd.sigmask = mask
             case MemFd(object_id):
                 entry.memfd.inode_id, entry.memfd.pos = object_id, file.pos
+            case TerminalMaster() as terminal:
+                entry.tty.tty_info_id = info_id(terminal.number, master=True)
+                entry.tty.regf_id = self._write_path(file, terminal.path)
+                write_terminal(terminal, self._writer, extra)
+            case TerminalSlave(number):
+                entry.tty.tty_info_id = info_id(number, master=False)
+                entry.tty.regf_id = self._write_path(file, slave_path(self._masters[number], number))
             case Inotify(watches):
                 for watch in watches:
                     message = entry.ify.wd.add(id=file.id, i_ino=0, mask=watch.mask, ignored_mask=0, s_dev=0)
@@ -183,17 +197,18 @@ class FileWriter:
         if not pipe.path:
             entry.pipe.pipe_id = pipe.id
             return
-        # CRIU keeps path, flags and owner of a FIFO in a file of its own (criu/fifo.c, dump_one_fifo).
-        path = pb.file_entry(type=pb.REG, id=self._new_id())
-        entry.fifo.pipe_id, entry.fifo.regf_id = pipe.id, path.id
-        path.reg.id, path.reg.flags, path.reg.pos, path.reg.name = (
-            path.id,
-            file.flags,
-            file.pos,
-            to_bytes(pipe.path),
-        )
-        _write_owner(file.owner, path.reg.fown)
-        self._writer.add(FILES, path)
+        entry.fifo.pipe_id, entry.fifo.regf_id = pipe.id, self._write_path(file, pipe.path)
+
+    def _write_path(self, file: OpenFile, path: str) -> int:
+        """CRIU keeps path, flags and owner of FIFOs and terminals in files of their own (criu/fifo.c, dump_one_fifo).
+        The id of that.
+        """
+        entry = pb.file_entry(type=pb.REG, id=self._new_id())
+        reg = entry.reg
+        reg.id, reg.flags, reg.pos, reg.name = entry.id, file.flags, file.pos, to_bytes(path)
+        _write_owner(file.owner, reg.fown)
+        self._writer.add(FILES, entry)
+        return entry.id
 
     def write_pipes(self) -> None:
         """What lies in pipes and FIFOs, empty ones too for their capacity."""

@@ -16,6 +16,7 @@ from lazyproc.images.openfiles import FD_CLOEXEC, MEMBERS
 from lazyproc.images.pb import files_pb2 as pb
 from lazyproc.images.pb import lazyproc_pb2 as own
 from lazyproc.images.tasks import SECOND_NS
+from lazyproc.images.terminals import TerminalReader
 from lazyproc.model import (
     Descriptor,
     Epoll,
@@ -67,6 +68,7 @@ class FileReader:
             self._entries[entry.id] = entry
         self._remaps = read_remaps(records(images, REMAPS, pb.remap_file_path_entry))
         self._queues = sockets.read_queues(images, extras)
+        self._terminals = TerminalReader(images)
         self._pipe_data = {name: self._read_pipe_data(name) for name in ("pipes-data.img", "fifo-data.img")}
         self._fifo_ids = self._number_fifos()
 
@@ -90,7 +92,7 @@ class FileReader:
 
     def read_files(self, tables: Sequence[tuple[Descriptor, ...]]) -> dict[int, OpenFile]:
         """Every open file by id, but for the helpers: paths of FIFOs, memfds that only mappings hold."""
-        helpers = {entry.fifo.regf_id for entry in self._entries.values() if entry.type == pb.FIFO}
+        helpers = {_path_id(entry) for entry in self._entries.values()}
         files = {
             entry.id: self._read_file(entry) for entry in self._entries.values() if entry.id not in helpers
         }
@@ -133,9 +135,9 @@ class FileReader:
         return numbers
 
     def _path_of(self, entry: pb.file_entry) -> pb.reg_file_entry:
-        path = self._entries.get(entry.fifo.regf_id if entry.fifo.HasField("regf_id") else entry.id)
+        path = self._entries.get(_path_id(entry))
         if path is None or path.type != pb.REG:
-            raise garbled(FILES, f"the path of FIFO {entry.id} is missing")
+            raise garbled(FILES, f"the path of file {entry.id} is missing")
         return path.reg
 
     def _read_pipe_data(self, name: str) -> dict[int, tuple[int, bytes]]:
@@ -175,6 +177,8 @@ class FileReader:
             return sockets.read_inet(entry.isk, extra, queue, self._images)
         if entry.type == pb.NETLINKSK:
             return sockets.read_netlink(entry.nlsk, extra)
+        if entry.type == pb.TTY:
+            return self._terminals.read(entry.tty, to_text(self._path_of(entry).name, FILES), extra)
         if entry.type == pb.EVENTFD:
             return EventFd(entry.efd.counter, extra.semaphore)
         if entry.type == pb.EVENTPOLL:
@@ -200,6 +204,11 @@ class FileReader:
             content_id=extra.content_id or self._remaps.get(entry.id, 0),
             rdev=extra.rdev,
         )
+
+
+def _path_id(entry: pb.file_entry) -> int:
+    """Of the file that has the path of a FIFO or a terminal; 0 of others."""
+    return entry.tty.regf_id if entry.type == pb.TTY else entry.fifo.regf_id
 
 
 def _read_owner(entry: pb.fown_entry, where: str) -> Owner:

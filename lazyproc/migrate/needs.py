@@ -25,6 +25,7 @@ from lazyproc.needs import (
     PrivilegeNeed,
     SegmentNeed,
     SocketFileNeed,
+    TerminalNeed,
     UserNeed,
     Wanted,
 )
@@ -43,6 +44,7 @@ KINDS: Mapping[str, type[Need]] = {
     "address": AddressNeed,
     "interface": InterfaceNeed,
     "netlink": NetlinkNeed,
+    "terminal": TerminalNeed,
     "segment": SegmentNeed,
     "pid": PidNeed,
     "feature": FeatureNeed,

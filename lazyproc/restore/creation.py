@@ -19,9 +19,10 @@ from lazyproc.kernel.arch_x86_64 import SYS
 from lazyproc.kernel.nursery import STOP_MS, Nursery
 from lazyproc.kernel.remote import ENDINGS, SYSCALL, Bench, Call
 from lazyproc.kernel.tracee import WALL, Tracee
-from lazyproc.model import Task, TaskState
+from lazyproc.model import Task, TaskState, TerminalMaster
 from lazyproc.restore.plan import Dismiss, Exit, Fork, JoinGroup, NewSession, StandIn, creation_steps
 from lazyproc.restore.site import Site, host_tids
+from lazyproc.restore.terminals import bring_to_foreground, take
 
 # include/uapi/linux/sched.h
 CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PTRACE = 0x100, 0x200, 0x400, 0x800, 0x2000
@@ -91,13 +92,22 @@ def _stand_in(vpid: int, member: int) -> Task:
 
 
 class Maker:
-    """Processes by number, as they come to be. Everything it opens is closed by `stack`."""
+    """Processes by number, as they come to be. `terminals` are those of sessions, with descriptors of ours of the
+    masters. Everything it opens is closed by `stack`.
+    """
 
-    def __init__(self, nursery: Nursery, tasks: Sequence[Task], stack: ExitStack) -> None:
+    def __init__(
+        self,
+        nursery: Nursery,
+        tasks: Sequence[Task],
+        stack: ExitStack,
+        terminals: Sequence[tuple[TerminalMaster, int]] = (),
+    ) -> None:
         self.nursery = nursery
         self.tasks = {task.vpid: task for task in tasks}
         self.sites: dict[int, Site] = {}
         self._stack = stack
+        self._terminals = {terminal.session: (terminal, fd) for terminal, fd in terminals}
 
     def make(self) -> dict[int, Site]:
         """All processes, each still a fork of the nursery, in their sessions and groups; zombies have ended."""
@@ -107,6 +117,8 @@ class Maker:
                     self.sites[vpid] = self._fork(self.tasks[vpid], parent)
                 case NewSession(vpid):
                     self.sites[vpid].run(Call("setsid"))
+                    if vpid in self._terminals:
+                        take(self.sites[vpid], self._terminals[vpid][1])
                 case JoinGroup(vpid, pgid):
                     self.sites[vpid].run(Call("setpgid", (0, pgid)))
                 case Exit(vpid, status):
@@ -116,6 +128,8 @@ class Maker:
                 case Dismiss(vpid, member):
                     self._exit(self.sites.pop(vpid), 0)
                     self.sites[member].run(Call("wait4", (vpid, 0, WALL, 0)))
+        for session, (terminal, fd) in self._terminals.items():
+            bring_to_foreground(self.sites[session], fd, terminal.foreground)
         return self.sites
 
     @contextmanager

@@ -30,10 +30,11 @@ from lazyproc.model import (
     RegularFile,
     Resource,
     SignalFd,
+    TerminalSlave,
     TimerFd,
 )
 from lazyproc.needs import FileNeed, file_need
-from lazyproc.restore import anon, memfds, pipes
+from lazyproc.restore import anon, memfds, pipes, terminals
 from lazyproc.restore.contents import ghost, make_named_contents
 from lazyproc.restore.users import Users
 from lazyproc.restore.workshop import OpenPath, Workshop, finish, probe, reopen, words
@@ -192,6 +193,7 @@ _RECIPES: Mapping[type[Resource], Recipe] = {
     TimerFd: anon.make_timerfd,
     SignalFd: anon.make_signalfd,
     MemFd: memfds.make_memfd,
+    TerminalSlave: terminals.make_slave,
     Epoll: anon.make_epoll,
     Inotify: anon.make_inotify,
 }

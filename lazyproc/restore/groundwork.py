@@ -24,6 +24,7 @@ from lazyproc.restore.files import NONE_YET, make_files
 from lazyproc.restore.groups import Birth
 from lazyproc.restore.plan import creation_steps
 from lazyproc.restore.site import Site
+from lazyproc.restore.terminals import made_masters, masters_of
 from lazyproc.restore.workshop import OpenPath
 from lazyproc.uffd.pager import Pager
 
@@ -36,7 +37,7 @@ SLACK = Room(64, 64, 16)  # what a process may open and start between the foreca
 class Groundwork:
     """`maker` has the processes; `clocks` is a time namespace that they do not live in yet. Of the processes whose
     memory is mapped it has the `ranges` and the `userfaultfds`. `files` by id are open already. All descriptors are
-    ours.
+    ours. `masters` closes those of its terminals.
     """
 
     birth: Birth
@@ -46,6 +47,7 @@ class Groundwork:
     maker: Maker
     clocks: int
     stack: ExitStack  # closes what it opens
+    masters: ExitStack
     files: Mapping[int, int] = field(default=NONE_YET)
     ranges: dict[int, tuple[pages.LazyRange, ...]] = field(default_factory=dict)
     userfaultfds: dict[int, int] = field(default_factory=dict)
@@ -82,7 +84,8 @@ class Groundwork:
         """Whether it is one for this tree, whose mappings are the very ones of the forecast where that had them."""
         mapped, files = self.forecast.tree, checkpoint.files
         return (
-            creation_steps(mapped.tasks) == creation_steps(checkpoint.tasks)
+            not masters_of(files)
+            and creation_steps(mapped.tasks) == creation_steps(checkpoint.tasks)
             and all(self._suits(task, checkpoint) for task in checkpoint.tasks)
             and all(files.get(number) == file for number, file in mapped.files.items())
         )
@@ -119,10 +122,13 @@ def begun(
         nursery.move_transport(
             max(_free_number(forecast.rooms[task.vpid], task.mm) for task in forecast.tree.tasks)
         )
-        maker = Maker(nursery, forecast.tree.tasks, stack)
+        masters, files = stack.enter_context(ExitStack()), forecast.tree.files
+        made = masters.enter_context(made_masters(files, opener(nursery)))
+        terminals = [(each, made[number]) for number, each in masters_of(files).items() if each.session]
+        maker = Maker(nursery, forecast.tree.tasks, stack, terminals)
         maker.make()
         clocks = stack.enter_context(nursery.new_clocks())
-        yield Groundwork(birth, forecast, pager, handed, maker, clocks, stack)
+        yield Groundwork(birth, forecast, pager, handed, maker, clocks, stack, masters, made)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from lazyproc.needs import (
     PlaceNeed,
     SegmentNeed,
     SocketFileNeed,
+    TerminalNeed,
     Wanted,
 )
 from lazyproc.restore.contents import check_kind, parent_of
@@ -153,6 +154,12 @@ def _try_netlink(_here: _Here, need: NetlinkNeed) -> None:
     check_port(need)
 
 
+def _try_terminal(_here: _Here, need: TerminalNeed) -> None:
+    from lazyproc.restore.terminals import check_number
+
+    check_number(need)
+
+
 def _try_segment(here: _Here, need: SegmentNeed) -> None:
     check_segment(need, here.segments)
 
@@ -176,6 +183,7 @@ _TRIES: Mapping[type[Need], Callable[[_Here, Any], None]] = {
     AddressNeed: _try_address,
     InterfaceNeed: _try_interface,
     NetlinkNeed: _try_netlink,
+    TerminalNeed: _try_terminal,
     SegmentNeed: _try_segment,
     PidNeed: _try_pid,
     LimitNeed: _try_limit,

@@ -43,6 +43,7 @@ from lazyproc.restore.locks import TreeLocks, take_locks
 from lazyproc.restore.memfds import seal_memfds
 from lazyproc.restore.site import Site
 from lazyproc.restore.sockets import MadeSockets, flows_to_hold, make_sockets
+from lazyproc.restore.terminals import close_to_others
 from lazyproc.restore.users import Users
 from lazyproc.steps import Steps
 from lazyproc.uffd.device import demand_for_tasks
@@ -343,6 +344,7 @@ def _built(
         hold = stack.enter_context(Hold(f"to_{born.pid}"))
         hold.add(flows_to_hold(checkpoint))  # nobody would answer these packets but with RST
         made = stack.enter_context(ExitStack())
+        made.enter_context(ground.masters.pop_all())
         files, shared, sockets = made.enter_context(
             files_and_objects(checkpoint, ground, listener, users or Users(), given)
         )
@@ -418,6 +420,7 @@ def files_and_objects(
         files = dict(made.files)
         with make_sockets(checkpoint, files, open_path=open_path, maker=ground.maker) as sockets:
             add_orphans(checkpoint, files)
+            close_to_others(checkpoint, files)
             yield files, shared, sockets
 
 

@@ -22,6 +22,8 @@ from lazyproc.model import (
     PipeEnd,
     RegularFile,
     Task,
+    TerminalMaster,
+    TerminalSlave,
     UnixSocket,
     Vma,
     VmaKind,
@@ -148,6 +150,10 @@ def file_text(file: OpenFile) -> str:
             return f"netlink socket of protocol {protocol}, port {port}"
         case MemFd(object_id=number):
             return f"memfd {number}"
+        case TerminalMaster(number=number):
+            return f"master of terminal /dev/pts/{number}"
+        case TerminalSlave(number=number):
+            return f"terminal /dev/pts/{number}"
         case other:
             return type(other).__name__.lower()
 

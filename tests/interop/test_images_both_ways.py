@@ -42,6 +42,7 @@ CARGO = [
     ("small_state",),
     ("file_locks",),
     ("netlink", "plain"),
+    ("terminals", "plain"),
 ]
 IDS = [words[0] for words in CARGO]
 WAYS = [False, True]
@@ -72,6 +73,12 @@ def test_criu_restores_what_lazyproc_dumped(words: tuple[str, ...], lazy: bool, 
         gone(program)
         with restored_by_criu(program, images, lazy=lazy):
             end(program.pid, program.watch)
+
+
+@pytest.mark.parametrize("lazy", WAYS, ids=["whole", "lazy"])
+def test_the_terminal_of_a_session_that_criu_dumped(lazy: bool, tmp_path: Path) -> None:
+    """CRIU itself gives it back to the leader alone."""
+    test_lazyproc_restores_what_criu_dumped(("terminals", "session"), lazy, tmp_path)
 
 
 def test_crit_explores_what_lazyproc_dumped(tmp_path: Path) -> None:
@@ -171,7 +178,7 @@ def test_a_fifo_that_was_removed_is_nobody_elses(taken: bool, tmp_path: Path) ->
     ("name", "words"),
     [
         ("ipcns-sem-5.img", "semaphores"),
-        ("tty-info.img", "terminal"),
+        ("tty-data.img", "terminal"),
         ("tmpfs-dev-12.tar.gz.img", "kind that is not known"),
         ("brand-new.img", "kind that is not known"),
     ],

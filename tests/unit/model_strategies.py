@@ -10,7 +10,7 @@ import errno
 import stat
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
@@ -65,6 +65,8 @@ from lazyproc.model import (
     Task,
     TaskState,
     TcpState,
+    TerminalMaster,
+    TerminalSlave,
     Thread,
     Tie,
     TimerFd,
@@ -298,6 +300,36 @@ def netlink_sockets(draw: st.DrawFn, inode: int) -> NetlinkSocket:
     )
 
 
+@st.composite
+def terminals(draw: st.DrawFn, number: int) -> TerminalMaster:
+    return TerminalMaster(
+        number=number,
+        path=draw(paths),
+        termios=draw(st.binary(min_size=44, max_size=44)),
+        locked_termios=draw(st.binary(min_size=36, max_size=36)),
+        size=(draw(u16), draw(u16), draw(u16), draw(u16)),
+        mode=draw(st.none() | st.integers(0, 0o7777)),
+        uid=draw(u32),
+        gid=draw(u32),
+        session=0,
+        foreground=0,
+        packets=draw(st.booleans()),
+        locked=draw(st.booleans()),
+        exclusive=draw(st.booleans()),
+        left=draw(st.booleans()),
+    )
+
+
+def with_slaves(files: Mapping[int, OpenFile]) -> dict[int, OpenFile]:
+    """A slave in place of each signalfd, where there is a master for it."""
+    masters = [f.resource.number for f in files.values() if isinstance(f.resource, TerminalMaster)]
+    slave = TerminalSlave(masters[0]) if masters else None
+    return {
+        number: replace(file, resource=slave) if slave and isinstance(file.resource, SignalFd) else file
+        for number, file in files.items()
+    }
+
+
 def resources(number: int, pools: Pools) -> st.SearchStrategy[Resource]:
     file_ids = st.sampled_from(pools.file_ids)
     targets = st.builds(EpollTarget, u31, file_ids, u32, u64)
@@ -306,6 +338,7 @@ def resources(number: int, pools: Pools) -> st.SearchStrategy[Resource]:
         unix_sockets(number, file_ids),
         inet_sockets(number, file_ids),
         netlink_sockets(number),
+        terminals(number - 1),
         st.builds(EventFd, u64, st.booleans()),
         st.builds(Epoll, tuples_of(targets)),
         st.builds(TimerFd, st.integers(0, 9), st.integers(0, 1), u64, nanoseconds, nanoseconds),
@@ -539,7 +572,7 @@ def checkpoints(draw: st.DrawFn) -> Checkpoint:
             number: draw(contents_of(number)) for number in draw(st.lists(ids, unique=True, max_size=2))
         },
     )
-    files = {number: draw(open_files(number, pools)) for number in file_ids}
+    files = with_slaves({number: draw(open_files(number, pools)) for number in file_ids})
     used = {file.resource.pipe_id for file in files.values() if isinstance(file.resource, PipeEnd)}
     regular = tuple(number for number, file in files.items() if isinstance(file.resource, RegularFile))
     tasks = [draw(living(1, 0, file_ids, pools, regular))]

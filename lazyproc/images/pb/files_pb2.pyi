@@ -4,7 +4,7 @@ isort:skip_file
 SPDX-License-Identifier: MIT
 
 Open files as CRIU 4.2 writes them: fdinfo-*, files, pipes-data, fifo-data, sk-queues, tcp-stream-*,
-ghost-file-*, remap-fpath. Numbers, types, labels and names are facts of that format; see README.md.
+ghost-file-*, remap-fpath, tty-info. Numbers, types, labels and names are facts of that format; see README.md.
 """
 
 from collections import abc as _abc
@@ -131,6 +131,31 @@ class mark_type(_mark_type, metaclass=_mark_typeEnumTypeWrapper): ...
 INODE: mark_type.ValueType  # 1
 MOUNT: mark_type.ValueType  # 2
 Global___mark_type: _TypeAlias = mark_type  # noqa: Y015
+
+class _TtyType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TtyTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TtyType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UNKNOWN: _TtyType.ValueType  # 0
+    PTY: _TtyType.ValueType  # 1
+    CONSOLE: _TtyType.ValueType  # 2
+    VT: _TtyType.ValueType  # 3
+    CTTY: _TtyType.ValueType  # 4
+    EXT_TTY: _TtyType.ValueType  # 5
+    SERIAL: _TtyType.ValueType  # 6
+
+class TtyType(_TtyType, metaclass=_TtyTypeEnumTypeWrapper): ...
+
+UNKNOWN: TtyType.ValueType  # 0
+PTY: TtyType.ValueType  # 1
+CONSOLE: TtyType.ValueType  # 2
+VT: TtyType.ValueType  # 3
+CTTY: TtyType.ValueType  # 4
+EXT_TTY: TtyType.ValueType  # 5
+SERIAL: TtyType.ValueType  # 6
+Global___TtyType: _TypeAlias = TtyType  # noqa: Y015
 
 @_typing.final
 class fdinfo_entry(_message.Message):
@@ -1772,6 +1797,161 @@ class tty_file_entry(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___tty_file_entry: _TypeAlias = tty_file_entry  # noqa: Y015
+
+@_typing.final
+class winsize_entry(_message.Message):
+    """The next five are tty-info's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WS_ROW_FIELD_NUMBER: _builtins.int
+    WS_COL_FIELD_NUMBER: _builtins.int
+    WS_XPIXEL_FIELD_NUMBER: _builtins.int
+    WS_YPIXEL_FIELD_NUMBER: _builtins.int
+    ws_row: _builtins.int
+    ws_col: _builtins.int
+    ws_xpixel: _builtins.int
+    ws_ypixel: _builtins.int
+    def __init__(
+        self,
+        *,
+        ws_row: _builtins.int | None = ...,
+        ws_col: _builtins.int | None = ...,
+        ws_xpixel: _builtins.int | None = ...,
+        ws_ypixel: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ws_col", b"ws_col", "ws_row", b"ws_row", "ws_xpixel", b"ws_xpixel", "ws_ypixel", b"ws_ypixel"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ws_col", b"ws_col", "ws_row", b"ws_row", "ws_xpixel", b"ws_xpixel", "ws_ypixel", b"ws_ypixel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___winsize_entry: _TypeAlias = winsize_entry  # noqa: Y015
+
+@_typing.final
+class termios_entry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    C_IFLAG_FIELD_NUMBER: _builtins.int
+    C_OFLAG_FIELD_NUMBER: _builtins.int
+    C_CFLAG_FIELD_NUMBER: _builtins.int
+    C_LFLAG_FIELD_NUMBER: _builtins.int
+    C_LINE_FIELD_NUMBER: _builtins.int
+    C_ISPEED_FIELD_NUMBER: _builtins.int
+    C_OSPEED_FIELD_NUMBER: _builtins.int
+    C_CC_FIELD_NUMBER: _builtins.int
+    c_iflag: _builtins.int
+    c_oflag: _builtins.int
+    c_cflag: _builtins.int
+    c_lflag: _builtins.int
+    c_line: _builtins.int
+    c_ispeed: _builtins.int
+    c_ospeed: _builtins.int
+    @_builtins.property
+    def c_cc(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        c_iflag: _builtins.int | None = ...,
+        c_oflag: _builtins.int | None = ...,
+        c_cflag: _builtins.int | None = ...,
+        c_lflag: _builtins.int | None = ...,
+        c_line: _builtins.int | None = ...,
+        c_ispeed: _builtins.int | None = ...,
+        c_ospeed: _builtins.int | None = ...,
+        c_cc: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["c_cflag", b"c_cflag", "c_iflag", b"c_iflag", "c_ispeed", b"c_ispeed", "c_lflag", b"c_lflag", "c_line", b"c_line", "c_oflag", b"c_oflag", "c_ospeed", b"c_ospeed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["c_cc", b"c_cc", "c_cflag", b"c_cflag", "c_iflag", b"c_iflag", "c_ispeed", b"c_ispeed", "c_lflag", b"c_lflag", "c_line", b"c_line", "c_oflag", b"c_oflag", "c_ospeed", b"c_ospeed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___termios_entry: _TypeAlias = termios_entry  # noqa: Y015
+
+@_typing.final
+class tty_pty_entry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    def __init__(
+        self,
+        *,
+        index: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___tty_pty_entry: _TypeAlias = tty_pty_entry  # noqa: Y015
+
+@_typing.final
+class tty_info_entry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    LOCKED_FIELD_NUMBER: _builtins.int
+    EXCLUSIVE_FIELD_NUMBER: _builtins.int
+    PACKET_MODE_FIELD_NUMBER: _builtins.int
+    SID_FIELD_NUMBER: _builtins.int
+    PGRP_FIELD_NUMBER: _builtins.int
+    RDEV_FIELD_NUMBER: _builtins.int
+    TERMIOS_FIELD_NUMBER: _builtins.int
+    TERMIOS_LOCKED_FIELD_NUMBER: _builtins.int
+    WINSIZE_FIELD_NUMBER: _builtins.int
+    PTY_FIELD_NUMBER: _builtins.int
+    DEV_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    GID_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    type: Global___TtyType.ValueType
+    locked: _builtins.bool
+    exclusive: _builtins.bool
+    packet_mode: _builtins.bool
+    sid: _builtins.int
+    pgrp: _builtins.int
+    rdev: _builtins.int
+    dev: _builtins.int
+    uid: _builtins.int
+    gid: _builtins.int
+    @_builtins.property
+    def termios(self) -> Global___termios_entry: ...
+    @_builtins.property
+    def termios_locked(self) -> Global___termios_entry: ...
+    @_builtins.property
+    def winsize(self) -> Global___winsize_entry: ...
+    @_builtins.property
+    def pty(self) -> Global___tty_pty_entry: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int | None = ...,
+        type: Global___TtyType.ValueType | None = ...,
+        locked: _builtins.bool | None = ...,
+        exclusive: _builtins.bool | None = ...,
+        packet_mode: _builtins.bool | None = ...,
+        sid: _builtins.int | None = ...,
+        pgrp: _builtins.int | None = ...,
+        rdev: _builtins.int | None = ...,
+        termios: Global___termios_entry | None = ...,
+        termios_locked: Global___termios_entry | None = ...,
+        winsize: Global___winsize_entry | None = ...,
+        pty: Global___tty_pty_entry | None = ...,
+        dev: _builtins.int | None = ...,
+        uid: _builtins.int | None = ...,
+        gid: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dev", b"dev", "exclusive", b"exclusive", "gid", b"gid", "id", b"id", "locked", b"locked", "packet_mode", b"packet_mode", "pgrp", b"pgrp", "pty", b"pty", "rdev", b"rdev", "sid", b"sid", "termios", b"termios", "termios_locked", b"termios_locked", "type", b"type", "uid", b"uid", "winsize", b"winsize"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dev", b"dev", "exclusive", b"exclusive", "gid", b"gid", "id", b"id", "locked", b"locked", "packet_mode", b"packet_mode", "pgrp", b"pgrp", "pty", b"pty", "rdev", b"rdev", "sid", b"sid", "termios", b"termios", "termios_locked", b"termios_locked", "type", b"type", "uid", b"uid", "winsize", b"winsize"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___tty_info_entry: _TypeAlias = tty_info_entry  # noqa: Y015
 
 @_typing.final
 class bpfmap_file_entry(_message.Message):

@@ -355,6 +355,7 @@ class FileExtra(_message.Message):
     TCP_ERROR_FIELD_NUMBER: _builtins.int
     MEMBERSHIPS_FIELD_NUMBER: _builtins.int
     TIES_FIELD_NUMBER: _builtins.int
+    TERMINAL_FIELD_NUMBER: _builtins.int
     NETLINK_TYPE_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
@@ -395,6 +396,8 @@ class FileExtra(_message.Message):
         """InetSocket.ties"""
 
     @_builtins.property
+    def terminal(self) -> Global___TerminalExtra: ...
+    @_builtins.property
     def options(self) -> Global___OptionsExtra:
         """all of them, when sk_opts_entry cannot give them back exactly"""
 
@@ -417,16 +420,42 @@ class FileExtra(_message.Message):
         tcp_error: _builtins.int | None = ...,
         memberships: _abc.Iterable[Global___MembershipExtra] | None = ...,
         ties: _abc.Iterable[Global___TieExtra] | None = ...,
+        terminal: Global___TerminalExtra | None = ...,
         netlink_type: _builtins.int | None = ...,
         options: Global___OptionsExtra | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "id", b"id", "mtime_ns", b"mtime_ns", "netlink_type", b"netlink_type", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "unix", b"unix"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "id", b"id", "mtime_ns", b"mtime_ns", "netlink_type", b"netlink_type", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "terminal", b"terminal", "unix", b"unix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "epoll_fds", b"epoll_fds", "epoll_files", b"epoll_files", "id", b"id", "memberships", b"memberships", "mtime_ns", b"mtime_ns", "netlink_type", b"netlink_type", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "ties", b"ties", "unix", b"unix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "build_id", b"build_id", "content_id", b"content_id", "epoll_fds", b"epoll_fds", "epoll_files", b"epoll_files", "id", b"id", "memberships", b"memberships", "mtime_ns", b"mtime_ns", "netlink_type", b"netlink_type", "options", b"options", "outside", b"outside", "rdev", b"rdev", "semaphore", b"semaphore", "size", b"size", "tcp_error", b"tcp_error", "tcp_unsent", b"tcp_unsent", "terminal", b"terminal", "ties", b"ties", "unix", b"unix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FileExtra: _TypeAlias = FileExtra  # noqa: Y015
+
+@_typing.final
+class TerminalExtra(_message.Message):
+    """Of the file of a master."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    mode: _builtins.int
+    """permissions of the slave"""
+    left: _builtins.bool
+    def __init__(
+        self,
+        *,
+        mode: _builtins.int | None = ...,
+        left: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "mode", b"mode"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TerminalExtra: _TypeAlias = TerminalExtra  # noqa: Y015
 
 @_typing.final
 class MembershipExtra(_message.Message):
