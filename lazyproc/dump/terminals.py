@@ -98,15 +98,15 @@ def _session(registry: Registry, master: int) -> int:
 
 
 def _foreground(registry: Registry, master: int) -> int:
-    """By the tree's own numbers. While it runs the group may end and be followed by another at any moment."""
+    """By the tree's own numbers, 0 when it cannot be told: between two commands of a shell that is a group which has
+    ended, or of which a zombie is left.
+    """
     group = terminal.ask(master, terminal.TIOCGPGRP)
-    for task in registry.tasks:
+    for pid in (*(task.pid for task in registry.tasks), group):
         with suppress(NoSuchProcess):
-            if proc.stat(proc.read(task.pid, "stat")).pgrp == group:
-                return proc.status(proc.read(task.pid, "status")).ns_pgid[-1]
-    if registry.contents_wanted:
-        raise Refused(f"its foreground process group ({group}) has ended", _AGAIN)
-    return 0
+            if proc.stat(proc.read(pid, "stat")).pgrp == group:
+                return proc.status(proc.read(pid, "status")).ns_pgid[-1]
+    return registry.number_of_dead(group)
 
 
 def finish_terminals(registry: Registry, looks: Mapping[int, Look]) -> None:
@@ -123,6 +123,7 @@ def finish_terminals(registry: Registry, looks: Mapping[int, Look]) -> None:
                         "move each in a tree of its own: they are of two mounts of devpts",
                     )
                 _refuse_unread(registry, looks[number])
+                _refuse_nobody(registry, file.resource)
     for number, file in list(registry.files.items()):
         if isinstance(file.resource, TerminalSlave):
             with _blamed(registry, looks[number]):
@@ -176,6 +177,11 @@ def _refuse_unread(registry: Registry, look: Look) -> None:
                 raise Refused(
                     "is a terminal with unread bytes, which cannot be copied out and put back", _AGAIN
                 )
+
+
+def _refuse_nobody(registry: Registry, master: TerminalMaster) -> None:
+    if registry.contents_wanted and master.session and not master.foreground:
+        raise Refused("is a terminal whose foreground process group has ended", _AGAIN)
 
 
 def _refuse_controlling(registry: Registry, stat: proc.Stat, sessions: Mapping[int, int]) -> None:

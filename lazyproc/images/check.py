@@ -81,11 +81,10 @@ def _terminal_problems(checkpoint: Checkpoint) -> Iterator[str]:
     ):
         yield "two terminals have one number, or one session"
     leaders = {task.vpid for task in checkpoint.tasks if task.sid == task.vpid and task.threads}
-    groups = {(task.sid, task.pgid) for task in checkpoint.tasks}
     for each in masters:
         if not each.path.startswith("/") or each.number >= _TERMINALS:
             yield f"there can be no terminal /dev/pts/{each.number} of {each.path!r}"
-        if each.session and not (each.session in leaders and (each.session, each.foreground) in groups):
+        if each.session and not (each.session in leaders and each.foreground):
             yield f"the session {each.session} cannot have /dev/pts/{each.number} as its terminal"
 
 

@@ -129,19 +129,30 @@ class Maker:
                     self._exit(self.sites.pop(vpid), 0)
                     self.sites[member].run(Call("wait4", (vpid, 0, WALL, 0)))
         for session, (terminal, fd) in self._terminals.items():
-            bring_to_foreground(self.sites[session], fd, terminal.foreground)
+            self._bring_to_foreground(session, fd, terminal.foreground)
         return self.sites
 
+    def _bring_to_foreground(self, session: int, terminal: int, group: int) -> None:
+        """Also a group that has ended: who leads the session is about to take its terminal back."""
+        if group in {task.pgid for task in self.tasks.values()}:
+            bring_to_foreground(self.sites[session], terminal, group)
+            return
+        with self.standing_in(group, session) as site:
+            site.run(Call("setpgid", (0, group)))
+            bring_to_foreground(self.sites[session], terminal, group)
+
     @contextmanager
-    def standing_in(self, vpid: int) -> Iterator[Site]:
-        """A process with the number of one that has ended, for as long as it takes. Raises PidTaken."""
-        root = next(iter(self.sites.values()))
-        site = self._fork(_stand_in(vpid, root.task.vpid), root.task.vpid)
+    def standing_in(self, vpid: int, parent: int = 0) -> Iterator[Site]:
+        """A process with the number of one that has ended, for as long as it takes; a child of `parent`, else of the
+        root. Raises PidTaken.
+        """
+        member = self.sites[parent] if parent else next(iter(self.sites.values()))
+        site = self._fork(_stand_in(vpid, member.task.vpid), member.task.vpid)
         try:
             yield site
         finally:
             self._exit(site, 0)
-            root.run(Call("wait4", (vpid, 0, WALL, 0)))
+            member.run(Call("wait4", (vpid, 0, WALL, 0)))
 
     def _fork(self, task: Task, parent: int) -> Site:
         if parent:

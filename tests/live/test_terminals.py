@@ -131,6 +131,46 @@ def test_sessions_have_their_terminals_in_either_pid_namespace(pidns: str, pair:
         there.end(program.watch)
 
 
+_NOBODY_IN_FRONT = """
+import fcntl, os, signal, struct, sys
+ours, theirs = os.openpty()
+fcntl.ioctl(theirs, 0x540E, 0)  # TIOCSCTTY
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+child = os.fork()
+if child == 0:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(theirs, os.getpid())
+    os._exit(0)
+if sys.argv[2] == "reaped":
+    os.waitpid(child, 0)
+else:
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+with open(sys.argv[1], "w") as ready:
+    ready.write(f"{child}\\n")
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("left", ["reaped", "zombie"])
+def test_a_foreground_that_has_ended(left: str, pair: Pair) -> None:
+    """So it is between two commands of a shell."""
+    ready = pair.shared / "ready"
+    os.mkfifo(ready)
+    pair.source.run(["sh", "-c", "echo 20000 > /proc/sys/kernel/ns_last_pid"], check=True)
+    argv = ["python3", "-c", _NOBODY_IN_FRONT, str(ready), left]
+    with pair.source.popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            group = int(ready.read_text())
+            with receiving(pair.destination, "--pidns", "host") as receiver:
+                there, report = move_now(pair.source, receiver, process.pid)
+            with ending(there):
+                command = ["cat", f"/proc/{report['root_pid']}/stat"]
+                stat = pair.destination.run(command, capture_output=True, text=True, check=True).stdout
+                assert int(stat.rpartition(")")[2].split()[5]) == group  # tpgid
+        finally:
+            process.kill()
+
+
 # --- what stands in the way ---------------------------------------------------------------------------------
 
 
