@@ -507,6 +507,7 @@ def test_pages_of_a_stopped_process_over_a_dialled_channel() -> None:
         assert pages.read(TASK, area.addr, 2500) == area.expected(area.addr, 2500)
         with pytest.raises(ImageError, match=f"{area.addr + 2500 * PAGE:#x}"):
             pages.read(TASK, area.addr + 2499 * PAGE, 2)
+        pages._tag = 2**32 - 1  # so many requests have been made, and their numbers begin anew
         assert pages.read(TASK, area.addr, 1) == area.expected(area.addr, 1)
         pages.finish()
         with pytest.raises(ConnectionLost):

@@ -14,6 +14,7 @@
 
 #define REQUESTS 5000u
 #define OBJECT 0x2a01u
+#define FIRST (0u - REQUESTS / 2) /* number of the first one: they begin anew on the way */
 #define ODD 41u /* bytes: no whole number of frames */
 
 static int peer;
@@ -37,7 +38,7 @@ static void answer(void)
         .count = 1,
         .object = OBJECT,
         .addr = answered * PAGE_BYTES,
-        .tag = answered,
+        .tag = FIRST + answered,
     };
 
     demand(send(peer, &zero, sizeof(zero), 0) == sizeof(zero), "an answer was not sent");
@@ -57,7 +58,7 @@ static void hear(size_t most)
         return;
     have = 0;
     demand(frame.type == FRAME_GET && frame.count == 1 && frame.object == OBJECT, "no request arrived");
-    demand(frame.tag == arrived && frame.addr == arrived * PAGE_BYTES, "another request was to arrive");
+    demand(frame.tag == FIRST + arrived && frame.addr == arrived * PAGE_BYTES, "another request was to arrive");
     arrived++;
 }
 
@@ -119,10 +120,12 @@ static void ask_for_all(struct link *link)
         hear(sizeof(frame));
     }
     while (answered < REQUESTS) {
+        demand(!link_answered(link, FIRST + answered + 1), "it is said to be answered, and is not");
         answer();
         take(link);
     }
     demand(link_outstanding(link) == 0, "a request is open still");
+    demand(link_answered(link, FIRST + REQUESTS) && link_answered(link, FIRST), "they are not said to be answered");
 }
 
 /* Of two requests the second was under way when the connection was lost: over the next one the third comes whole. */
@@ -159,6 +162,7 @@ int main(void)
     struct link link;
 
     demand(link_init(&link) == 0, "no link");
+    link.next_tag = FIRST;
     connect_anew(&link);
     ask_for_all(&link);
     lose_half_a_request(&link);
