@@ -6,8 +6,7 @@ cd "$(dirname "$0")/../.."
 out=build/sanitize
 mkdir -p "$out"
 room=lazyproc/uffd
-parts="tests/sanitize/page_source.c tests/sanitize/witness.c $room/_pager.c $room/_given.c $room/_faults.c $room/_faulted.c $room/_bulk.c $room/_cradle.c $room/_children.c $room/_place.c
-    $room/_ledger.c $room/_states.c $room/_events.c $room/_acknowledge.c $room/_link.c $room/_pace.c $room/_packing.c $room/_release.c $room/_remove.c $room/_removals.c $room/_shadow.c"
+parts="tests/sanitize/page_source.c tests/sanitize/witness.c $(echo $room/_*.c)"
 flags="-g -O1 -std=gnu11 -Wall -Wextra -Werror -pthread -I$room -Ilazyproc/wire -Itests/sanitize"
 
 gcc -O2 -pthread tests/live/toucher.c -o "$out/toucher"
