@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from lazyproc.dump.asleep import LOOK_S, still_asleep, wants_processor, why_asleep
+from lazyproc.dump.reading import let_read
 from lazyproc.dump.walk import tree_of
 from lazyproc.errors import LazyprocError, NoSuchProcess, PermissionDenied, TraceeError
 from lazyproc.facts import dataclass, field
@@ -107,7 +109,9 @@ def frozen_tree(
         _demand_awake(tree_of(pid), timeout_ms)
         with taking_the_dead(tree.seized) as enough:
             steps.begin()
-            _freeze(tree, pid, timeout_ms)
+            freeze = partial(_freeze, tree, pid, timeout_ms)
+            freeze()
+            let_read([*tree.tasks.values()], freeze, timeout_ms)
             steps.done("stop")
             enough()
             tree.frozen_at_ns = time.monotonic_ns()

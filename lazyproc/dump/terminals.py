@@ -20,8 +20,6 @@ from lazyproc.facts import replace
 from lazyproc.kernel import proc, terminal
 from lazyproc.model import TerminalMaster, TerminalSlave
 
-_AGAIN = "try again in a moment"
-
 
 def is_terminal(status: os.stat_result) -> bool:
     return st.S_ISCHR(status.st_mode) and os.major(status.st_rdev) in TERMINAL_MAJORS
@@ -175,13 +173,14 @@ def _refuse_unread(registry: Registry, look: Look) -> None:
         with registry.taken(look.pid, look.fd) as taken:
             if terminal.unread(taken):
                 raise Refused(
-                    "is a terminal with unread bytes, which cannot be copied out and put back", _AGAIN
+                    "is a terminal with unread bytes, which cannot be copied out and put back",
+                    "try again when the program has read them",
                 )
 
 
 def _refuse_nobody(registry: Registry, master: TerminalMaster) -> None:
     if registry.contents_wanted and master.session and not master.foreground:
-        raise Refused("is a terminal whose foreground process group has ended", _AGAIN)
+        raise Refused("is a terminal whose foreground process group has ended", "try again in a moment")
 
 
 def _refuse_controlling(registry: Registry, stat: proc.Stat, sessions: Mapping[int, int]) -> None:

@@ -34,8 +34,8 @@ held = [os.openpty() for _ in range(int(sys.argv[1]))]
 print("held", flush=True)
 sys.stdin.read()
 """
-_AGAIN = "try again in a moment"
-_UNREAD = f"is a terminal with unread bytes, which cannot be copied out and put back; {_AGAIN}"
+_CANNOT = "is a terminal with unread bytes, which cannot be copied out and put back"
+_UNREAD = f"{_CANNOT}; try again when the program has read them"
 _OTHERS = "is a terminal of this host; start the program with input and output redirected"
 
 
@@ -169,6 +169,42 @@ def test_a_foreground_that_has_ended(left: str, pair: Pair) -> None:
                 assert int(stat.rpartition(")")[2].split()[5]) == group  # tpgid
         finally:
             process.kill()
+
+
+_COUNTS = """
+import os, pty, sys
+pid, master = pty.fork()
+if pid == 0:
+    number = 0
+    while True:
+        number += 1
+        print(number, flush=True)  # which goes on after a short write
+out = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND)
+while True:
+    os.write(out, os.read(master, 4096))
+"""
+
+
+def test_output_that_never_rests(pair: Pair) -> None:
+    """Who reads it is stopped last; of what goes through nothing is lost, and nothing comes twice."""
+    out = pair.shared / "out"
+    out.touch()
+    process = pair.source.popen(["python3", "-c", _COUNTS, str(out)], stdin=subprocess.DEVNULL)
+    pid = process.pid
+    try:
+        here, there = pair.source, pair.destination
+        for _ in range(4):
+            before = out.stat().st_size
+            wait_until(lambda size=before: out.stat().st_size > size, "it writes")  # type: ignore[misc]
+            with receiving(there) as receiver:
+                pid, _ = move_now(here, receiver, pid)
+            here, there = there, here
+    finally:
+        with ending(pid):
+            pass
+        process.wait()
+    *lines, _ = out.read_bytes().split(b"\r\n")
+    assert list(map(int, lines)) == list(range(1, len(lines) + 1))
 
 
 # --- what stands in the way ---------------------------------------------------------------------------------
