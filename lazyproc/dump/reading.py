@@ -64,7 +64,8 @@ def _run(tasks: Iterable[FrozenTask], masters: Sequence[int], timeout_ms: int) -
     """
     tracees = {tracee.tid: tracee for task in tasks for tracee in task.threads}.values()
     for tracee in tracees:
-        tracee.cont()
+        with suppress(NoSuchProcess):  # ended in the round before
+            tracee.cont()
     until = time.monotonic() + READS_S
     while time.monotonic() < until and any(map(terminal.unread, masters)):
         time.sleep(LOOK_S)

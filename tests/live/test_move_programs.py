@@ -81,6 +81,7 @@ def test_moves_there_and_back(name: str, field: Field) -> None:
         "memory_marks",
         "seccomp",
         "sysv_shm",
+        "terminals",
         "threads",
         "trap_lazy",
     ],

@@ -74,9 +74,14 @@ def test_numbers_are_kept_where_lower_ones_are_free(pair: Pair) -> None:
             there = move(pair.source, receiver, program.pid)
             program.watch.wait_beats()
             assert _numbers(there.pid) == {5, 6, 7}
-            found = pair.destination.run(["ls", "/dev/pts"], capture_output=True, text=True, check=True)
-            assert found.stdout.split() == ["5", "6", "7", "ptmx"]
+            assert _in_use(pair.destination) == ["5", "6", "7", "ptmx"]
+            assert _in_use(pair.source) == ["0", "1", "2", "3", "4", "ptmx"]
             there.end(program.watch)
+            assert _in_use(pair.destination) == ["ptmx"]  # nobody else has kept one
+
+
+def _in_use(host: Host) -> list[str]:
+    return str(host.run(["ls", "/dev/pts"], capture_output=True, text=True, check=True).stdout).split()
 
 
 def _numbers(pid: int) -> set[int]:
