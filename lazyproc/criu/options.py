@@ -256,7 +256,7 @@ OPTIONS = (
         "shell-job",
         PERMITS,
         _CR,
-        "sessions led from outside: become that of the restorer; ttys: refused",
+        "sessions led from outside: become that of the restorer; their terminals: refused",
         short="j",
         negatable=True,
     ),
