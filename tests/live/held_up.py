@@ -34,9 +34,10 @@ def _before_freeze(pid: int, **options: Any) -> Iterator[FrozenTree]:
         yield tree
 
 
-def _after_built(*args: Any) -> None:
-    await_built(*args)
+def _after_built(*args: Any) -> Any:
+    built = await_built(*args)
     _wait()
+    return built
 
 
 def held_up(ready: Path, go: Path, point: str) -> list[str]:
