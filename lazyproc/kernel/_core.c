@@ -5,8 +5,11 @@
 #include <cpuid.h>
 #include <elf.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/ptrace.h>
@@ -176,13 +179,51 @@ static long job_stopped(struct lp_job *job, int sig)
 
 #define PROGRAM_MS 10000 /* microseconds are usual; a call that does not return must not hang us */
 
+#define LOOK_MS 20
+
+/* A leader that was killed is told of by wait(2) only when all other threads have been waited for (delay_group_leader,
+ * include/linux/sched/signal.h), and those are tracees, too. */
+static bool has_died(int tid)
+{
+	char path[32], text[256];
+	const char *state;
+	ssize_t n;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/stat", tid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return errno == ENOENT;
+	n = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	if (n < 0)
+		return errno == ESRCH;
+	text[n] = '\0';
+	state = strrchr(text, ')');
+	return state && (strncmp(state, ") Z", 3) == 0 || strncmp(state, ") X", 3) == 0);
+}
+
+/* As lp_wait, for PROGRAM_MS. */
+static long await_program(int tid, int *status)
+{
+	for (int waited = 0; waited < PROGRAM_MS; waited += LOOK_MS) {
+		long got = lp_wait(tid, status, LOOK_MS);
+
+		if (got != 0)
+			return got;
+		if (has_died(tid))
+			return -ESRCH;
+	}
+	return 0;
+}
+
 /* Waits until the program's own signal stops the thread. Group stops and the echo of PTRACE_INTERRUPT are passed
  * over. */
 static long job_finish(struct lp_job *job)
 {
 	for (;;) {
 		int status;
-		long err = lp_wait(job->tid, &status, PROGRAM_MS);
+		long err = await_program(job->tid, &status);
 
 		if (err <= 0)
 			return err < 0 ? err : -ETIMEDOUT;

@@ -44,7 +44,7 @@ from lazyproc.wire.native import (
     Trace,
 )
 
-LAST_WORD_S = 0.1  # once a connection has broken
+LAST_WORD_S = 0.5  # once a connection has broken: a source looks every 0.1 s (serving.py)
 
 
 class Drain:
