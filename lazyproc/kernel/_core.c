@@ -178,7 +178,6 @@ static long job_stopped(struct lp_job *job, int sig)
 }
 
 #define PROGRAM_MS 10000 /* microseconds are usual; a call that does not return must not hang us */
-
 #define LOOK_MS 20
 
 /* A leader that was killed is told of by wait(2) only when all other threads have been waited for (delay_group_leader,
@@ -267,7 +266,7 @@ static long await_syscall(int tid)
 
 	for (;;) {
 		int status;
-		long err = lp_wait(tid, &status, PROGRAM_MS);
+		long err = await_program(tid, &status);
 
 		if (err <= 0)
 			return err < 0 ? err : -ETIMEDOUT;
@@ -295,7 +294,7 @@ static long to_event(int tid)
 static long await_event(int tid)
 {
 	int status;
-	long err = lp_wait(tid, &status, PROGRAM_MS);
+	long err = await_program(tid, &status);
 
 	if (err <= 0)
 		return err < 0 ? err : -ETIMEDOUT;
