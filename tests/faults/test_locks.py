@@ -16,7 +16,7 @@ from tests.faults.killed_at import killed_at
 from tests.live.lockers import Holder, holders_of, holding, is_free, waiters_of
 from tests.live.moving import receiving, run_cli
 from tests.live.programs import wait_until
-from tests.live.real import ending, migrating, runs
+from tests.live.real import Journey, ending, migrating, runs
 from tests.live.test_locks import waiting_for
 from tests.live.tracees import state_of
 
@@ -42,6 +42,13 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, fprog, 0, 0) == 0
 def holder(pair: Pair) -> Iterator[Holder]:
     with holding(pair.source, pair.shared, LOCKS) as it:
         yield it
+
+
+def arrives_with_its_locks(journey: Journey, holder: Holder) -> None:
+    new, _ = journey.arrive()
+    with ending(new):
+        holder.answers(new)
+        assert holders_of(holder.file).count(new) == 2
 
 
 def runs_here_with_its_locks(pair: Pair, holder: Holder) -> None:
@@ -128,10 +135,7 @@ def test_killed_at_the_source_when_it_is_theirs_it_arrives(point: str, pair: Pai
         receiving(pair.destination) as receiver,
         migrating(pair.source, receiver, holder.pid, run_by=killed_at(point)) as journey,
     ):
-        new, _ = journey.arrive()
-        with ending(new):
-            holder.answers(new)
-            assert holders_of(holder.file).count(new) == 2
+        arrives_with_its_locks(journey, holder)
 
 
 def test_in_doubt_its_copy_has_them_and_force_does_not_let_it_run_twice(pair: Pair, holder: Holder) -> None:
@@ -197,10 +201,7 @@ def test_a_third_one_only_looks(pair: Pair, holder: Holder) -> None:
             fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.kill(helper(pair.destination, DESTINATION, "keeper"), signal.SIGCONT)
             wait_until(lambda: len(holders_of(holder.folder / "other")) == 1, "it takes the others")
-        new, _ = journey.arrive()
-        with ending(new):
-            holder.answers(new)
-            assert holders_of(holder.file).count(new) == 2
+        arrives_with_its_locks(journey, holder)
 
 
 def test_who_begins_to_wait_in_the_last_moment_gets_nothing(pair: Pair, holder: Holder) -> None:
